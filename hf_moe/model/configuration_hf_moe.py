@@ -1,0 +1,206 @@
+"""Configuration of the hf_moe family: one flat set of fields for the whole mixture-of-experts design space."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from .routing import ROUTERS
+
+# Which class answers to which Auto class when the files travel with a checkpoint.
+AUTO_MAP = {
+    "AutoConfig": "configuration_hf_moe.HfMoeConfig",
+    "AutoModel": "modeling_hf_moe.HfMoeModel",
+    "AutoModelForCausalLM": "modeling_hf_moe.HfMoeForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_hf_moe.HfMoeForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_hf_moe.HfMoeForTokenClassification",
+}
+
+
+@strict
+class HfMoeConfig(PreTrainedConfig):
+    r"""Configuration of an [`HfMoeModel`]. Every field has one meaning, whatever the others are.
+
+    Sizes
+        vocab_size, hidden_size, intermediate_size (of dense MLPs), num_hidden_layers, max_position_embeddings.
+    Attention
+        num_attention_heads, num_key_value_heads (equal: MHA; 1: MQA; between: GQA), head_dim (default
+        hidden_size / num_attention_heads), attention_bias (on q, k and v), attention_output_bias (on o),
+        qk_norm ("head": RMSNorm over each head, as in Qwen3; "projection": over all heads at once, as in OLMoE),
+        clip_qkv (clamp q, k and v to +-clip_qkv), attn_logit_softcapping and final_logit_softcapping
+        (x -> cap tanh(x / cap), Gemma 2), layer_types ("full_attention" or "sliding_attention" per layer; default:
+        sliding everywhere if sliding_window is set, else full), sliding_window, rope_parameters (any RoPE type of
+        Transformers; "partial_rotary_factor" rotates only the first part of a head).
+    MLPs and experts
+        hidden_act, gated_mlp (down(act(gate(x)) * up(x)), else down(act(up(x)))), mlp_bias, mlp_layer_types ("dense"
+        or "sparse" per layer; default: all sparse), num_experts (routed experts E), num_experts_per_tok (K),
+        moe_intermediate_size (of one routed expert; default intermediate_size), n_shared_experts,
+        shared_expert_intermediate_size (of one shared expert; default moe_intermediate_size), shared_expert_gate
+        (multiply the shared experts' output by sigmoid(w x), as in Qwen2-MoE).
+    Routing
+        router_type (a key of `routing.ROUTERS`), router_args (that router's own arguments, see `routing.py`),
+        norm_topk_prob (weights of the K chosen experts sum to 1), routed_scaling_factor (multiplies them),
+        n_group and topk_group (choose only within the best topk_group of n_group expert groups).
+    Training
+        router_aux_loss_coef (load-balance loss; 0 turns it off), router_z_loss_coef, output_router_logits (return
+        router logits and `aux_loss` outside training too), attention_dropout, initializer_range.
+
+    `provenance` records where a converted checkpoint came from. Raises on construction where fields contradict each
+    other, with the numbers.
+    """
+
+    model_type = "hf_moe"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {"num_local_experts": "num_experts", "n_routed_experts": "num_experts"}
+
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.up_proj": "colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.shared_experts.gate_proj": "colwise",
+        "layers.*.mlp.shared_experts.up_proj": "colwise",
+        "layers.*.mlp.shared_experts.down_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 16
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_dropout: float | int = 0.0
+    qk_norm: Literal["head", "projection"] | None = None
+    clip_qkv: float | int | None = None
+    attn_logit_softcapping: float | int | None = None
+    final_logit_softcapping: float | int | None = None
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    rope_parameters: dict | None = None
+
+    hidden_act: str = "silu"
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    mlp_layer_types: list[str] | None = None
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    n_shared_experts: int = 0
+    shared_expert_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
+
+    router_type: str = "softmax_topk"
+    router_args: dict[str, Any] | None = None
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float | int = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    router_aux_loss_coef: float | int = 0.01
+    router_z_loss_coef: float | int = 0.0
+    output_router_logits: bool = False
+
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    provenance: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        if self.shared_expert_intermediate_size is None:
+            self.shared_expert_intermediate_size = self.moe_intermediate_size
+        if self.router_args is None:
+            self.router_args = {}
+        if self.layer_types is None:
+            attention = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [attention] * self.num_hidden_layers
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+        if self.qk_norm == "projection":
+            # The norm runs over all heads at once, so its input must be gathered from the ranks.
+            gathered = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output")
+            plan = gathered | {"o_proj": "rowwise_split_input"}
+            self.base_model_tp_plan = self.base_model_tp_plan | {
+                f"layers.*.self_attn.{name}": style for name, style in plan.items()
+            }
+
+    def validate_attention(self):
+        if self.head_dim * self.num_attention_heads <= 0 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})."
+            )
+        unknown = sorted(set(self.layer_types) - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise ValueError(f"layer_types may hold full_attention and sliding_attention, but has {unknown}.")
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise ValueError(f"layer_types has sliding_attention, but sliding_window is {self.sliding_window}.")
+
+    def validate_experts(self):
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must be between 1 and num_experts "
+                f"({self.num_experts})."
+            )
+        if self.num_experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
+            raise ValueError(
+                f"num_experts ({self.num_experts}) must be a multiple of n_group ({self.n_group}), and topk_group "
+                f"({self.topk_group}) between 1 and n_group."
+            )
+        reachable = self.num_experts // self.n_group * self.topk_group
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {reachable} experts in topk_group "
+                f"({self.topk_group}) of n_group ({self.n_group}) groups of {self.num_experts // self.n_group}."
+            )
+
+    def validate_router(self):
+        if self.router_type not in ROUTERS:
+            raise ValueError(f"router_type {self.router_type!r} is unknown; the routers are {sorted(ROUTERS)}.")
+        known = ROUTERS[self.router_type].args
+        unknown = sorted(set(self.router_args) - set(known))
+        if unknown:
+            raise ValueError(f"router_args {unknown} are unknown to {self.router_type!r}, which takes {sorted(known)}.")
+        for name, value in self.router_args.items():
+            if value not in known[name]:
+                raise ValueError(f"router_args[{name!r}] is {value!r}; it can be one of {list(known[name])}.")
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        # A folder saved from a Hub checkpoint must not point back to that checkpoint's code.
+        self.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+__all__ = ["HfMoeConfig"]
