@@ -1,0 +1,41 @@
+"""hf_moe: the mixture-of-experts design space as one Transformers model family."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .model.configuration_hf_moe import HfMoeConfig
+from .model.modeling_hf_moe import (
+    HfMoeForCausalLM,
+    HfMoeForSequenceClassification,
+    HfMoeForTokenClassification,
+    HfMoeModel,
+)
+from .version import __version__
+
+AUTO_CLASSES = {
+    AutoModel: HfMoeModel,
+    AutoModelForCausalLM: HfMoeForCausalLM,
+    AutoModelForSequenceClassification: HfMoeForSequenceClassification,
+    AutoModelForTokenClassification: HfMoeForTokenClassification,
+}
+
+# `register` makes the Auto classes know "hf_moe" here; `register_for_auto_class` sends the code along with every save.
+AutoConfig.register(HfMoeConfig.model_type, HfMoeConfig, exist_ok=True)
+HfMoeConfig.register_for_auto_class()
+for auto_class, model_class in AUTO_CLASSES.items():
+    auto_class.register(HfMoeConfig, model_class, exist_ok=True)
+    model_class.register_for_auto_class(auto_class)
+
+__all__ = [
+    "HfMoeConfig",
+    "HfMoeForCausalLM",
+    "HfMoeForSequenceClassification",
+    "HfMoeForTokenClassification",
+    "HfMoeModel",
+    "__version__",
+]

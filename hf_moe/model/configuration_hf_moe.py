@@ -43,7 +43,8 @@ class HfMoeConfig(PreTrainedConfig):
         n_group and topk_group (choose only within the best topk_group of n_group expert groups).
     Training
         router_aux_loss_coef (load-balance loss; 0 turns it off), router_z_loss_coef, output_router_logits (return
-        router logits and `aux_loss` outside training too), attention_dropout, initializer_range.
+        router logits and `aux_loss` outside training too), attention_dropout, classifier_dropout (token
+        classification), initializer_range.
 
     `provenance` records where a converted checkpoint came from. Raises on construction where fields contradict each
     other, with the numbers.
@@ -124,6 +125,7 @@ class HfMoeConfig(PreTrainedConfig):
     router_z_loss_coef: float | int = 0.0
     output_router_logits: bool = False
 
+    classifier_dropout: float | int = 0.1
     initializer_range: float = 0.02
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -192,7 +194,9 @@ class HfMoeConfig(PreTrainedConfig):
         known = ROUTERS[self.router_type].args
         unknown = sorted(set(self.router_args) - set(known))
         if unknown:
-            raise ValueError(f"router_args {unknown} are unknown to {self.router_type!r}, which takes {sorted(known)}.")
+            raise ValueError(
+                f"router_args {unknown} are unknown to {self.router_type!r}, which takes {sorted(known)}."
+            )
         for name, value in self.router_args.items():
             if value not in known[name]:
                 raise ValueError(f"router_args[{name!r}] is {value!r}; it can be one of {list(known[name])}.")

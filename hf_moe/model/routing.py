@@ -91,7 +91,7 @@ def softmax_of_chosen(
 
 
 class Router(NamedTuple):
-    """A token-choice router: how logits become scores, how the chosen ones become weights, what `router_args` it takes.
+    """A token-choice router: how logits become scores, how chosen scores become weights, which `router_args` it takes.
 
     `affinity` gives the scores s_{i,t} that experts are chosen by and that balance losses read.
     """
