@@ -1,0 +1,49 @@
+"""The `hf-moe` command. Only typer is imported before a command runs, so that `--help` answers at once."""
+
+import sys
+
+import typer
+
+from .card import card
+from .convert import import_, upcycle, verify
+from .demo import demo
+from .errors import one_line
+from .generate import generate
+from .train import train
+
+app = typer.Typer(
+    name="hf-moe",
+    help="Mixture-of-experts models as one Transformers family.",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(upcycle)
+app.command("import")(import_)
+app.command()(verify)
+# A recipe's keys are its own business, so train takes any option and passes it on.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+app.command()(generate)
+app.command()(card)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 1 a check failed, 2 the user's mistake, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        # Outside standalone mode typer returns the code of typer.Exit, and raises what it would have printed.
+        return (
+            typer.main.get_command(app).main(arguments or ["--help"], prog_name="hf-moe", standalone_mode=False) or 0
+        )
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`hf-moe ... | head`); without this Python would complain again at exit.
+        sys.stdout = None
+        return 0
+    except Exception as error:
+        message = one_line(error)
+        if message is None:
+            raise
+        print(f"hf-moe: {message}", file=sys.stderr)
+        return 2

@@ -1,0 +1,83 @@
+"""`hf-moe upcycle`, `hf-moe import` and `hf-moe verify`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import messages_on_stderr, print_report
+
+Source = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or a model id on the Hub.")]
+Output = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must be new or empty.")]
+ShardSize = Annotated[str, typer.Option(help="Split the weights into files of at most this size.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not compare the logits with the source's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def upcycle(
+    src: Source,
+    dst: Output,
+    experts: Annotated[int, typer.Option(help="Experts per layer.")],
+    top_k: Annotated[int, typer.Option(help="Experts that each token is sent to.")],
+    strategy: Annotated[str, typer.Option(help="How experts are made; copy: each is the dense MLP.")] = "copy",
+    layers: Annotated[str, typer.Option(help="Which layers become sparse: all, or a list such as 2-5,8.")] = "all",
+    seed: Annotated[int, typer.Option(help="Seed of the routers' weights.")] = 0,
+    router_std: Annotated[float, typer.Option(help="Standard deviation of the routers' weights.")] = 0.02,
+    max_shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
+    no_verify: NoVerify = False,
+    json: Json = False,
+) -> None:
+    """Turn a dense checkpoint into a mixture of experts."""
+    with messages_on_stderr():
+        from hf_moe.conversion import upcycle
+
+        report = upcycle(
+            src,
+            dst,
+            experts=experts,
+            top_k=top_k,
+            strategy=strategy,
+            layers=layers,
+            seed=seed,
+            router_std=router_std,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            verify=not no_verify,
+        )
+    print_report(report, json)
+
+
+def import_(
+    src: Source,
+    dst: Output,
+    max_shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
+    no_verify: NoVerify = False,
+    json: Json = False,
+) -> None:
+    """Rewrite a released mixture-of-experts checkpoint as an hf_moe one."""
+    with messages_on_stderr():
+        from hf_moe.conversion import import_checkpoint
+
+        report = import_checkpoint(src, dst, max_shard_size=max_shard_size, dry_run=dry_run, verify=not no_verify)
+    print_report(report, json)
+
+
+def verify(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint folder, or a model id on the Hub.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare with it.")],
+    data: Annotated[Path | None, typer.Option(help="A file with the text to compare on.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest difference between two logits that passes.")] = 1e-4,
+    json: Json = False,
+) -> None:
+    """Compare two checkpoints' logits; exit code 1 if they differ by more than the tolerance."""
+    with messages_on_stderr():
+        from hf_moe.conversion import verify
+
+        report = verify(a, b, data=data)
+    print_report(report, json)
+    # Written so that a NaN fails.
+    if not report["max_abs_diff"] <= tolerance:
+        raise typer.Exit(1)

@@ -1,0 +1,5 @@
+"""`hf-moe demo`."""
+
+
+def demo() -> None:
+    """x"""

@@ -1,0 +1,25 @@
+"""Which exceptions are the user's mistake, and the one line each becomes."""
+
+import typer
+
+# typer's error for wrong arguments; it gives its base class no public name.
+UsageError = typer.BadParameter.__mro__[1]
+
+
+def one_line(error: Exception) -> str | None:
+    """The message for the user, or None where the fault is ours and the traceback should be seen."""
+    if isinstance(error, UsageError):
+        message = error.format_message()
+    elif isinstance(error, (ValueError, OSError)):
+        message = str(error)
+    else:
+        from huggingface_hub.errors import StrictDataclassError
+        from safetensors import SafetensorError
+
+        if isinstance(error, StrictDataclassError):
+            message = str(error.__cause__ or error)
+        elif isinstance(error, SafetensorError):
+            message = str(error)
+        else:
+            return None
+    return " ".join(message.split()) or type(error).__name__

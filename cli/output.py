@@ -1,0 +1,32 @@
+"""What a command prints: text for people, or one JSON object on standard output and nothing else."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def messages_on_stderr() -> Iterator[None]:
+    """Send what libraries print to standard error, so that standard output holds the result alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def print_report(report: dict, as_json: bool) -> None:
+    """Print `report` as one JSON object, or a line per fact that is known."""
+    if as_json:
+        print(json.dumps(report, default=str))
+        return
+    known = {name.replace("_", " "): value for name, value in report.items() if value is not None}
+    width = max((len(name) for name in known), default=0)
+    for name, value in known.items():
+        print(f"{name:<{width}}  {_readable(value)}")
+
+
+def _readable(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value)

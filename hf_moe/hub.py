@@ -1,0 +1,135 @@
+"""Model cards: what a saved folder says about itself, as a README.md for the Hub."""
+
+import json
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
+
+from .model.configuration_hf_moe import HfMoeConfig
+
+MARKER = "<!-- Written by `hf-moe card`; without this line the file is yours and stays as it is. -->"
+
+# Architecture -> (the Auto class that loads it, the Hub's name of its task).
+TASKS = {
+    "HfMoeForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "HfMoeForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "HfMoeForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "HfMoeModel": ("AutoModel", "feature-extraction"),
+}
+
+
+def write_model_card(folder: str | Path) -> Path:
+    """Write `folder`/README.md from its config and weights, and return its path.
+
+    A fact that the folder doesn't hold is left out. Raises FileNotFoundError where there is no saved model and
+    ValueError where it isn't an hf_moe one, or where README.md was written by someone else.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    target = folder / "README.md"
+    if target.exists() and MARKER not in target.read_text(encoding="utf-8"):
+        raise ValueError(f"{target} was not written by hf-moe; move it away to have a model card written.")
+    total, active = count_parameters(folder, config)
+    provenance = config.provenance or {}
+    auto_class, task = TASKS[config.architectures[0]]
+    template = resources.files("hf_moe.model_cards").joinpath("model.md.jinja").read_text(encoding="utf-8")
+    card = ModelCard.from_template(
+        _metadata(provenance, task),
+        template_str=template,
+        name=folder.resolve().name,
+        total=_compact(total),
+        active=_compact(active),
+        architecture=_architecture(config, total, active),
+        provenance=_rows(provenance),
+        check=_rows(provenance.get("check") or {}),
+        auto_class=auto_class,
+        marker=MARKER,
+    )
+    partial = target.with_name(".README.md.partial")
+    partial.write_text(str(card), encoding="utf-8")
+    os.replace(partial, target)
+    return target
+
+
+def count_parameters(folder: Path, config: HfMoeConfig) -> tuple[int, int]:
+    """Total parameters in the folder's safetensors files, and how many of them one token meets.
+
+    Of a layer's routed experts a token meets `num_experts_per_tok`. Only the files' headers are read.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no .safetensors file; a model card needs a saved model.")
+    total = routed = 0
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (not a dict: it has no __iter__)
+                size = 1
+                for length in weights.get_slice(name).get_shape():
+                    size *= length
+                total += size
+                routed += size if ".mlp.experts." in name else 0
+    return total, total - routed + routed * config.num_experts_per_tok // config.num_experts
+
+
+def _read_config(folder: Path) -> HfMoeConfig:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; a model card needs a saved model.")
+    model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    if model_type != HfMoeConfig.model_type:
+        raise ValueError(f"{file} says model_type {model_type!r}; model cards are written for 'hf_moe' models.")
+    return HfMoeConfig.from_pretrained(folder)
+
+
+def _metadata(provenance: dict[str, Any], task: str) -> ModelCardData:
+    # The Hub knows a base model by its id; a local folder is none.
+    return ModelCardData(
+        base_model=provenance.get("source_id"),
+        license=provenance.get("license"),
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["hf_moe", "mixture-of-experts", *([provenance["method"]] if "method" in provenance else [])],
+    )
+
+
+def _architecture(config: HfMoeConfig, total: int, active: int) -> list[tuple[str, str]]:
+    sparse = config.mlp_layer_types.count("sparse")
+    rows = [
+        ("Parameters", f"{total:,}"),
+        ("Active parameters per token", f"{active:,}"),
+        ("Layers", f"{config.num_hidden_layers}, {sparse} of them with experts"),
+        ("Hidden size", f"{config.hidden_size:,}"),
+        ("Attention heads", f"{config.num_attention_heads}, {config.num_key_value_heads} for keys and values"),
+        ("Routed experts", f"{config.num_experts}, {config.num_experts_per_tok} per token"),
+        ("Expert width", f"{config.moe_intermediate_size:,}"),
+        ("Router", f"`{config.router_type}`"),
+        ("Vocabulary", f"{config.vocab_size:,}"),
+        ("Context length", f"{config.max_position_embeddings:,}"),
+    ]
+    if config.n_shared_experts:
+        shared = f"{config.n_shared_experts} of width {config.shared_expert_intermediate_size:,}"
+        rows.insert(7, ("Shared experts", shared))
+    if config.dtype is not None:
+        rows.append(("Precision", str(config.dtype).removeprefix("torch.")))
+    return rows
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Table rows of the facts that are plain values."""
+    return [
+        (name.replace("_", " ").capitalize(), f"{value:.3g}" if isinstance(value, float) else str(value))
+        for name, value in facts.items()
+        if isinstance(value, (str, int, float))
+    ]
+
+
+def _compact(count: int) -> str:
+    """1234567 -> 1.23M."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
