@@ -30,9 +30,10 @@ def load_balancing_loss(
     """sum_i f_i P_i, with f_i = E / (K T) * count_i and P_i = mean_t s_{i,t} / sum_j s_{j,t}; scalar.
 
     Switch (https://arxiv.org/abs/2101.03961, eq. 4-6) at K = 1, DeepSeekMoE's expert loss
-    (https://arxiv.org/abs/2401.06066, eq. 12-14) at any K. 1 at perfect balance whatever E and K are (Transformers' is K
-    there), E / K when every token goes to the same K experts with all its probability. Scores are normalised per token,
-    which leaves a softmax as it is and makes sigmoids sum to 1 (DeepSeek-V3, https://arxiv.org/abs/2412.19437, eq. 18-20).
+    (https://arxiv.org/abs/2401.06066, eq. 12-14) at any K. At perfect balance it is 1 whatever E and K are
+    (Transformers' is K there), and E / K when every token goes to the same K experts with all its probability. Scores
+    are normalised per token, which leaves a softmax as it is and makes sigmoids sum to 1 (DeepSeek-V3,
+    https://arxiv.org/abs/2412.19437, eq. 18-20).
     """
     num_experts, top_k = affinity_TE.shape[-1], index_TK.shape[-1]
     tokens = index_TK.shape[0] if mask_T is None else mask_T.float().sum().clamp_min(1.0)

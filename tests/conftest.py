@@ -1,0 +1,66 @@
+"""Fixtures that the whole suite shares: tiny configurations on odd sizes, and the shared data where it exists."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_moe
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of trained checkpoints and texts beside the repository."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("needs ../shared/data")
+    return SHARED / "data"
+
+
+def tiny_config(**changes) -> hf_moe.HfMoeConfig:
+    """Three layers (one dense), odd sizes, 7 experts of which 3 are active."""
+    fields = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 56,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "num_experts": 7,
+        "num_experts_per_tok": 3,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,  # outputs far from uniform, so that a wrong one shows
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    return hf_moe.HfMoeConfig(**{**fields, **changes})
+
+
+def tiny_model(**changes) -> hf_moe.HfMoeForCausalLM:
+    torch.manual_seed(1)
+    return hf_moe.HfMoeForCausalLM(tiny_config(**changes)).eval()
+
+
+def tokens(batch: int = 2, length: int = 11, vocab_size: int = 97, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, vocab_size, (batch, length), generator=generator)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

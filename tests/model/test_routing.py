@@ -1,0 +1,162 @@
+"""Every router against a slow computation of its formula, one token at a time, and against Transformers' own."""
+
+import math
+
+import pytest
+import torch
+from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+from hf_moe.model.routing import ROUTERS, route
+
+T, E, K = 13, 12, 3
+
+
+def one_token(logits, router_type, top_k, norm, scale, bias, n_group, topk_group, group_score):
+    """The same formulas on lists of floats: {expert: weight}."""
+    total = sum(math.exp(x) for x in logits)
+    softmax = [math.exp(x) / total for x in logits]
+    sigmoid = [1 / (1 + math.exp(-x)) for x in logits]
+    scores = sigmoid if router_type == "sigmoid_topk" else softmax
+    choice = [s + b for s, b in zip(scores, bias, strict=True)]
+    size = len(logits) // n_group
+    groups = [choice[g * size : (g + 1) * size] for g in range(n_group)]
+    best = {"best": max, "two_best": lambda group: sum(sorted(group)[-2:])}[group_score]
+    open_groups = sorted(range(n_group), key=lambda g: best(groups[g]))[-topk_group:]
+    candidates = [e for e in range(len(logits)) if e // size in open_groups]
+    chosen = sorted(candidates, key=lambda e: choice[e])[-top_k:]
+    if router_type == "topk_softmax":
+        total = sum(math.exp(logits[e]) for e in chosen)
+        weights = {e: math.exp(logits[e]) / total for e in chosen}
+    else:
+        weights = {e: scores[e] for e in chosen}
+        if norm:
+            total = sum(weights.values())
+            weights = {e: w / total for e, w in weights.items()}
+    return {e: w * scale for e, w in weights.items()}
+
+
+@pytest.mark.parametrize("router_type", ROUTERS)
+@pytest.mark.parametrize("norm", [False, True], ids=["raw", "normalised"])
+@pytest.mark.parametrize(("n_group", "topk_group"), [(1, 1), (4, 2), (6, 3), (12, 5)])
+@pytest.mark.parametrize("group_score", ["best", "two_best"])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+def test_formula(router_type, norm, n_group, topk_group, group_score, biased):
+    logits = torch.randn(T, E) * 2
+    bias = torch.randn(E) * 0.1 if biased else None
+    weights, index = route(
+        logits,
+        router_type,
+        K,
+        norm_topk_prob=norm,
+        scaling_factor=2.5,
+        bias_E=bias,
+        n_group=n_group,
+        topk_group=topk_group,
+        group_score=group_score,
+    )
+    for t in range(T):
+        expected = one_token(
+            logits[t].double().tolist(),
+            router_type,
+            K,
+            norm,
+            2.5,
+            bias.double().tolist() if biased else [0.0] * E,
+            n_group,
+            topk_group,
+            group_score,
+        )
+        actual = dict(zip(index[t].tolist(), weights[t].tolist(), strict=True))
+        assert actual == pytest.approx(expected, rel=1e-5)
+
+
+def dense(weights, index, num_experts=E):
+    return torch.zeros(len(index), num_experts).scatter(-1, index, weights.float())
+
+
+def copy_weights(router):
+    torch.nn.init.normal_(router.weight)
+    return router.weight
+
+
+def test_equals_mixtral():
+    router = MixtralTopKRouter(MixtralConfig(hidden_size=20, num_local_experts=E, num_experts_per_tok=K))
+    x = torch.randn(T, 20)
+    logits = x @ copy_weights(router).T
+    _, weights, index = router(x)
+    torch.testing.assert_close(dense(*route(logits, "topk_softmax", K)), dense(weights, index))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_equals_qwen3_moe(norm):
+    config = Qwen3MoeConfig(hidden_size=20, num_experts=E, num_experts_per_tok=K, norm_topk_prob=norm)
+    router = Qwen3MoeTopKRouter(config)
+    x = torch.randn(T, 20)
+    logits = x @ copy_weights(router).T
+    _, weights, index = router(x)
+    ours = route(logits, "softmax_topk", K, norm_topk_prob=norm)
+    torch.testing.assert_close(dense(*ours), dense(weights, index))
+
+
+def test_equals_deepseek_v3():
+    config = DeepseekV3Config(hidden_size=20, n_routed_experts=E, num_experts_per_tok=K, n_group=4, topk_group=2)
+    router = DeepseekV3TopkRouter(config)
+    router.e_score_correction_bias.copy_(torch.randn(E) * 0.1)
+    x = torch.randn(T, 20)
+    logits = x @ copy_weights(router).T
+    _, weights, index = router(x)
+    ours = route(
+        logits,
+        "sigmoid_topk",
+        K,
+        norm_topk_prob=True,
+        scaling_factor=config.routed_scaling_factor,
+        bias_E=router.e_score_correction_bias,
+        n_group=4,
+        topk_group=2,
+    )
+    torch.testing.assert_close(dense(*ours), dense(weights, index))
+
+
+def test_equals_deepseek_v2_device_limited():
+    config = DeepseekV2Config(
+        num_attention_heads=4,
+        hidden_size=20,
+        n_routed_experts=E,
+        num_experts_per_tok=K,
+        n_group=4,
+        topk_group=2,
+        topk_method="group_limited_greedy",
+        routed_scaling_factor=16.0,
+    )
+    router = DeepseekV2TopkRouter(config)
+    x = torch.randn(T, 20)
+    logits = x @ copy_weights(router).T
+    _, weights, index = router(x)
+    ours = route(logits, "softmax_topk", K, scaling_factor=16.0, n_group=4, topk_group=2, group_score="best")
+    torch.testing.assert_close(dense(*ours), dense(weights, index))
+
+
+@pytest.mark.parametrize("router_type", ROUTERS)
+def test_gradient_equals_finite_differences(router_type):
+    logits = torch.randn(5, E, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x: route(x, router_type, K, norm_topk_prob=True).weights_TK, logits)
+
+
+@pytest.mark.parametrize("router_type", ROUTERS)
+def test_the_bias_moves_the_choice_and_never_the_weights(router_type):
+    logits = torch.zeros(T, E)
+    bias = torch.zeros(E)
+    bias[[2, 5, 11]] = 1.0
+    weights, index = route(logits, router_type, K, norm_topk_prob=True, bias_E=bias)
+    assert set(index.flatten().tolist()) == {2, 5, 11}
+    torch.testing.assert_close(weights, torch.full((T, K), 1 / K))
+
+
+def test_sigmoids_that_all_underflow_give_finite_weights():
+    weights, _ = route(torch.full((2, E), -200.0), "sigmoid_topk", K, norm_topk_prob=True)
+    assert weights.isfinite().all()
