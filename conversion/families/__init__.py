@@ -1,0 +1,29 @@
+"""The families that hf_moe reads: one table each."""
+
+from .family import Computed, Family
+from .llama import LLAMA
+from .mistral import MISTRAL
+from .mixtral import MIXTRAL
+from .olmoe import OLMOE
+from .qwen2 import QWEN2
+from .qwen2_moe import QWEN2_MOE
+from .qwen3 import QWEN3
+from .qwen3_moe import QWEN3_MOE
+
+# Mixtures of experts, for `import_checkpoint`.
+FAMILIES: dict[str, Family] = {
+    "mixtral": MIXTRAL,
+    "olmoe": OLMOE,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
+}
+
+# Dense models, for `upcycle`.
+DENSE_FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+}
+
+__all__ = ["DENSE_FAMILIES", "FAMILIES", "Computed", "Family"]

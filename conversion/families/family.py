@@ -1,0 +1,139 @@
+"""What a table says about a model family, and how it is read.
+
+A table maps a family of Transformers to hf_moe twice: its config fields and its tensor names. Every field of the
+family's config class must be accounted for, so that nothing which changes the model's output is dropped silently.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig
+
+
+class Computed(NamedTuple):
+    """A field of hf_moe that is worked out from fields of the family."""
+
+    reads: tuple[str, ...]
+    value: Callable[[PreTrainedConfig], Any]
+
+
+Rows = Mapping[str, tuple[str, ...]]  # hf_moe tensor -> the tensors whose rows, one after the other, are its rows
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family of Transformers, as a table.
+
+    fields: hf_moe field -> the family's field of the same meaning, or a `Computed`.
+    constants: hf_moe fields that are the same for every checkpoint of the family.
+    required: fields of the family that hf_moe can carry with this one value only.
+    neutral: fields that do not change what the model computes, or that its config class folds into others.
+    undeclared: fields that the family's code reads although its config class does not declare them.
+    tensors: rows for the names that differ; {layer} is one layer's index. A name without a row stays as it is.
+    layouts: further rows, by how the experts are stored. {expert} in a name runs over all experts.
+    ignored_tensors: patterns of tensors that old checkpoints hold and Transformers computes anew.
+    """
+
+    model_type: str
+    fields: Mapping[str, str | Computed]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    required: Mapping[str, Any] = field(default_factory=dict)
+    neutral: frozenset[str] = frozenset()
+    undeclared: frozenset[str] = frozenset()
+    tensors: Rows = field(default_factory=dict)
+    layouts: Mapping[str, Rows] = field(default_factory=lambda: {"fused": {}})
+    ignored_tensors: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+
+    def accounted_fields(self) -> set[str]:
+        """Every field of the family's config class that the table knows."""
+        read = set()
+        for source in self.fields.values():
+            read |= set(source.reads) if isinstance(source, Computed) else {source}
+        return (read | set(self.required) | self.neutral) - self.undeclared
+
+    def hf_moe_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """The keyword arguments of the HfMoeConfig that computes what `config` computes.
+
+        Raises a ValueError that names the field which hf_moe cannot carry.
+        """
+        declared = {f.name: f for f in fields(type(config))}
+        required = COMMON_REQUIRED | self.required
+        for name, only in required.items():
+            value = getattr(config, name, only)
+            if value != only:
+                raise ValueError(f"{self.model_type} field {name}={value!r} cannot be carried; only {only!r} can.")
+        for name in declared.keys() - self.accounted_fields() - COMMON_NEUTRAL - required.keys():
+            value = getattr(config, name)
+            if value != declared[name].default:
+                raise ValueError(
+                    f"{self.model_type} field {name}={value!r} cannot be carried: hf_moe does not know it."
+                )
+        carried = dict(self.constants)
+        for target, source in self.fields.items():
+            value = source.value(config) if isinstance(source, Computed) else getattr(config, source, None)
+            carried[target] = copy.deepcopy(value)
+        return carried
+
+    def sources(self, target: str, rows: Rows, num_experts: int) -> list[str]:
+        """The family's tensors whose rows, one after the other, are those of the hf_moe tensor `target`."""
+        layer = re.search(r"\.layers\.(\d+)\.", target)
+        pattern = target if layer is None else target.replace(layer[0], ".layers.{layer}.", 1)
+        names = rows.get(pattern, (pattern,))
+        if layer is not None:
+            names = tuple(name.replace("{layer}", layer[1]) for name in names)
+        if not any("{expert}" in name for name in names):
+            return list(names)
+        return [name.replace("{expert}", str(expert)) for expert in range(num_experts) for name in names]
+
+    def match(self, targets: list[str], available: Container[str], num_experts: int) -> dict[str, list[str]]:
+        """For each hf_moe tensor, its sources among the `available` names, in whichever layout they are stored.
+
+        Raises a ValueError that names the first missing tensor.
+        """
+        missing = {}
+        for layout, rows in self.layouts.items():
+            found = {name: self.sources(name, {**self.tensors, **rows}, num_experts) for name in targets}
+            missing[layout] = [name for names in found.values() for name in names if name not in available]
+            if not missing[layout]:
+                return found
+        layout = min(missing, key=lambda name: len(missing[name]))
+        raise ValueError(
+            f"The checkpoint lacks {missing[layout][0]}, which its config calls for ({len(missing[layout])} tensors "
+            f"missing of the {self.model_type} family)."
+        )
+
+
+def plain_rope(config: PreTrainedConfig) -> dict | None:
+    """The RoPE parameters as they are, with any scaling type. These families rotate whole heads."""
+    rope = config.rope_parameters
+    if rope and rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise ValueError(
+            f"{config.model_type} field partial_rotary_factor={rope['partial_rotary_factor']!r} cannot be carried: "
+            f"Transformers' {config.model_type} does not read it."
+        )
+    return rope
+
+
+def same(*names: str) -> dict[str, str]:
+    """Rows for fields that both sides call alike."""
+    return {name: name for name in names}
+
+
+# What every decoder of Transformers has under one name. Token ids and use_cache change generation, so they go along.
+DECODER_FIELDS = {
+    **same("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
+    **same("rms_norm_eps", "tie_word_embeddings", "num_attention_heads", "num_key_value_heads"),
+    **same("attention_dropout", "hidden_act", "initializer_range", "use_cache"),
+    **same("pad_token_id", "bos_token_id", "eos_token_id"),
+    "rope_parameters": Computed(("rope_parameters",), plain_rope),
+}
+
+# Fields of every config: what the checkpoint is called and how outputs are handed over.
+COMMON_NEUTRAL = frozenset(
+    {"transformers_version", "architectures", "dtype", "output_hidden_states", "return_dict"}
+    | {"id2label", "label2id", "problem_type", "chunk_size_feed_forward"}
+)
+COMMON_REQUIRED = {"is_encoder_decoder": False, "quantization_config": None}

@@ -1,0 +1,30 @@
+"""Mixtral: arXiv 2401.04088. Softmax over the chosen experts; the sliding window, if any, holds in every layer."""
+
+from .family import DECODER_FIELDS, Family, same
+from .moe_rows import ROUTING_FIELDS
+
+MIXTRAL = Family(
+    model_type="mixtral",
+    fields={
+        **DECODER_FIELDS,
+        **ROUTING_FIELDS,
+        **same("head_dim", "sliding_window"),
+        "num_experts": "num_local_experts",
+        "moe_intermediate_size": "intermediate_size",
+    },
+    constants={"router_type": "topk_softmax"},
+    required={"router_jitter_noise": 0.0},  # noise on the router's input while training: hf_moe has none
+    layouts={
+        "per-expert": {
+            "model.layers.{layer}.mlp.gate.weight": ("model.layers.{layer}.block_sparse_moe.gate.weight",),
+            "model.layers.{layer}.mlp.experts.gate_up_proj": (
+                "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
+                "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
+            ),
+            "model.layers.{layer}.mlp.experts.down_proj": (
+                "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+            ),
+        },
+        "fused": {},
+    },
+)

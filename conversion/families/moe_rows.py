@@ -1,0 +1,28 @@
+"""Rows that several mixture-of-experts families share."""
+
+from transformers import PreTrainedConfig
+
+from .family import Computed, same
+
+ROUTING_FIELDS = same("num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
+
+# One tensor per expert and projection, as Transformers 4 had them in memory and 5 still writes them.
+PER_EXPERT = {
+    "model.layers.{layer}.mlp.experts.gate_up_proj": (
+        "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
+        "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+    ),
+    "model.layers.{layer}.mlp.experts.down_proj": ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",),
+}
+LAYOUTS = {"per-expert": PER_EXPERT, "fused": {}}
+
+
+def qwen_mlp_layer_types(config: PreTrainedConfig) -> list[str]:
+    """Sparse is every decoder_sparse_step-th layer that mlp_only_layers does not name."""
+    return [
+        "dense" if layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step else "sparse"
+        for layer in range(config.num_hidden_layers)
+    ]
+
+
+MLP_LAYER_TYPES = Computed(("decoder_sparse_step", "mlp_only_layers"), qwen_mlp_layer_types)

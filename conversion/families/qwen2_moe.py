@@ -1,0 +1,28 @@
+"""Qwen1.5-MoE and Qwen2-MoE: arXiv 2407.10671. A shared expert behind a sigmoid gate beside the routed ones."""
+
+from .family import DECODER_FIELDS, Computed, Family, same
+from .moe_rows import LAYOUTS, MLP_LAYER_TYPES, ROUTING_FIELDS
+
+QWEN2_MOE = Family(
+    model_type="qwen2_moe",
+    fields={
+        **DECODER_FIELDS,
+        **ROUTING_FIELDS,
+        **same("head_dim", "layer_types", "num_experts", "moe_intermediate_size", "norm_topk_prob"),
+        **same("shared_expert_intermediate_size"),
+        "attention_bias": "qkv_bias",
+        "sliding_window": Computed(("sliding_window",), lambda config: config.sliding_window or None),  # 0: none
+        "mlp_layer_types": MLP_LAYER_TYPES,
+    },
+    constants={"router_type": "softmax_topk", "n_shared_experts": 1, "shared_expert_gate": True},
+    # The config class has already worked these into layer_types and sliding_window.
+    neutral=frozenset({"use_sliding_window", "max_window_layers"}),
+    undeclared=frozenset({"head_dim"}),
+    tensors={
+        f"model.layers.{{layer}}.mlp.shared_experts.{projection}.weight": (
+            f"model.layers.{{layer}}.mlp.shared_expert.{projection}.weight",
+        )
+        for projection in ("gate_proj", "up_proj", "down_proj")
+    },
+    layouts=LAYOUTS,
+)

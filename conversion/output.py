@@ -1,0 +1,83 @@
+"""Writing a converted model: weights, config, remote code and the files that go along, in one atomic step."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers.dynamic_module_utils import custom_object_save
+
+from ..model.configuration_hf_moe import HfMoeConfig
+from ..model.modeling_hf_moe import HfMoeForCausalLM
+from ..version import __version__
+from .source import Hashing, Source
+from .verify import verify
+from .writer import Output, check_destination, check_space, plan_shards, staged, write_shards
+
+
+def convert(
+    source: Source,
+    config: HfMoeConfig,
+    outputs: list[Output],
+    dst: str | Path,
+    *,
+    provenance: dict[str, Any],
+    max_shard_size: int | str,
+    dry_run: bool,
+    check: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """Write the model that `outputs` and `config` describe to `dst`, and report on it.
+
+    `provenance` (what was done, with which arguments) is completed with where the source came from.
+    """
+    dst = check_destination(Path(dst))
+    shards = plan_shards(outputs, max_shard_size)
+    nbytes = sum(shard.nbytes for shard in shards)
+    report = {
+        "output": str(dst),
+        "source": source.name,
+        "model_type": source.family.model_type,
+        **count_parameters(outputs, config),
+        "dtype": str(source.checkpoint.dtype).removeprefix("torch."),
+        "disk_bytes": nbytes,
+        "shards": len(shards),
+        "carried_files": [str(path) for path in source.carried_files()],
+        "ignored_config_keys": source.ignored_config_keys,
+        "dry_run": dry_run,
+    }
+    if dry_run:
+        return report
+    check_space(dst, nbytes)
+    with staged(dst) as folder:
+        with (
+            Hashing(source.checkpoint) as hashing,
+            tqdm(total=nbytes, unit="B", unit_scale=True, desc=dst.name, disable=not progress) as bar,
+        ):
+            write_shards(folder, shards, bar.update)
+            origin = {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
+            config.provenance = provenance | origin | {"sha256": hashing.digests(), "hf_moe_version": __version__}
+        config.architectures = [HfMoeForCausalLM.__name__]
+        config.dtype = source.config.dtype or source.checkpoint.dtype
+        config.save_pretrained(folder)
+        with torch.device("meta"):
+            custom_object_save(HfMoeForCausalLM(config), folder)
+        for path in source.carried_files():
+            (folder / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.checkpoint.folder / path, folder / path)
+    if check:
+        report |= verify(source.checkpoint.folder, dst)
+    return report
+
+
+def count_parameters(outputs: list[Output], config: HfMoeConfig) -> dict[str, int]:
+    """All parameters, and those that one token meets: K of E routed experts, everything else whole."""
+    total = active = 0
+    for output in outputs:
+        size = math.prod(output.shape)
+        total += size
+        routed = ".mlp.experts." in output.name
+        active += size // config.num_experts * config.num_experts_per_tok if routed else size
+    return {"total_params": total, "active_params": active}

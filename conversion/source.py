@@ -1,0 +1,197 @@
+"""Opening the checkpoint that a conversion starts from: its family, its config, its tensors and its origin."""
+
+import hashlib
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..model.configuration_hf_moe import HfMoeConfig
+from ..model.modeling_hf_moe import HfMoeForCausalLM
+from .checkpoint import Checkpoint, read_json
+from .families import DENSE_FAMILIES, FAMILIES, Family
+from .writer import Output
+
+# Files beside the weights that go along unchanged. A README does not: it describes the other model.
+CARRIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+DOWNLOADED_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", *CARRIED_FILES)
+
+# Keys of a config.json that describe the file or are the older spelling of a field.
+BOOKKEEPING_KEYS = frozenset(
+    ["_name_or_path", "auto_map", "model_type", "rope_scaling", "rope_theta", "torch_dtype", "transformers_version"]
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, opened and checked: what the files say agrees with the config, tensor by tensor."""
+
+    name: str  # of the folder, or the Hub id
+    revision: str | None  # the Hub's commit
+    family: Family
+    config: PreTrainedConfig
+    hf_moe_fields: Mapping[str, Any]
+    ignored_config_keys: list[str]  # the family's class in Transformers does not read them
+    checkpoint: Checkpoint
+
+    def carried_files(self) -> list[Path]:
+        """Tokenizer, chat template, generation config and licence files, relative to the folder."""
+        folder = self.checkpoint.folder
+        found = {path for pattern in CARRIED_FILES for path in folder.glob(pattern) if path.is_file()}
+        return sorted(path.relative_to(folder) for path in found)
+
+    def outputs(self, config: HfMoeConfig) -> dict[str, Output]:
+        """Every tensor of the hf_moe model that `config` describes, made of this checkpoint's bytes.
+
+        Raises a ValueError that names the tensor which is missing, left over, or of another shape or dtype.
+        """
+        shapes = tensor_shapes(config)
+        entries = self.checkpoint.entries
+        sources = self.family.match(list(shapes), entries, config.num_experts)
+        used = {name for names in sources.values() for name in names}
+        for name in entries:
+            if name not in used and not any(re.fullmatch(p, name) for p in self.family.ignored_tensors):
+                self._accept_left_over(name, config)
+        return {name: self._output(name, shapes[name], names) for name, names in sources.items()}
+
+    def _accept_left_over(self, name: str, config: HfMoeConfig) -> None:
+        """A tied head may be stored too, if it equals the embedding. Anything else is refused."""
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            if not torch.equal(self.checkpoint.tensor(name), self.checkpoint.tensor("model.embed_tokens.weight")):
+                raise ValueError(
+                    "lm_head.weight differs from model.embed_tokens.weight although the config says "
+                    "tie_word_embeddings=true; correct the config."
+                )
+            return
+        raise ValueError(
+            f"The checkpoint holds {name}, which a {self.family.model_type} with this config does not use."
+        )
+
+    def _output(self, name: str, shape: tuple[int, ...], sources: list[str]) -> Output:
+        entries = [self.checkpoint.entries[source] for source in sources]
+        first = entries[0]
+        for source, entry in zip(sources, entries, strict=True):
+            if entry.dtype != first.dtype:
+                raise ValueError(
+                    f"{source} is {entry.dtype}, but {sources[0]} is {first.dtype}; they become one tensor."
+                )
+            # Several tensors are laid one after the other, along dimensions that hf_moe has in front.
+            rows = shape if len(sources) == 1 else (shape[-2] * _prod(shape[:-2]) // len(sources), shape[-1])
+            if entry.shape != rows:
+                raise ValueError(f"{source} has shape {list(entry.shape)}, but the config calls for {list(rows)}.")
+        return Output(name, first.dtype, shape, lambda: map(self.checkpoint.tensor, sources))
+
+
+def _prod(sizes: tuple[int, ...]) -> int:
+    return torch.Size(sizes).numel()
+
+
+def tensor_shapes(config: HfMoeConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a checkpoint of HfMoeForCausalLM holds, from a model without memory."""
+    with torch.device("meta"):
+        model = HfMoeForCausalLM(config)
+    tied = model.all_tied_weights_keys
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def locate(src: str | Path) -> tuple[Path, str, str | None]:
+    """Folder, name and Hub revision of a checkpoint. Downloads where `src` is no folder but may be a Hub id."""
+    folder = Path(src).expanduser()
+    if folder.is_dir():
+        return folder, folder.resolve().name, None
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(src)) or str(src).startswith("."):
+        raise FileNotFoundError(f"The checkpoint folder {src} does not exist.")
+    try:
+        folder = Path(snapshot_download(str(src), allow_patterns=list(DOWNLOADED_FILES)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{src} is no folder here and could not be had from the Hub: {reason}") from error
+    return folder, str(src), folder.name
+
+
+def open_source(src: str | Path, families: Mapping[str, Family]) -> Source:
+    """Open a checkpoint of one of `families`.
+
+    Raises FileNotFoundError or a ValueError of one line: no checkpoint, an unknown family, a field that hf_moe cannot
+    carry, damaged files.
+    """
+    folder, name, revision = locate(src)
+    said = read_json(folder / "config.json")
+    model_type = said.get("model_type")
+    if model_type not in families:
+        raise ValueError(_unknown_family(name, model_type, families))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if said.get("per_layer_config"):
+        raise ValueError(f"{model_type} field per_layer_config cannot be carried: layers must be alike.")
+    family = families[model_type]
+    known = {f.name for f in fields(type(config))} | set(config.attribute_map) | set(config.attribute_map.values())
+    return Source(
+        name=name,
+        revision=revision,
+        family=family,
+        config=config,
+        hf_moe_fields=family.hf_moe_fields(config),
+        ignored_config_keys=sorted(set(said) - known - BOOKKEEPING_KEYS - family.undeclared),
+        checkpoint=Checkpoint(folder),
+    )
+
+
+def _unknown_family(name: str, model_type: Any, families: Mapping[str, Family]) -> str:
+    known = ", ".join(families)
+    if model_type in FAMILIES:
+        return f"{name} is a {model_type}, already a mixture of experts: import it. Upcycling takes {known}."
+    if model_type in DENSE_FAMILIES:
+        return f"{name} is a {model_type}, a dense model: upcycle it. Importing takes {known}."
+    return f"{name} has model_type {model_type!r}, which hf_moe does not read; it reads {known}."
+
+
+class Hashing:
+    """SHA-256 of a checkpoint's weight files, worked out beside the conversion. Equal to the Hub's LFS digests."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint, self._digests, self._stop = checkpoint, {}, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Hashing":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        buffer = memoryview(bytearray(1 << 22))
+        for name in self._checkpoint.files:
+            digest = hashlib.sha256()
+            with (self._checkpoint.folder / name).open("rb", buffering=0) as file:
+                while not self._stop.is_set() and (count := file.readinto(buffer)):
+                    digest.update(buffer[:count])
+            self._digests[name] = digest.hexdigest()
+
+    def digests(self) -> dict[str, str]:
+        self._thread.join()
+        assert len(self._digests) == len(self._checkpoint.files), "hashing ended early"
+        return self._digests

@@ -1,0 +1,158 @@
+"""Writing safetensors checkpoints piece by piece, and folders that appear whole or not at all."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from .checkpoint import DTYPES, INDEX_FILE
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CHUNK_BYTES = 1 << 24  # how much is written between two looks at the clock (and at Ctrl-C)
+
+
+class Output(NamedTuple):
+    """One tensor to write: `pieces()` yields tensors whose values, one after the other, are its rows."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Shard(NamedTuple):
+    """One file to write: its bytes up to the data, and the tensors in the order of their bytes."""
+
+    file: str
+    header: bytes
+    outputs: list[Output]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(output.nbytes for output in self.outputs)
+
+
+def plan_shards(outputs: list[Output], max_shard_size: int | str) -> list[Shard]:
+    """Cut the tensors, in their order, into files of at most `max_shard_size` ("5GB"), named as Transformers does.
+
+    A tensor above the limit gets a file of its own. Raises a ValueError for a size that cannot be read.
+    """
+    by_name = {output.name: output for output in outputs}
+    assert len(by_name) == len(outputs), "two outputs have one name"
+    try:
+        split = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda output: output.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError:
+        raise ValueError(f"max_shard_size {max_shard_size!r} is no size; write it like '5GB' or '200MB'.") from None
+    return [_shard(file, [by_name[name] for name in names]) for file, names in split.filename_to_tensors.items()]
+
+
+def _shard(file: str, outputs: list[Output]) -> Shard:
+    # Wide types first: then every tensor lies at a multiple of its item size.
+    outputs = sorted(outputs, key=lambda output: -output.dtype.itemsize)
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for output in outputs:
+        begin, end = end, end + output.nbytes
+        header[output.name] = {
+            "dtype": DTYPE_NAMES[output.dtype],
+            "shape": list(output.shape),
+            "data_offsets": [begin, end],
+        }
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return Shard(file, len(raw).to_bytes(8, "little") + raw, outputs)
+
+
+def write_shards(folder: Path, shards: list[Shard], advance: Callable[[int], object]) -> None:
+    """Write every shard and, if there are several, the index. `advance(n)` hears of every n bytes written."""
+    for shard in shards:
+        with (folder / shard.file).open("wb", buffering=0) as file:
+            _write(file, memoryview(shard.header), advance)
+            for output in shard.outputs:
+                written = sum(_write(file, _bytes(piece, output), advance) for piece in output.pieces())
+                assert written == output.nbytes, f"{output.name}: {written} bytes instead of {output.nbytes}"
+            os.fsync(file.fileno())
+    if len(shards) > 1:
+        weight_map = {output.name: shard.file for shard in shards for output in shard.outputs}
+        total = sum(output.nbytes for shard in shards for output in shard.outputs)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _bytes(piece: torch.Tensor, output: Output) -> memoryview:
+    assert piece.dtype == output.dtype, f"{output.name}: a piece is {piece.dtype}, not {output.dtype}"
+    return memoryview(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _write(file, data: memoryview, advance: Callable[[int], object]) -> int:
+    done = 0
+    while done < len(data):
+        step = file.write(data[done : done + CHUNK_BYTES])
+        done += step
+        advance(step)
+    return done
+
+
+def check_destination(folder: Path) -> Path:
+    """The destination, absolute. Raises FileExistsError unless it is absent or an empty folder."""
+    folder = folder.expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"The output {folder} is a file; name a folder that does not exist or is empty.")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"The output folder {folder} is not empty; name another or empty it.")
+    return folder
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Raise an OSError where the disk under `folder` has no room for `nbytes`."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        raise OSError(
+            f"The output takes {nbytes / 1e9:.2f} GB, but the disk of {folder} has {free / 1e9:.2f} GB left."
+        )
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its name when the block ends well and goes when it does not.
+
+    A kill leaves at most the staging folder, `.NAME.*.partial`; what has the final name is complete and on the disk.
+    """
+    folder = check_destination(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    staging.mkdir()
+    try:
+        yield staging
+        for path in [*staging.rglob("*"), staging]:
+            _flush(path)
+        check_destination(folder)  # somebody may have filled it meanwhile
+        os.replace(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
