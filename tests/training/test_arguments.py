@@ -1,0 +1,103 @@
+import pytest
+import yaml
+from hf_moe.training.arguments import REQUIRED, parse_sft, read_recipe, shipped_recipes
+
+GIVEN = ["--model_name_or_path", "model", "--train_data", "rows.jsonl", "--output_dir", "out"]
+CPU = ["--bf16", "false"]
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_argument_of_a_shipped_recipe_arrives(name):
+    arguments = {}
+    for part in parse_sft([name, *GIVEN, *CPU]):
+        arguments |= vars(part)
+    recipe = read_recipe(name)
+    assert len(recipe) > 20
+    for key, value in recipe.items():
+        if key not in (*REQUIRED, "bf16"):
+            assert arguments[key] == ([] if value == "none" else value), key  # report_to: none
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipe_names_no_path_and_has_a_readme(name):
+    assert all(read_recipe(name)[key] is None for key in REQUIRED)
+    assert f"hf-moe train {name}" in shipped_recipes()[name].with_name("README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(**arguments):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({"use_cpu": True, "bf16": False, "max_steps": 3} | arguments), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_command_line_wins_over_recipe_and_recipe_over_default(recipe):
+    name = recipe(learning_rate=0.5, seed=7, train_data=["a.jsonl", "b.jsonl"], model_init_kwargs={"x": 1})
+    model, data, training = parse_sft([name, "--seed", "9", "--model_name_or_path=model", "--output-dir", "out"])
+    assert (training.seed, training.learning_rate, training.max_steps) == (9, 0.5, 3)
+    assert (model.model_name_or_path, training.output_dir) == ("model", "out")
+    assert data.train_data == ["a.jsonl", "b.jsonl"]
+    assert training.model_init_kwargs == {"x": 1}
+
+
+def test_null_in_a_recipe_is_a_value(recipe):
+    assert parse_sft([recipe(), *GIVEN])[2].max_length == 1024
+    assert parse_sft([recipe(max_length=None), *GIVEN])[2].max_length is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra", "message"),
+    [
+        ({"learning_rat": 1}, [], "unknown argument learning_rat; the nearest known one is learning_rate"),
+        ({}, ["--max_step", "3"], "unknown argument max_step; the nearest known one is max_steps"),
+        ({}, ["--eval-dat=x"], "unknown argument eval_dat; the nearest known one is eval_data"),
+        ({}, ["--lora_r", "3"], "unknown argument lora_r"),
+        ({}, ["--seed", "3", "4"], "'4' belongs to no argument"),
+        ({"max_steps": "many"}, [], "max_steps.*invalid int value: 'many'"),
+        ({"max_steps": 1.5}, [], "max_steps.*invalid int value: '1.5'"),
+        ({"loss_type": "mse"}, [], "loss_type.*invalid choice: 'mse'"),
+        ({}, ["--seed"], "seed.*expected one argument"),
+        ({"dtype": "float8"}, [], "dtype.*invalid choice: 'float8'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_mistake_in_an_argument_is_one_line(recipe, arguments, extra, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_sft([recipe(**arguments), *GIVEN, *extra])
+    assert "\n" not in str(error.value)
+
+
+def test_missing_arguments_are_all_named(recipe):
+    with pytest.raises(ValueError, match="leaves --model_name_or_path and --train_data and --output_dir to you"):
+        parse_sft([recipe()])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "holds a list"),
+        ("", "holds a NoneType"),
+        ("a: [1\nb: 2\n", "is not YAML"),
+        ("\0", "is not YAML"),
+    ],
+)
+def test_file_that_is_no_recipe(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        parse_sft([str(path), *GIVEN])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["absent.yaml", "tiny/absent", "../recipes/tiny/sft", "tiny"])
+def test_unknown_recipe_lists_the_known_ones(name):
+    with pytest.raises(FileNotFoundError, match=rf"No recipe {name}: .*tiny/sft"):
+        parse_sft([name, *GIVEN])
+
+
+def test_no_recipe_at_all():
+    with pytest.raises(ValueError, match="Give a recipe"):
+        parse_sft([])

@@ -1,0 +1,123 @@
+import pytest
+from datasets import Dataset
+from hf_moe.training.data import is_conversational, load_rows
+
+from .conftest import write_rows
+
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+KINDS = {
+    "messages": ({"messages": MESSAGES}, True),
+    "conversations": ({"conversations": SHAREGPT}, True),
+    "prompt-completion": ({"prompt": "Hi", "completion": "Ho"}, False),
+    "prompt-completion-messages": ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, True),
+    "text": ({"text": "Hi Ho"}, False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_keep_the_columns_that_trl_reads(tmp_path, kind):
+    row, conversational = KINDS[kind]
+    path = write_rows(tmp_path / "rows.jsonl", [row | {"id": "a", "source": "b"}] * 3)
+    rows = load_rows([str(path)], split="train")
+    assert (len(rows), rows[2]) == (3, row)
+    assert is_conversational(rows) == conversational
+
+
+def test_messages_come_before_a_prompt_without_completion(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Hi", "messages": MESSAGES, "tools": "[]"}])
+    assert load_rows([str(path)], split="train").column_names == ["messages", "tools"]
+
+
+def test_own_text_field(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"body": "Hi"}])
+    assert load_rows([str(path)], split="train", text_field="body")[0] == {"body": "Hi"}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_several_files(tmp_path, suffix):
+    for name in ("a", "b"):
+        rows = Dataset.from_list([{"text": name}] * 3)
+        write = rows.to_parquet if suffix == "parquet" else rows.to_json
+        write(tmp_path / f"{name}.{suffix}")
+    rows = load_rows([str(tmp_path / f"{name}.{suffix}") for name in ("a", "b")], split="train")
+    assert rows["text"][:] == ["a"] * 3 + ["b"] * 3
+
+
+def test_folder_has_splits(data_folder):
+    assert len(load_rows([str(data_folder)], split="train")) == 41
+    assert len(load_rows([str(data_folder)], split="validation")) == 7
+    with pytest.raises(ValueError, match="has no split dev; its splits are train, validation"):
+        load_rows([str(data_folder)], split="dev")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "a", "answer": "b"}], "has the columns question, answer; expected messages or .*or text"),
+        ([{"prompt": "a"}], "has the columns prompt; expected"),
+        ([{"text": "a"}, {"text": None}], "row 1 has no text"),
+        ([{"text": "a"}, {"id": 3}], "row 1 has no text"),
+        ([{"messages": MESSAGES}, {"messages": []}], "row 1 has no messages"),
+        ([{"messages": []}, {"messages": MESSAGES}], "row 0 has no messages"),
+        ([{"messages": SHAREGPT}], "each entry of messages needs content and role"),
+        ([{"conversations": MESSAGES}], "each entry of conversations needs from and value"),
+        ([{"messages": "Hi"}], "messages must be a list of messages, but is str"),
+        ([{"text": 3}], "text must be text or a list of messages, but is int"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rows_that_trl_cannot_read(tmp_path, rows, message):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=message) as error:
+        load_rows([str(path)], split="train", what="eval_data")
+    assert str(error.value).startswith(f"eval_data {path}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"not json\n", "cannot be read as rows"), (b"\xff\xfe\x00", "cannot be read as rows")],
+    ids=["empty", "text", "binary"],
+)
+def test_file_without_rows(tmp_path, content, message):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_rows([str(tmp_path / "rows.jsonl")], split="train")
+    assert "\n" not in str(error.value)
+
+
+def test_data_set_without_rows(tmp_path):
+    Dataset.from_dict({"text": []}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"cannot be read as rows: .*no data"):
+        load_rows([str(tmp_path / "rows.parquet")], split="train")
+
+
+def test_absent_and_mixed_files(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*absent.jsonl"):
+        load_rows([str(tmp_path / "absent.jsonl")], split="train")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_rows([str(rows), str(tmp_path)], split="train")
+    with pytest.raises(ValueError, match=r"must all end in one of .jsonl, .json, .parquet, but end in \['.csv'\]"):
+        load_rows([str(tmp_path / "rows.csv")], split="train")
+
+
+def test_hub_data_set(monkeypatch):
+    """A name that is no path goes to the Hub as it is, with its configuration."""
+    asked = []
+
+    def load_dataset(*args):
+        asked.append(args)
+        return {"train_sft": Dataset.from_list([{"messages": MESSAGES}])}
+
+    monkeypatch.setattr("hf_moe.training.data.load_dataset", load_dataset)
+    rows = load_rows(["owner/name"], split="train_sft", config="en")
+    assert asked == [("owner/name", "en")] and rows[0] == {"messages": MESSAGES}
+
+
+def test_absent_folder_or_hub_data_set(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="owner/absent") as error:
+        load_rows(["owner/absent"], split="train")
+    assert "\n" not in str(error.value)

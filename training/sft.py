@@ -1,0 +1,160 @@
+"""Supervised fine-tuning: `hf-moe train RECIPE.yaml [--key value ...]`, with TRL's SFTTrainer underneath."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
+
+from .arguments import DataArguments, ModelArguments, parse_sft
+from .data import is_conversational, load_rows
+from .trainer import MoeSFTTrainer, is_complete, last_checkpoint, load_model
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def main(argv: list[str]) -> None:
+    """Run the recipe argv[0] with the arguments after it. Raises ValueError or OSError for the user's mistakes."""
+    run(*parse_sft(argv))
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: SFTConfig) -> dict[str, float]:
+    """Train, evaluate before and after, save to `output_dir`; returns the metrics, with `eval_loss_before`."""
+    checkpoint = checkpoint_to_resume(args)
+    train_rows, eval_rows = load_data(data_args, args)
+    args.eval_on_start = eval_rows is not None and checkpoint is None
+    args.chat_template_path = find_template(args.chat_template_path)
+    source = checkpoint or model_args.model_name_or_path
+    tokenizer = load_tokenizer(source, model_args, args)
+    check_template(tokenizer, train_rows, args)
+
+    if checkpoint is not None:
+        print(f"resuming from {checkpoint}", file=sys.stderr)
+    trainer = build_trainer(source, model_args, args, tokenizer, train_rows, eval_rows)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_metrics("train", metrics)
+    if eval_rows is not None:
+        before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+        after = trainer.evaluate() | {"eval_loss_before": before}
+        trainer.save_metrics("eval", after)
+        metrics = metrics | after
+    save(trainer)
+    if trainer.is_world_process_zero():
+        print(summary(metrics, args.output_dir), file=sys.stderr)
+    return metrics
+
+
+def checkpoint_to_resume(args: SFTConfig) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means, a folder or true for the last one; else None.
+
+    Raises ValueError if there is none, or if `output_dir` holds something that this run would overwrite.
+    """
+    wanted, output = args.resume_from_checkpoint, Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir {output} is a file.")
+    if wanted is None or wanted.lower() in ("false", "no"):
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(
+                f"output_dir {output} is not empty: give another, or --resume_from_checkpoint true to continue it."
+            )
+        return None
+    if wanted.lower() in ("true", "yes"):
+        checkpoint = last_checkpoint(output)
+        if checkpoint is None:
+            raise ValueError(f"output_dir {output} holds no complete checkpoint to resume from.")
+        return checkpoint
+    if not is_complete(wanted):
+        raise ValueError(f"resume_from_checkpoint {wanted} is not a complete checkpoint.")
+    return wanted
+
+
+def load_data(data_args: DataArguments, args: SFTConfig) -> tuple[Dataset, Dataset | None]:
+    common = {"config": data_args.dataset_config, "text_field": args.dataset_text_field}
+    train_rows = load_rows(data_args.train_data, split=data_args.train_split, what="train_data", **common)
+    if data_args.eval_data:
+        return train_rows, load_rows(data_args.eval_data, split=data_args.eval_split, what="eval_data", **common)
+    if args.eval_strategy != "no":
+        raise ValueError(f"eval_strategy is {args.eval_strategy.value}: give --eval_data, or --eval_strategy no.")
+    return train_rows, None
+
+
+def load_tokenizer(source: str, model_args: ModelArguments, args: SFTConfig) -> PreTrainedTokenizerBase:
+    if not Path(source).is_dir() and (Path(source).is_absolute() or source.startswith(".") or source.count("/") > 1):
+        raise FileNotFoundError(f"model_name_or_path: there is no folder {source}.")
+    return AutoTokenizer.from_pretrained(
+        source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+
+
+def find_template(name: str | None) -> str | None:
+    """The file of a template that comes with hf_moe, by its name; any other value as it is, for TRL."""
+    shipped = {path.stem: str(path) for path in TEMPLATES.glob("*.jinja")}
+    return shipped.get(name, name)
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: SFTConfig) -> None:
+    path = args.chat_template_path
+    if path is not None and path.endswith((".jinja", ".j2")) and not Path(path).is_file():
+        raise FileNotFoundError(f"chat_template_path: there is no file {path}.")
+    if is_conversational(rows) and path is None and tokenizer.chat_template is None:
+        raise ValueError(
+            "The rows are conversations and the tokenizer has no chat template: give --chat_template_path FILE.jinja, "
+            f"or one of {', '.join(sorted(path.stem for path in TEMPLATES.glob('*.jinja')))}."
+        )
+
+
+def build_trainer(
+    source: str,
+    model_args: ModelArguments,
+    args: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Dataset,
+    eval_rows: Dataset | None,
+) -> MoeSFTTrainer:
+    """The trainer with its model loaded from `source`. Raises ValueError if no row is left to train on."""
+    named = {
+        "attn_implementation": model_args.attn_implementation,
+        "experts_implementation": model_args.experts_implementation,
+    }
+    model = load_model(
+        source,
+        dtype=model_args.dtype,
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        **{name: value for name, value in named.items() if value is not None},
+        **(args.model_init_kwargs or {}),
+    )
+    args.model_init_kwargs = None  # used
+    trainer = MoeSFTTrainer(
+        model=model, args=args, processing_class=tokenizer, train_dataset=train_rows, eval_dataset=eval_rows
+    )
+    for name, rows in (("train_data", trainer.train_dataset), ("eval_data", trainer.eval_dataset)):
+        if rows is not None and len(rows) == 0:
+            raise ValueError(f"{name} has no token to learn from within max_length {args.max_length}.")
+    return trainer
+
+
+def save(trainer: MoeSFTTrainer) -> None:
+    """Model and tokenizer to `output_dir`, the configuration last: a kill leaves no folder that half loads."""
+    output = Path(trainer.args.output_dir)
+    aside = output / ".incomplete"
+    if trainer.args.should_save:
+        shutil.rmtree(aside, ignore_errors=True)
+    trainer.save_model(str(aside), _internal_call=True)
+    if trainer.args.should_save:
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(output / path.name)
+        aside.rmdir()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def summary(metrics: dict[str, float], output_dir: str) -> str:
+    loss = f"train loss {metrics['train_loss']:.4f}"
+    if "eval_loss" in metrics:
+        loss = f"held-out loss {metrics['eval_loss_before']:.4f} before, {metrics['eval_loss']:.4f} after"
+    return f"{loss}; saved to {output_dir}"
