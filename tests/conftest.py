@@ -11,6 +11,9 @@ import hf_moe
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# HF_MOE_TEST_DEVICE=cuda runs the whole suite there: every tensor a test makes lands on it.
+torch.set_default_device(os.environ.get("HF_MOE_TEST_DEVICE", "cpu"))
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -55,8 +58,9 @@ def tiny_model(**changes) -> hf_moe.HfMoeForCausalLM:
 
 
 def tokens(batch: int = 2, length: int = 11, vocab_size: int = 97, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, vocab_size, (batch, length), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    ids = torch.randint(1, vocab_size, (batch, length), generator=generator, device="cpu")
+    return ids.to(torch.get_default_device())
 
 
 def pytest_collection_modifyitems(items):

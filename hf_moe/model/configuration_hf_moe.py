@@ -54,32 +54,10 @@ class HfMoeConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ("past_key_values",)
     attribute_map = {"num_local_experts": "num_experts", "n_routed_experts": "num_experts"}
 
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.up_proj": "colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-        "layers.*.mlp.shared_experts.gate_proj": "colwise",
-        "layers.*.mlp.shared_experts.up_proj": "colwise",
-        "layers.*.mlp.shared_experts.down_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
-    }
-    base_model_ep_plan = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
     }
 
     vocab_size: int = 32000
@@ -150,13 +128,41 @@ class HfMoeConfig(PreTrainedConfig):
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
-        if self.qk_norm == "projection":
-            # The norm runs over all heads at once, so its input must be gathered from the ranks.
-            gathered = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output")
-            plan = gathered | {"o_proj": "rowwise_split_input"}
-            self.base_model_tp_plan = self.base_model_tp_plan | {
-                f"layers.*.self_attn.{name}": style for name, style in plan.items()
-            }
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor parallelism: a style for each tensor that this configuration has (any other draws a warning)."""
+        # A norm over all heads at once needs its whole input, so q, k and v are gathered from the ranks.
+        gathered = self.qk_norm == "projection"
+        column = "colwise_gather_output" if gathered else "colwise"
+        attention = {"q_proj": column, "k_proj": column, "v_proj": column}
+        attention["o_proj"] = "rowwise_split_input" if gathered else "rowwise"
+        mlp = {"gate_proj": "colwise"} if self.gated_mlp else {}
+        mlp |= {"up_proj": "colwise", "down_proj": "rowwise"}
+        experts = {"gate_up_proj": "packed_colwise"} if self.gated_mlp else {"up_proj": "colwise"}
+        experts |= {"down_proj": "rowwise"}
+
+        plan = {f"layers.*.self_attn.{name}": style for name, style in attention.items()}
+        if "dense" in self.mlp_layer_types:
+            plan |= {f"layers.*.mlp.{name}": style for name, style in mlp.items()}
+        if "sparse" in self.mlp_layer_types:
+            if not self.mlp_bias:  # the ranks' sums would add an expert's bias once per rank: those stay whole
+                plan |= {f"layers.*.mlp.experts.{name}": style for name, style in experts.items()}
+                plan["layers.*.mlp.experts"] = "moe_tp_experts"
+            if self.n_shared_experts > 0:
+                plan |= {f"layers.*.mlp.shared_experts.{name}": style for name, style in mlp.items()}
+        return plan
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """Expert parallelism: whole experts on each rank, tokens dispatched to them."""
+        if "sparse" not in self.mlp_layer_types:
+            return {}
+        names = ["gate_up_proj" if self.gated_mlp else "up_proj", "down_proj"]
+        if self.mlp_bias:
+            names += [f"{name}_bias" for name in names]
+        plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in names}
+        return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
 
     def validate_attention(self):
         if self.head_dim * self.num_attention_heads <= 0 or self.num_attention_heads % self.num_key_value_heads:

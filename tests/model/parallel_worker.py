@@ -1,0 +1,44 @@
+"""Run by torchrun on two processes: each saved model under each parallel layout against one process, as JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+import hf_moe  # noqa: F401
+
+LAYOUTS = {
+    "tensor-parallel": {"tp_size": 2, "tp_plan": "auto"},
+    "tensor-and-expert-parallel": {"tp_size": 2, "ep_size": 2},
+    "expert-parallel": {"fsdp_size": 2, "ep_size": 2},
+    "fsdp": {"fsdp_size": 2},
+}
+WATCHED = ["model.layers.0.self_attn.o_proj.weight", "model.layers.2.mlp.gate.weight", "model.embed_tokens.weight"]
+
+
+def run(model) -> dict[str, torch.Tensor]:
+    ids = torch.arange(1, 23).view(2, 11)
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    parameters = dict(model.named_parameters())
+    result = {"logits": out.logits.detach()} | {name: parameters[name].grad for name in WATCHED}
+    return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in result.items()}
+
+
+def main(folder: str):
+    differences = {}
+    for saved in sorted(Path(folder).iterdir()):
+        expected = run(AutoModelForCausalLM.from_pretrained(saved))
+        for layout, sizes in LAYOUTS.items():
+            actual = run(AutoModelForCausalLM.from_pretrained(saved, distributed_config=DistributedConfig(**sizes)))
+            worst = {n: ((actual[n] - x).abs().max() / x.abs().max()).item() for n, x in expected.items()}
+            differences[f"{saved.name}/{layout}"] = worst
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(differences))
+    torch.distributed.destroy_process_group()
+
+
+main(*sys.argv[1:])

@@ -1,0 +1,52 @@
+"""Tensor, expert and data parallelism of Transformers on two CPU processes give one process's logits and gradients."""
+
+import fnmatch
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import tiny_model
+
+EVEN = {"vocab_size": 98, "num_experts": 6}  # what is split between two ranks must be even
+MODELS = {
+    "gated": {"n_shared_experts": 1},
+    "plain-projection-norm": {"gated_mlp": False, "hidden_act": "gelu", "qk_norm": "projection"},
+    "biases": {"mlp_bias": True, "attention_bias": True, "attention_output_bias": True, "n_shared_experts": 1},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_rule_of_a_plan_matches_something(name):
+    model = tiny_model(**EVEN, **MODELS[name])
+    names = [module for module, _ in model.model.named_modules()] + [p for p, _ in model.model.named_parameters()]
+    for rule in model.config.base_model_tp_plan | model.config.base_model_ep_plan:
+        assert fnmatch.filter(names, rule), rule
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    for name, changes in MODELS.items():
+        tiny_model(**EVEN, **changes).save_pretrained(folder / name)
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*command, str(root / "tests/model/parallel_worker.py"), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("layout", ["tensor-parallel", "tensor-and-expert-parallel", "expert-parallel", "fsdp"])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_one_process(differences, name, layout):
+    assert differences[f"{name}/{layout}"] == pytest.approx(
+        dict.fromkeys(differences[f"{name}/{layout}"], 0), abs=1e-4
+    )
