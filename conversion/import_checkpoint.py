@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from ..model.configuration_hf_moe import HfMoeConfig
 from .families import FAMILIES
 from .output import convert
 from .source import open_source
@@ -29,7 +28,7 @@ def import_checkpoint(
     """
     check_destination(Path(dst))
     source = open_source(src, FAMILIES)
-    config = HfMoeConfig(**source.hf_moe_fields)
+    config = source.hf_moe_config()
     return convert(
         source,
         config,

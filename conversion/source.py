@@ -3,13 +3,14 @@
 import hashlib
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..model.configuration_hf_moe import HfMoeConfig
@@ -36,7 +37,10 @@ CARRIED_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-DOWNLOADED_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", *CARRIED_FILES)
+DOWNLOADED_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *CARRIED_FILES)
+
+# A weight of another type is a code that its config would have to explain, and hf_moe reads no quantized checkpoints.
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Keys of a config.json that describe the file or are the older spelling of a field.
 BOOKKEEPING_KEYS = frozenset(
@@ -61,6 +65,10 @@ class Source:
         folder = self.checkpoint.folder
         found = {path for pattern in CARRIED_FILES for path in folder.glob(pattern) if path.is_file()}
         return sorted(path.relative_to(folder) for path in found)
+
+    def hf_moe_config(self, **choices: Any) -> HfMoeConfig:
+        """The hf_moe config of this checkpoint with the `choices` of a conversion."""
+        return built(HfMoeConfig, f"{self.name} cannot be carried", **self.hf_moe_fields, **choices)
 
     def outputs(self, config: HfMoeConfig) -> dict[str, Output]:
         """Every tensor of the hf_moe model that `config` describes, made of this checkpoint's bytes.
@@ -92,6 +100,8 @@ class Source:
     def _output(self, name: str, shape: tuple[int, ...], sources: list[str]) -> Output:
         entries = [self.checkpoint.entries[source] for source in sources]
         first = entries[0]
+        if first.dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"{sources[0]} is {first.dtype}: hf_moe reads floating-point weights, none quantized.")
         for source, entry in zip(sources, entries, strict=True):
             if entry.dtype != first.dtype:
                 raise ValueError(
@@ -142,7 +152,7 @@ def open_source(src: str | Path, families: Mapping[str, Family]) -> Source:
     model_type = said.get("model_type")
     if model_type not in families:
         raise ValueError(_unknown_family(name, model_type, families))
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = built(AutoConfig.from_pretrained, f"{folder / 'config.json'} is no valid {model_type} config", folder)
     if said.get("per_layer_config"):
         raise ValueError(f"{model_type} field per_layer_config cannot be carried: layers must be alike.")
     family = families[model_type]
@@ -156,6 +166,14 @@ def open_source(src: str | Path, families: Mapping[str, Family]) -> Source:
         ignored_config_keys=sorted(set(said) - known - BOOKKEEPING_KEYS - family.undeclared),
         checkpoint=Checkpoint(folder),
     )
+
+
+def built(make: Callable, what: str, *arguments: Any, **fields: Any) -> Any:
+    """What `make` returns. Its complaints about fields become a ValueError of one line that says `what` is wrong."""
+    try:
+        return make(*arguments, **fields)
+    except (StrictDataclassError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{what}: {' '.join(str(error.__cause__ or error).split())}") from error
 
 
 def _unknown_family(name: str, model_type: Any, families: Mapping[str, Family]) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ..model.configuration_hf_moe import HfMoeConfig
 from .families import DENSE_FAMILIES
 from .output import convert
 from .source import open_source, tensor_shapes
@@ -61,9 +60,8 @@ def upcycle(
     source = open_source(src, DENSE_FAMILIES)
     num_layers = source.hf_moe_fields["num_hidden_layers"]
     sparse = parse_layers(layers, num_layers)
-    dense = source.outputs(HfMoeConfig(**source.hf_moe_fields, mlp_layer_types=["dense"] * num_layers))
-    config = HfMoeConfig(
-        **source.hf_moe_fields,
+    dense = source.outputs(source.hf_moe_config(mlp_layer_types=["dense"] * num_layers))
+    config = source.hf_moe_config(
         mlp_layer_types=["sparse" if layer in sparse else "dense" for layer in range(num_layers)],
         num_experts=experts,
         num_experts_per_tok=top_k,

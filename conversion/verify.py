@@ -46,6 +46,10 @@ def verify(
             f"The models cannot be compared: {a} has {config_a.vocab_size} tokens, {b} has {config_b.vocab_size}."
         )
     ids = token_ids(a, data, config_a.vocab_size, max_tokens, seed)
+    if ids.max() >= config_a.vocab_size:
+        raise ValueError(
+            f"{a}: its tokenizer gives token {ids.max()}, but the model has {config_a.vocab_size} tokens."
+        )
     if len(ids) < 2:
         raise ValueError(f"{data} has {len(ids)} tokens; at least 2 are needed.")
     window = min(WINDOW, config_a.max_position_embeddings, config_b.max_position_embeddings)

@@ -93,15 +93,17 @@ class Family:
 
         Raises a ValueError that names the first missing tensor.
         """
-        missing = {}
-        for layout, rows in self.layouts.items():
-            found = {name: self.sources(name, {**self.tensors, **rows}, num_experts) for name in targets}
-            missing[layout] = [name for names in found.values() for name in names if name not in available]
-            if not missing[layout]:
-                return found
-        layout = min(missing, key=lambda name: len(missing[name]))
+        layouts = [
+            {name: self.sources(name, {**self.tensors, **rows}, num_experts) for name in targets}
+            for rows in self.layouts.values()
+        ]
+        # The layout in which the files have most of what is called for is the one that was meant.
+        meant = max(layouts, key=lambda sources: sum(n in available for names in sources.values() for n in names))
+        missing = [name for names in meant.values() for name in names if name not in available]
+        if not missing:
+            return meant
         raise ValueError(
-            f"The checkpoint lacks {missing[layout][0]}, which its config calls for ({len(missing[layout])} tensors "
+            f"The checkpoint lacks {missing[0]}, which its config calls for ({len(missing)} tensors "
             f"missing of the {self.model_type} family)."
         )
 

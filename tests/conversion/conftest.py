@@ -1,0 +1,153 @@
+"""Tiny random checkpoints of the families that hf_moe reads, written by Transformers itself, once a session."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+# Not powers of two, but multiples of 4: grouped_mm wants rows of 16 bytes.
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 36,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # outputs far from uniform, so that a wrong one shows
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+MOE = {"num_experts_per_tok": 3, "router_aux_loss_coef": 0.03}
+QWEN_MOE = {**MOE, "num_experts": 5, "moe_intermediate_size": 20, "norm_topk_prob": True}
+
+DENSE_CASES = {
+    "llama": ("llama", {}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied-mha": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama-head_dim": ("llama", {"head_dim": 10, "num_key_value_heads": 1, "rms_norm_eps": 1e-2}),
+    "llama-rope_theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}}),
+    "llama-dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": 13,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0},
+        },
+    ),
+    "llama-llama3": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 100.0,
+                "factor": 3.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 17,
+            }
+        },
+    ),
+    "mistral": ("mistral", {"sliding_window": None, "hidden_act": "gelu"}),
+    "mistral-window": ("mistral", {"sliding_window": 5, "head_dim": 8}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window-tied": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
+    "qwen2-yarn": (
+        "qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 3.0,
+                "original_max_position_embeddings": 17,
+            }
+        },
+    ),
+    "qwen3": ("qwen3", {"head_dim": 10}),
+    "qwen3-bias-window": (
+        "qwen3",
+        {
+            "head_dim": 6,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+}
+
+MOE_CASES = {
+    "mixtral": ("mixtral", {**MOE, "num_local_experts": 5}),
+    "mixtral-window": ("mixtral", {**MOE, "num_local_experts": 5, "sliding_window": 5, "head_dim": 8}),
+    "olmoe": ("olmoe", {**MOE, "num_experts": 5}),
+    "olmoe-clip-bias": (
+        "olmoe",
+        {**MOE, "num_experts": 5, "clip_qkv": 0.7, "attention_bias": True, "norm_topk_prob": True},
+    ),
+    "qwen2_moe": ("qwen2_moe", {**QWEN_MOE, "shared_expert_intermediate_size": 28}),
+    "qwen2_moe-mixed-window": (
+        "qwen2_moe",
+        {
+            **QWEN_MOE,
+            "shared_expert_intermediate_size": 28,
+            "mlp_only_layers": [1],
+            "qkv_bias": False,
+            "norm_topk_prob": False,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_moe": ("qwen3_moe", {**QWEN_MOE, "head_dim": 10}),
+    "qwen3_moe-mixed-window": (
+        "qwen3_moe",
+        {
+            **QWEN_MOE,
+            "head_dim": 6,
+            "decoder_sparse_step": 2,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+        },
+    ),
+}
+
+
+def build(model_type: str, dtype: torch.dtype = torch.float32, **changes):
+    """A random model whose norms and biases are random too."""
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(case, sharded) -> folder, written once."""
+    folders: dict[tuple, Path] = {}
+
+    def make(case: str, sharded: bool = False, **options) -> Path:
+        key = (case, sharded, *sorted(options.items()))
+        if key not in folders:
+            model_type, changes = {**DENSE_CASES, **MOE_CASES}[case]
+            folders[key] = tmp_path_factory.mktemp(case)
+            limit = {"max_shard_size": "8KB"} if sharded else {}
+            build(model_type, **changes).save_pretrained(folders[key], **limit, **options)
+            assert (folders[key] / "model.safetensors").exists() != sharded
+        return folders[key]
+
+    return make
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

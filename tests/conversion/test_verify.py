@@ -1,0 +1,82 @@
+"""verify: its figures against a direct computation, and what cannot be compared."""
+
+import pytest
+import torch
+from hf_moe.conversion import verify
+from hf_moe.conversion.verify import token_ids
+from transformers import AutoModelForCausalLM
+
+from tests.conversion.conftest import build
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two models, the second a little off."""
+    folder = tmp_path_factory.mktemp("pair")
+    model = build("llama")
+    model.save_pretrained(folder / "a")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.2)
+    model.save_pretrained(folder / "b")
+    return folder / "a", folder / "b"
+
+
+def test_figures(pair):
+    a, b = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in pair)
+    report = verify(*pair, max_tokens=150, seed=5)
+    ids = token_ids(pair[0], None, 61, 150, 5)
+    distances, divergences, agreements, losses = [], [], [], []
+    with torch.inference_mode():
+        for start in range(0, 150, 64):  # max_position_embeddings
+            part = ids[start : start + 64]
+            x, y = (model(part[None]).logits[0].double() for model in (a, b))
+            distances.append((x - y).abs().flatten())
+            p, q = x.softmax(-1), y.softmax(-1)
+            divergences.append((p * (p / q).log()).sum(-1))
+            agreements.append(x.argmax(-1) == y.argmax(-1))
+            losses.append([torch.nn.functional.cross_entropy(z[:-1], part[1:], reduction="none") for z in (x, y)])
+    assert report["tokens"] == 150
+    assert report["max_abs_diff"] == pytest.approx(torch.cat(distances).max().item(), rel=1e-4)
+    assert report["mean_abs_diff"] == pytest.approx(torch.cat(distances).mean().item(), rel=1e-4)
+    assert report["kl"] == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-4)
+    assert report["top1_agreement"] == pytest.approx(torch.cat(agreements).double().mean().item())
+    for name, loss in zip("ab", zip(*losses, strict=True), strict=True):
+        assert report[f"perplexity_{name}"] == pytest.approx(torch.cat(loss).mean().exp().item(), rel=1e-4)
+    assert report["top1_agreement"] < 1
+
+
+def test_a_model_equals_itself(pair):
+    report = verify(pair[0], pair[0], max_tokens=70)
+    assert (report["max_abs_diff"], report["mean_abs_diff"], report["kl"], report["top1_agreement"]) == (0, 0, 0, 1)
+
+
+def test_a_nan_is_not_passed_over(pair, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(pair[0])
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    report = verify(pair[0], tmp_path, max_tokens=20)
+    assert not report["max_abs_diff"] <= 1
+
+
+def test_reads_a_text(shared_data, tmp_path):
+    (tmp_path / "text.txt").write_text("Once upon a time, there was a little girl. " * 30)
+    model = shared_data / "stories260K-hf"
+    report = verify(model, model, data=tmp_path / "text.txt", max_tokens=300)
+    assert report["tokens"] == 300
+    own = verify(model, model)
+    assert own["perplexity_a"] > report["perplexity_a"]
+
+
+def test_refuses(pair, tmp_path, shared_data):
+    (tmp_path / "text.txt").write_text("a")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        verify(*pair, data=tmp_path / "text.txt")
+    stories = shared_data / "stories260K-hf"
+    with pytest.raises(ValueError, match=r"61 tokens.*512"):
+        verify(pair[0], stories)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.txt has [01] tokens"):
+        verify(stories, stories, data=tmp_path / "empty.txt")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        verify(stories, stories, data=tmp_path / "absent.txt")
