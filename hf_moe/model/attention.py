@@ -73,7 +73,7 @@ class HfMoeAttention(nn.Module):
         if self.config.clip_qkv is not None:
             query, key, value = (x.clamp(-self.config.clip_qkv, self.config.clip_qkv) for x in (query, key, value))
 
-        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key, value))  # [B, S, heads, d]
+        query, key, value = (x.view(*x.shape[:-1], -1, self.head_dim) for x in (query, key, value))  # [B, S, heads, d]
         if self.config.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))

@@ -47,7 +47,7 @@ def limit_to_groups(
 
     Device-limited routing in DeepSeek-V2 (2.2.2), node-limited in V3 (2.1.2): a token reaches few machines.
     """
-    scores_TGE = scores_TE.unflatten(-1, (n_group, -1))
+    scores_TGE = scores_TE.view(-1, n_group, scores_TE.shape[-1] // n_group)
     chosen_TG = group_score(scores_TGE).topk(topk_group, dim=-1).indices
     closed_TG = torch.ones_like(scores_TGE[..., 0], dtype=torch.bool).scatter(-1, chosen_TG, False)
     return scores_TGE.masked_fill(closed_TG.unsqueeze(-1), float("-inf")).flatten(-2)

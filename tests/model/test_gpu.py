@@ -1,4 +1,4 @@
-"""On a CUDA device, in bf16: every experts and attention implementation, compilation, and a training step with each."""
+"""On a CUDA device, in bf16: each experts and attention implementation, compilation, and a training step each."""
 
 import pytest
 import torch
