@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
@@ -32,11 +33,14 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: SFTConfig) -
     tokenizer = load_tokenizer(source, model_args, args)
     check_template(tokenizer, train_rows, args)
 
+    done = steps_done(checkpoint)
     if checkpoint is not None:
-        print(f"resuming from {checkpoint}", file=sys.stderr)
+        print(f"resuming from {checkpoint}, after {done} steps", file=sys.stderr)
     trainer = build_trainer(source, model_args, args, tokenizer, train_rows, eval_rows)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trainer.save_metrics("train", metrics)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = result.metrics if result.global_step > done else {}
+    if metrics:
+        trainer.save_metrics("train", metrics)
     if eval_rows is not None:
         before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
         after = trainer.evaluate() | {"eval_loss_before": before}
@@ -70,6 +74,11 @@ def checkpoint_to_resume(args: SFTConfig) -> str | None:
     if not is_complete(wanted):
         raise ValueError(f"resume_from_checkpoint {wanted} is not a complete checkpoint.")
     return wanted
+
+
+def steps_done(checkpoint: str | None) -> int:
+    """How many optimizer steps a checkpoint has behind it."""
+    return 0 if checkpoint is None else TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}").global_step
 
 
 def load_data(data_args: DataArguments, args: SFTConfig) -> tuple[Dataset, Dataset | None]:
@@ -154,7 +163,7 @@ def save(trainer: MoeSFTTrainer) -> None:
 
 
 def summary(metrics: dict[str, float], output_dir: str) -> str:
-    loss = f"train loss {metrics['train_loss']:.4f}"
+    loss = f"train loss {metrics['train_loss']:.4f}" if "train_loss" in metrics else "no step was left to train"
     if "eval_loss" in metrics:
         loss = f"held-out loss {metrics['eval_loss_before']:.4f} before, {metrics['eval_loss']:.4f} after"
     return f"{loss}; saved to {output_dir}"

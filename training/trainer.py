@@ -51,6 +51,11 @@ class MoeSFTTrainer(SFTTrainer):
             return result[0] + router_loss.to(result[0].device), result[1]
         return result + router_loss.to(result.device)
 
+    def _run_epoch(self, *args, **kwargs):
+        # The Trainer would take one more step with a run that was cut short between its last step and its end.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restore every weight of the checkpoint; raises ValueError if one is missing.
 

@@ -1,0 +1,257 @@
+"""`hf-moe train` from recipe to saved model: what it learns, what it refuses, and how it goes on after a kill."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_moe.conversion import upcycle
+from hf_moe.training.arguments import parse_sft
+from hf_moe.training.sft import TEMPLATES, main, run
+from hf_moe.training.trainer import MoeSFTTrainer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .conftest import tiny_tokenizer, write_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def command(model_folder, data_folder, tmp_path):
+    """The arguments of a run with the tiny recipe, cut to a few seconds."""
+
+    def arguments(*extra, output="out", data=data_folder / "train.jsonl", model=model_folder):
+        places = {"--model_name_or_path": model, "--train_data": data, "--output_dir": tmp_path / output}
+        words = [str(word) for pair in places.items() for word in pair]
+        return ["tiny/sft", *words, "--per_device_train_batch_size", "4", "--logging_steps", "1000", *extra]
+
+    return arguments
+
+
+def test_tiny_recipe_lowers_the_held_out_loss_and_saves_a_model_that_loads(command, data_folder, tmp_path, capsys):
+    held_out = ["--eval_data", str(data_folder), "--max_steps", "40", "--learning_rate", "1e-2"]
+    metrics = run(*parse_sft(command(*held_out, data=data_folder)))
+    assert metrics["eval_loss"] < 0.7 * metrics["eval_loss_before"]
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
+    assert "held-out loss" in capsys.readouterr().err
+    assert not (tmp_path / "out" / ".incomplete").exists()
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == (TEMPLATES / "plain.jinja").read_text(encoding="utf-8")
+    saved = load_file(tmp_path / "out" / "checkpoint-40" / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items() if name in saved)
+
+    # The loss after training, computed again from the saved model.
+    total = count = 0
+    for line in (data_folder / "val.jsonl").read_text().splitlines():
+        ids = tokenizer.apply_chat_template(json.loads(line)["messages"], return_tensors="pt", return_dict=False)
+        with torch.no_grad():
+            total += model(ids, labels=ids).loss * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert metrics["eval_loss"] == pytest.approx((total / count).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("row", [{"text": "red red red"}, {"prompt": "Say red.", "completion": " red!"}], ids=list)
+def test_rows_without_conversations_train(command, tmp_path, row):
+    data = write_rows(tmp_path / "rows.jsonl", [row] * 5)
+    metrics = run(*parse_sft(command("--max_steps", "2", data=data)))
+    assert metrics["train_loss"] > 0 and (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_shared_stories(command, shared_data, tmp_path):
+    """A trained dense model refuses the balance loss; upcycled, it learns from real rows."""
+    train, held_out = (str(shared_data / "sft" / f"stories_{split}.jsonl") for split in ("train", "val"))
+    dense, sparse = shared_data / "stories260K-hf", tmp_path / "sparse"
+    short = ["--eval_data", held_out, "--max_steps", "6", "--max_length", "96", "--learning_rate", "3e-3"]
+    with pytest.raises(ValueError, match="not a Mixture-of-Experts model"):
+        main(command(*short, data=train, model=dense, output="dense"))
+    upcycle(dense, sparse, experts=3, top_k=2, verify=False, progress=False)
+    metrics = run(*parse_sft(command(*short, data=train, model=sparse)))
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.05
+
+
+class TestPlainTemplate:
+    MESSAGES = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi?"},
+        {"role": "assistant", "content": "Ho."},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "No."},
+    )
+
+    @pytest.fixture
+    def tokenizer(self):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = (TEMPLATES / "plain.jinja").read_text(encoding="utf-8")
+        return tokenizer
+
+    def test_text(self, tokenizer):
+        text = tokenizer.apply_chat_template(self.MESSAGES[:4], tokenize=False, add_generation_prompt=True)
+        assert text == "<s>System: Be brief.\nUser: Hi?\nAssistant: Ho.</s>\nUser: And?\nAssistant: "
+        assert len(tokenizer) == len(tiny_tokenizer())
+
+    def test_assistant_mask_covers_the_answers_and_their_end(self, tokenizer):
+        output = tokenizer.apply_chat_template(self.MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
+        pairs = zip(output["input_ids"], output["assistant_masks"], strict=True)
+        assert tokenizer.decode([token for token, marked in pairs if marked]) == "Ho.</s>No.</s>"
+
+    def test_training_prompt_is_what_generation_sees(self, tokenizer):
+        whole = tokenizer.apply_chat_template(self.MESSAGES, tokenize=False)
+        assert whole.startswith(
+            tokenizer.apply_chat_template(self.MESSAGES[:4], tokenize=False, add_generation_prompt=True)
+        )
+
+
+def test_assistant_only_loss_counts_only_the_answers(command, tmp_path):
+    """The loss, computed again from the saved model over the answer's letters and its end alone."""
+    rows = [{"messages": [{"role": "user", "content": "Say."}, {"role": "assistant", "content": "k" * 9}]}] * 4
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    metrics = run(
+        *parse_sft(command("--assistant_only_loss", "--eval_data", str(data), "--max_steps", "1", data=data))
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
+        rows[0]["messages"], return_tensors="pt", return_dict=False
+    )
+    with torch.no_grad():
+        log_probs = model(ids).logits.log_softmax(-1)[0]
+    answer = range(ids.shape[1] - 11, ids.shape[1] - 1)  # nine letters and the end; a newline closes the turn
+    expected = -sum(log_probs[place - 1, ids[0, place]] for place in answer) / 10
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+class TestRefusals:
+    """Each is one line, and none leaves anything in the output folder."""
+
+    def refused(self, arguments, error, message, tmp_path):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(error, match=message) as caught:
+            main(arguments)
+        assert "\n" not in str(caught.value)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    @pytest.mark.parametrize(
+        ("extra", "error", "message"),
+        [
+            (["--eval_strategy", "epoch"], ValueError, "eval_strategy is epoch: give --eval_data"),
+            (["--eval_data", "absent.jsonl"], FileNotFoundError, "there is no file absent.jsonl"),
+            (["--chat_template_path", "absent.jinja"], FileNotFoundError, "there is no file absent.jinja"),
+            (["--model_name_or_path", "./absent"], FileNotFoundError, "there is no folder ./absent"),
+            (["--resume_from_checkpoint", "true"], ValueError, "holds no complete checkpoint"),
+            (["--resume_from_checkpoint", "absent"], ValueError, "absent is not a complete checkpoint"),
+            (["--max_length", "1", "--assistant_only_loss"], ValueError, "no token to learn from within max_length 1"),
+        ],
+        ids=lambda value: value[0] if isinstance(value, list) else "",
+    )
+    def test_arguments(self, command, tmp_path, extra, error, message):
+        self.refused(command(*extra), error, message, tmp_path)
+
+    def test_columns_before_the_model_is_looked_for(self, command, tmp_path):
+        data = write_rows(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b"}])
+        message = "has the columns question, answer; expected messages"
+        self.refused(command(data=data, model=tmp_path / "absent"), ValueError, message, tmp_path)
+
+    def test_conversations_without_a_template(self, command, tmp_path):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("{use_cpu: true, bf16: false}")
+        message = r"no chat template: give --chat_template_path FILE.jinja, or one of plain"
+        self.refused([str(recipe), *command()[1:]], ValueError, message, tmp_path)
+
+    def test_output_folder_in_use(self, command, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").write_text("mine")
+        message = "out is not empty: give another, or --resume_from_checkpoint true"
+        self.refused(command(), ValueError, message, tmp_path)
+
+    def test_output_folder_is_a_file(self, command, tmp_path):
+        (tmp_path / "out").write_text("mine")
+        self.refused(command(), ValueError, "out is a file", tmp_path)
+
+
+# Kills itself in the middle of a step: after the backward pass, before the optimizer moves.
+DRIVER = """
+import os, signal, sys
+from transformers import TrainerCallback
+from hf_moe.training import sft
+
+class Kill(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+build_trainer = sft.build_trainer
+def build_and_arm(*args):
+    trainer = build_trainer(*args)
+    trainer.add_callback(Kill())
+    return trainer
+sft.build_trainer = build_and_arm
+sft.main(sys.argv[2:])
+"""
+RUN = ["--max_steps", "11", "--save_steps", "3", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-2"]
+RUN += ["--lr_scheduler_type", "constant"]  # so that one step too many would show
+
+
+@pytest.fixture
+def unbroken(command, tmp_path):
+    main(command(*RUN, output="unbroken"))
+    return tmp_path / "unbroken"
+
+
+def assert_same_end(folder, unbroken):
+    weights, expected = (load_file(path / "model.safetensors") for path in (folder, unbroken))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    assert (folder / "config.json").read_bytes() == (unbroken / "config.json").read_bytes()
+    states = [torch.load(path / "checkpoint-11" / "optimizer.pt", weights_only=True) for path in (folder, unbroken)]
+    for number, state in states[1]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(states[0]["state"][number][name], value), (number, name)
+
+
+def test_two_runs_and_a_killed_and_resumed_one_end_bitwise_alike(command, unbroken, data_folder, tmp_path):
+    main(command(*RUN, output="again"))
+    assert_same_end(tmp_path / "again", unbroken)
+
+    step = random.SystemRandom().randint(3, 10)
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-c", DRIVER, str(step), *command(*RUN, output="killed")]
+    killed = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -9, killed.stderr
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    main(command(*RUN, "--resume_from_checkpoint", "true", output="killed"))
+    assert_same_end(tmp_path / "killed", unbroken)
+
+
+@pytest.mark.parametrize(
+    ("method", "place", "goes_on_from"),
+    [("_save_rng_state", "checkpoint-6", "checkpoint-3"), ("save_model", ".incomplete", "checkpoint-11")],
+    ids=["checkpoint", "final-model"],
+)
+def test_stop_in_the_middle_of_a_save(command, unbroken, tmp_path, monkeypatch, capsys, method, place, goes_on_from):
+    """A checkpoint cut short does not count, no half model appears, and resuming makes both good."""
+    write = getattr(MoeSFTTrainer, method)
+
+    def stop(self, folder, **kwargs):
+        if folder.endswith(place):
+            Path(folder).mkdir(exist_ok=True)
+            (Path(folder) / "half.bin").write_bytes(b"half")
+            raise KeyboardInterrupt
+        write(self, folder, **kwargs)
+
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(MoeSFTTrainer, method, stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(command(*RUN, output="killed"))
+    assert (killed / place / "half.bin").exists() and not (killed / "model.safetensors").exists()
+    main(command(*RUN, "--resume_from_checkpoint", "true", output="killed"))
+    assert f"resuming from {killed / goes_on_from}" in capsys.readouterr().err
+    assert_same_end(killed, unbroken)
+    written = {path.name for path in killed.iterdir()}
+    assert written - {"train_results.json", "all_results.json"} <= {path.name for path in unbroken.iterdir()}
