@@ -1,11 +1,15 @@
 """`hf-moe upcycle`, `hf-moe import` and `hf-moe verify`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .output import messages_on_stderr, print_report
+
+# The largest difference between two logits, in float32, at which two models count as equal.
+TOLERANCE = 1e-4
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or a model id on the Hub.")]
 Output = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must be new or empty.")]
@@ -46,7 +50,7 @@ def upcycle(
             dry_run=dry_run,
             verify=not no_verify,
         )
-    print_report(report, json)
+    finish(report, json)
 
 
 def import_(
@@ -62,14 +66,14 @@ def import_(
         from hf_moe.conversion import import_checkpoint
 
         report = import_checkpoint(src, dst, max_shard_size=max_shard_size, dry_run=dry_run, verify=not no_verify)
-    print_report(report, json)
+    finish(report, json)
 
 
 def verify(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint folder, or a model id on the Hub.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare with it.")],
     data: Annotated[Path | None, typer.Option(help="A file with the text to compare on.")] = None,
-    tolerance: Annotated[float, typer.Option(help="Largest difference between two logits that passes.")] = 1e-4,
+    tolerance: Annotated[float, typer.Option(help="Largest difference between two logits that passes.")] = TOLERANCE,
     json: Json = False,
 ) -> None:
     """Compare two checkpoints' logits; exit code 1 if they differ by more than the tolerance."""
@@ -77,7 +81,16 @@ def verify(
         from hf_moe.conversion import verify
 
         report = verify(a, b, data=data)
-    print_report(report, json)
+    finish(report, json, tolerance)
+
+
+def finish(report: dict, as_json: bool, tolerance: float = TOLERANCE) -> None:
+    """Print the report; exit code 1 where logits were compared and differ beyond the tolerance."""
+    print_report(report, as_json)
     # Written so that a NaN fails.
-    if not report["max_abs_diff"] <= tolerance:
+    if "max_abs_diff" in report and not report["max_abs_diff"] <= tolerance:
+        print(
+            f"hf-moe: the logits differ by up to {report['max_abs_diff']:.3g}, more than {tolerance:g}.",
+            file=sys.stderr,
+        )
         raise typer.Exit(1)

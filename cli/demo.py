@@ -1,5 +1,171 @@
-"""`hf-moe demo`."""
+"""`hf-moe demo`: from a dense checkpoint to a Hub-ready mixture of experts, with the functions behind the commands."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .convert import TOLERANCE
+from .generate import continue_text, encode, load
+from .output import messages_on_stderr
+
+EXPERTS, TOP_K = 8, 2
+STORY = "Once upon a time"
+RECIPE = """\
+# Postcards for a model that has read nothing but stories.
+model_name_or_path: {folder}/upcycled
+train_data: [{folder}/data/train.jsonl]
+eval_data: [{folder}/data/held_out.jsonl]
+output_dir: {folder}/tuned
+
+max_steps: {steps}
+per_device_train_batch_size: 16
+learning_rate: 3.0e-3
+lr_scheduler_type: cosine
+warmup_steps: 5
+max_length: 160
+assistant_only_loss: true
+
+logging_steps: 20
+save_strategy: "no"
+report_to: none
+disable_tqdm: true
+bf16: false
+gradient_checkpointing: false
+seed: 0
+"""
 
 
-def demo() -> None:
-    """x"""
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder to write; it must be new or empty.")] = Path("hf_moe_demo"),
+) -> None:
+    """Upcycle, compare, fine-tune, generate and save a tiny model that comes along, in under three minutes."""
+    # Said before the first import that reads it: the demo asks the Hub for nothing.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    run_demo(out)
+
+
+def run_demo(out: Path, steps: int = 120) -> None:
+    """The demo with `steps` steps of fine-tuning. `out` appears only when all of it is there.
+
+    Raises FileExistsError if `out` holds something, typer.Exit(1) if the logits differ beyond TOLERANCE.
+    """
+    import torch
+    import transformers
+    from hf_moe.conversion.writer import staged
+
+    # The model is too small to be shared between threads: they would wait for each other.
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    start = time.perf_counter()
+    with staged(out) as folder:
+        upcycled = upcycle_step(folder, out)
+        before = postcard_text(folder / "upcycled")
+        losses = train_step(folder, out, steps)
+        result_step(before, postcard_text(folder / "tuned"), losses)
+        card_step(folder, out, upcycled)
+    print(f"\nDone in {time.perf_counter() - start:.0f} s. To load the result anywhere:\n")
+    print("    from transformers import AutoModelForCausalLM, AutoTokenizer")
+    print(f'    tokenizer = AutoTokenizer.from_pretrained("{out}/tuned")')
+    print(f'    model = AutoModelForCausalLM.from_pretrained("{out}/tuned", trust_remote_code=True)')
+
+
+def upcycle_step(folder: Path, out: Path) -> dict:
+    """Dense model to mixture of experts; both tell the same story."""
+    from hf_moe.conversion import upcycle
+
+    from hf_moe.demo import DEMO_MODEL
+
+    heading(1, "Turn the dense model that comes with hf_moe into a mixture of experts")
+    command("upcycle", str(DEMO_MODEL), f"{out}/upcycled", "--experts", str(EXPERTS), "--top-k", str(TOP_K))
+    with messages_on_stderr():
+        report = upcycle(DEMO_MODEL, folder / "upcycled", experts=EXPERTS, top_k=TOP_K, progress=False)
+        dense, sparse = (text(model, STORY) for model in (DEMO_MODEL, folder / "upcycled"))
+    print(f"{report['total_params']:,} parameters, {report['active_params']:,} of them work on each token.")
+
+    heading(2, "Compare: before any training it computes what the dense model computes")
+    command("verify", str(DEMO_MODEL), f"{out}/upcycled")
+    print(
+        f"Largest difference between two logits: {report['max_abs_diff']:.1e} (at most {TOLERANCE:.0e} is asked for)."
+    )
+    if not report["max_abs_diff"] <= TOLERANCE:
+        raise typer.Exit(1)
+    command("generate", f"{out}/upcycled", "--prompt", STORY)
+    print(STORY + sparse)
+    print("(The dense model tells the same story.)" if dense == sparse else f"(The dense model:) {STORY}{dense}")
+    return report
+
+
+def train_step(folder: Path, out: Path, steps: int) -> dict:
+    """A short supervised fine-tuning on another kind of text; the losses before and after."""
+    from hf_moe.demo.text import postcard_rows
+
+    heading(3, "Fine-tune it on postcards; it has read nothing but stories so far")
+    (folder / "data").mkdir()
+    write_rows(folder / "data" / "train.jsonl", postcard_rows(steps * 16, held_out=False, seed=1))
+    write_rows(folder / "data" / "held_out.jsonl", postcard_rows(64, held_out=True, seed=2))
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=out, steps=steps), encoding="utf-8")
+    command("train", f"{out}/recipe.yaml")
+    with messages_on_stderr():
+        import datasets
+        from hf_moe.training.arguments import parse_sft
+        from hf_moe.training.sft import run
+
+        datasets.disable_progress_bars()
+        # The recipe names the folder as it will be called; until then it has another name.
+        places = ["--model_name_or_path", f"{folder}/upcycled", "--output_dir", f"{folder}/tuned"]
+        places += ["--train_data", f"{folder}/data/train.jsonl", "--eval_data", f"{folder}/data/held_out.jsonl"]
+        return run(*parse_sft([f"{folder}/recipe.yaml", *places]))
+
+
+def result_step(before: str, after: str, losses: dict) -> None:
+    heading(4, "Look at what it learnt, on postcards between people whose pairs it was not trained on")
+    print(f"Held-out loss: {losses['eval_loss_before']:.3f} before, {losses['eval_loss']:.3f} after.")
+    print(f"\nPrompt: {held_out_prompt()}\n\nBefore:\n{indented(before)}\n\nAfter:\n{indented(after)}")
+
+
+def card_step(folder: Path, out: Path, upcycled: dict) -> None:
+    from hf_moe.hub import write_model_card
+
+    heading(5, "Save it ready for the Hub: weights, model code, tokenizer, model card")
+    for name in ("upcycled", "tuned"):
+        command("card", f"{out}/{name}")
+        write_model_card(folder / name, check=upcycled)
+    for file in sorted((folder / "tuned").iterdir()):
+        print(f"{file.stat().st_size:>12,}  {out}/tuned/{file.name}")
+
+
+def postcard_text(model: Path) -> str:
+    with messages_on_stderr():
+        return text(model, held_out_prompt(), chat=True)
+
+
+def held_out_prompt() -> str:
+    from hf_moe.demo.text import postcard_rows
+
+    return postcard_rows(1, held_out=True, seed=3)[0]["messages"][0]["content"]
+
+
+def text(folder: Path, prompt: str, chat: bool = False) -> str:
+    model, tokenizer = load(folder)
+    return continue_text(model, tokenizer, encode(tokenizer, prompt, chat), max_new_tokens=160)["text"]
+
+
+def write_rows(path: Path, rows: Sequence[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def heading(number: int, title: str) -> None:
+    print(f"\n{number}/5  {title}\n", flush=True)
+
+
+def command(*words: str) -> None:
+    print("$ hf-moe " + " ".join(f'"{word}"' if " " in word else word for word in words), flush=True)
+
+
+def indented(block: str) -> str:
+    return "\n".join("    " + line for line in block.splitlines())

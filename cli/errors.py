@@ -5,6 +5,9 @@ import typer
 # typer's error for wrong arguments; it gives its base class no public name.
 UsageError = typer.BadParameter.__mro__[1]
 
+# The extra `train`.
+TRAIN_PACKAGES = ("datasets", "peft", "trl")
+
 
 def one_line(error: Exception) -> str | None:
     """The message for the user, or None where the fault is ours and the traceback should be seen."""
@@ -12,6 +15,8 @@ def one_line(error: Exception) -> str | None:
         message = error.format_message()
     elif isinstance(error, (ValueError, OSError)):
         message = str(error)
+    elif isinstance(error, ModuleNotFoundError) and error.name in TRAIN_PACKAGES:
+        message = f"this command needs {error.name}, which is not installed: pip install 'hf_moe[train]'"
     else:
         from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError

@@ -22,11 +22,39 @@ TASKS = {
 }
 
 
-def write_model_card(folder: str | Path) -> Path:
-    """Write `folder`/README.md from its config and weights, and return its path.
+# What is shown of a training run's results (train_results.json and eval_results.json).
+RESULTS = {
+    "train_samples": "Training examples",
+    "epoch": "Epochs",
+    "train_loss": "Training loss, mean over the run",
+    "eval_loss_before": "Held-out loss before",
+    "eval_loss": "Held-out loss after",
+}
+# What is shown of a comparison by `hf_moe.conversion.verify`.
+CHECK = {
+    "max_abs_diff": "Largest difference between two logits",
+    "mean_abs_diff": "Mean difference",
+    "kl": "KL divergence per token, nats",
+    "top1_agreement": "Share of tokens with the same likeliest successor",
+    "tokens": "Tokens compared",
+}
+PROVENANCE = {
+    "source": "Source",
+    "model_type": "Source's model type",
+    "revision": "Revision",
+    "method": "Method",
+    "strategy": "Strategy",
+    "seed": "Seed",
+    "hf_moe_version": "hf_moe version",
+}
 
-    A fact that the folder doesn't hold is left out. Raises FileNotFoundError where there is no saved model and
-    ValueError where it isn't an hf_moe one, or where README.md was written by someone else.
+
+def write_model_card(folder: str | Path, check: dict[str, Any] | None = None) -> Path:
+    """Write `folder`/README.md from its config, weights and training results, and return its path.
+
+    check: figures of the conversion, as `hf_moe.conversion.upcycle` reports them. What is not known is left out.
+    Raises FileNotFoundError where there is no saved model and ValueError where it isn't an hf_moe one, or where
+    README.md was written by someone else.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -44,13 +72,14 @@ def write_model_card(folder: str | Path) -> Path:
         total=_compact(total),
         active=_compact(active),
         architecture=_architecture(config, total, active),
-        provenance=_rows(provenance),
-        check=_rows(provenance.get("check") or {}),
+        provenance=_rows(provenance, PROVENANCE),
+        check=_rows(check or {}, CHECK),
+        training=_rows(_training_results(folder), RESULTS),
         auto_class=auto_class,
         marker=MARKER,
     )
     partial = target.with_name(".README.md.partial")
-    partial.write_text(str(card), encoding="utf-8")
+    partial.write_text(str(card).rstrip() + "\n", encoding="utf-8")
     os.replace(partial, target)
     return target
 
@@ -86,10 +115,12 @@ def _read_config(folder: Path) -> HfMoeConfig:
 
 
 def _metadata(provenance: dict[str, Any], task: str) -> ModelCardData:
-    # The Hub knows a base model by its id; a local folder is none.
+    # A source with a revision came from the Hub, which knows a base model by its id; a local folder is none.
+    on_hub = provenance.get("revision") is not None
     return ModelCardData(
-        base_model=provenance.get("source_id"),
-        license=provenance.get("license"),
+        base_model=provenance["source"] if on_hub else None,
+        # The Hub's words for the relation have none for a change of format.
+        base_model_relation="finetune" if on_hub and provenance["method"] == "upcycle" else None,
         library_name="transformers",
         pipeline_tag=task,
         tags=["hf_moe", "mixture-of-experts", *([provenance["method"]] if "method" in provenance else [])],
@@ -118,12 +149,19 @@ def _architecture(config: HfMoeConfig, total: int, active: int) -> list[tuple[st
     return rows
 
 
-def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Table rows of the facts that are plain values."""
+def _training_results(folder: Path) -> dict[str, Any]:
+    results = {}
+    for file in (folder / "train_results.json", folder / "eval_results.json"):
+        if file.is_file():
+            results |= json.loads(file.read_text(encoding="utf-8"))
+    return results
+
+
+def _rows(facts: dict[str, Any], titles: dict[str, str]) -> list[tuple[str, str]]:
+    """Table rows of the facts that have a title and a value."""
+    known = {name: facts[name] for name in titles if facts.get(name) is not None}
     return [
-        (name.replace("_", " ").capitalize(), f"{value:.3g}" if isinstance(value, float) else str(value))
-        for name, value in facts.items()
-        if isinstance(value, (str, int, float))
+        (titles[name], f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in known.items()
     ]
 
 

@@ -1,7 +1,7 @@
 """Make the dense model that `hf-moe demo` starts from: `python -m hf_moe.demo.make_model OUT` (CPU, about 10 minutes).
 
-A byte-level BPE tokenizer and a Llama of 0.4M parameters are trained on stories of the grammar in `text.py`: two
-thirds of them plain text, one third as answers in the chat format.
+A byte-level BPE tokenizer and a Llama of 0.4M parameters are trained on stories of the grammar in `text.py`: half
+of them plain text, half as answers in the chat format.
 """
 
 import random
@@ -85,7 +85,7 @@ def train_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         texts = []
         for number in range(BATCH_SIZE):
             request, text = story(rng)
-            head = f"{USER}{request}{ASSISTANT}" if number % 3 == 0 else ""
+            head = f"{USER}{request}{ASSISTANT}" if number % 2 == 0 else ""
             texts.append(head + text + EOS)
         batch = tokenizer(texts, padding=True, return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
