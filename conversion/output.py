@@ -5,14 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from ..version import __version__
-from .source import Hashing, Source
+from .hashing import Hashing
+from .source import Source
 from .verify import verify
 from .writer import Output, check_destination, check_space, plan_shards, staged, write_shards
 
@@ -62,8 +62,7 @@ def convert(
         config.architectures = [HfMoeForCausalLM.__name__]
         config.dtype = source.config.dtype or source.checkpoint.dtype
         config.save_pretrained(folder)
-        with torch.device("meta"):
-            custom_object_save(HfMoeForCausalLM(config), folder)
+        custom_object_save(HfMoeForCausalLM, folder)  # its module and what that imports
         for path in source.carried_files():
             (folder / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.checkpoint.folder / path, folder / path)

@@ -1,8 +1,6 @@
 """Opening the checkpoint that a conversion starts from: its family, its config, its tensors and its origin."""
 
-import hashlib
 import re
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -178,38 +176,10 @@ def built(make: Callable, what: str, *arguments: Any, **fields: Any) -> Any:
 
 def _unknown_family(name: str, model_type: Any, families: Mapping[str, Family]) -> str:
     known = ", ".join(families)
+    if model_type == HfMoeConfig.model_type:
+        return f"{name} is an hf_moe checkpoint already; hf_moe converts {known}."
     if model_type in FAMILIES:
         return f"{name} is a {model_type}, already a mixture of experts: import it. Upcycling takes {known}."
     if model_type in DENSE_FAMILIES:
         return f"{name} is a {model_type}, a dense model: upcycle it. Importing takes {known}."
     return f"{name} has model_type {model_type!r}, which hf_moe does not read; it reads {known}."
-
-
-class Hashing:
-    """SHA-256 of a checkpoint's weight files, worked out beside the conversion. Equal to the Hub's LFS digests."""
-
-    def __init__(self, checkpoint: Checkpoint):
-        self._checkpoint, self._digests, self._stop = checkpoint, {}, threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> "Hashing":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        buffer = memoryview(bytearray(1 << 22))
-        for name in self._checkpoint.files:
-            digest = hashlib.sha256()
-            with (self._checkpoint.folder / name).open("rb", buffering=0) as file:
-                while not self._stop.is_set() and (count := file.readinto(buffer)):
-                    digest.update(buffer[:count])
-            self._digests[name] = digest.hexdigest()
-
-    def digests(self) -> dict[str, str]:
-        self._thread.join()
-        assert len(self._digests) == len(self._checkpoint.files), "hashing ended early"
-        return self._digests

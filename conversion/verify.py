@@ -1,12 +1,14 @@
 """Two models side by side on one text: `verify`."""
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from .checkpoint import Checkpoint, read_json
+from .source import built, locate
 
 WINDOW = 256  # tokens that are read together
 TEXT = """\
@@ -33,32 +35,31 @@ def verify(
 ) -> dict[str, Any]:
     """Compare the next-token logits of models `a` (the reference) and `b` on a text, in float32 on the CPU.
 
-    data: a text file; without one, a short text of our own, or random token ids (from `seed`) where `a` has no
-    tokenizer. The first `max_tokens` tokens are read in windows of 256. The models are loaded one after the other.
+    a, b: folders with safetensors weights, or Hub ids. data: a text file; without one, a short text of our own, or
+    random token ids (from `seed`) where `a` has no tokenizer. The first `max_tokens` tokens are read in windows of
+    256. The models are loaded one after the other.
 
     Returns max_abs_diff and mean_abs_diff of the logits, kl (mean KL(a || b) per token, nats), top1_agreement (share
     of tokens where both put the same token first), perplexity_a, perplexity_b and tokens. Raises a ValueError where
     the models cannot be compared.
     """
-    config_a, config_b = (AutoConfig.from_pretrained(model, trust_remote_code=False) for model in (a, b))
+    (folder_a, config_a), (folder_b, config_b) = opened(a), opened(b)
     if config_a.vocab_size != config_b.vocab_size:
         raise ValueError(
             f"The models cannot be compared: {a} has {config_a.vocab_size} tokens, {b} has {config_b.vocab_size}."
         )
-    ids = token_ids(a, data, config_a.vocab_size, max_tokens, seed)
-    if ids.max() >= config_a.vocab_size:
-        raise ValueError(
-            f"{a}: its tokenizer gives token {ids.max()}, but the model has {config_a.vocab_size} tokens."
-        )
+    ids = token_ids(folder_a, data, config_a.vocab_size, max_tokens, seed)
     if len(ids) < 2:
         raise ValueError(f"{data} has {len(ids)} tokens; at least 2 are needed.")
+    if ids.max() >= config_a.vocab_size:
+        raise ValueError(f"The tokenizer of {a} gives token {ids.max()}, the model knows {config_a.vocab_size}.")
     window = min(WINDOW, config_a.max_position_embeddings, config_b.max_position_embeddings)
     windows = [part for part in ids.split(window) if len(part) > 1]
-    reference = list(logits_of(a, windows))
+    reference = list(logits_of(folder_a, windows))
 
     largest, absolute, divergence, agreed, entries, tokens = 0.0, 0.0, 0.0, 0, 0, 0
     nll_a = nll_b = predicted = 0.0
-    for part, logits_a, logits_b in zip(windows, reference, logits_of(b, windows), strict=True):
+    for part, logits_a, logits_b in zip(windows, reference, logits_of(folder_b, windows), strict=True):
         difference = (logits_a.double() - logits_b.double()).abs()
         # max() of Python would pass over a NaN
         largest = torch.maximum(torch.tensor(largest, dtype=torch.double), difference.max()).item()
@@ -82,22 +83,29 @@ def verify(
     }
 
 
-def token_ids(model: str | Path, data: str | Path | None, vocab_size: int, max_tokens: int, seed: int) -> torch.Tensor:
+def opened(model: str | Path) -> tuple[Path, PreTrainedConfig]:
+    """Folder and config of a model, its weight files checked. Raises FileNotFoundError or a ValueError of one line."""
+    folder, _, _ = locate(model)
+    read_json(folder / "config.json")
+    Checkpoint(folder)
+    return folder, built(AutoConfig.from_pretrained, f"{model} cannot be loaded", folder, trust_remote_code=False)
+
+
+def token_ids(folder: Path, data: str | Path | None, vocab_size: int, max_tokens: int, seed: int) -> torch.Tensor:
     """The tokens to compare on, [T] int64."""
-    has_tokenizer = any((Path(model) / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    if not has_tokenizer and Path(model).is_dir():
+    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         if data is not None:
-            raise ValueError(f"{model} has no tokenizer to read {data} with.")
+            raise ValueError(f"{folder} has no tokenizer to read {data} with.")
         return torch.randint(vocab_size, (max_tokens,), generator=torch.Generator().manual_seed(seed))
     text = TEXT if data is None else Path(data).read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
 
 
-def logits_of(model: str | Path, windows: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+def logits_of(folder: Path, windows: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Logits [T, V] of each window [T]. The model lives as long as the iteration."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    ).eval()
     for part in windows:
-        yield loaded(input_ids=part[None], use_cache=False).logits[0]
-    del loaded
-    gc.collect()
+        yield model(input_ids=part[None], use_cache=False).logits[0]

@@ -1,8 +1,8 @@
 """Dense to mixture of experts: the same function before and after, and a refusal for everything else."""
 
+import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -68,7 +68,8 @@ def test_report_and_provenance(checkpoint, tmp_path):
     provenance = model.config.provenance
     assert provenance["source"] == source.name
     assert (provenance["strategy"], provenance["seed"], provenance["model_type"]) == ("copy", 7, "qwen2")
-    assert re.fullmatch("[0-9a-f]{64}", provenance["sha256"]["model.safetensors"])
+    digest = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
+    assert provenance["sha256"] == {"model.safetensors": digest}
     assert str(tmp_path) not in (tmp_path / "moe" / "config.json").read_text()
 
 
@@ -215,6 +216,7 @@ def test_refuses_arguments(options, match, checkpoint, tmp_path):
 BAD_CONFIGS = {
     "unknown family": ({"model_type": "gpt2"}, "'gpt2'.*llama, mistral, qwen2, qwen3"),
     "no family": ({"model_type": None}, "None.*llama"),
+    "hf_moe already": ({"model_type": "hf_moe"}, "an hf_moe checkpoint already"),
     "a mixture already": ({"model_type": "mixtral"}, "mixtral.*import"),
     "field of the wrong type": ({"num_hidden_layers": "three"}, "config.json.*num_hidden_layers"),
     "quantized": ({"quantization_config": {"quant_method": "awq"}}, "llama field quantization_config"),

@@ -78,5 +78,12 @@ def test_refuses(pair, tmp_path, shared_data):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match=r"empty\.txt has [01] tokens"):
         verify(stories, stories, data=tmp_path / "empty.txt")
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "stub" / "model.safetensors").write_bytes(b"12345678")
+    for model, match in [("nowhere", "nowhere does not exist"), ("stub", "truncated"), ("", "config.json")]:
+        with pytest.raises((ValueError, FileNotFoundError), match=match) as raised:
+            verify(stories, tmp_path / model)
+        assert "\n" not in str(raised.value)
     with pytest.raises(FileNotFoundError, match="absent"):
         verify(stories, stories, data=tmp_path / "absent.txt")
