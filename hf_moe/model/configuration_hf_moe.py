@@ -24,7 +24,7 @@ class HfMoeConfig(PreTrainedConfig):
     Sizes
         vocab_size, hidden_size, intermediate_size (of dense MLPs), num_hidden_layers, max_position_embeddings.
     Attention
-        num_attention_heads, num_key_value_heads (equal: MHA; 1: MQA; between: GQA), head_dim (default
+        attention_type ("gqa"), num_attention_heads, num_key_value_heads (equal: MHA; 1: MQA; between: GQA), head_dim (default
         hidden_size / num_attention_heads), attention_bias (on q, k and v), attention_output_bias (on o),
         qk_norm ("head": RMSNorm over each head, as in Qwen3; "projection": over all heads at once, as in OLMoE),
         clip_qkv (clamp q, k and v to +-clip_qkv), attn_logit_softcapping and final_logit_softcapping
@@ -68,6 +68,7 @@ class HfMoeConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
 
+    attention_type: str = "gqa"
     num_attention_heads: int = 16
     num_key_value_heads: int | None = None
     head_dim: int | None = None

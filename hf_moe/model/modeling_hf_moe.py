@@ -34,6 +34,7 @@ from .rms_norm import HfMoeRMSNorm
 from .rotary import HfMoeRotaryEmbedding
 from .routing import ROUTERS, route
 
+ATTENTIONS = {"gqa": HfMoeAttention}
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
@@ -186,7 +187,7 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
         self.input_layernorm = HfMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = HfMoeAttention(config, layer_idx)
+        self.self_attn = ATTENTIONS[config.attention_type](config, layer_idx)
         self.post_attention_layernorm = HfMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.mlp = HfMoeSparseMoeBlock(config) if sparse else HfMoeMLP(config, config.intermediate_size)
