@@ -70,7 +70,7 @@ def run_demo(out: Path, steps: int = 120) -> None:
         card_step(folder, out, upcycled)
     print(f"\nDone in {time.perf_counter() - start:.0f} s. To load the result anywhere:\n")
     print("    from transformers import AutoModelForCausalLM, AutoTokenizer")
-    print(f'    tokenizer = AutoTokenizer.from_pretrained("{out}/tuned")')
+    print(f'    tokenizer = AutoTokenizer.from_pretrained("{out}/tuned", trust_remote_code=True)')
     print(f'    model = AutoModelForCausalLM.from_pretrained("{out}/tuned", trust_remote_code=True)')
 
 

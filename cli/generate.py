@@ -52,7 +52,11 @@ def load(model: str | Path, trust_remote_code: bool = False) -> "tuple[PreTraine
     import hf_moe  # noqa: F401  (registers model_type "hf_moe")
 
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{model} has no tokenizer that can be loaded: {error}") from error
     language_model = transformers.AutoModelForCausalLM.from_pretrained(
         model, dtype="auto", trust_remote_code=trust_remote_code
     )
