@@ -13,6 +13,7 @@ from ..model.modeling_hf_moe import HfMoeForCausalLM
 from ..version import __version__
 from .hashing import Hashing
 from .source import Source
+from .tokenizer import keep_class, load_tokenizer
 from .verify import verify
 from .writer import Output, check_destination, check_space, plan_shards, staged, write_shards
 
@@ -51,6 +52,7 @@ def convert(
     if dry_run:
         return report
     check_space(dst, nbytes)
+    tokenizer = load_tokenizer(source.checkpoint.folder)
     with staged(dst) as folder:
         with (
             Hashing(source.checkpoint) as hashing,
@@ -66,6 +68,8 @@ def convert(
         for path in source.carried_files():
             (folder / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.checkpoint.folder / path, folder / path)
+        if tokenizer is not None:
+            keep_class(tokenizer, folder)
     if check:
         report |= verify(source.checkpoint.folder, dst)
     return report

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from .checkpoint import Checkpoint, read_json
 from .source import built, locate
+from .tokenizer import load_tokenizer
 
 WINDOW = 256  # tokens that are read together
 TEXT = """\
@@ -93,12 +94,12 @@ def opened(model: str | Path) -> tuple[Path, PreTrainedConfig]:
 
 def token_ids(folder: Path, data: str | Path | None, vocab_size: int, max_tokens: int, seed: int) -> torch.Tensor:
     """The tokens to compare on, [T] int64."""
-    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
         if data is not None:
             raise ValueError(f"{folder} has no tokenizer to read {data} with.")
         return torch.randint(vocab_size, (max_tokens,), generator=torch.Generator().manual_seed(seed))
     text = TEXT if data is None else Path(data).read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
 
 

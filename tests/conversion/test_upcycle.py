@@ -15,6 +15,8 @@ import torch
 from hf_moe.conversion import output, upcycle, verify
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import tokens
@@ -135,8 +137,8 @@ def test_same_input_same_bytes(checkpoint, tmp_path):
 
 def test_what_goes_along(llama, tmp_path):
     carried = {
-        "tokenizer.json": "{}",
-        "tokenizer_config.json": "{}",
+        "tokenizer.json": Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).to_str(),
+        "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}',
         "special_tokens_map.json": "{}",
         "chat_template.jinja": "{{ messages }}",
         "additional_chat_templates/tool.jinja": "{{ tools }}",
@@ -155,6 +157,32 @@ def test_what_goes_along(llama, tmp_path):
     config = json.loads((tmp_path / "moe" / "config.json").read_text())
     for target in config["auto_map"].values():
         assert (tmp_path / "moe" / f"{target.split('.')[0]}.py").exists()
+
+
+@pytest.mark.parametrize("named", ["nothing", "the wrong class", "the class"])
+def test_the_tokenizer_stays_the_same(named, shared_data, tmp_path):
+    """Transformers chooses the class by the model_type too, which the conversion changes."""
+    source = Path(shutil.copytree(shared_data / "stories260K-hf", tmp_path / "stories"))
+    path = source / "tokenizer_config.json"
+    path.chmod(0o644)
+    said = json.loads(path.read_text())
+    if named == "nothing":
+        del said["tokenizer_class"]
+    if named == "the wrong class":
+        said["tokenizer_class"] = "GPT2Tokenizer"
+    path.write_text(json.dumps(said))
+    upcycle(source, tmp_path / "moe", experts=2, top_k=1, verify=False, progress=False)
+    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "moe", source))
+    assert type(ours) is type(theirs)
+    text = " Once  upon a\ttime, Zoë's cat – 12 of them!\n"
+    assert ours(text) == theirs(text)
+    if named == "the class":
+        assert (tmp_path / "moe" / "tokenizer_config.json").read_bytes() == path.read_bytes()
+
+
+def test_refuses_a_tokenizer_that_cannot_be_loaded(llama, tmp_path):
+    (llama / "tokenizer.json").write_text("{}")
+    assert_refused(llama, tmp_path, "tokenizer in .*llama cannot be loaded")
 
 
 def test_older_spellings_and_buffers_of_a_source(llama, tmp_path):

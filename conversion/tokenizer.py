@@ -1,0 +1,36 @@
+"""The tokenizer of a converted model must be the one that the source has, though its files name no family any more."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .checkpoint import read_json
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint folder, None where it has none. Raises a ValueError of one line."""
+    if not any((folder / file).exists() for file in VOCABULARY_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The tokenizer in {folder} cannot be loaded: {reason or type(error).__name__}") from error
+
+
+def keep_class(source: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Name the class of `source` in `folder`, unless Transformers finds it there by itself.
+
+    Where the files do not name a class, Transformers goes by the model_type of the config, which is another now.
+    """
+    if type(load_tokenizer(folder)) is type(source):
+        return
+    path = folder / "tokenizer_config.json"
+    said = read_json(path) if path.exists() else {}
+    said["tokenizer_class"] = type(source).__name__
+    path.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if type(load_tokenizer(folder)) is not type(source):
+        raise ValueError(f"The tokenizer class {type(source).__name__} cannot be carried to a model of type hf_moe.")
