@@ -159,25 +159,31 @@ def test_what_goes_along(llama, tmp_path):
         assert (tmp_path / "moe" / f"{target.split('.')[0]}.py").exists()
 
 
-@pytest.mark.parametrize("named", ["nothing", "the wrong class", "the class"])
-def test_the_tokenizer_stays_the_same(named, shared_data, tmp_path):
-    """Transformers chooses the class by the model_type too, which the conversion changes."""
-    source = Path(shutil.copytree(shared_data / "stories260K-hf", tmp_path / "stories"))
-    path = source / "tokenizer_config.json"
-    path.chmod(0o644)
-    said = json.loads(path.read_text())
-    if named == "nothing":
-        del said["tokenizer_class"]
-    if named == "the wrong class":
-        said["tokenizer_class"] = "GPT2Tokenizer"
-    path.write_text(json.dumps(said))
+@pytest.mark.parametrize(
+    ("case", "named", "unchanged"),
+    [
+        ("qwen2", None, False),
+        ("qwen2", "LlamaTokenizer", False),
+        ("mistral", "LlamaTokenizer", False),
+        ("llama", "PreTrainedTokenizerFast", True),
+    ],
+)
+def test_the_tokenizer_stays_the_same(case, named, unchanged, checkpoint, shared_data, tmp_path):
+    """Transformers goes by the model_type too when it chooses the class, and the conversion changes that."""
+    source = Path(shutil.copytree(checkpoint(case), tmp_path / "dense"))
+    stories = shared_data / "stories260K-hf"
+    (source / "tokenizer.json").write_bytes((stories / "tokenizer.json").read_bytes())
+    said = json.loads((stories / "tokenizer_config.json").read_text()) | {"tokenizer_class": named}
+    said = {name: value for name, value in said.items() if value is not None}
+    (source / "tokenizer_config.json").write_text(json.dumps(said))
     upcycle(source, tmp_path / "moe", experts=2, top_k=1, verify=False, progress=False)
     ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "moe", source))
     assert type(ours) is type(theirs)
     text = " Once  upon a\ttime, Zoë's cat – 12 of them!\n"
-    assert ours(text) == theirs(text)
-    if named == "the class":
-        assert (tmp_path / "moe" / "tokenizer_config.json").read_bytes() == path.read_bytes()
+    assert ours(text).input_ids == theirs(text).input_ids
+    carried = json.loads((tmp_path / "moe" / "tokenizer_config.json").read_text())
+    assert (carried == said) == unchanged
+    assert carried | {"tokenizer_class": None} == said | {"tokenizer_class": None}
 
 
 def test_refuses_a_tokenizer_that_cannot_be_loaded(llama, tmp_path):
