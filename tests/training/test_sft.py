@@ -76,36 +76,44 @@ def test_shared_stories(command, shared_data, tmp_path):
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.05
 
 
-class TestPlainTemplate:
-    MESSAGES = (
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi?"},
-        {"role": "assistant", "content": "Ho."},
-        {"role": "user", "content": "And?"},
-        {"role": "assistant", "content": "No."},
-    )
+MESSAGES = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi?"},
+    {"role": "assistant", "content": "Ho."},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "No."},
+)
+SMOLLM2 = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+# template -> all but the last message with a generation prompt, the user's message alone, what counts in the loss
+RENDERED = {
+    "plain": (
+        "<s>System: Be brief.\nUser: Hi?\nAssistant: Ho.</s>\nUser: And?\nAssistant: ",
+        "<s>User: Hi?\n",
+        "Ho.</s>No.</s>",
+    ),
+    "smollm2": (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n"
+        "<|im_start|>assistant\nHo.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n",
+        SMOLLM2 + "<|im_start|>user\nHi?<|im_end|>\n",
+        "Ho.<|im_end|>No.<|im_end|>",
+    ),
+}
 
-    @pytest.fixture
-    def tokenizer(self):
-        tokenizer = tiny_tokenizer()
-        tokenizer.chat_template = (TEMPLATES / "plain.jinja").read_text(encoding="utf-8")
-        return tokenizer
 
-    def test_text(self, tokenizer):
-        text = tokenizer.apply_chat_template(self.MESSAGES[:4], tokenize=False, add_generation_prompt=True)
-        assert text == "<s>System: Be brief.\nUser: Hi?\nAssistant: Ho.</s>\nUser: And?\nAssistant: "
-        assert len(tokenizer) == len(tiny_tokenizer())
-
-    def test_assistant_mask_covers_the_answers_and_their_end(self, tokenizer):
-        output = tokenizer.apply_chat_template(self.MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
-        pairs = zip(output["input_ids"], output["assistant_masks"], strict=True)
-        assert tokenizer.decode([token for token, marked in pairs if marked]) == "Ho.</s>No.</s>"
-
-    def test_training_prompt_is_what_generation_sees(self, tokenizer):
-        whole = tokenizer.apply_chat_template(self.MESSAGES, tokenize=False)
-        assert whole.startswith(
-            tokenizer.apply_chat_template(self.MESSAGES[:4], tokenize=False, add_generation_prompt=True)
-        )
+@pytest.mark.parametrize("name", RENDERED)
+def test_template(name):
+    assert {path.stem for path in TEMPLATES.glob("*.jinja")} == RENDERED.keys()
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    conversation, question, counted = RENDERED[name]
+    assert tokenizer.apply_chat_template(MESSAGES[:4], tokenize=False, add_generation_prompt=True) == conversation
+    assert tokenizer.apply_chat_template(MESSAGES[1:2], tokenize=False) == question
+    # What training sees begins with what generation sees.
+    assert tokenizer.apply_chat_template(MESSAGES, tokenize=False).startswith(conversation)
+    output = tokenizer.apply_chat_template(MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
+    pairs = zip(output["input_ids"], output["assistant_masks"], strict=True)
+    assert tokenizer.decode([token for token, marked in pairs if marked]) == counted
+    assert len(tokenizer) == len(tiny_tokenizer())
 
 
 def test_assistant_only_loss_counts_only_the_answers(command, tmp_path):
@@ -160,7 +168,7 @@ class TestRefusals:
     def test_conversations_without_a_template(self, command, tmp_path):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text("{use_cpu: true, bf16: false}")
-        message = r"no chat template: give --chat_template_path FILE.jinja, or one of plain"
+        message = r"no chat template: give --chat_template_path FILE.jinja, or one of plain, smollm2"
         self.refused([str(recipe), *command()[1:]], ValueError, message, tmp_path)
 
     def test_output_folder_in_use(self, command, tmp_path):
