@@ -78,7 +78,8 @@ class HfMoeAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
 
-        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        query = rotate(query, *position_embeddings, interleaved=self.config.rope_interleave)
+        key = rotate(key, *position_embeddings, interleaved=self.config.rope_interleave)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

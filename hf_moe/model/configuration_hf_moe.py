@@ -24,13 +24,19 @@ class HfMoeConfig(PreTrainedConfig):
     Sizes
         vocab_size, hidden_size, intermediate_size (of dense MLPs), num_hidden_layers, max_position_embeddings.
     Attention
-        attention_type ("gqa"), num_attention_heads, num_key_value_heads (equal: MHA; 1: MQA; between: GQA), head_dim (default
-        hidden_size / num_attention_heads), attention_bias (on q, k and v), attention_output_bias (on o),
+        attention_type ("gqa", or "mla" for latent attention), num_attention_heads, num_key_value_heads (equal: MHA;
+        1: MQA; between: GQA), head_dim (default hidden_size / num_attention_heads), attention_bias (on q, k and v),
+        attention_output_bias (on o),
         qk_norm ("head": RMSNorm over each head, as in Qwen3; "projection": over all heads at once, as in OLMoE),
         clip_qkv (clamp q, k and v to +-clip_qkv), attn_logit_softcapping and final_logit_softcapping
         (x -> cap tanh(x / cap), Gemma 2), layer_types ("full_attention" or "sliding_attention" per layer; default:
         sliding everywhere if sliding_window is set, else full), sliding_window, rope_parameters (any RoPE type of
-        Transformers; "partial_rotary_factor" rotates only the first part of a head).
+        Transformers; "partial_rotary_factor" rotates only the first part of a head), rope_interleave (RoPE pairs
+        dimensions 2i and 2i + 1, as DeepSeek and GPT-J do, else i and i + d / 2).
+    Latent attention (attention_type "mla", DeepSeek-V2)
+        kv_lora_rank and q_lora_rank (ranks of the latents; q_lora_rank None: full-rank queries), qk_nope_head_dim and
+        qk_rope_head_dim (the parts of a query or key without and with RoPE; head_dim is the latter), v_head_dim.
+        attention_bias is that of q_a_proj and kv_a_proj_with_mqa.
     MLPs and experts
         hidden_act, gated_mlp (down(act(gate(x)) * up(x)), else down(act(up(x)))), mlp_bias, mlp_layer_types ("dense"
         or "sparse" per layer; default: all sparse), num_experts (routed experts E), num_experts_per_tok (K),
@@ -68,7 +74,7 @@ class HfMoeConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
 
-    attention_type: str = "gqa"
+    attention_type: Literal["gqa", "mla"] = "gqa"
     num_attention_heads: int = 16
     num_key_value_heads: int | None = None
     head_dim: int | None = None
@@ -82,6 +88,12 @@ class HfMoeConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     sliding_window: int | None = None
     rope_parameters: dict | None = None
+    rope_interleave: bool = False
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
 
     hidden_act: str = "silu"
     gated_mlp: bool = True
@@ -116,7 +128,8 @@ class HfMoeConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            default = self.hidden_size // self.num_attention_heads
+            self.head_dim = (self.qk_rope_head_dim or default) if self.attention_type == "mla" else default
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
         if self.shared_expert_intermediate_size is None:
@@ -131,13 +144,22 @@ class HfMoeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def qk_head_dim(self) -> int | None:
+        """Size of a query of latent attention; by it Transformers knows that keys and values differ in size."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.attention_type == "mla" else None
+
+    @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """Tensor parallelism: a style for each tensor that this configuration has (any other draws a warning)."""
         # A norm over all heads at once needs its whole input, so q, k and v are gathered from the ranks.
         gathered = self.qk_norm == "projection"
         column = "colwise_gather_output" if gathered else "colwise"
-        attention = {"q_proj": column, "k_proj": column, "v_proj": column}
-        attention["o_proj"] = "rowwise_split_input" if gathered else "rowwise"
+        if self.attention_type == "mla":  # heads are split; every rank computes the latents and caches them
+            attention = {"q_proj" if self.q_lora_rank is None else "q_b_proj": "colwise", "kv_b_proj": "colwise"}
+            attention |= {"kv_a_proj_with_mqa": "mla_kv_a_proj", "o_proj": "rowwise"}
+        else:
+            attention = {"q_proj": column, "k_proj": column, "v_proj": column}
+            attention["o_proj"] = "rowwise_split_input" if gathered else "rowwise"
         mlp = {"gate_proj": "colwise"} if self.gated_mlp else {}
         mlp |= {"up_proj": "colwise", "down_proj": "rowwise"}
         experts = {"gate_up_proj": "packed_colwise"} if self.gated_mlp else {"up_proj": "colwise"}
@@ -176,6 +198,30 @@ class HfMoeConfig(PreTrainedConfig):
             raise ValueError(f"layer_types may hold full_attention and sliding_attention, but has {unknown}.")
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError(f"layer_types has sliding_attention, but sliding_window is {self.sliding_window}.")
+
+    def validate_latent_attention(self):
+        if self.attention_type != "mla":
+            return
+        sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        optional = () if self.q_lora_rank is None else ("q_lora_rank",)
+        for name in sizes + optional:
+            if not (getattr(self, name) or 0) > 0:
+                raise ValueError(f"attention_type 'mla' needs {name} of at least 1, but it is {getattr(self, name)}.")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: RoPE turns pairs.")
+        if self.head_dim != self.qk_rope_head_dim:
+            raise ValueError(
+                f"head_dim ({self.head_dim}) must be qk_rope_head_dim ({self.qk_rope_head_dim}) in latent attention; "
+                "leave it out."
+            )
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads ({self.num_key_value_heads}) must be num_attention_heads "
+                f"({self.num_attention_heads}) in latent attention, whose latent serves every head; leave it out."
+            )
+        for name in ("qk_norm", "clip_qkv"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} ({getattr(self, name)!r}) needs attention_type 'gqa', not 'mla'.")
 
     def validate_experts(self):
         if not 1 <= self.num_experts_per_tok <= self.num_experts:

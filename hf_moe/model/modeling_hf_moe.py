@@ -30,11 +30,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import HfMoeAttention
 from .balancing import load_balancing_loss, router_z_loss
 from .configuration_hf_moe import HfMoeConfig
+from .latent_attention import HfMoeLatentAttention
 from .rms_norm import HfMoeRMSNorm
 from .rotary import HfMoeRotaryEmbedding
 from .routing import ROUTERS, route
 
-ATTENTIONS = {"gqa": HfMoeAttention}
+ATTENTIONS = {"gqa": HfMoeAttention, "mla": HfMoeLatentAttention}
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
@@ -216,7 +217,7 @@ class HfMoePreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(HfMoeRouter, index=0),
         "router_indices": OutputRecorder(HfMoeRouter, index=2),
         "hidden_states": HfMoeDecoderLayer,
-        "attentions": HfMoeAttention,
+        "attentions": [HfMoeAttention, HfMoeLatentAttention],
     }
 
     @torch.no_grad()

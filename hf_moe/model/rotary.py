@@ -38,10 +38,14 @@ class HfMoeRotaryEmbedding(nn.Module):
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first dimensions of x [B, heads, S, head_dim] by cos and sin [B, S, d]; i pairs with i + d / 2."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Rotate the first dimensions of x [B, heads, S, head_dim] by cos and sin [B, S, d]; i pairs with i + d / 2.
+
+    Interleaved, 2i pairs with 2i + 1; the result has the first of all pairs, then the second, and so equal inner
+    products, as long as queries and keys are both rotated here.
+    """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     rotated, passed = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    first, second = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
+    rotated = torch.cat((first, second), dim=-1) * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((rotated, passed), dim=-1)
