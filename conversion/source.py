@@ -1,5 +1,6 @@
 """Opening the checkpoint that a conversion starts from: its family, its config, its tensors and its origin."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -105,15 +106,12 @@ class Source:
                 raise ValueError(
                     f"{source} is {entry.dtype}, but {sources[0]} is {first.dtype}; they become one tensor."
                 )
-            # Several tensors are laid one after the other, along dimensions that hf_moe has in front.
-            rows = shape if len(sources) == 1 else (shape[-2] * _prod(shape[:-2]) // len(sources), shape[-1])
+            # The matrices of single experts lie one after the other in a tensor of all experts.
+            stacked = len(shape) == 3 and len(entry.shape) == 2
+            rows = (math.prod(shape[:-1]) // len(sources), shape[-1]) if stacked else shape
             if entry.shape != rows:
                 raise ValueError(f"{source} has shape {list(entry.shape)}, but the config calls for {list(rows)}.")
         return Output(name, first.dtype, shape, lambda: map(self.checkpoint.tensor, sources))
-
-
-def _prod(sizes: tuple[int, ...]) -> int:
-    return torch.Size(sizes).numel()
 
 
 def tensor_shapes(config: HfMoeConfig) -> dict[str, tuple[int, ...]]:

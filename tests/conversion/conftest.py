@@ -85,6 +85,7 @@ MOE_CASES = {
     "mixtral": ("mixtral", {**MOE, "num_local_experts": 5}),
     "mixtral-window": ("mixtral", {**MOE, "num_local_experts": 5, "sliding_window": 5, "head_dim": 8}),
     "olmoe": ("olmoe", {**MOE, "num_experts": 5}),
+    "olmoe-one-expert": ("olmoe", {"num_experts": 1, "num_experts_per_tok": 1, "router_aux_loss_coef": 0.03}),
     "olmoe-clip-bias": (
         "olmoe",
         {**MOE, "num_experts": 5, "clip_qkv": 0.7, "attention_bias": True, "norm_topk_prob": True},
