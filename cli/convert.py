@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .output import messages_on_stderr, print_report
+from .output import hide_loading_bars, messages_on_stderr, print_report
 
 # The largest difference between two logits, in float32, at which two models count as equal.
 TOLERANCE = 1e-4
@@ -35,6 +35,7 @@ def upcycle(
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts."""
     with messages_on_stderr():
+        hide_loading_bars()
         from hf_moe.conversion import upcycle
 
         report = upcycle(
@@ -63,6 +64,7 @@ def import_(
 ) -> None:
     """Rewrite a released mixture-of-experts checkpoint as an hf_moe one."""
     with messages_on_stderr():
+        hide_loading_bars()
         from hf_moe.conversion import import_checkpoint
 
         report = import_checkpoint(src, dst, max_shard_size=max_shard_size, dry_run=dry_run, verify=not no_verify)
@@ -78,6 +80,7 @@ def verify(
 ) -> None:
     """Compare two checkpoints' logits; exit code 1 if they differ by more than the tolerance."""
     with messages_on_stderr():
+        hide_loading_bars()
         from hf_moe.conversion import verify
 
         report = verify(a, b, data=data)

@@ -11,7 +11,7 @@ import typer
 
 from .convert import TOLERANCE
 from .generate import continue_text, encode, load
-from .output import messages_on_stderr
+from .output import hide_loading_bars, messages_on_stderr
 
 EXPERTS, TOP_K = 8, 2
 STORY = "Once upon a time"
@@ -55,12 +55,11 @@ def run_demo(out: Path, steps: int = 120) -> None:
     Raises FileExistsError if `out` holds something, typer.Exit(1) if the logits differ beyond TOLERANCE.
     """
     import torch
-    import transformers
     from hf_moe.conversion.writer import staged
 
     # The model is too small to be shared between threads: they would wait for each other.
     torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
+    hide_loading_bars()
     start = time.perf_counter()
     with staged(out) as folder:
         upcycled = upcycle_step(folder, out)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .output import messages_on_stderr, print_report
+from .output import hide_loading_bars, messages_on_stderr, print_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,12 +46,12 @@ def load(model: str | Path, trust_remote_code: bool = False) -> "tuple[PreTraine
     # A path that is not there would otherwise be asked for on the Hub.
     if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(model)):
         raise FileNotFoundError(f"{model} is neither a folder nor a model id such as owner/name.")
+    hide_loading_bars()
     import torch
     import transformers
 
     import hf_moe  # noqa: F401  (registers model_type "hf_moe")
 
-    transformers.utils.logging.disable_progress_bar()
     transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)

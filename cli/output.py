@@ -13,12 +13,23 @@ def messages_on_stderr() -> Iterator[None]:
         yield
 
 
+def hide_loading_bars() -> None:
+    """Leave out the bar that Transformers draws at each load of a model."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
 def print_report(report: dict, as_json: bool) -> None:
-    """Print `report` as one JSON object, or a line per fact that is known."""
+    """Print `report` as one JSON object, or a line per fact that there is."""
     if as_json:
         print(json.dumps(report, default=str))
         return
-    known = {name.replace("_", " "): value for name, value in report.items() if value is not None}
+    known = {
+        name.replace("_", " "): value
+        for name, value in report.items()
+        if value is not None and value is not False and value != []
+    }
     width = max((len(name) for name in known), default=0)
     for name, value in known.items():
         print(f"{name:<{width}}  {_readable(value)}")
@@ -29,4 +40,6 @@ def _readable(value: object) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.3g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return str(value)
