@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
@@ -24,7 +25,7 @@ class MoeSFTTrainer(SFTTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.moe = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self.adds_router_losses = hasattr(self.moe, "router_losses") and self.moe.has_router_loss()
+        self.adds_router_losses = hasattr(self.moe, "router_losses") and bool(self.moe.active_losses())
         if self.adds_router_losses:
             # Otherwise TRL would compute and add its own.
             self.aux_loss_enabled = False
@@ -36,17 +37,17 @@ class MoeSFTTrainer(SFTTrainer):
         with recorded_routing(self.moe.base_model) as recorded:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # The first forward is the one that the loss came from; TRL may add others without gradient for its metrics.
-        aux_loss, z_loss = self.moe.router_losses(recorded[0], inputs.get("attention_mask"))
+        aux_loss, losses = self.moe.router_losses(recorded[0], inputs.get("attention_mask"))
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in (("aux_loss", aux_loss), ("z_loss", z_loss)):
+        for name, value in ({"router_aux_loss_coef": aux_loss} | losses).items():
+            name = name.removeprefix("router_").removesuffix("_coef")
             metrics[name].append(self.accelerator.gather_for_metrics(value.detach()).mean().item())
         if not self.model.training:
             return result
 
-        config = self.moe.config
-        # A mean over one micro-batch: with `num_items_in_batch` the Trainer leaves averaging over the step to us.
+        # Means over one micro-batch: with `num_items_in_batch` the Trainer leaves averaging over the step to us.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        router_loss = (config.router_aux_loss_coef * aux_loss + config.router_z_loss_coef * z_loss) / steps
+        router_loss = sum(getattr(self.moe.config, name) * value for name, value in losses.items()) / steps
         if return_outputs:
             return result[0] + router_loss.to(result[0].device), result[1]
         return result + router_loss.to(result.device)
@@ -74,9 +75,9 @@ class MoeSFTTrainer(SFTTrainer):
 
 @contextmanager
 def recorded_routing(decoder: nn.Module) -> Iterator[list]:
-    """Ask `decoder` for its router logits and indices, and collect its outputs, while the context is open."""
+    """Ask `decoder` for what its routers did, and collect its outputs, while the context is open."""
     outputs = []
-    wanted = {"output_router_logits": True, "output_router_indices": True}
+    wanted = dict.fromkeys(("output_router_logits", "output_router_indices", "output_router_tokens"), True)
     ask = decoder.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs | wanted), with_kwargs=True)
     keep = decoder.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
@@ -87,8 +88,11 @@ def recorded_routing(decoder: nn.Module) -> Iterator[list]:
 
 
 def load_model(path: str, auto_class=AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
-    """`auto_class.from_pretrained(path)`; raises ValueError where it would leave weights at random."""
-    model, info = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    """`auto_class.from_pretrained(path)`; raises ValueError where weights are missing or unreadable."""
+    try:
+        model, info = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"{path} has weights that cannot be read: {error}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of the model's weights, the first of them {missing[0]}.")

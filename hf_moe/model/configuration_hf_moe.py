@@ -5,7 +5,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .routing import ROUTERS
+from .routing import ROUTERS, Range
 
 # Which class answers to which Auto class when the files travel with a checkpoint.
 AUTO_MAP = {
@@ -46,10 +46,14 @@ class HfMoeConfig(PreTrainedConfig):
     Routing
         router_type (a key of `routing.ROUTERS`), router_args (that router's own arguments, see `routing.py`),
         norm_topk_prob (weights of the K chosen experts sum to 1), routed_scaling_factor (multiplies them),
-        n_group and topk_group (choose only within the best topk_group of n_group expert groups).
+        n_group and topk_group (choose only within the best topk_group of n_group expert groups),
+        expert_capacity_factor (in training an expert takes at most ceil(factor K T / E) tokens, the rest are dropped
+        and their residual carries them; None drops nothing).
     Training
-        router_aux_loss_coef (load-balance loss; 0 turns it off), router_z_loss_coef, output_router_logits (return
-        router logits and `aux_loss` outside training too), attention_dropout, classifier_dropout (token
+        router_aux_loss_coef (load-balance loss; 0 turns it off), device_aux_loss_coef and comm_aux_loss_coef (the same
+        over n_group groups), seq_aux_loss_coef (within each sequence), router_z_loss_coef, router_bias_update_speed
+        (of router_args["selection_bias"], moved by hf_moe's trainers once per optimizer step), output_router_logits
+        (return router logits and `aux_loss` outside training too), attention_dropout, classifier_dropout (token
         classification), initializer_range.
 
     `provenance` records where a converted checkpoint came from. Raises on construction where fields contradict each
@@ -114,6 +118,11 @@ class HfMoeConfig(PreTrainedConfig):
     topk_group: int = 1
     router_aux_loss_coef: float | int = 0.01
     router_z_loss_coef: float | int = 0.0
+    seq_aux_loss_coef: float | int = 0.0
+    device_aux_loss_coef: float | int = 0.0
+    comm_aux_loss_coef: float | int = 0.0
+    router_bias_update_speed: float | int = 0.0
+    expert_capacity_factor: float | int | None = None
     output_router_logits: bool = False
 
     classifier_dropout: float | int = 0.1
@@ -252,7 +261,25 @@ class HfMoeConfig(PreTrainedConfig):
             )
         for name, value in self.router_args.items():
             if value not in known[name]:
-                raise ValueError(f"router_args[{name!r}] is {value!r}; it can be one of {list(known[name])}.")
+                allowed = known[name] if isinstance(known[name], Range) else f"one of {list(known[name])}"
+                raise ValueError(f"router_args[{name!r}] is {value!r}; it can be {allowed}.")
+        if self.router_type == "gshard" and self.num_experts_per_tok != 2:
+            raise ValueError(
+                f"router_type 'gshard' sends a token to 2 experts, num_experts_per_tok is {self.num_experts_per_tok}."
+            )
+        if self.router_args.get("solver") == "auction" and self.num_experts_per_tok != 1:
+            raise ValueError(
+                f"solver 'auction' gives a token 1 expert, num_experts_per_tok is {self.num_experts_per_tok}."
+            )
+        if self.router_bias_update_speed and not self.router_args.get("selection_bias"):
+            raise ValueError(
+                f"router_bias_update_speed is {self.router_bias_update_speed}, but the router has no bias: set "
+                'router_args={"selection_bias": True}.'
+            )
+        if self.expert_capacity_factor is not None and self.expert_capacity_factor <= 0:
+            raise ValueError(
+                f"expert_capacity_factor ({self.expert_capacity_factor}) must be above 0, or None to drop nothing."
+            )
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         # A folder saved from a Hub checkpoint must not point back to that checkpoint's code.

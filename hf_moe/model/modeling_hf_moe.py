@@ -28,12 +28,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import HfMoeAttention
-from .balancing import load_balancing_loss, router_z_loss
+from .balancing import LOSSES, Routed, policy_loss, routed, statistics
 from .configuration_hf_moe import HfMoeConfig
 from .latent_attention import HfMoeLatentAttention
 from .rms_norm import HfMoeRMSNorm
 from .rotary import HfMoeRotaryEmbedding
-from .routing import ROUTERS, route
+from .routing import HASHES, ROUTERS, RouterState, frequency_hash, spread
 
 ATTENTIONS = {"gqa": HfMoeAttention, "mla": HfMoeLatentAttention}
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -41,16 +41,26 @@ MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_slidi
 
 @dataclass
 class HfMoeModelOutput(MoeModelOutputWithPast):
-    """`router_logits` and `router_indices` hold one tensor per sparse layer: [T, E] float32 and [T, K] int64."""
+    """`router_logits` and `router_indices` hold one tensor per sparse layer: [T, E] float32 and [T, K] int64.
+
+    `router_tokens` names the token of each row of the indices where an expert chose it, `router_baselines` [T] are
+    those of REINFORCE; both are empty for other routers.
+    """
 
     router_indices: tuple[torch.Tensor, ...] | None = None
+    router_tokens: tuple[torch.Tensor, ...] | None = None
+    router_baselines: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class HfMoeCausalLMOutput(MoeCausalLMOutputWithPast):
-    """`aux_loss` and `z_loss` are scalars, averaged over the sparse layers and not yet weighted."""
+    """`aux_loss` and the scalars in `router_losses` are averaged over the sparse layers and not yet weighted.
 
-    z_loss: torch.Tensor | None = None
+    `router_losses` has an entry for each loss whose coefficient in the configuration is not 0, under that field's
+    name.
+    """
+
+    router_losses: dict[str, torch.Tensor] | None = None
     router_indices: tuple[torch.Tensor, ...] | None = None
 
 
@@ -100,38 +110,65 @@ class HfMoeExperts(nn.Module):
 
 
 class HfMoeRouter(nn.Module):
-    """Router logits x W^T, then `route`: logits [T, E], weights [T, K] and expert indices [T, K].
+    """Router logits x W^T, then the assignment that `router_type` names.
 
-    In float32 whatever the model's dtype and under autocast (ST-MoE, https://arxiv.org/abs/2202.08906, 3.3).
+    In float32 whatever the model's dtype and under autocast (ST-MoE, https://arxiv.org/abs/2202.08906, 3.3). Returns
+    logits [T, E], weights and expert indices [T, K], the token of each row where a row is not its own token's (expert
+    choice), and the baseline [T] of a router that learns by REINFORCE.
     """
 
-    def __init__(self, config: HfMoeConfig):
+    def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
-        if config.router_args.get("selection_bias"):
-            # Moved by balancing, not by gradients; steps of 1e-3 would vanish in bfloat16.
-            bias = torch.zeros(config.num_experts, dtype=torch.float32)
-            self.register_buffer("e_score_correction_bias", bias)
-        else:
-            self.e_score_correction_bias = None
+        self.router, args = ROUTERS[config.router_type], config.router_args
+        self.seed = int(args.get("seed", 0)) + layer_idx  # every layer hashes differently
+        self.weight = self.noise_weight = self.baseline_weight = None
+        if self.router.learned:
+            self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        if args.get("noise"):
+            self.noise_weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        if self.router.policy:
+            self.baseline_weight = nn.Parameter(torch.zeros(config.hidden_size))
+        # Moved by balancing, not by gradients; steps of 1e-3 would vanish in bfloat16.
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if args.get("selection_bias") else None
+        self.register_buffer("e_score_correction_bias", bias)
+        table = torch.zeros(config.vocab_size, config.num_experts_per_tok, dtype=torch.long)
+        self.register_buffer("hash_table", table if self.router.hashed else None)
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        config = self.config
+    def forward(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, input_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
+        if self.hash_table is not None and input_ids is None:
+            raise ValueError("A hash router chooses experts by token id: give input_ids, not inputs_embeds.")
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            logits = nn.functional.linear(hidden_states.float(), self.weight.float())
-            weights, index = route(
-                logits,
-                config.router_type,
-                config.num_experts_per_tok,
-                norm_topk_prob=config.norm_topk_prob,
-                scaling_factor=config.routed_scaling_factor,
-                bias_E=self.e_score_correction_bias,
-                n_group=config.n_group,
-                topk_group=config.topk_group,
-                group_score=config.router_args.get("group_score", "two_best"),
-            )
-        return logits, weights, index
+            hashed = None if self.hash_table is None else self.hash_table[input_ids]
+            x = self.explore(hidden_states.float())
+            logits = self.logits(x) if hashed is None else hash_logits(hashed, self.config.num_experts)
+            state = RouterState(self.training, mask, self.e_score_correction_bias, hashed)
+            weights, index, token = self.router.assign(logits, self.config, state)
+            baseline = None if self.baseline_weight is None else x.detach() @ self.baseline_weight.float()
+        return logits, weights, index, token, baseline
+
+    def explore(self, x: torch.Tensor) -> torch.Tensor:
+        """In training: jitter (Switch, https://arxiv.org/abs/2101.03961, 2.2) and dropout on the input."""
+        args = self.config.router_args
+        if self.training and (eps := args.get("jitter", 0.0)) > 0:
+            x = x * torch.empty_like(x).uniform_(1 - eps, 1 + eps)
+        return nn.functional.dropout(x, args.get("dropout", 0.0), self.training)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T; in training plus N(0, 1) softplus(x W_noise^T) (Shazeer, https://arxiv.org/abs/1701.06538, eq. 4)."""
+        logits = nn.functional.linear(x, self.weight.float())
+        if self.noise_weight is not None and self.training:
+            scale = nn.functional.softplus(nn.functional.linear(x, self.noise_weight.float()))
+            logits = logits + torch.randn_like(logits) * scale
+        return logits
+
+
+def hash_logits(index: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Logits [T, E] whose softmax is the hash's assignment [T, K]: 0 for its experts, the lowest number for others."""
+    logits = torch.full((len(index), num_experts), torch.finfo(torch.float32).min, device=index.device)
+    return logits.scatter(-1, index, 0.0)
 
 
 class HfMoeMLP(nn.Module):
@@ -157,9 +194,9 @@ class HfMoeSparseMoeBlock(nn.Module):
     All shared experts are one MLP of their total width, which is the same sum.
     """
 
-    def __init__(self, config: HfMoeConfig):
+    def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
-        self.gate = HfMoeRouter(config)
+        self.gate = HfMoeRouter(config, layer_idx)
         self.experts = HfMoeExperts(config)
         # The decorator sets one value per class; ours is per configuration.
         self.experts.has_gate, self.experts.has_bias = config.gated_mlp, config.mlp_bias
@@ -170,10 +207,22 @@ class HfMoeSparseMoeBlock(nn.Module):
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[B, S, D] to [B, S, D]; `token_mask` [B, S] is 0 on padding, `input_ids` [B, S] are for hash routers."""
         tokens = hidden_states.flatten(0, -2)  # [T, D]
-        _, weights, index = self.gate(tokens)
-        output = self.experts(tokens, index, weights)
+        mask = None if token_mask is None else token_mask.reshape(-1)
+        ids = None if input_ids is None else input_ids.reshape(-1)
+        _, weights, index, row_token, _ = self.gate(tokens, mask, ids)
+        if row_token is None:
+            output = self.experts(tokens, index, weights)
+        else:
+            rows = self.experts(tokens[row_token], index, weights)
+            output = torch.zeros_like(tokens).index_add(0, row_token, rows.to(tokens.dtype))
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens)
             if self.shared_expert_gate is not None:
@@ -190,13 +239,22 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = HfMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = ATTENTIONS[config.attention_type](config, layer_idx)
         self.post_attention_layernorm = HfMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
-        sparse = config.mlp_layer_types[layer_idx] == "sparse"
-        self.mlp = HfMoeSparseMoeBlock(config) if sparse else HfMoeMLP(config, config.intermediate_size)
+        self.sparse = config.mlp_layer_types[layer_idx] == "sparse"
+        self.mlp = (
+            HfMoeSparseMoeBlock(config, layer_idx) if self.sparse else HfMoeMLP(config, config.intermediate_size)
+        )
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        routing = {"token_mask": token_mask, "input_ids": input_ids} if self.sparse else {}
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), **routing)
 
 
 class HfMoePreTrainedModel(PreTrainedModel):
@@ -216,6 +274,8 @@ class HfMoePreTrainedModel(PreTrainedModel):
     _can_record_outputs = {
         "router_logits": OutputRecorder(HfMoeRouter, index=0),
         "router_indices": OutputRecorder(HfMoeRouter, index=2),
+        "router_tokens": OutputRecorder(HfMoeRouter, index=3),
+        "router_baselines": OutputRecorder(HfMoeRouter, index=4),
         "hidden_states": HfMoeDecoderLayer,
         "attentions": [HfMoeAttention, HfMoeLatentAttention],
     }
@@ -231,9 +291,26 @@ class HfMoePreTrainedModel(PreTrainedModel):
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
         elif isinstance(module, HfMoeRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-            if module.e_score_correction_bias is not None:
-                init.zeros_(module.e_score_correction_bias)
+            if module.weight is not None:
+                init.normal_(module.weight, mean=0.0, std=std)
+            for tensor in (module.noise_weight, module.baseline_weight, module.e_score_correction_bias):
+                if tensor is not None:
+                    init.zeros_(tensor)
+            if module.hash_table is not None:
+                hash_tokens = HASHES[self.config.router_args.get("hash", "random")]
+                first = hash_tokens(self.config.vocab_size, self.config.num_experts, module.seed)
+                init.copy_(module.hash_table, spread(first, self.config.num_experts_per_tok, self.config.num_experts))
+
+    @torch.no_grad()
+    def balance_hash_tables(self, token_counts: torch.Tensor):
+        """Rebuild the tables of a "frequency" hash router from how often each token occurs: [V] counts."""
+        if len(token_counts) != self.config.vocab_size:
+            raise ValueError(f"token_counts has {len(token_counts)} entries, the vocabulary {self.config.vocab_size}.")
+        experts, top_k = self.config.num_experts, self.config.num_experts_per_tok
+        table = spread(frequency_hash(token_counts.cpu(), experts), top_k, experts)
+        for module in self.modules():
+            if isinstance(module, HfMoeRouter) and module.hash_table is not None:
+                module.hash_table.copy_(table)
 
     def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
         if self.config.attn_logit_softcapping is not None:
@@ -247,13 +324,16 @@ class HfMoePreTrainedModel(PreTrainedModel):
         self, enable: bool = True, gradient_checkpointing_func: Callable = torch.utils.checkpoint.checkpoint, **kwargs
     ):
         reentrant = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
-        if enable and reentrant and (self.config.router_aux_loss_coef or self.config.router_z_loss_coef):
+        if enable and reentrant and self.active_losses():
             raise ValueError(
-                "use_reentrant=True would cut the balance losses off from the router; use "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}, or set router_aux_loss_coef and '
-                "router_z_loss_coef to 0."
+                f"use_reentrant=True would cut {', '.join(self.active_losses())} off from the router; use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, or set them to 0.'
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    def active_losses(self) -> list[str]:
+        """The configuration's loss coefficients that are not 0."""
+        return [name for name in LOSSES if getattr(self.config, name)]
 
 
 class HfMoeModel(HfMoePreTrainedModel):
@@ -290,6 +370,9 @@ class HfMoeModel(HfMoePreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
+        token_mask = None  # [B, S], for routers: padding takes no place at an expert
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -inputs_embeds.shape[1] :]
         masks = attention_mask
         if not isinstance(masks, dict):  # `generate` prepares one mask a layer type
             masks = {
@@ -313,6 +396,8 @@ class HfMoeModel(HfMoePreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                token_mask=token_mask,
+                input_ids=input_ids,
                 **kwargs,
             )
         return HfMoeModelOutput(
@@ -351,13 +436,15 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
     ) -> HfMoeCausalLMOutput:
         """Logits [B, S, V]; with `labels` [B, S] (-100 is ignored) the loss.
 
-        In training the loss includes the balance losses whose coefficients are not 0. Outside training they are
+        In training the loss includes the router losses whose coefficients are not 0. Outside training they are
         computed, and added, where `output_router_logits` asks for them. `output_router_logits=False` leaves them out.
         """
         config = self.config
+        learns = self.training and labels is not None
+        policy = learns and ROUTERS[config.router_type].policy
         if output_router_logits is None:
-            balanced = self.training and labels is not None and self.has_router_loss()
-            output_router_logits = config.output_router_logits or balanced
+            output_router_logits = config.output_router_logits or (learns and bool(self.active_losses()))
+        record = {f"output_router_{name}": output_router_logits or policy for name in ("logits", "indices", "tokens")}
 
         outputs: HfMoeModelOutput = self.model(
             input_ids=input_ids,
@@ -366,8 +453,8 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=output_router_logits,
-            output_router_indices=output_router_logits,
+            output_router_baselines=policy,
+            **record,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -375,44 +462,70 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
         if config.final_logit_softcapping is not None:
             logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
 
-        loss = aux_loss = z_loss = None
+        loss = aux_loss = router_losses = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        if outputs.router_logits:
-            aux_loss, z_loss = self.router_losses(outputs, attention_mask)
+        if policy:
+            loss = loss + self.policy_loss(outputs, logits, labels, attention_mask)
+        if output_router_logits and outputs.router_logits:
+            aux_loss, router_losses = self.router_losses(outputs, attention_mask)
             if loss is not None:
-                router_loss = config.router_aux_loss_coef * aux_loss + config.router_z_loss_coef * z_loss
-                loss = loss + router_loss.to(loss.device)
+                loss = loss + sum(getattr(config, name) * x.to(loss.device) for name, x in router_losses.items())
         return HfMoeCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
-            z_loss=z_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            router_losses=router_losses,
             router_indices=outputs.router_indices,
         )
 
-    def has_router_loss(self) -> bool:
-        return bool(self.config.router_aux_loss_coef or self.config.router_z_loss_coef)
+    def routed(self, outputs: HfMoeModelOutput, attention_mask: torch.Tensor | dict | None) -> list[Routed]:
+        """What each router did with this batch. Padding is known from a [B, S] mask."""
+        sequences, length = outputs.last_hidden_state.shape[:2]
+        mask = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            mask = attention_mask[:, -length:].reshape(-1)
+        affinity = ROUTERS[self.config.router_type].affinity
+        tokens = outputs.router_tokens or [None] * len(outputs.router_logits)
+        rows = zip(outputs.router_logits, outputs.router_indices, tokens, strict=True)
+        return [routed(logits, affinity(logits), index, mask, token, sequences) for logits, index, token in rows]
 
     def router_losses(
         self, outputs: HfMoeModelOutput, attention_mask: torch.Tensor | dict | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load-balance loss and z-loss, averaged over the sparse layers. Padding in a [B, S] mask never counts."""
-        mask = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :].reshape(-1)
-        affinity = ROUTERS[self.config.router_type].affinity
-        aux_losses, z_losses = [], []
-        for logits, index in zip(outputs.router_logits, outputs.router_indices, strict=True):
-            layer_mask = mask if mask is None else mask.to(logits.device)
-            aux_losses.append(load_balancing_loss(affinity(logits), index, layer_mask))
-            z_losses.append(router_z_loss(logits, layer_mask))
-        device = aux_losses[0].device  # layers may live on several
-        return tuple(torch.stack([x.to(device) for x in losses]).mean() for losses in (aux_losses, z_losses))
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The load-balance loss, and every loss that has a coefficient: averages over the sparse layers."""
+        layers = self.routed(outputs, attention_mask)
+        counted = [statistics(layer, self.config.n_group) for layer in layers]
+
+        def averaged(name: str) -> torch.Tensor:
+            losses = [LOSSES[name](layer, counts, self.config) for layer, counts in zip(layers, counted, strict=True)]
+            return torch.stack([x.to(losses[0].device) for x in losses]).mean()  # layers may live on several devices
+
+        losses = {name: averaged(name) for name in dict.fromkeys(["router_aux_loss_coef", *self.active_losses()])}
+        return losses["router_aux_loss_coef"], {name: losses[name] for name in self.active_losses()}
+
+    def policy_loss(
+        self,
+        outputs: HfMoeModelOutput,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | dict | None,
+    ) -> torch.Tensor:
+        """REINFORCE: each token's next-token loss is the cost of the experts it was sent to."""
+        args = self.config.router_args
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+        costs = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+        total = 0.0
+        layers = self.routed(outputs, attention_mask)
+        for layer, baseline in zip(layers, outputs.router_baselines, strict=True):
+            costs, mask = costs.to(baseline.device), (targets != -100).float().to(baseline.device)
+            policy, value = policy_loss(layer, baseline, costs, mask)
+            total = total + args.get("policy_coef", 1e-2) * policy + args.get("baseline_coef", 1e-2) * value
+        return total / len(layers)
 
 
 class HfMoeForSequenceClassification(GenericForSequenceClassification, HfMoePreTrainedModel):

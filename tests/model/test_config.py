@@ -31,7 +31,7 @@ def test_other_families_name_for_the_experts(name):
         ({"n_group": 2}, r"num_experts \(7\) must be a multiple of n_group \(2\)"),
         ({"n_group": 7, "topk_group": 8}, r"topk_group \(8\)"),
         ({"n_group": 7, "topk_group": 2}, r"num_experts_per_tok \(3\) exceeds the 2 experts"),
-        ({"router_type": "magic"}, r"'magic' is unknown; the routers are \['sigmoid_topk', "),
+        ({"router_type": "magic"}, r"'magic' is unknown; the routers are \['base', "),
         ({"router_args": {"temperature": 2}}, r"\['temperature'\] are unknown to 'softmax_topk'"),
         ({"router_args": {"group_score": "worst"}}, r"\['two_best', 'best'\]"),
         ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is None"),

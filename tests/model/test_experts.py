@@ -18,7 +18,7 @@ KINDS = {
 def block(kind: str, dtype=torch.float32, **changes) -> HfMoeSparseMoeBlock:
     config = tiny_config(**KINDS[kind], **changes)
     config._experts_implementation = "eager"
-    moe = HfMoeSparseMoeBlock(config)
+    moe = HfMoeSparseMoeBlock(config, layer_idx=0)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return moe.to(dtype)
@@ -88,7 +88,7 @@ def test_shared_experts_are_a_sum_of_small_ones(gated):
     moe = block("gated", n_shared_experts=3, shared_expert_intermediate_size=10, shared_expert_gate=gated)
     x = torch.randn(2, 5, 48)
     tokens = x.view(10, 48)
-    _, weights, index = moe.gate(tokens)
+    _, weights, index, *_ = moe.gate(tokens)
     shared = moe.shared_experts
     expected = torch.zeros(10, 48)
     for rows in torch.arange(30).split(10):
@@ -103,7 +103,7 @@ def test_shared_experts_are_a_sum_of_small_ones(gated):
 def test_the_router_computes_in_float32_in_a_bf16_model_and_under_autocast():
     moe = block("gated", torch.bfloat16)
     x = torch.randn(9, 48, dtype=torch.bfloat16)
-    logits, weights, _ = moe.gate(x)
+    logits, weights, *_ = moe.gate(x)
     assert logits.dtype == weights.dtype == torch.float32
     assert torch.equal(logits, x.float() @ moe.gate.weight.float().T)
     moe = block("gated")

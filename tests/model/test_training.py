@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_moe import HfMoeForSequenceClassification, HfMoeForTokenClassification
-from hf_moe.model.balancing import load_balancing_loss, router_z_loss
+from hf_moe.model.balancing import LOSSES, routed, statistics
 from tests.conftest import tiny_config, tiny_model, tokens
 
 
@@ -17,7 +17,9 @@ def test_the_loss_in_training_is_cross_entropy_plus_the_balance_losses():
     plain = model(ids, labels=ids, output_router_logits=False)
     balanced = model(ids, labels=ids)
     assert plain.aux_loss is None and plain.router_logits is None
-    torch.testing.assert_close(balanced.loss, plain.loss + 0.3 * balanced.aux_loss + 0.02 * balanced.z_loss)
+    assert list(balanced.router_losses) == ["router_aux_loss_coef", "router_z_loss_coef"]
+    expected = plain.loss + 0.3 * balanced.aux_loss + 0.02 * balanced.router_losses["router_z_loss_coef"]
+    torch.testing.assert_close(balanced.loss, expected)
 
 
 def test_outside_training_the_loss_is_cross_entropy_unless_asked():
@@ -34,11 +36,9 @@ def test_router_outputs_have_one_entry_a_sparse_layer():
     assert [x.shape for x in out.router_logits] == [(22, 7)] * 2
     assert [x.shape for x in out.router_indices] == [(22, 3)] * 2
     assert all(x.dtype == torch.float32 for x in out.router_logits)
-    losses = [
-        load_balancing_loss(x.softmax(-1), i) for x, i in zip(out.router_logits, out.router_indices, strict=True)
-    ]
+    layers = [routed(x, x.softmax(-1), i) for x, i in zip(out.router_logits, out.router_indices, strict=True)]
+    losses = [LOSSES["router_aux_loss_coef"](layer, statistics(layer), None) for layer in layers]
     torch.testing.assert_close(out.aux_loss, sum(losses) / 2)
-    torch.testing.assert_close(out.z_loss, sum(router_z_loss(x) for x in out.router_logits) / 2)
 
 
 def test_a_dense_model_has_no_router_losses():
@@ -91,7 +91,7 @@ def test_checkpointing_changes_no_gradient():
 
 
 def test_reentrant_checkpointing_is_refused_where_it_would_drop_the_balance_loss():
-    with pytest.raises(ValueError, match="use_reentrant=True would cut the balance losses off"):
+    with pytest.raises(ValueError, match="use_reentrant=True would cut router_aux_loss_coef off"):
         tiny_model().gradient_checkpointing_enable({"use_reentrant": True})
     tiny_model(router_aux_loss_coef=0.0).gradient_checkpointing_enable({"use_reentrant": True})
 
