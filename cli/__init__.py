@@ -9,6 +9,7 @@ from .convert import import_, upcycle, verify
 from .demo import demo
 from .errors import one_line
 from .generate import generate
+from .inspect import inspect, presets
 from .train import train
 
 app = typer.Typer(
@@ -25,6 +26,8 @@ app.command()(verify)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 app.command()(generate)
 app.command()(card)
+app.command()(inspect)
+app.command()(presets)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,11 @@ from .model.modeling_hf_moe import (
     HfMoeForTokenClassification,
     HfMoeModel,
 )
+from .presets import preset_config
 from .version import __version__
+
+# Attached here because the model's files are saved beside weights, and the presets are not.
+HfMoeConfig.from_preset = staticmethod(preset_config)
 
 AUTO_CLASSES = {
     AutoModel: HfMoeModel,

@@ -1,0 +1,212 @@
+"""`hf-moe inspect` and `hf-moe presets`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import messages_on_stderr, print_report
+
+if TYPE_CHECKING:
+    from hf_moe import HfMoeConfig
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="PATH_OR_PRESET", help="A saved model, or the name of a preset.")],
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens attended to, for the FLOPs; at most 4096.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say how large a model is and what it costs to run, from its config alone."""
+    with messages_on_stderr():
+        from hf_moe.sizes import cache_alternatives, sizes
+
+        config, about = find(model)
+        report = {"model": model, **about, **summary(config), **sizes(config, context)}
+        report["kv_cache_alternatives"] = cache_alternatives(config)
+    if json:
+        print_report(report, as_json=True)
+    else:
+        print_table(report)
+
+
+def presets(json: Json = False) -> None:
+    """List the published architectures that inspect and HfMoeConfig.from_preset know."""
+    with messages_on_stderr():
+        from hf_moe.presets import PRESETS
+    if json:
+        print_report(PRESETS, as_json=True)
+        return
+    rows = [
+        (
+            name,
+            compact(entry["published"]["total"]),
+            compact(entry["published"]["active"]),
+            f"{entry['fields']['num_experts_per_tok']} of {entry['fields']['num_experts']}",
+            entry["title"],
+        )
+        for name, entry in PRESETS.items()
+    ]
+    print_columns([("preset", "total", "active", "experts", "published as"), *rows])
+
+
+def find(model: str) -> "tuple[HfMoeConfig, dict[str, Any]]":
+    """The config of a saved model or of a preset, and what is known about the preset.
+
+    Raises FileNotFoundError or ValueError, in one line, where there is neither.
+    """
+    from hf_moe.presets import PRESETS, preset, preset_config
+
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder_config(folder), {}
+    if model not in PRESETS and (folder.exists() or "/" in model):
+        raise FileNotFoundError(f"{model} is no folder; give the folder of a saved model, or a preset's name.")
+    entry = preset(model)
+    return preset_config(model), {key: entry[key] for key in ("title", "source", "differs", "published")}
+
+
+def folder_config(folder: Path) -> "HfMoeConfig":
+    """The config in a folder: hf_moe's own, or the hf_moe config of the same model in a family that hf_moe reads."""
+    from hf_moe.conversion.checkpoint import read_json
+    from hf_moe.conversion.families import DENSE_FAMILIES, FAMILIES
+    from hf_moe.conversion.source import built
+    from transformers import AutoConfig
+
+    from hf_moe import HfMoeConfig
+
+    model_type = read_json(folder / "config.json").get("model_type")
+    families = {**DENSE_FAMILIES, **FAMILIES}
+    if model_type != HfMoeConfig.model_type and model_type not in families:
+        known = ", ".join([HfMoeConfig.model_type, *families])
+        raise ValueError(f"{folder} has model_type {model_type!r}, which hf_moe does not read; it reads {known}.")
+    invalid = f"{folder / 'config.json'} is no valid {model_type} config"
+    if model_type == HfMoeConfig.model_type:
+        return built(HfMoeConfig.from_pretrained, invalid, folder)
+    original = built(AutoConfig.from_pretrained, invalid, folder)
+    fields = families[model_type].hf_moe_fields(original)
+    if model_type in DENSE_FAMILIES:
+        fields["mlp_layer_types"] = ["dense"] * original.num_hidden_layers
+    return built(HfMoeConfig, f"{folder} cannot be carried", **fields)
+
+
+def summary(config: "HfMoeConfig") -> dict[str, Any]:
+    """What the model is: layers, attention, experts, router."""
+    sparse = config.mlp_layer_types.count("sparse")
+    return {
+        "layers": config.num_hidden_layers,
+        "sparse_layers": sparse,
+        "sliding_layers": config.layer_types.count("sliding_attention"),
+        "sliding_window": config.sliding_window,
+        "attention_type": config.attention_type,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "num_experts": config.num_experts if sparse else 0,
+        "num_experts_per_tok": config.num_experts_per_tok if sparse else 0,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "n_shared_experts": config.n_shared_experts if sparse else 0,
+        "router_type": config.router_type if sparse else None,
+        "router_args": config.router_args if sparse else {},
+    }
+
+
+def print_table(report: dict[str, Any]) -> None:
+    print_columns(list(table(report)))
+
+
+def table(report: dict[str, Any]):
+    """The report as rows of a name and what there is to say."""
+    published = report.get("published", {})
+    yield report["model"], report.get("title", "")
+    for number, source in enumerate(report.get("source", [])):
+        yield "" if number else "source", source
+    if report.get("differs"):
+        yield "differs", report["differs"]
+    total, active = report["total_params"], report["active_params"]
+    yield "total parameters", f"{total:,} ({compact(total)}{stated(published, 'total')})"
+    yield "active per token", f"{active:,} ({compact(active)}{stated(published, 'active')}), {active / total:.1%}"
+    for figure, reason in published.get("mismatch", {}).items():
+        yield "", f"published {figure} differs: {reason}"
+    yield "layers", layers(report)
+    yield "experts", experts(report)
+    flops, training = report["flops_per_token"], report["training_flops_per_token"]
+    yield "FLOPs per token", f"{compact(flops)} forward, {compact(training)} training, context {report['context']:,}"
+    yield from cache_rows(report, published.get("cache"))
+    yield "weights", ", ".join(f"{gigabytes(size)} in {dtype}" for dtype, size in report["weight_bytes"].items())
+
+
+def layers(report: dict[str, Any]) -> str:
+    text = f"{report['layers']}, {report['attention_type']} attention of {report['num_attention_heads']} heads"
+    if report["attention_type"] != "mla":
+        text += f", {report['num_key_value_heads']} for keys and values"
+    if report["sliding_layers"]:
+        text += f", {report['sliding_layers']} layers within a window of {report['sliding_window']:,}"
+    return text
+
+
+def experts(report: dict[str, Any]) -> str:
+    if not report["sparse_layers"]:
+        return "none: a dense model"
+    text = f"{report['num_experts_per_tok']} of {report['num_experts']}, each {report['moe_intermediate_size']} wide"
+    if report["n_shared_experts"]:
+        text += f", and {report['n_shared_experts']} shared"
+    details = "".join(f", {name} {value}" for name, value in report["router_args"].items())
+    return f"{text}, in {report['sparse_layers']} layers; router {report['router_type']}{details}"
+
+
+def cache_rows(report: dict[str, Any], published: dict[str, Any] | None):
+    size = report["kv_cache_bytes_per_token"]
+    by_dtype = report["kv_cache_bytes_per_token_by_dtype"]
+    yield "KV cache per token", ", ".join(f"{each:,} bytes in {dtype}" for dtype, each in by_dtype.items())
+    if report["sliding_layers"]:
+        beyond = report["kv_cache_bytes_per_token_beyond_window"]
+        yield "", f"{beyond:,} bytes in bfloat16 for each token beyond the window"
+    for name, other in report["kv_cache_alternatives"].items():
+        yield "", f"{other:,} bytes in bfloat16 as {name}: {change(size, other)}"
+    if published:
+        other = 2 * published["elements_per_token"]
+        yield "", f"{other:,} bytes in bfloat16 in {published['against']}: {change(size, other)}"
+        reduced = 1 - size / other * published["bits"] / 16
+        yield (
+            "",
+            f"published: {float(published['saved']):.1%} less than that, at {published['bits']} bits ({reduced:.1%})",
+        )
+
+
+def change(size: int, other: int) -> str:
+    if size == other:
+        return "the same"
+    return f"this is {1 - size / other:.1%} less" if size < other else f"this is {size / other:.3g} times as much"
+
+
+def stated(published: dict[str, Any], figure: str) -> str:
+    if not published.get(figure):
+        return ""
+    counts = published["counts" if figure == "active" else "total_counts"] if figure == "active" else "all"
+    return f"; published {compact(published[figure])}" + (f", {counts}" if counts != "all" else "")
+
+
+def compact(number: float | str | None) -> str:
+    """Three digits and a unit: 46.7B."""
+    if number is None:
+        return "-"
+    number = float(number)
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def print_columns(rows: list[tuple[str, ...]]) -> None:
+    """Columns as wide as their widest entry; the last takes what it needs."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, row[-1]]).rstrip())

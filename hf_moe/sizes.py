@@ -1,0 +1,96 @@
+"""What a model costs: parameters, arithmetic, cache and memory, read off a model without weights."""
+
+from collections.abc import Iterator
+
+import torch
+
+from .model.configuration_hf_moe import HfMoeConfig
+from .model.modeling_hf_moe import HfMoeForCausalLM
+
+BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
+CACHE_DTYPE = "bfloat16"
+CONTEXT = 4096
+
+
+def sizes(config: HfMoeConfig, context: int | None = None) -> dict:
+    """Sizes of HfMoeForCausalLM(config), as a dict that can be written as JSON.
+
+    total_params; active_params, those that work on one token: K of the E routed experts in each sparse layer and all
+    that is not a routed expert, both embeddings included (embedding_params and head_params say how large they are; 0
+    for the head where it is the embedding's tensor).
+
+    flops_per_token, forward, at a context of `context` tokens (default: 4096, or max_position_embeddings if that is
+    less): 2 for each active parameter that multiplies, and in each layer 2 H (d_qk + d_v) for each token attended to.
+    As in PaLM (https://arxiv.org/abs/2204.02311, appendix B), a token is taken to attend to all `context` tokens, or
+    to all within its window. Latent attention is counted with its keys and values expanded.
+    training_flops_per_token is three times that: the backward pass costs twice the forward.
+
+    kv_cache_bytes_per_token, in bfloat16, and kv_cache_bytes_per_token_by_dtype; beyond the window a token adds only
+    kv_cache_bytes_per_token_beyond_window. weight_bytes by dtype.
+    """
+    context = context or min(CONTEXT, config.max_position_embeddings)
+    with torch.device("meta"):
+        model = HfMoeForCausalLM(config)
+    parameters = list(model.named_parameters())
+    embedding = model.get_input_embeddings().weight.numel()
+    tied = config.tie_word_embeddings
+    total = sum(parameter.numel() for _, parameter in parameters)
+    active = sum(active_part(name, parameter, config) for name, parameter in parameters)
+    multiplying = sum(active_part(name, parameter, config) for name, parameter in parameters if parameter.dim() > 1)
+    flops = 2 * (multiplying - (0 if tied else embedding)) + sum(attention_flops(config, context))
+    cached = sum(cached_elements(config) for _ in config.layer_types)
+    kept = sum(cached_elements(config) for kind in config.layer_types if kind == "full_attention")
+    return {
+        "total_params": total,
+        "active_params": active,
+        "embedding_params": 0 if tied else embedding,
+        "head_params": embedding,
+        "context": context,
+        "flops_per_token": flops,
+        "training_flops_per_token": 3 * flops,
+        "kv_cache_bytes_per_token": cached * BYTES[CACHE_DTYPE],
+        "kv_cache_bytes_per_token_beyond_window": kept * BYTES[CACHE_DTYPE],
+        "kv_cache_bytes_per_token_by_dtype": {dtype: cached * size for dtype, size in BYTES.items()},
+        "weight_bytes": {dtype: total * size for dtype, size in BYTES.items()},
+    }
+
+
+def active_part(name: str, parameter: torch.Tensor, config: HfMoeConfig) -> int:
+    """How many of a parameter's elements work on one token."""
+    if ".experts." not in name:
+        return parameter.numel()
+    assert parameter.shape[0] == config.num_experts, f"{name} {tuple(parameter.shape)}"
+    return parameter[0].numel() * experts_per_token(config)
+
+
+def experts_per_token(config: HfMoeConfig) -> int:
+    return config.num_experts if config.router_type == "dense" else config.num_experts_per_tok
+
+
+def attention_flops(config: HfMoeConfig, context: int) -> Iterator[int]:
+    """For each layer, the products of one query with the keys it may see, and of its probabilities with the values."""
+    if config.attention_type == "mla":
+        per_key = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    else:
+        per_key = 2 * config.head_dim
+    for kind in config.layer_types:
+        seen = context if kind == "full_attention" else min(context, config.sliding_window)
+        yield 2 * config.num_attention_heads * per_key * seen
+
+
+def cached_elements(config: HfMoeConfig) -> int:
+    """Numbers that one layer keeps of one token: keys and values, or the latent and its RoPE key."""
+    if config.attention_type == "mla":
+        return config.kv_lora_rank + config.qk_rope_head_dim
+    return 2 * config.num_key_value_heads * config.head_dim
+
+
+def cache_alternatives(config: HfMoeConfig, groups: int = 8) -> dict[str, int]:
+    """The same model's kv_cache_bytes_per_token with MHA, GQA of `groups` key-value heads, and MQA.
+
+    A head's size in latent attention is d_h = qk_nope_head_dim (DeepSeek-V2, table 1).
+    """
+    head_dim = config.qk_nope_head_dim if config.attention_type == "mla" else config.head_dim
+    heads = {"MHA": config.num_attention_heads, f"GQA, {groups} key-value heads": groups, "MQA": 1}
+    layers = config.num_hidden_layers
+    return {name: layers * 2 * count * head_dim * BYTES[CACHE_DTYPE] for name, count in heads.items()}
