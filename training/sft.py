@@ -26,9 +26,9 @@ def main(argv: list[str]) -> None:
 def run(model_args: ModelArguments, data_args: DataArguments, args: SFTConfig) -> dict[str, float]:
     """Train, evaluate before and after, save to `output_dir`; returns the metrics, with `eval_loss_before`."""
     checkpoint = checkpoint_to_resume(args)
+    args.chat_template_path = find_template(args.chat_template_path)
     train_rows, eval_rows = load_data(data_args, args)
     args.eval_on_start = eval_rows is not None and checkpoint is None
-    args.chat_template_path = find_template(args.chat_template_path)
     source = checkpoint or model_args.model_name_or_path
     tokenizer = load_tokenizer(source, model_args, args)
     check_template(tokenizer, train_rows, args)
@@ -92,27 +92,42 @@ def load_data(data_args: DataArguments, args: SFTConfig) -> tuple[Dataset, Datas
 
 
 def load_tokenizer(source: str, model_args: ModelArguments, args: SFTConfig) -> PreTrainedTokenizerBase:
-    if not Path(source).is_dir() and (Path(source).is_absolute() or source.startswith(".") or source.count("/") > 1):
+    """The tokenizer beside the model. Raises FileNotFoundError for an absent folder, ValueError if nothing loads."""
+    path = Path(source)
+    if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
         raise FileNotFoundError(f"model_name_or_path: there is no folder {source}.")
-    return AutoTokenizer.from_pretrained(
-        source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-    )
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model_name_or_path {source} has no tokenizer that loads: {reason}") from error
+
+
+def shipped_templates() -> dict[str, str]:
+    """The chat templates that come with hf_moe: name to file."""
+    return {path.stem: str(path) for path in sorted(TEMPLATES.glob("*.jinja"))}
 
 
 def find_template(name: str | None) -> str | None:
-    """The file of a template that comes with hf_moe, by its name; any other value as it is, for TRL."""
-    shipped = {path.stem: str(path) for path in TEMPLATES.glob("*.jinja")}
-    return shipped.get(name, name)
+    """The file of a shipped template by its name; a file, a folder or a Hub tokenizer's name as it is, for TRL."""
+    if name is None or Path(name).exists():
+        return name
+    path = shipped_templates().get(name, name)
+    if path == name and ("/" not in name or name.endswith((".jinja", ".j2"))):
+        raise FileNotFoundError(
+            f"chat_template_path: there is no file {name}; the templates that come along are "
+            f"{', '.join(shipped_templates())}."
+        )
+    return path
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: SFTConfig) -> None:
-    path = args.chat_template_path
-    if path is not None and path.endswith((".jinja", ".j2")) and not Path(path).is_file():
-        raise FileNotFoundError(f"chat_template_path: there is no file {path}.")
-    if is_conversational(rows) and path is None and tokenizer.chat_template is None:
+    if is_conversational(rows) and args.chat_template_path is None and tokenizer.chat_template is None:
         raise ValueError(
             "The rows are conversations and the tokenizer has no chat template: give --chat_template_path FILE.jinja, "
-            f"or one of {', '.join(sorted(path.stem for path in TEMPLATES.glob('*.jinja')))}."
+            f"or one of {', '.join(shipped_templates())}."
         )
 
 

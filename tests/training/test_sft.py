@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,7 @@ class TestRefusals:
             (["--eval_strategy", "epoch"], ValueError, "eval_strategy is epoch: give --eval_data"),
             (["--eval_data", "absent.jsonl"], FileNotFoundError, "there is no file absent.jsonl"),
             (["--chat_template_path", "absent.jinja"], FileNotFoundError, "there is no file absent.jinja"),
+            (["--chat_template_path", "chatml"], FileNotFoundError, "no file chatml; the templates.* plain, smollm2"),
             (["--model_name_or_path", "./absent"], FileNotFoundError, "there is no folder ./absent"),
             (["--resume_from_checkpoint", "true"], ValueError, "holds no complete checkpoint"),
             (["--resume_from_checkpoint", "absent"], ValueError, "absent is not a complete checkpoint"),
@@ -164,6 +166,16 @@ class TestRefusals:
         data = write_rows(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b"}])
         message = "has the columns question, answer; expected messages"
         self.refused(command(data=data, model=tmp_path / "absent"), ValueError, message, tmp_path)
+
+    def test_model_without_a_tokenizer(self, command, tmp_path):
+        message = f"model_name_or_path {tmp_path} has no tokenizer that loads"
+        self.refused(command(model=tmp_path), ValueError, message, tmp_path)
+
+    def test_truncated_weights(self, command, model_folder, tmp_path):
+        shutil.copytree(model_folder, tmp_path / "model")
+        weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+        (tmp_path / "model" / "model.safetensors").write_bytes(weights[:-9])
+        self.refused(command(model=tmp_path / "model"), ValueError, "model has weights that cannot be read", tmp_path)
 
     def test_conversations_without_a_template(self, command, tmp_path):
         recipe = tmp_path / "recipe.yaml"
