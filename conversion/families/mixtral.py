@@ -13,7 +13,7 @@ MIXTRAL = Family(
         "moe_intermediate_size": "intermediate_size",
     },
     constants={"router_type": "topk_softmax"},
-    required={"router_jitter_noise": 0.0},  # noise on the router's input while training: hf_moe has none
+    required={"router_jitter_noise": 0.0},  # noise on the whole block's input; hf_moe has the router's only
     layouts={
         "per-expert": {
             "model.layers.{layer}.mlp.gate.weight": ("model.layers.{layer}.block_sparse_moe.gate.weight",),

@@ -4,7 +4,14 @@ from transformers import PreTrainedConfig
 
 from .family import Computed, same
 
-ROUTING_FIELDS = same("num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
+ROUTING_FIELDS = {
+    **same("num_experts_per_tok", "output_router_logits"),
+    # Transformers' balance loss is K at perfect balance, ours 1: the coefficient that trains alike is K times theirs.
+    "router_aux_loss_coef": Computed(
+        ("router_aux_loss_coef", "num_experts_per_tok"),
+        lambda config: config.router_aux_loss_coef * config.num_experts_per_tok,
+    ),
+}
 
 # One tensor per expert and projection, as Transformers 4 had them in memory and 5 still writes them.
 PER_EXPERT = {

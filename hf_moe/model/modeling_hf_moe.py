@@ -320,6 +320,17 @@ class HfMoePreTrainedModel(PreTrainedModel):
             )
         return super()._sdpa_can_dispatch(is_init_check)
 
+    def _grouped_mm_can_dispatch(self) -> bool:
+        # Rows of the grouped product must be multiples of 16 bytes; where they are not, eager is the default.
+        bytes_per_value = torch.get_default_dtype().itemsize
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if getattr(self.config, name) * bytes_per_value % 16:
+                raise ValueError(
+                    f"{name} ({getattr(self.config, name)}) in {torch.get_default_dtype()} is no multiple of 16 bytes: "
+                    'use experts_implementation="eager" or "batched_mm".'
+                )
+        return super()._grouped_mm_can_dispatch()
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = torch.utils.checkpoint.checkpoint, **kwargs
     ):

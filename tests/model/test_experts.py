@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_moe.model.modeling_hf_moe import HfMoeSparseMoeBlock
-from tests.conftest import tiny_config
+from tests.conftest import tiny_config, tiny_model, tokens
 
 KINDS = {
     "gated": {},
@@ -81,6 +81,14 @@ def test_implementations_agree(kind, implementation, dtype):
             scale = expected.norm() + 1e-6
             eager_error = (eager[name].float() - expected).norm() / scale
             assert (fast[name].float() - expected).norm() / scale <= 2 * eager_error + 1e-3, name
+
+
+def test_rows_that_grouped_mm_cannot_read_run_eager():
+    model = tiny_model(hidden_size=99, head_dim=6, moe_intermediate_size=23)
+    assert model.config._experts_implementation == "eager"
+    assert model(tokens()).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"hidden_size \(99\) in torch.float32 is no multiple of 16 bytes"):
+        model.set_experts_implementation("grouped_mm")
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["", "sigmoid-gate"])
