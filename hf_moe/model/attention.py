@@ -37,6 +37,8 @@ def eager_attention(
 class HfMoeAttention(nn.Module):
     """Attention with num_key_value_heads from 1 (MQA) to num_attention_heads (MHA)."""
 
+    routes = False  # no router inside
+
     def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
         self.config = config

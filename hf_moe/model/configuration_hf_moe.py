@@ -24,7 +24,7 @@ class HfMoeConfig(PreTrainedConfig):
     Sizes
         vocab_size, hidden_size, intermediate_size (of dense MLPs), num_hidden_layers, max_position_embeddings.
     Attention
-        attention_type ("gqa", or "mla" for latent attention), num_attention_heads, num_key_value_heads (equal: MHA;
+        attention_type ("gqa", "mla" for latent attention, or "moa" for a mixture of heads), num_attention_heads, num_key_value_heads (equal: MHA;
         1: MQA; between: GQA), head_dim (default hidden_size / num_attention_heads), attention_bias (on q, k and v),
         attention_output_bias (on o),
         qk_norm ("head": RMSNorm over each head, as in Qwen3; "projection": over all heads at once, as in OLMoE),
@@ -37,6 +37,9 @@ class HfMoeConfig(PreTrainedConfig):
         kv_lora_rank and q_lora_rank (ranks of the latents; q_lora_rank None: full-rank queries), qk_nope_head_dim and
         qk_rope_head_dim (the parts of a query or key without and with RoPE; head_dim is the latter), v_head_dim.
         attention_bias is that of q_a_proj and kv_a_proj_with_mqa.
+    Mixture of attention heads (attention_type "moa", JetMoE)
+        Of num_experts experts with num_key_value_heads query heads each a token uses num_experts_per_tok; the rest of
+        the routing is that of the MLPs, too. num_attention_heads counts the query heads a token uses.
     MLPs and experts
         hidden_act, gated_mlp (down(act(gate(x)) * up(x)), else down(act(up(x)))), mlp_bias, mlp_layer_types ("dense"
         or "sparse" per layer; default: all sparse), num_experts (routed experts E), num_experts_per_tok (K),
@@ -78,7 +81,7 @@ class HfMoeConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
 
-    attention_type: Literal["gqa", "mla"] = "gqa"
+    attention_type: Literal["gqa", "mla", "moa"] = "gqa"
     num_attention_heads: int = 16
     num_key_value_heads: int | None = None
     head_dim: int | None = None
@@ -166,6 +169,8 @@ class HfMoeConfig(PreTrainedConfig):
         if self.attention_type == "mla":  # heads are split; every rank computes the latents and caches them
             attention = {"q_proj" if self.q_lora_rank is None else "q_b_proj": "colwise", "kv_b_proj": "colwise"}
             attention |= {"kv_a_proj_with_mqa": "mla_kv_a_proj", "o_proj": "rowwise"}
+        elif self.attention_type == "moa":  # every rank computes the attention
+            attention = {}
         else:
             attention = {"q_proj": column, "k_proj": column, "v_proj": column}
             attention["o_proj"] = "rowwise_split_input" if gathered else "rowwise"
@@ -231,6 +236,25 @@ class HfMoeConfig(PreTrainedConfig):
         for name in ("qk_norm", "clip_qkv"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} ({getattr(self, name)!r}) needs attention_type 'gqa', not 'mla'.")
+
+    def validate_mixture_of_heads(self):
+        if self.attention_type != "moa":
+            return
+        active = "num_experts" if self.router_type == "dense" else "num_experts_per_tok"
+        if self.num_attention_heads != self.num_key_value_heads * getattr(self, active):
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be num_key_value_heads "
+                f"({self.num_key_value_heads}) times {active} ({getattr(self, active)}) with attention_type 'moa': the "
+                "query heads that a token uses."
+            )
+        if self.router_type == "expert_choice":
+            raise ValueError(
+                "router_type 'expert_choice' gives a token any number of experts, attention_type 'moa' needs "
+                f"{self.num_experts_per_tok} of them: use another router or attention_type 'gqa'."
+            )
+        if self.attention_bias or self.qk_norm == "projection":
+            name = "attention_bias" if self.attention_bias else "qk_norm"
+            raise ValueError(f"{name} ({getattr(self, name)!r}) needs attention_type 'gqa', not 'moa'.")
 
     def validate_experts(self):
         if not 1 <= self.num_experts_per_tok <= self.num_experts:

@@ -33,6 +33,8 @@ def latent_scaling(config: HfMoeConfig) -> float:
 class HfMoeLatentAttention(nn.Module):
     """Attention over latents (DeepSeek-V2, https://arxiv.org/abs/2405.04434, 2.1), Transformers' parameter names."""
 
+    routes = False  # no router inside
+
     def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
         self.config = config

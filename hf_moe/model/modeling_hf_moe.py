@@ -1,4 +1,4 @@
-"""The hf_moe model, top to bottom: experts, router, MoE layer, decoder layer, decoder, heads.
+"""The hf_moe model, top to bottom: experts, MoE layer, decoder layer, decoder, heads.
 
 Shapes: B batch, S sequence, T = B S tokens, D hidden size, I expert intermediate size, E routed experts, K experts per
 token, V vocabulary. Everything here is the definition; faster paths for the experts come through Transformers' experts
@@ -31,19 +31,21 @@ from .attention import HfMoeAttention
 from .balancing import LOSSES, Routed, policy_loss, routed, statistics
 from .configuration_hf_moe import HfMoeConfig
 from .latent_attention import HfMoeLatentAttention
+from .mixture_of_heads import HfMoeMixtureOfHeads
 from .rms_norm import HfMoeRMSNorm
 from .rotary import HfMoeRotaryEmbedding
-from .routing import HASHES, ROUTERS, RouterState, frequency_hash, spread
+from .router import HfMoeRouter
+from .routing import HASHES, ROUTERS, frequency_hash, spread
 
-ATTENTIONS = {"gqa": HfMoeAttention, "mla": HfMoeLatentAttention}
+ATTENTIONS = {"gqa": HfMoeAttention, "mla": HfMoeLatentAttention, "moa": HfMoeMixtureOfHeads}
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
 @dataclass
 class HfMoeModelOutput(MoeModelOutputWithPast):
-    """`router_logits` and `router_indices` hold one tensor per sparse layer: [T, E] float32 and [T, K] int64.
+    """`router_logits` and `router_indices` hold one tensor per router: [T, E] float32 and [T, K] int64.
 
-    `router_tokens` names the token of each row of the indices where an expert chose it, `router_baselines` [T] are
+    Layer after layer, and in a layer that of the attention heads ("moa") before that of the MLP. `router_tokens` names the token of each row of the indices where an expert chose it, `router_baselines` [T] are
     those of REINFORCE; both are empty for other routers.
     """
 
@@ -54,7 +56,7 @@ class HfMoeModelOutput(MoeModelOutputWithPast):
 
 @dataclass
 class HfMoeCausalLMOutput(MoeCausalLMOutputWithPast):
-    """`aux_loss` and the scalars in `router_losses` are averaged over the sparse layers and not yet weighted.
+    """`aux_loss` and the scalars in `router_losses` are averaged over the routers and not yet weighted.
 
     `router_losses` has an entry for each loss whose coefficient in the configuration is not 0, under that field's
     name.
@@ -107,68 +109,6 @@ class HfMoeExperts(nn.Module):
         hidden = nn.functional.linear(hidden_states, getattr(self, self.up_name)[expert], bias(self.up_name))
         hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
         return nn.functional.linear(hidden, self.down_proj[expert], bias("down_proj"))
-
-
-class HfMoeRouter(nn.Module):
-    """Router logits x W^T, then the assignment that `router_type` names.
-
-    In float32 whatever the model's dtype and under autocast (ST-MoE, https://arxiv.org/abs/2202.08906, 3.3). Returns
-    logits [T, E], weights and expert indices [T, K], the token of each row where a row is not its own token's (expert
-    choice), and the baseline [T] of a router that learns by REINFORCE.
-    """
-
-    def __init__(self, config: HfMoeConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.router, args = ROUTERS[config.router_type], config.router_args
-        self.seed = int(args.get("seed", 0)) + layer_idx  # every layer hashes differently
-        self.weight = self.noise_weight = self.baseline_weight = None
-        if self.router.learned:
-            self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
-        if args.get("noise"):
-            self.noise_weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
-        if self.router.policy:
-            self.baseline_weight = nn.Parameter(torch.zeros(config.hidden_size))
-        # Moved by balancing, not by gradients; steps of 1e-3 would vanish in bfloat16.
-        bias = torch.zeros(config.num_experts, dtype=torch.float32) if args.get("selection_bias") else None
-        self.register_buffer("e_score_correction_bias", bias)
-        table = torch.zeros(config.vocab_size, config.num_experts_per_tok, dtype=torch.long)
-        self.register_buffer("hash_table", table if self.router.hashed else None)
-
-    def forward(
-        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, input_ids: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor | None, ...]:
-        if self.hash_table is not None and input_ids is None:
-            raise ValueError("A hash router chooses experts by token id: give input_ids, not inputs_embeds.")
-        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            hashed = None if self.hash_table is None else self.hash_table[input_ids]
-            x = self.explore(hidden_states.float())
-            logits = self.logits(x) if hashed is None else hash_logits(hashed, self.config.num_experts)
-            state = RouterState(self.training, mask, self.e_score_correction_bias, hashed)
-            weights, index, token = self.router.assign(logits, self.config, state)
-            baseline = None if self.baseline_weight is None else x.detach() @ self.baseline_weight.float()
-        return logits, weights, index, token, baseline
-
-    def explore(self, x: torch.Tensor) -> torch.Tensor:
-        """In training: jitter (Switch, https://arxiv.org/abs/2101.03961, 2.2) and dropout on the input."""
-        args = self.config.router_args
-        if self.training and (eps := args.get("jitter", 0.0)) > 0:
-            x = x * torch.empty_like(x).uniform_(1 - eps, 1 + eps)
-        return nn.functional.dropout(x, args.get("dropout", 0.0), self.training)
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T; in training plus N(0, 1) softplus(x W_noise^T) (Shazeer, https://arxiv.org/abs/1701.06538, eq. 4)."""
-        logits = nn.functional.linear(x, self.weight.float())
-        if self.noise_weight is not None and self.training:
-            scale = nn.functional.softplus(nn.functional.linear(x, self.noise_weight.float()))
-            logits = logits + torch.randn_like(logits) * scale
-        return logits
-
-
-def hash_logits(index: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Logits [T, E] whose softmax is the hash's assignment [T, K]: 0 for its experts, the lowest number for others."""
-    logits = torch.full((len(index), num_experts), torch.finfo(torch.float32).min, device=index.device)
-    return logits.scatter(-1, index, 0.0)
 
 
 class HfMoeMLP(nn.Module):
@@ -251,10 +191,11 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
         input_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        routing = {"token_mask": token_mask, "input_ids": input_ids}
+        heads_routing, mlp_routing = (routing if routes else {} for routes in (self.self_attn.routes, self.sparse))
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **heads_routing, **kwargs)
         hidden_states = hidden_states + attended
-        routing = {"token_mask": token_mask, "input_ids": input_ids} if self.sparse else {}
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), **routing)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), **mlp_routing)
 
 
 class HfMoePreTrainedModel(PreTrainedModel):
@@ -277,14 +218,14 @@ class HfMoePreTrainedModel(PreTrainedModel):
         "router_tokens": OutputRecorder(HfMoeRouter, index=3),
         "router_baselines": OutputRecorder(HfMoeRouter, index=4),
         "hidden_states": HfMoeDecoderLayer,
-        "attentions": [HfMoeAttention, HfMoeLatentAttention],
+        "attentions": list(ATTENTIONS.values()),
     }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, HfMoeExperts):
+        if isinstance(module, (HfMoeExperts, HfMoeMixtureOfHeads)):
             for name, parameter in module.named_parameters(recurse=False):
                 if name.endswith("bias"):
                     init.zeros_(parameter)
@@ -508,7 +449,7 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
     def router_losses(
         self, outputs: HfMoeModelOutput, attention_mask: torch.Tensor | dict | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The load-balance loss, and every loss that has a coefficient: averages over the sparse layers."""
+        """The load-balance loss, and every loss that has a coefficient: averages over the routers."""
         layers = self.routed(outputs, attention_mask)
         counted = [statistics(layer, self.config.n_group) for layer in layers]
 
