@@ -16,7 +16,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 def inspect(
     model: Annotated[str, typer.Argument(metavar="PATH_OR_PRESET", help="A saved model, or the name of a preset.")],
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens attended to, for the FLOPs; at most 4096.")
+        int | None, typer.Option(min=1, help="Tokens attended to, for the FLOPs; 4096 unless given.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -170,10 +170,8 @@ def cache_rows(report: dict[str, Any], published: dict[str, Any] | None):
         other = 2 * published["elements_per_token"]
         yield "", f"{other:,} bytes in bfloat16 in {published['against']}: {change(size, other)}"
         reduced = 1 - size / other * published["bits"] / 16
-        yield (
-            "",
-            f"published: {float(published['saved']):.1%} less than that, at {published['bits']} bits ({reduced:.1%})",
-        )
+        bits, saved = published["bits"], float(published["saved"])
+        yield "", f"published: {saved:.1%} less, with this model's cache at {bits} bits; computed: {reduced:.1%}"
 
 
 def change(size: int, other: int) -> str:
@@ -185,7 +183,7 @@ def change(size: int, other: int) -> str:
 def stated(published: dict[str, Any], figure: str) -> str:
     if not published.get(figure):
         return ""
-    counts = published["counts" if figure == "active" else "total_counts"] if figure == "active" else "all"
+    counts = published.get({"active": "counts", "total": "total_counts"}[figure], "all")
     return f"; published {compact(published[figure])}" + (f", {counts}" if counts != "all" else "")
 
 

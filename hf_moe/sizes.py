@@ -16,8 +16,8 @@ def sizes(config: HfMoeConfig, context: int | None = None) -> dict:
     """Sizes of HfMoeForCausalLM(config), as a dict that can be written as JSON.
 
     total_params; active_params, those that work on one token: K of the E routed experts in each sparse layer and all
-    that is not a routed expert, both embeddings included (embedding_params and head_params say how large they are; 0
-    for the head where it is the embedding's tensor).
+    that is not a routed expert, the input embedding and the head included (embedding_params and head_params; where both
+    are one tensor, it counts as the head, which computes, and embedding_params is 0).
 
     flops_per_token, forward, at a context of `context` tokens (default: 4096, or max_position_embeddings if that is
     less): 2 for each active parameter that multiplies, and in each layer 2 H (d_qk + d_v) for each token attended to.
@@ -31,18 +31,19 @@ def sizes(config: HfMoeConfig, context: int | None = None) -> dict:
     context = context or min(CONTEXT, config.max_position_embeddings)
     with torch.device("meta"):
         model = HfMoeForCausalLM(config)
-    parameters = list(model.named_parameters())
+    parameters = dict(model.named_parameters())
+    active = {name: active_part(name, parameter, config) for name, parameter in parameters.items()}
     embedding = model.get_input_embeddings().weight.numel()
     tied = config.tie_word_embeddings
-    total = sum(parameter.numel() for _, parameter in parameters)
-    active = sum(active_part(name, parameter, config) for name, parameter in parameters)
-    multiplying = sum(active_part(name, parameter, config) for name, parameter in parameters if parameter.dim() > 1)
+    total = sum(parameter.numel() for parameter in parameters.values())
+    # Weights multiply; norms are vectors, and so are biases, though the experts' are stored as rows of a matrix.
+    multiplying = sum(active[name] for name, p in parameters.items() if p.dim() > 1 and not name.endswith("bias"))
     flops = 2 * (multiplying - (0 if tied else embedding)) + sum(attention_flops(config, context))
     cached = sum(cached_elements(config) for _ in config.layer_types)
     kept = sum(cached_elements(config) for kind in config.layer_types if kind == "full_attention")
     return {
         "total_params": total,
-        "active_params": active,
+        "active_params": sum(active.values()),
         "embedding_params": 0 if tied else embedding,
         "head_params": embedding,
         "context": context,
