@@ -1,6 +1,7 @@
 """Multi-head latent attention (MLA): low-rank keys and values, decoupled RoPE, a cache of latents.
 
-Shapes: B batch, S sequence, H heads, r = kv_lora_rank, d_nope and d_rope the two parts of a query or key, d_v values.
+Shapes: B batch, s queries, S positions (cached ones included), H heads, r = kv_lora_rank; d_nope, d_rope and d_v the
+sizes of a key's two parts and of a value.
 """
 
 import math
@@ -12,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import eager_attention
 from .configuration_hf_moe import HfMoeConfig
+from .growing_layer import grow_in_place
 from .rms_norm import HfMoeRMSNorm
 from .rotary import rotate
 
@@ -30,10 +32,27 @@ def latent_scaling(config: HfMoeConfig) -> float:
     return scaling
 
 
-class HfMoeLatentAttention(nn.Module):
-    """Attention over latents (DeepSeek-V2, https://arxiv.org/abs/2405.04434, 2.1), Transformers' parameter names."""
+def absorbing_is_cheaper(config: HfMoeConfig, queries: int, positions: int) -> bool:
+    """Whether the absorbed form takes fewer multiplications than the expanded one, for s queries on S positions.
 
-    routes = False  # no router inside
+    Per head: expanded S r (d_nope + d_v) + s S (d_nope + d_rope + d_v), absorbed s r (d_nope + d_v) +
+    s S (2 r + d_rope).
+    """
+    rank, expanded_size = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
+    saved = (positions - queries) * rank * expanded_size
+    return saved > queries * positions * (2 * rank - expanded_size)
+
+
+class HfMoeLatentAttention(nn.Module):
+    """Attention over latents (DeepSeek-V2, https://arxiv.org/abs/2405.04434, 2.1), Transformers' parameter names.
+
+    The cache holds the normed latents [B, 1, S, r] as keys and the rotated keys [B, 1, S, d_rope] that all heads share
+    as values. Two forms give the same output. Expanded: keys and values of every head are computed from the latents,
+    and Transformers' attention interface does the rest. Absorbed: the up-projections move to the query and to the
+    output, and attention reads the latents alone. `absorb` chooses: True, False, or None for the cheaper one.
+    """
+
+    absorb: bool | None = None
 
     def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
@@ -81,22 +100,87 @@ class HfMoeLatentAttention(nn.Module):
         query_rope = rotate(query_rope, *position_embeddings, interleaved=config.rope_interleave)
         key_rope = rotate(key_rope, *position_embeddings, interleaved=config.rope_interleave)
         if past_key_values is not None:
+            grow_in_place(past_key_values, self.layer_idx)
             latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
 
-        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, config.qk_nope_head_dim + config.v_head_dim))
-        key_nope, value = expanded.transpose(1, 2).split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        if self.absorbs(query.shape[2], latent.shape[2], attention_mask):
+            output, probabilities = self.absorbed(query_nope, query_rope, latent, key_rope, attention_mask)
+        else:
+            query = torch.cat((query_nope, query_rope), dim=-1)
+            output, probabilities = self.expanded(query, latent, key_rope, attention_mask, **kwargs)
+        return self.o_proj(output.flatten(-2).contiguous()), probabilities
+
+    def expanded(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        key_rope: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention [B, s, H, d_v] of query [B, H, s, d_nope + d_rope] on keys and values made from the latents."""
+        sizes = [self.config.qk_nope_head_dim, self.config.v_head_dim]
+        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, sum(sizes))).transpose(1, 2)
+        key_nope, value = expanded.split(sizes, dim=-1)
         key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
-        output, probabilities = attend(
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        return attend(
             self,
-            torch.cat((query_nope, query_rope), dim=-1),
+            query,
             key,
             value,
             attention_mask,
-            dropout=config.attention_dropout if self.training else 0.0,
+            dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
-            softcap=config.attn_logit_softcapping,
+            softcap=self.config.attn_logit_softcapping,
             **kwargs,
         )
-        return self.o_proj(output.flatten(-2).contiguous()), probabilities
+
+    def absorbs(self, queries: int, positions: int, attention_mask: torch.Tensor | None) -> bool:
+        """Whether to use the absorbed form, which needs the plain weight of kv_b_proj and a mask that it can read."""
+        # Adapters and quantised layers do more than multiply by kv_b_proj.weight, and an offloaded weight is not here.
+        projection = self.kv_b_proj
+        plain = type(projection) is nn.Linear and type(projection.weight) is nn.Parameter
+        if not plain or projection.weight.is_meta:
+            return False
+        if getattr(attention_mask, "ndim", 2) != 4:
+            # No mask, or one of padding only (flash attention): readable where it leaves no position to guess.
+            in_window = self.sliding_window is None or positions <= self.sliding_window
+            if queries > 1 or not in_window or not isinstance(attention_mask, torch.Tensor | None):
+                return False
+        return absorbing_is_cheaper(self.config, queries, positions) if self.absorb is None else self.absorb
+
+    def absorbed(
+        self,
+        query_nope: torch.Tensor,
+        query_rope: torch.Tensor,
+        latent: torch.Tensor,
+        key_rope: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention [B, s, H, d_v] read from the latents: q·(W_UK c) = (W_UK^T q)·c, and W_UV after the sum.
+
+        All heads share the latents, so heads and queries form one matrix and nothing of the cache is copied.
+        """
+        config, queries = self.config, query_nope.shape[2]
+        sizes = [config.qk_nope_head_dim, config.v_head_dim]
+        key_up, value_up = self.kv_b_proj.weight.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)  # [H, d, r]
+        query = torch.einsum("bhsd,hdr->bhsr", query_nope, key_up).flatten(1, 2)  # [B, H s, r]
+        latent, key_rope = latent.squeeze(1), key_rope.squeeze(1)
+
+        scores = query @ latent.transpose(1, 2) + query_rope.flatten(1, 2) @ key_rope.transpose(1, 2)
+        scores = scores.unflatten(1, (-1, queries)) * self.scaling  # [B, H, s, S]
+        if config.attn_logit_softcapping is not None:
+            scores = config.attn_logit_softcapping * torch.tanh(scores / config.attn_logit_softcapping)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = attention_mask[:, None, None].bool()
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        elif attention_mask is not None:
+            scores = scores + attention_mask
+        probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        probabilities = nn.functional.dropout(probabilities, p=config.attention_dropout, training=self.training)
+
+        output = (probabilities.flatten(1, 2) @ latent).unflatten(1, (-1, queries))
+        return torch.einsum("bhsr,hdr->bshd", output, value_up), probabilities
