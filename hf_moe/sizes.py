@@ -16,8 +16,8 @@ def sizes(config: HfMoeConfig, context: int | None = None) -> dict:
     """Sizes of HfMoeForCausalLM(config), as a dict that can be written as JSON.
 
     total_params; active_params, those that work on one token: K of the E routed experts in each sparse layer and all
-    that is not a routed expert, the input embedding and the head included (embedding_params and head_params; where both
-    are one tensor, it counts as the head, which computes, and embedding_params is 0).
+    that is not a routed expert, input embedding and head included. Of these, embedding_params and head_params; where
+    the two are one tensor, it counts as the head, which computes, and embedding_params is 0.
 
     flops_per_token, forward, at a context of `context` tokens (default: 4096, or max_position_embeddings if that is
     less): 2 for each active parameter that multiplies, and in each layer 2 H (d_qk + d_v) for each token attended to.
