@@ -1,7 +1,7 @@
 """Losses that keep the experts busy and the router calm: pure functions of one layer's routing.
 
 Shape suffixes: T tokens, B sequences, E routed experts, G expert groups (devices). Each loss is per layer, and the
-model averages over its sparse layers. (Pooling the layers before the product, as done elsewhere, lets opposite
+model averages over its routers. (Pooling the layers before the product, as done elsewhere, lets opposite
 imbalances cancel.) Padding never counts.
 
 A load (who was chosen how often) carries no gradient, so a loss is split in two: `statistics` counts, and the loss

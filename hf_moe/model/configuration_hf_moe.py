@@ -24,9 +24,9 @@ class HfMoeConfig(PreTrainedConfig):
     Sizes
         vocab_size, hidden_size, intermediate_size (of dense MLPs), num_hidden_layers, max_position_embeddings.
     Attention
-        attention_type ("gqa", "mla" for latent attention, or "moa" for a mixture of heads), num_attention_heads, num_key_value_heads (equal: MHA;
-        1: MQA; between: GQA), head_dim (default hidden_size / num_attention_heads), attention_bias (on q, k and v),
-        attention_output_bias (on o),
+        attention_type ("gqa", "mla" for latent attention, or "moa" for a mixture of heads), num_attention_heads,
+        num_key_value_heads (equal: MHA; 1: MQA; between: GQA), head_dim (default hidden_size / num_attention_heads),
+        attention_bias (on q, k and v), attention_output_bias (on o),
         qk_norm ("head": RMSNorm over each head, as in Qwen3; "projection": over all heads at once, as in OLMoE),
         clip_qkv (clamp q, k and v to +-clip_qkv), attn_logit_softcapping and final_logit_softcapping
         (x -> cap tanh(x / cap), Gemma 2), layer_types ("full_attention" or "sliding_attention" per layer; default:
@@ -244,8 +244,8 @@ class HfMoeConfig(PreTrainedConfig):
         if self.num_attention_heads != self.num_key_value_heads * getattr(self, active):
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be num_key_value_heads "
-                f"({self.num_key_value_heads}) times {active} ({getattr(self, active)}) with attention_type 'moa': the "
-                "query heads that a token uses."
+                f"({self.num_key_value_heads}) times {active} ({getattr(self, active)}) with attention_type 'moa': "
+                "the query heads that a token uses."
             )
         if self.router_type == "expert_choice":
             raise ValueError(

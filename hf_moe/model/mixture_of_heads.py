@@ -47,10 +47,11 @@ LINEARS = {None: looped_linear, "eager": looped_linear, "batched_mm": batched_li
 class HfMoeMixtureOfHeads(nn.Module):
     """sum_k g_{t,k} W_o[i_k] attention(W_q[i_k] x_t, keys, values) + o_bias over a token's K chosen experts i_k.
 
-    Mixture of attention heads (https://arxiv.org/abs/2210.05144, eq. 4-7) with the H_kv heads an expert of ModuleFormer
-    (https://arxiv.org/abs/2306.04640, 3.2) and JetMoE (https://arxiv.org/abs/2404.07413, 2.2). The router is the MLPs':
-    same types, experts per token, capacity and losses; a dropped expert adds 0. `attentions` [B, H_kv K, S, S_kv]
-    hold head h of a token's k-th expert at h K + k. One graph under torch.compile except with "eager" experts.
+    Mixture of attention heads (https://arxiv.org/abs/2210.05144), with several heads an expert as in ModuleFormer
+    (https://arxiv.org/abs/2306.04640) and JetMoE (https://arxiv.org/abs/2404.07413). The router is the MLPs': same
+    types, experts per token, capacity and losses; an expert that drops a token adds 0 to it. `attentions`
+    [B, H_kv K, S, S_kv] hold head h of a token's k-th expert at h K + k. Compiles as one graph, except with "eager"
+    experts.
     """
 
     routes = True  # forward also takes token_mask and input_ids

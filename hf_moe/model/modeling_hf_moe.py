@@ -45,7 +45,8 @@ MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_slidi
 class HfMoeModelOutput(MoeModelOutputWithPast):
     """`router_logits` and `router_indices` hold one tensor per router: [T, E] float32 and [T, K] int64.
 
-    Layer after layer, and in a layer that of the attention heads ("moa") before that of the MLP. `router_tokens` names the token of each row of the indices where an expert chose it, `router_baselines` [T] are
+    Layer after layer, and in a layer that of the attention heads ("moa") before that of the MLP.
+    `router_tokens` names the token of each row of the indices where an expert chose it, `router_baselines` [T] are
     those of REINFORCE; both are empty for other routers.
     """
 
@@ -264,11 +265,14 @@ class HfMoePreTrainedModel(PreTrainedModel):
     def _grouped_mm_can_dispatch(self) -> bool:
         # Rows of the grouped product must be multiples of 16 bytes; where they are not, eager is the default.
         bytes_per_value = torch.get_default_dtype().itemsize
-        for name in ("hidden_size", "moe_intermediate_size"):
-            if getattr(self.config, name) * bytes_per_value % 16:
+        sizes = {name: getattr(self.config, name) for name in ("hidden_size", "moe_intermediate_size")}
+        if self.config.attention_type == "moa":
+            sizes["num_key_value_heads times head_dim"] = self.config.num_key_value_heads * self.config.head_dim
+        for name, size in sizes.items():
+            if size * bytes_per_value % 16:
                 raise ValueError(
-                    f"{name} ({getattr(self.config, name)}) in {torch.get_default_dtype()} is no multiple of 16 bytes: "
-                    'use experts_implementation="eager" or "batched_mm".'
+                    f"{name} ({size}) in {torch.get_default_dtype()} is no multiple of 16 bytes: use "
+                    'experts_implementation="eager" or "batched_mm".'
                 )
         return super()._grouped_mm_can_dispatch()
 
