@@ -156,10 +156,23 @@ def build_trainer(
     trainer = MoeSFTTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=train_rows, eval_dataset=eval_rows
     )
-    for name, rows in (("train_data", trainer.train_dataset), ("eval_data", trainer.eval_dataset)):
-        if rows is not None and len(rows) == 0:
-            raise ValueError(f"{name} has no token to learn from within max_length {args.max_length}.")
+    for name, given, kept in (
+        ("train_data", train_rows, trainer.train_dataset),
+        ("eval_data", eval_rows, trainer.eval_dataset),
+    ):
+        check_kept(name, given, kept, args)
     return trainer
+
+
+def check_kept(name: str, given: Dataset | None, kept: Dataset | None, args: SFTConfig) -> None:
+    """Say how many rows TRL left out because truncation left nothing to learn from; raises ValueError if all."""
+    if given is None or args.packing:  # packed rows are other rows
+        return
+    if len(kept) == 0:
+        raise ValueError(f"{name} has no token to learn from within max_length {args.max_length}.")
+    if len(kept) < len(given):
+        lost = f"{len(given) - len(kept)} of {len(given)} rows"
+        print(f"{name}: {lost} have no token to learn from within max_length {args.max_length}", file=sys.stderr)
 
 
 def save(trainer: MoeSFTTrainer) -> None:

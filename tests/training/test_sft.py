@@ -135,6 +135,16 @@ def test_assistant_only_loss_counts_only_the_answers(command, tmp_path):
     assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_rows_without_a_token_to_learn_from_are_counted(command, tmp_path, capsys):
+    rows = [
+        {"messages": [{"role": "user", "content": "a" * size}, {"role": "assistant", "content": "b"}]}
+        for size in (5, 90, 7, 80, 6)
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    main(command("--assistant_only_loss", "--max_steps", "1", "--max_length", "50", data=data))
+    assert "train_data: 2 of 5 rows have no token to learn from within max_length 50\n" in capsys.readouterr().err
+
+
 class TestRefusals:
     """Each is one line, and none leaves anything in the output folder."""
 
