@@ -126,10 +126,10 @@ def table(report: dict[str, Any]):
     if report.get("differs"):
         yield "differs", report["differs"]
     total, active = report["total_params"], report["active_params"]
-    yield "total parameters", f"{total:,} ({compact(total)}{stated(published, 'total')})"
-    yield "active per token", f"{active:,} ({compact(active)}{stated(published, 'active')}), {active / total:.1%}"
-    for figure, reason in published.get("mismatch", {}).items():
-        yield "", f"published {figure} differs: {reason}"
+    yield "total parameters", f"{total:,} ({compact(total)})"
+    yield from published_rows(published, report, "total")
+    yield "active per token", f"{active:,} ({compact(active)}), {active / total:.1%}"
+    yield from published_rows(published, report, "active")
     yield "layers", layers(report)
     yield "experts", experts(report)
     flops, training = report["flops_per_token"], report["training_flops_per_token"]
@@ -180,11 +180,22 @@ def change(size: int, other: int) -> str:
     return f"this is {1 - size / other:.1%} less" if size < other else f"this is {size / other:.3g} times as much"
 
 
-def stated(published: dict[str, Any], figure: str) -> str:
+def published_rows(published: dict[str, Any], report: dict[str, Any], figure: str):
+    """What was published, this model counted by the same convention where that is another, and why they differ."""
+    from hf_moe.presets import as_published
+
     if not published.get(figure):
-        return ""
-    counts = published.get({"active": "counts", "total": "total_counts"}[figure], "all")
-    return f"; published {compact(published[figure])}" + (f", {counts}" if counts != "all" else "")
+        return
+    text = f"published: {compact(published[figure])}"
+    same = as_published(published, report, figure)
+    if same != report[f"{figure}_params"]:
+        counts = published["counts"] if figure == "active" else published.get("total_counts", "all")
+        ways = [counts] if counts != "all" else []
+        ways += ["with what is left out here"] if published.get("absent", {}).get(figure) else []
+        text += f"; counted that way ({', '.join(ways)}) this is {compact(same)}"
+    yield "", text
+    if figure in published.get("mismatch", {}):
+        yield "", published["mismatch"][figure]
 
 
 def compact(number: float | str | None) -> str:

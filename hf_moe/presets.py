@@ -6,6 +6,7 @@ does not), and what was published about its size (`published`), so that a test c
 - total, active: as printed, in scientific notation, so that the last digit is the precision ("6e11" is 600B to one
   digit, "4.0e11" is 400B to two).
 - counts: what the publication counts as active, a key of `ACTIVE_COUNTS`; where it does not say, what its figure fits.
+  total_counts: the same of the total, where that is not "all".
 - absent: parameters of the release that the preset does not build.
 - mismatch: for each figure that does not follow from the release's own dimensions, how far off it is.
 
@@ -356,6 +357,24 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_experts_per_tok": 2, "router_type": "topk_softmax",
         },
     },
+    "jetmoe-8b": {
+        "title": "JetMoE-8B",
+        "source": ["https://arxiv.org/abs/2404.07413", "https://huggingface.co/jetmoe/jetmoe-8b"],
+        "differs": "No bias after the MLP experts' sum.",
+        "published": {
+            "total": "8.5e9",
+            "active": "2.2e9",
+            "counts": "no embeddings",
+            "absent": dict.fromkeys(("total", "active"), 24 * 2048),
+            "mismatch": {"active": "2.266B, which would round to 2.3B; cut after the first decimal it is 2.2B."},
+        },
+        "fields": {
+            "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
+            "attention_type": "moa", "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128,
+            "attention_output_bias": True, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+            "num_experts": 8, "num_experts_per_tok": 2, "router_type": "topk_softmax", "router_aux_loss_coef": 0.01,
+        },
+    },
 }
 # fmt: on
 
@@ -388,6 +407,13 @@ def preset(name: str) -> dict[str, Any]:
         hint = f"did you mean {' or '.join(near)}?" if near else f"the presets are {', '.join(PRESETS)}."
         raise ValueError(f"There is no preset {name!r}; {hint}")
     return PRESETS[name]
+
+
+def as_published(published: dict[str, Any], measured: dict[str, Any], figure: str) -> int:
+    """The "total" or "active" of `measured` (`sizes.sizes`) as the publication counts it, the release's rest added."""
+    counts = published["counts"] if figure == "active" else published.get("total_counts", "all")
+    left_out = sum(measured[part] for part in ACTIVE_COUNTS[counts])
+    return measured[f"{figure}_params"] - left_out + published.get("absent", {}).get(figure, 0)
 
 
 def preset_config(name: str, **changes: Any) -> HfMoeConfig:

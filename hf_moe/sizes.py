@@ -58,7 +58,7 @@ def sizes(config: HfMoeConfig, context: int | None = None) -> dict:
 
 def active_part(name: str, parameter: torch.Tensor, config: HfMoeConfig) -> int:
     """How many of a parameter's elements work on one token."""
-    if ".experts." not in name:
+    if ".experts." not in name and not name.endswith("_experts"):  # the latter: a mixture of attention heads
         return parameter.numel()
     assert parameter.shape[0] == config.num_experts, f"{name} {tuple(parameter.shape)}"
     return parameter[0].numel() * experts_per_token(config)

@@ -20,6 +20,7 @@ MLA = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 9,
 }
+MOA = {"attention_type": "moa", "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}  # 3 of 7 experts
 KINDS = {
     "gqa": {},
     "mha": {"num_key_value_heads": None},
@@ -38,6 +39,8 @@ KINDS = {
     "dense-router": {"router_type": "dense"},
     "one-expert": {"num_experts_per_tok": 1},
     "mla": MLA,
+    "moa": {**MOA, "attention_output_bias": True},
+    "moa-dense-router": {**MOA, "router_type": "dense", "num_attention_heads": 14, "qk_norm": "head"},
     "mla-low-rank-queries": {**MLA, "q_lora_rank": 15, "attention_bias": True},
 }
 
@@ -64,8 +67,12 @@ def count_by_hand(c: HfMoeConfig) -> tuple[int, int]:
         return (2 if c.gated_mlp else 1) * linear(d, width, c.mlp_bias) + linear(width, d, c.mlp_bias)
 
     embeddings = c.vocab_size * d * (1 if c.tie_word_embeddings else 2)
-    total = active = embeddings + d + c.num_hidden_layers * (attention + 2 * d)
     chosen = c.num_experts if c.router_type == "dense" else c.num_experts_per_tok
+    total = active = embeddings + d + c.num_hidden_layers * (attention + 2 * d)
+    if c.attention_type == "moa":  # q and o above are those of a token's experts, which every layer has E of
+        per_expert = 2 * linear(d, c.num_key_value_heads * c.head_dim)
+        total += c.num_hidden_layers * ((c.num_experts - chosen) * per_expert + c.num_experts * d)
+        active += c.num_hidden_layers * c.num_experts * d
     for kind in c.mlp_layer_types:
         if kind == "dense":
             total += mlp(c.intermediate_size)

@@ -35,8 +35,9 @@ def test_a_preset(command):
 def test_the_table_of_a_preset(command):
     code, out, err = command("inspect", "deepseek-v2")
     assert (code, err) == (0, "")
-    assert "(236B; published 236B)" in out
-    assert "(21.4B; published 21B)" in out
+    assert "235,741,434,880 (236B)\n" in out
+    assert "(21.4B), 9.1%\n" in out
+    assert "published: 21B\n" in out
     assert "6 of 160" in out
     assert "published: 93.3% less, with this model's cache at 6 bits; computed: 93.3%" in out
     assert "82.2% less" in out
@@ -45,11 +46,12 @@ def test_the_table_of_a_preset(command):
 @pytest.mark.parametrize(
     ("name", "lines"),
     [
-        ("qwen3-30b-a3b", ["published active differs: 3.353B", "4 for keys and values"]),
-        ("minicpm-moe-8x2b", ["published 13.6B, no embeddings", "published 4B, no embeddings", "as MHA: the same"]),
+        ("qwen3-30b-a3b", ["3.353B, which would round to 3.4B", "4 for keys and values"]),
+        ("minicpm-moe-8x2b", ["13.6B; counted that way (no embeddings) this is 13.6B", "as MHA: the same"]),
+        ("minimax-text-01", ["45.9B; counted that way (no embeddings, with what is left out here) this is 45.9B"]),
         ("llama-4-scout", ["36 layers within a window of 8,192", "for each token beyond the window", "and 1 shared"]),
     ],
-    ids=["mismatch", "counts", "window"],
+    ids=["mismatch", "counts", "absent", "window"],
 )
 def test_what_is_special_is_said(command, name, lines):
     out = command("inspect", name).out
