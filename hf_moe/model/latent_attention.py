@@ -54,6 +54,8 @@ class HfMoeLatentAttention(nn.Module):
 
     absorb: bool | None = None
 
+    routes = False  # no router inside
+
     def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
         self.config = config
