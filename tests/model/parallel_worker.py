@@ -16,7 +16,13 @@ LAYOUTS = {
     "expert-parallel": {"fsdp_size": 2, "ep_size": 2},
     "fsdp": {"fsdp_size": 2},
 }
-WATCHED = ["model.layers.0.self_attn.o_proj.weight", "model.layers.2.mlp.gate.weight", "model.embed_tokens.weight"]
+WATCHED = [
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.k_proj.weight",
+    "model.layers.0.self_attn.o_proj.weight",
+    "model.layers.0.self_attn.o_experts",
+    "model.layers.2.mlp.gate.weight",
+]
 
 
 def run(model) -> dict[str, torch.Tensor]:
@@ -24,7 +30,8 @@ def run(model) -> dict[str, torch.Tensor]:
     out = model(ids, labels=ids)
     out.loss.backward()
     parameters = dict(model.named_parameters())
-    result = {"logits": out.logits.detach()} | {name: parameters[name].grad for name in WATCHED}
+    result = {"logits": out.logits.detach()}
+    result |= {name: parameters[name].grad for name in WATCHED if name in parameters}
     return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in result.items()}
 
 

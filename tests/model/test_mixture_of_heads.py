@@ -1,7 +1,6 @@
 """Mixture of attention heads: against JetMoE on its weights, against the formula head by head, in a whole model."""
 
 import cmath
-import fnmatch
 import math
 
 import pytest
@@ -264,7 +263,7 @@ def test_bf16_is_near_fp32():
 def test_autocast_trains(implementation):
     model, ids = tiny_model(**HEADS).train(), tokens()
     model.set_attn_implementation(implementation)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(ids.device.type, torch.bfloat16):
         out = model(ids, labels=ids)
     out.loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -398,14 +397,6 @@ def test_saves_and_loads(tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     half = hf_moe.HfMoeForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).model.layers[0].self_attn
     assert half.gate.e_score_correction_bias.dtype == torch.float32 and half.q_experts.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("mlps", [["dense"] * 3, ["dense", "sparse", "sparse"]], ids=["dense", "sparse"])
-def test_every_rule_of_a_parallel_plan_matches_something(mlps):
-    model = tiny_model(**HEADS, mlp_layer_types=mlps)
-    names = [module for module, _ in model.model.named_modules()] + [p for p, _ in model.model.named_parameters()]
-    for rule in model.config.base_model_tp_plan | model.config.base_model_ep_plan:
-        assert fnmatch.filter(names, rule), rule
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ MODELS = {
     "gated": {"n_shared_experts": 1},
     "plain-projection-norm": {"gated_mlp": False, "hidden_act": "gelu", "qk_norm": "projection"},
     "biases": {"mlp_bias": True, "attention_bias": True, "attention_output_bias": True, "n_shared_experts": 1},
+    "heads": {"attention_type": "moa"},
 }
 
 
