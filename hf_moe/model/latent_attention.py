@@ -105,8 +105,9 @@ class HfMoeLatentAttention(nn.Module):
             grow_in_place(past_key_values, self.layer_idx)
             latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
 
-        if self.absorbs(query.shape[2], latent.shape[2], attention_mask):
-            output, probabilities = self.absorbed(query_nope, query_rope, latent, key_rope, attention_mask)
+        weight = self.up_projections()
+        if weight is not None and self.absorbs(query.shape[2], latent.shape[2], attention_mask):
+            output, probabilities = self.absorbed(query_nope, query_rope, latent, key_rope, attention_mask, weight)
         else:
             query = torch.cat((query_nope, query_rope), dim=-1)
             output, probabilities = self.expanded(query, latent, key_rope, attention_mask, **kwargs)
@@ -139,13 +140,19 @@ class HfMoeLatentAttention(nn.Module):
             **kwargs,
         )
 
+    def up_projections(self) -> torch.Tensor | None:
+        """The weight [H (d_nope + d_v), r] of kv_b_proj, or None where a product with it is not all that layer does.
+
+        Adapters and quantised layers do more, and an offloaded weight is not here. Of a weight that tensor parallelism
+        splits, decoding takes this rank's heads.
+        """
+        weight = self.kv_b_proj.weight if type(self.kv_b_proj) is nn.Linear else None
+        if hasattr(weight, "to_local") and not torch.is_grad_enabled():
+            weight = weight.to_local()
+        return weight if type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta else None
+
     def absorbs(self, queries: int, positions: int, attention_mask: torch.Tensor | None) -> bool:
-        """Whether to use the absorbed form, which needs the plain weight of kv_b_proj and a mask that it can read."""
-        # Adapters and quantised layers do more than multiply by kv_b_proj.weight, and an offloaded weight is not here.
-        projection = self.kv_b_proj
-        plain = type(projection) is nn.Linear and type(projection.weight) is nn.Parameter
-        if not plain or projection.weight.is_meta:
-            return False
+        """Whether to use the absorbed form: as `absorb` says, where it can read the mask."""
         if getattr(attention_mask, "ndim", 2) != 4:
             # No mask, or one of padding only (flash attention): readable where it leaves no position to guess.
             in_window = self.sliding_window is None or positions <= self.sliding_window
@@ -160,6 +167,7 @@ class HfMoeLatentAttention(nn.Module):
         latent: torch.Tensor,
         key_rope: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        weight: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention [B, s, H, d_v] read from the latents: q·(W_UK c) = (W_UK^T q)·c, and W_UV after the sum.
 
@@ -167,7 +175,7 @@ class HfMoeLatentAttention(nn.Module):
         """
         config, queries = self.config, query_nope.shape[2]
         sizes = [config.qk_nope_head_dim, config.v_head_dim]
-        key_up, value_up = self.kv_b_proj.weight.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)  # [H, d, r]
+        key_up, value_up = weight.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)  # [H, d, r]
         query = torch.einsum("bhsd,hdr->bhsr", query_nope, key_up).flatten(1, 2)  # [B, H s, r]
         latent, key_rope = latent.squeeze(1), key_rope.squeeze(1)
 
