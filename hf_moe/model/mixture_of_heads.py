@@ -102,7 +102,7 @@ class HfMoeMixtureOfHeads(nn.Module):
         if self.config.clip_qkv is not None:
             query, key, value = (x.clamp(-self.config.clip_qkv, self.config.clip_qkv) for x in (query, key, value))
         query = query.view(*hidden_states.shape[:2], top_k, -1, self.head_dim)  # [B, S, K, H_kv, d]
-        key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in (key, value))  # [B, S, H_kv, d]
+        key, value = (x.view(*x.shape[:-1], -1, self.head_dim) for x in (key, value))  # [B, S, H_kv, d]
         if self.config.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         # The K queries of one key-value head stand side by side, as in grouped-query attention.
@@ -127,7 +127,8 @@ class HfMoeMixtureOfHeads(nn.Module):
             softcap=self.config.attn_logit_softcapping,
             **kwargs,
         )
-        heads = output.unflatten(-2, (-1, top_k)).transpose(-3, -2).reshape(len(experts), -1)  # [T K, H_kv d]
+        heads = output.reshape(*output.shape[:-2], -1, top_k, self.head_dim).transpose(-3, -2)
+        heads = heads.reshape(len(experts), -1)  # [T K, H_kv d]
         output = linear(heads, experts, self.o_experts).view(*weights.shape, -1)  # [T, K, D]
         output = (output * weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
         if self.o_bias is not None:
