@@ -26,7 +26,7 @@ from hf_moe.version import __version__
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-EXPERTS, TOP_K, LAYERS = 16, 1, 2
+EXPERTS, TOP_K, LAYERS = 32, 1, 2
 ALONE = {"router_type": "softmax_topk", "router_aux_loss_coef": 0.0}
 # Coefficients are large beside published ones: the run is short, and each method must act within it.
 METHODS = {
@@ -135,7 +135,7 @@ def draw(results: dict[str, dict], out: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--learning-rate", type=float, default=5e-2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))

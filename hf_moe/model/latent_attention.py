@@ -53,7 +53,6 @@ class HfMoeLatentAttention(nn.Module):
     """
 
     absorb: bool | None = None
-
     routes = False  # no router inside
 
     def __init__(self, config: HfMoeConfig, layer_idx: int):
@@ -93,7 +92,8 @@ class HfMoeLatentAttention(nn.Module):
             query = self.q_proj(hidden_states)
         else:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        query = query.unflatten(-1, (-1, config.qk_nope_head_dim + config.qk_rope_head_dim)).transpose(1, 2)
+        query_size = config.qk_nope_head_dim + config.qk_rope_head_dim
+        query = query.view(*query.shape[:-1], -1, query_size).transpose(1, 2)
         query_nope, query_rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
 
         latent = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, S, r + d_rope]: one head for all
@@ -123,7 +123,8 @@ class HfMoeLatentAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention [B, s, H, d_v] of query [B, H, s, d_nope + d_rope] on keys and values made from the latents."""
         sizes = [self.config.qk_nope_head_dim, self.config.v_head_dim]
-        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, sum(sizes))).transpose(1, 2)
+        expanded = self.kv_b_proj(latent.squeeze(1))
+        expanded = expanded.view(*expanded.shape[:-1], -1, sum(sizes)).transpose(1, 2)
         key_nope, value = expanded.split(sizes, dim=-1)
         key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -175,12 +176,12 @@ class HfMoeLatentAttention(nn.Module):
         """
         config, queries = self.config, query_nope.shape[2]
         sizes = [config.qk_nope_head_dim, config.v_head_dim]
-        key_up, value_up = weight.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)  # [H, d, r]
+        key_up, value_up = weight.view(-1, sum(sizes), config.kv_lora_rank).split(sizes, dim=1)  # [H, d, r]
         query = torch.einsum("bhsd,hdr->bhsr", query_nope, key_up).flatten(1, 2)  # [B, H s, r]
         latent, key_rope = latent.squeeze(1), key_rope.squeeze(1)
 
         scores = query @ latent.transpose(1, 2) + query_rope.flatten(1, 2) @ key_rope.transpose(1, 2)
-        scores = scores.unflatten(1, (-1, queries)) * self.scaling  # [B, H, s, S]
+        scores = scores.view(len(scores), -1, queries, scores.shape[-1]) * self.scaling  # [B, H, s, S]
         if config.attn_logit_softcapping is not None:
             scores = config.attn_logit_softcapping * torch.tanh(scores / config.attn_logit_softcapping)
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -192,5 +193,5 @@ class HfMoeLatentAttention(nn.Module):
         probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
         probabilities = nn.functional.dropout(probabilities, p=config.attention_dropout, training=self.training)
 
-        output = (probabilities.flatten(1, 2) @ latent).unflatten(1, (-1, queries))
+        output = (probabilities.flatten(1, 2) @ latent).view(len(latent), -1, queries, config.kv_lora_rank)
         return torch.einsum("bhsr,hdr->bshd", output, value_up), probabilities
