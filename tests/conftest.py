@@ -3,13 +3,13 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when huggingface_hub is imported
+
 import pytest
 import torch
 
 import hf_moe
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # HF_MOE_TEST_DEVICE=cuda runs the whole suite there: every tensor a test makes lands on it.
 if "HF_MOE_TEST_DEVICE" in os.environ:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from trl import SFTConfig
 
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
@@ -183,6 +183,7 @@ def save(trainer: MoeSFTTrainer) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     trainer.save_model(str(aside), _internal_call=True)
     if trainer.args.should_save:
+        (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and nothing that the recipe does not say
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(output / path.name)
         aside.rmdir()

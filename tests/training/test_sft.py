@@ -63,6 +63,7 @@ def test_rows_without_conversations_train(command, tmp_path, row):
     data = write_rows(tmp_path / "rows.jsonl", [row] * 5)
     metrics = run(*parse_sft(command("--max_steps", "2", data=data)))
     assert metrics["train_loss"] > 0 and (tmp_path / "out" / "model.safetensors").is_file()
+    assert not list((tmp_path / "out").glob("*.bin"))  # no pickle beside the model
 
 
 def test_shared_stories(command, shared_data, tmp_path):
