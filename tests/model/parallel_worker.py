@@ -19,6 +19,8 @@ LAYOUTS = {
 WATCHED = [
     "model.embed_tokens.weight",
     "model.layers.0.self_attn.k_proj.weight",
+    "model.layers.0.self_attn.kv_a_layernorm.weight",
+    "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
     "model.layers.0.self_attn.o_proj.weight",
     "model.layers.0.self_attn.o_experts",
     "model.layers.2.mlp.gate.weight",
@@ -30,7 +32,10 @@ def run(model) -> dict[str, torch.Tensor]:
     out = model(ids, labels=ids)
     out.loss.backward()
     parameters = dict(model.named_parameters())
-    result = {"logits": out.logits.detach()}
+    with torch.no_grad():
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        step = model(ids[:, -1:], past_key_values=cache).logits
+    result = {"logits": out.logits.detach(), "step": step}
     result |= {name: parameters[name].grad for name in WATCHED if name in parameters}
     return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in result.items()}
 

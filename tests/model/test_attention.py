@@ -160,6 +160,17 @@ def test_partial_rotary_equals_phi3s_and_leaves_the_rest_alone():
     assert torch.equal(rotate(q, cos, sin)[..., 4:], q[..., 4:])
 
 
+def test_interleaved_rope_is_half_rope_on_reordered_rows():
+    half, interleaved = tiny_model(), tiny_model(rope_interleave=True)
+    order = torch.cat((torch.arange(0, 8, 2), torch.arange(1, 8, 2))).argsort()  # from halves to pairs side by side
+    for layer in interleaved.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            projection.weight.data = projection.weight.data.unflatten(0, (-1, 8))[:, order].flatten(0, 1)
+    x = tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(interleaved(x).logits, half(x).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_soft_capping_chooses_eager_and_refuses_sdpa():
     model = tiny_model(attn_logit_softcapping=5.0)
     assert model.config._attn_implementation == "eager"

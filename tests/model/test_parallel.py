@@ -17,6 +17,15 @@ MODELS = {
     "plain-projection-norm": {"gated_mlp": False, "hidden_act": "gelu", "qk_norm": "projection"},
     "biases": {"mlp_bias": True, "attention_bias": True, "attention_output_bias": True, "n_shared_experts": 1},
     "heads": {"attention_type": "moa"},
+    "latent": {
+        "attention_type": "mla",
+        "num_key_value_heads": None,
+        "q_lora_rank": 11,
+        "kv_lora_rank": 13,
+        "qk_nope_head_dim": 5,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 7,
+    },
 }
 
 
