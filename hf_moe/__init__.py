@@ -1,5 +1,7 @@
 """hf_moe: the mixture-of-experts design space as one Transformers model family."""
 
+from importlib import import_module
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -34,6 +36,25 @@ HfMoeConfig.register_for_auto_class()
 for auto_class, model_class in AUTO_CLASSES.items():
     auto_class.register(HfMoeConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class)
+
+# What training needs is loaded when it is asked for: these names live in modules of hf_moe.training.
+TRAINING = {
+    "MoeTrainer": "trainer",
+    "MoeTrainingArguments": "moe_arguments",
+    "MoeSFTTrainer": "sft_trainer",
+    "MoeSFTConfig": "sft_trainer",
+    "load_router_bias": "selection_bias",
+}
+
+
+def __getattr__(name: str):
+    if name not in TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f".training.{TRAINING[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} needs {error.name}, which is not installed: pip install 'hf_moe[train]'") from error
+
 
 __all__ = [
     "HfMoeConfig",

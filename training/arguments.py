@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from trl import SFTConfig, TrlParser
+from trl import TrlParser
+
+from .sft_trainer import MoeSFTConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 REQUIRED = ("model_name_or_path", "train_data", "output_dir")
@@ -108,6 +110,6 @@ class RecipeParser(TrlParser):
             raise ValueError(f"{where}unknown argument {key}; the nearest known one is {nearest}.")
 
 
-def parse_sft(argv: list[str]) -> tuple[ModelArguments, DataArguments, SFTConfig]:
+def parse_sft(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeSFTConfig]:
     """The arguments of a supervised fine-tuning run from [recipe, --key, value, ...]."""
-    return RecipeParser((ModelArguments, DataArguments, SFTConfig)).parse(argv)
+    return RecipeParser((ModelArguments, DataArguments, MoeSFTConfig)).parse(argv)

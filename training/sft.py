@@ -12,8 +12,9 @@ from trl import SFTConfig
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
 
 from .arguments import DataArguments, ModelArguments, parse_sft
+from .checkpoints import is_complete, last_checkpoint, load_model
 from .data import is_conversational, load_rows
-from .trainer import MoeSFTTrainer, is_complete, last_checkpoint, load_model
+from .sft_trainer import MoeSFTTrainer
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -1,56 +1,188 @@
-"""TRL's trainer for mixture-of-experts models: the model's own balance losses, and a resume that restores all."""
+"""Trainers for mixture-of-experts models, hf_moe's and Transformers' own."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
-from safetensors import SafetensorError
+import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import SFTTrainer
+from transformers import PreTrainedModel, Trainer
+
+from .balance import Balance, over_processes
+from .callbacks import RoutingCallback
+from .checkpoints import check_adapter, load_model
+from .label_smoothing import ShiftedLabelSmoother
+from .metrics import rows, split, summarize
+from .moe_arguments import BALANCE_OVER, moe_argument
+from .routers import captured, find_routers
+from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
+from .step import Step
 
 
-class MoeSFTTrainer(SFTTrainer):
-    """SFTTrainer that trains a model with `router_losses` on those losses, and restores every weight on resume.
+class MoeTrainerMixin:
+    """Makes the routing of a Transformers Trainer's model right: put it before the trainer class.
 
-    TRL's fused head never calls the model's own forward: it takes Mixtral's balance loss, which pools the layers (its
-    minimum is K, not 1) and knows neither the z-loss nor other score functions. Here the losses are the model's, added
-    to the training loss exactly once, whatever the loss type, and kept out of the evaluation loss; both are logged.
-    Other mixture-of-experts models keep TRL's loss.
+    The balance losses are per layer and count the tokens of a whole optimizer step, over micro-batches and processes,
+    so that their gradient is that of one large batch. They are added once, whatever computes the rest of the loss, and
+    never to the evaluation loss, beside which they are logged. Selection biases move once per optimizer step. Routing
+    metrics go wherever the Trainer reports. A checkpoint restores every weight. See `MoeArguments` for what can be
+    set, in MoeTrainingArguments or MoeSFTConfig; with plain arguments the model's configuration decides.
+
+    Raises ValueError for a coefficient or a bias speed that the model has no use for.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.moe = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self.adds_router_losses = hasattr(self.moe, "router_losses") and bool(self.moe.active_losses())
-        if self.adds_router_losses:
-            # Otherwise TRL would compute and add its own.
-            self.aux_loss_enabled = False
-            self.moe.config.output_router_logits = False
+        self.moe = base_model(self.model)
+        self.routers = find_routers(self.moe)
+        self.balance = Balance(self.moe, self.routers, self.args)
+        self.selection_bias = SelectionBias(self.routers)
+        self.bias_speed = moe_argument(self.args, "router_bias_update_speed")
+        if self.bias_speed is None:
+            self.bias_speed = getattr(self.balance.config, "router_bias_update_speed", 0.0)
+        self.balance_over = moe_argument(self.args, "balance_over")
+        self.check_routing_arguments()
+        if self.label_smoother is not None and self._loss_shifts_labels:
+            self.label_smoother = ShiftedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
+        self.step = Step([])
+        self.logged = []  # the rows of each optimizer step since the last log
+        self.evaluated = []  # the rows of each evaluation batch
+        self.experts = {}  # router -> E, of the routers that the last forward went through
+        self.add_callback(RoutingCallback(self))
+
+    def check_routing_arguments(self) -> None:
+        name = type(self.moe).__name__
+        if self.balance_over not in BALANCE_OVER:
+            raise ValueError(f"balance_over is {self.balance_over!r}; it can be {' or '.join(BALANCE_OVER)}.")
+        if self.balance.coefficients and not self.routers and not hasattr(self.moe, "active_losses"):
+            coefficient, value = next(iter(self.balance.coefficients.items()))
+            raise ValueError(f"{coefficient} is {value}, but {name} is not a Mixture-of-Experts model with routers.")
+        if self.bias_speed and not self.selection_bias.biases:
+            raise ValueError(f"router_bias_update_speed is {self.bias_speed}, but no router of {name} has a bias.")
+        if self.routers and self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process (nn.DataParallel) cannot be balanced: start one process a GPU "
+                "with torchrun or accelerate launch, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+
+    # ---- the step ----
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self.step = Step(batches)
+        return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.adds_router_losses:
+        if not self.routers:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with recorded_routing(self.moe.base_model) as recorded:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # The first forward is the one that the loss came from; TRL may add others without gradient for its metrics.
-        aux_loss, losses = self.moe.router_losses(recorded[0], inputs.get("attention_mask"))
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in ({"router_aux_loss_coef": aux_loss} | losses).items():
-            name = name.removeprefix("router_").removesuffix("_coef")
-            metrics[name].append(self.accelerator.gather_for_metrics(value.detach()).mean().item())
-        if not self.model.training:
+        training = self.model.training
+        over_step = training and bool(self.balance.coefficients) and self.balance_over == "step"
+        self.selection_bias.restore()
+        if over_step:
+            self.count_step(model)
+        with captured(self.routers, self.balance.top_k) as routings:
+            result = super().compute_loss(model, {**inputs, **self.balance.quiet}, return_outputs, num_items_in_batch)
+
+        batches = self.balance.read(routings, inputs)
+        counted = self.balance.count(batches)
+        whole = counted
+        if over_step:
+            whole = self.step.counted or over_processes(self.accelerator, counted)
+        losses = self.balance.losses(batches, whole)
+        processes, micro_batches = self.accelerator.num_processes, max(len(self.step.batches), 1)
+        if training and not over_step:  # the mean of the micro-batches' losses
+            losses = {name: value / (processes * micro_batches) for name, value in losses.items()}
+        self.experts = {name: len(counts.counts_E) for name, counts in zip(batches, counted, strict=True)}
+        row = rows(routings, batches, counted, losses, self.args.device)
+        if not training:
+            self.evaluated.append(row)
+            return result
+        self.step.rows = row if self.step.rows is None else self.step.rows + row
+        if not losses:
             return result
 
-        # Means over one micro-batch: with `num_items_in_batch` the Trainer leaves averaging over the step to us.
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        router_loss = sum(getattr(self.moe.config, name) * value for name, value in losses.items()) / steps
-        if return_outputs:
-            return result[0] + router_loss.to(result[0].device), result[1]
-        return result + router_loss.to(result.device)
+        # Processes average their gradients, and the Trainer may divide by the micro-batches: shares are to add up.
+        scale = processes * (1 if self.scales_loss(num_items_in_batch) else micro_batches)
+        loss = result[0] if return_outputs else result
+        loss = loss + (scale * self.balance.weighted(losses)).to(loss.device)
+        return (loss, result[1]) if return_outputs else loss
+
+    def count_step(self, model: nn.Module) -> None:
+        """Before the first forward of a step, count all of it; before each, see that it takes the routes counted."""
+        if self.step.counted is None:
+            # Here rather than where the batches are fetched: a resumed run restores its random state in between.
+            self.step.batches = [self._prepare_inputs(batch) for batch in self.step.batches]
+            self.step.look_ahead(model, self.balance)
+            if self.step.counted is not None:
+                self.step.counted = over_processes(self.accelerator, self.step.counted)
+        self.step.begin_forward()
+
+    def scales_loss(self, num_items_in_batch) -> bool:
+        """Whether the Trainer takes the loss as one already divided by the whole step's tokens."""
+        known = getattr(self, "loss_is_scaled_for_ga", None)
+        if known is not None:
+            return known
+        return self.compute_loss_func is not None or (
+            self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        )
+
+    def begin_routing(self) -> None:
+        """Refuse what would cut the balance losses off; called when training begins."""
+        self.selection_bias.remember()
+        self.logged.clear()
+        for part in self.moe.modules() if self.balance.coefficients else ():
+            checkpoint = getattr(part, "_gradient_checkpointing_func", None)
+            if getattr(part, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get(
+                "use_reentrant", False
+            ):
+                raise ValueError(
+                    f"use_reentrant=True would cut {', '.join(self.balance.coefficients)} off from the router; use "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False}, or set them to 0.'
+                )
+
+    def end_routing_step(self) -> None:
+        """Move the selection biases and keep the step's metrics; called after the optimizer moved."""
+        if self.step.rows is None:
+            return
+        flat = self.accelerator.reduce(self.step.rows, reduction="sum")
+        self.logged.append(flat)
+        speed = self.bias_speed
+        if self.state.global_step >= moe_argument(self.args, "router_bias_update_until") * self.state.max_steps:
+            speed = 0.0
+        if speed:
+            table = split(flat, list(self.experts.values()), len(self.balance.coefficients))
+            counts = {name: counts for name, (_, counts) in zip(self.experts, table, strict=True)}
+            self.selection_bias.update(counts, speed)
+        self.step = Step([])
+
+    # ---- logging ----
+
+    def routing_metrics(self, steps: torch.Tensor) -> dict[str, float]:
+        biases = {name: bias for name, bias in self.selection_bias.biases.items() if name in self.experts}
+        each_router = moe_argument(self.args, "log_each_router")
+        return summarize(steps, self.experts, list(self.balance.coefficients), biases, each_router)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self.logged:
+            logs |= self.routing_metrics(torch.stack(self.logged))
+            self.logged.clear()
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self.evaluated.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.evaluated:
+            total = self.accelerator.reduce(torch.stack(self.evaluated).sum(dim=0), reduction="sum")
+            batches = len(self.evaluated) * self.accelerator.num_processes
+            for sums, _ in split(total, list(self.experts.values()), len(self.balance.coefficients)):
+                sums[3:] /= batches
+            metrics = self.routing_metrics(total.unsqueeze(0))
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    # ---- saving and restoring ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self.selection_bias.restore()
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.model is not self.moe:
+            save_router_bias(self.model, self.args.output_dir if output_dir is None else output_dir)
 
     def _run_epoch(self, *args, **kwargs):
         # The Trainer would take one more step with a run that was cut short between its last step and its end.
@@ -64,54 +196,26 @@ class MoeSFTTrainer(SFTTrainer):
         (https://github.com/huggingface/transformers/issues/48805).
         """
         model = self.model if model is None else model
-        if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = load_model(resume_from_checkpoint, type(model), config=model.config, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif model is not base_model(model):
+            check_adapter(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.selection_bias.biases:
+                load_router_bias(model, resume_from_checkpoint)
+        elif isinstance(model, PreTrainedModel):
+            saved = load_model(resume_from_checkpoint, type(model), config=model.config, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.selection_bias.remember()
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-@contextmanager
-def recorded_routing(decoder: nn.Module) -> Iterator[list]:
-    """Ask `decoder` for what its routers did, and collect its outputs, while the context is open."""
-    outputs = []
-    wanted = dict.fromkeys(("output_router_logits", "output_router_indices", "output_router_tokens"), True)
-    ask = decoder.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs | wanted), with_kwargs=True)
-    keep = decoder.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        ask.remove()
-        keep.remove()
-
-
-def load_model(path: str, auto_class=AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
-    """`auto_class.from_pretrained(path)`; raises ValueError where weights are missing or unreadable."""
-    try:
-        model, info = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    except SafetensorError as error:
-        raise ValueError(f"{path} has weights that cannot be read: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} of the model's weights, the first of them {missing[0]}.")
-    return model
-
-
-def is_complete(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes its state file last."""
-    try:
-        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest complete checkpoint in `folder`; one that a kill cut short does not count."""
-    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    steps = [path.name.removeprefix(prefix) for path in Path(folder).glob(f"{prefix}*")]
-    newest_first = sorted((int(step) for step in steps if step.isdigit()), reverse=True)
-    checkpoints = (Path(folder) / f"{prefix}{step}" for step in newest_first)
-    return next((str(checkpoint) for checkpoint in checkpoints if is_complete(checkpoint)), None)
+class MoeTrainer(MoeTrainerMixin, Trainer):
+    """Transformers' Trainer with routing that is right in training; see MoeTrainerMixin."""

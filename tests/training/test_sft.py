@@ -13,7 +13,7 @@ import torch
 from hf_moe.conversion import upcycle
 from hf_moe.training.arguments import parse_sft
 from hf_moe.training.sft import TEMPLATES, main, run
-from hf_moe.training.trainer import MoeSFTTrainer
+from hf_moe.training.sft_trainer import MoeSFTTrainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from hf_moe.training.trainer import MoeSFTTrainer, last_checkpoint, load_model
+from hf_moe.training.checkpoints import last_checkpoint, load_model
+from hf_moe.training.sft_trainer import MoeSFTConfig, MoeSFTTrainer
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
-from trl import SFTConfig
 
 from .conftest import MODELS, tiny_hf_moe, tiny_tokenizer
 
@@ -42,7 +42,7 @@ def make_trainer(model, folder, callbacks=(), **arguments) -> MoeSFTTrainer:
     }
     return MoeSFTTrainer(
         model=model,
-        args=SFTConfig(output_dir=str(folder), **args | arguments),
+        args=MoeSFTConfig(output_dir=str(folder), **args | arguments),
         train_dataset=ROWS,
         eval_dataset=ROWS.select(range(3)),
         processing_class=tiny_tokenizer(),
@@ -86,7 +86,7 @@ def slow_router_loss(model, batch, aux_coef, z_coef):
 
 LOSSES = {
     "default": {},
-    "accumulation": {"gradient_accumulation_steps": 3},
+    "micro-batches": {"gradient_accumulation_steps": 3, "balance_over": "micro_batch"},
     "checkpointing": {"gradient_checkpointing": True},
     "dft": {"loss_type": "dft"},
     "label-smoothing": {"label_smoothing_factor": 0.2},
@@ -136,9 +136,9 @@ def test_evaluation_loss_is_cross_entropy_and_router_losses_are_logged_apart(tmp
 
 def test_coefficient_in_the_arguments_wins_and_is_saved(tmp_path):
     trainer = make_trainer(tiny_hf_moe(), tmp_path, router_aux_loss_coef=0.25)
-    assert trainer.adds_router_losses
+    assert trainer.balance.coefficients
     assert (trainer.moe.config.router_aux_loss_coef, trainer.moe.config.output_router_logits) == (0.25, False)
-    assert not make_trainer(tiny_hf_moe(), tmp_path, router_aux_loss_coef=0.0).adds_router_losses
+    assert not make_trainer(tiny_hf_moe(), tmp_path, router_aux_loss_coef=0.0).balance.coefficients
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -1,0 +1,56 @@
+"""Checkpoints: complete or not, and every weight back, or an error that names the first one missing."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def load_model(path: str, auto_class=AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
+    """`auto_class.from_pretrained(path)`; raises ValueError where weights are missing or unreadable."""
+    try:
+        model, info = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"{path} has weights that cannot be read: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} of the model's weights, the first of them {missing[0]}.")
+    return model
+
+
+def check_adapter(path: str | Path, model: nn.Module) -> None:
+    """Raises ValueError where the adapter in `path` lacks a weight of the PEFT model: PEFT would leave it as it is."""
+    from peft import get_peft_model_state_dict
+
+    try:
+        with safe_open(Path(path) / ADAPTER_FILE, framework="pt") as file:
+            saved = set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} has no adapter that can be read: {error}") from error
+    missing = sorted(set(get_peft_model_state_dict(model)) - saved)
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} of the adapter's weights, the first of them {missing[0]}.")
+
+
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes its state file last."""
+    try:
+        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest complete checkpoint in `folder`; one that a kill cut short does not count."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    steps = [path.name.removeprefix(prefix) for path in Path(folder).glob(f"{prefix}*")]
+    newest_first = sorted((int(step) for step in steps if step.isdigit()), reverse=True)
+    checkpoints = (Path(folder) / f"{prefix}{step}" for step in newest_first)
+    return next((str(checkpoint) for checkpoint in checkpoints if is_complete(checkpoint)), None)

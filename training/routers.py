@@ -1,0 +1,107 @@
+"""The routers of a model, Transformers' own ones too: where they are, and what they did in one forward.
+
+Shapes: T tokens, S rows of an assignment, E routed experts, K experts per token.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
+
+from hf_moe.model.routing import sigmoid_affinity, softmax_affinity
+
+BIAS = "e_score_correction_bias"
+
+
+class Routing(NamedTuple):
+    """What one router answered. `token_S` names each row's token; None: row t is token t's."""
+
+    logits_TE: torch.Tensor
+    weights_SK: torch.Tensor
+    index_SK: torch.Tensor
+    token_S: torch.Tensor | None = None
+
+
+class Router(NamedTuple):
+    """A router found in a model; its forward has the logits at place `logits` of its output."""
+
+    module: nn.Module
+    logits: int
+
+    @property
+    def affinity(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Logits to the scores that losses read: hf_moe's routers name theirs; elsewhere a bias goes with sigmoids."""
+        own = getattr(getattr(self.module, "router", None), "affinity", None)
+        return own or (sigmoid_affinity if hasattr(self.module, BIAS) else softmax_affinity)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The selection bias [E]."""
+        return next((x for m in self.module.modules() if (x := getattr(m, BIAS, None)) is not None), None)
+
+    def read(self, output, top_k: int) -> Routing:
+        """The routing in what forward returned: (logits, weights, indices, rows' tokens if given).
+
+        Where it holds no indices, the layer around the router takes the K largest logits (DBRX, Llama 4, JetMoE).
+        """
+        parts = output if isinstance(output, tuple) else (output,)
+        logits = parts[self.logits].flatten(0, -2)
+        index = parts[2] if len(parts) > 2 else None
+        if index is not None and index.dim() > 1 and not index.is_floating_point():
+            index = index.flatten(0, -2)
+            weights, token = parts[1].detach().flatten(0, -2), parts[3] if len(parts) > 3 else None
+            return Routing(logits, weights if weights.shape == index.shape else torch.ones_like(index), index, token)
+        index = logits.detach().topk(top_k, dim=-1).indices
+        return Routing(logits, torch.ones_like(index), index)
+
+
+def find_routers(model: nn.Module) -> dict[str, Router]:
+    """Name -> router: the modules that the model's classes say router logits come from (`_can_record_outputs`)."""
+    recorders = [
+        recorder if isinstance(recorder, OutputRecorder) else OutputRecorder(recorder)
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel)
+        for recorder in as_list((getattr(part, "_can_record_outputs", None) or {}).get("router_logits"))
+    ]
+    found = {
+        name: Router(part, recorder.index)
+        for name, part in model.named_modules()
+        for recorder in recorders
+        if isinstance(part, recorder.target_class)
+    }
+    # A layer may be named beside the router inside it: the innermost is the router.
+    return {name: x for name, x in found.items() if not any(other.startswith(f"{name}.") for other in found)}
+
+
+def as_list(value) -> list:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+@contextmanager
+def captured(routers: dict[str, Router], top_k: int) -> Iterator[dict[str, Routing]]:
+    """Collect what each router does in the first forward inside the context, with its gradient.
+
+    A forward that checkpointing repeats in the backward pass comes after the context and is not seen. Nothing is
+    computed here: tensors made inside a checkpointed layer would be missing when it is repeated.
+    """
+    outputs, routings = {}, {}
+
+    def keep(name):
+        def hook(module, args, output):
+            outputs.setdefault(name, output)
+
+        return hook
+
+    handles = [router.module.register_forward_hook(keep(name)) for name, router in routers.items()]
+    try:
+        yield routings
+    finally:
+        for handle in handles:
+            handle.remove()
+    routings.update({name: routers[name].read(outputs[name], top_k) for name in routers if name in outputs})
