@@ -40,6 +40,9 @@ class HfMoeConfig(PreTrainedConfig):
     Mixture of attention heads (attention_type "moa", JetMoE)
         Of num_experts experts with num_key_value_heads query heads each a token uses num_experts_per_tok; the rest of
         the routing is that of the MLPs, too. num_attention_heads counts the query heads a token uses.
+    Multi-token prediction (DeepSeek-V3)
+        num_mtp_layers (modules of a causal language model, each a block like the last layer, that predict one more
+        token ahead), mtp_loss_coef (weight of their loss in training; DeepSeek-V3: 0.3, later 0.1).
     MLPs and experts
         hidden_act, gated_mlp (down(act(gate(x)) * up(x)), else down(act(up(x)))), mlp_bias, mlp_layer_types ("dense"
         or "sparse" per layer; default: all sparse), num_experts (routed experts E), num_experts_per_tok (K),
@@ -101,6 +104,9 @@ class HfMoeConfig(PreTrainedConfig):
     qk_nope_head_dim: int | None = None
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
+
+    num_mtp_layers: int = 0
+    mtp_loss_coef: float | int = 0.3
 
     hidden_act: str = "silu"
     gated_mlp: bool = True
@@ -255,6 +261,11 @@ class HfMoeConfig(PreTrainedConfig):
         if self.attention_bias or self.qk_norm == "projection":
             name = "attention_bias" if self.attention_bias else "qk_norm"
             raise ValueError(f"{name} ({getattr(self, name)!r}) needs attention_type 'gqa', not 'moa'.")
+
+    def validate_multi_token_prediction(self):
+        for name in ("num_mtp_layers", "mtp_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0.")
 
     def validate_experts(self):
         if not 1 <= self.num_experts_per_tok <= self.num_experts:

@@ -32,6 +32,7 @@ from .balancing import LOSSES, Routed, policy_loss, routed, statistics
 from .configuration_hf_moe import HfMoeConfig
 from .latent_attention import HfMoeLatentAttention
 from .mixture_of_heads import HfMoeMixtureOfHeads
+from .multi_token import HfMoeMultiToken, HfMoeMultiTokenLayer, predict_ahead
 from .rms_norm import HfMoeRMSNorm
 from .rotary import HfMoeRotaryEmbedding
 from .router import HfMoeRouter
@@ -48,11 +49,16 @@ class HfMoeModelOutput(MoeModelOutputWithPast):
     Layer after layer, and in a layer that of the attention heads ("moa") before that of the MLP.
     `router_tokens` names the token of each row of the indices where an expert chose it, `router_baselines` [T] are
     those of REINFORCE; both are empty for other routers.
+
+    With MTP, `mtp_hidden_states` holds one [B, S, D] a module and `mtp_masks` one more [B, S], see `predict_ahead`;
+    the modules' routers come after those of the layers.
     """
 
     router_indices: tuple[torch.Tensor, ...] | None = None
     router_tokens: tuple[torch.Tensor, ...] | None = None
     router_baselines: tuple[torch.Tensor, ...] | None = None
+    mtp_hidden_states: tuple[torch.Tensor, ...] | None = None
+    mtp_masks: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -60,9 +66,10 @@ class HfMoeCausalLMOutput(MoeCausalLMOutputWithPast):
     """`aux_loss` and the scalars in `router_losses` are averaged over the routers and not yet weighted.
 
     `router_losses` has an entry for each loss whose coefficient in the configuration is not 0, under that field's
-    name.
+    name. `mtp_loss` is that of multi-token prediction, not weighted either.
     """
 
+    mtp_loss: torch.Tensor | None = None
     router_losses: dict[str, torch.Tensor] | None = None
     router_indices: tuple[torch.Tensor, ...] | None = None
 
@@ -205,9 +212,10 @@ class HfMoePreTrainedModel(PreTrainedModel):
     config_class = HfMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HfMoeDecoderLayer"]
+    _no_split_modules = ["HfMoeDecoderLayer", "HfMoeMultiTokenLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _keys_to_ignore_on_load_unexpected = [r"\bmtp_layers\."]  # only a causal language model has them
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -218,8 +226,9 @@ class HfMoePreTrainedModel(PreTrainedModel):
         "router_indices": OutputRecorder(HfMoeRouter, index=2),
         "router_tokens": OutputRecorder(HfMoeRouter, index=3),
         "router_baselines": OutputRecorder(HfMoeRouter, index=4),
-        "hidden_states": HfMoeDecoderLayer,
-        "attentions": list(ATTENTIONS.values()),
+        # Of the decoder's layers: those in `mtp_layers` are not recorded.
+        "hidden_states": OutputRecorder(HfMoeDecoderLayer, layer_name="layers"),
+        "attentions": [OutputRecorder(x, index=1, layer_name="layers") for x in ATTENTIONS.values()],
     }
 
     @torch.no_grad()
@@ -301,6 +310,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         self.layers = nn.ModuleList(HfMoeDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = HfMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = HfMoeRotaryEmbedding(config)
+        self.mtp_layers = nn.ModuleList()  # a causal language model has them
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -314,6 +324,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        output_mtp_hidden_states: bool = False,
         **kwargs,
     ) -> HfMoeModelOutput:
         if (input_ids is None) == (inputs_embeds is None):
@@ -343,27 +354,34 @@ class HfMoeModel(HfMoePreTrainedModel):
             }
 
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        shared = {"position_ids": position_ids, "token_mask": token_mask, "input_ids": input_ids} | kwargs
+        shared["position_embeddings"] = self.rotary_emb(hidden_states, position_ids)
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],
-                position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                token_mask=token_mask,
-                input_ids=input_ids,
-                **kwargs,
+                **shared,
+            )
+        hidden_states, mtp_hidden_states, mtp_masks = self.norm(hidden_states), None, None
+        if output_mtp_hidden_states:
+            mask = masks[self.config.layer_types[-1]]
+            mtp_hidden_states, mtp_masks = predict_ahead(
+                self.mtp_layers, hidden_states, inputs_embeds, attention_mask=mask, **shared
             )
         return HfMoeModelOutput(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            mtp_hidden_states=mtp_hidden_states,
+            mtp_masks=mtp_masks,
         )
 
 
-class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
-    """The decoder with a language-modelling head, its loss, and the losses of its routers."""
+class HfMoeForCausalLM(HfMoeMultiToken, HfMoePreTrainedModel, GenerationMixin):
+    """The decoder with a language-modelling head, its loss, and the losses of its routers and of its MTP modules."""
 
+    _keys_to_ignore_on_load_unexpected = None
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -372,6 +390,8 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)
         self.model = HfMoeModel(config)
+        depths = range(1, config.num_mtp_layers + 1)
+        self.model.mtp_layers.extend(HfMoeMultiTokenLayer(config, HfMoeDecoderLayer, depth) for depth in depths)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -387,6 +407,7 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        output_mtp_loss: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> HfMoeCausalLMOutput:
@@ -394,12 +415,18 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
 
         In training the loss includes the router losses whose coefficients are not 0. Outside training they are
         computed, and added, where `output_router_logits` asks for them. `output_router_logits=False` leaves them out.
+        The MTP loss is added in the same way, mtp_loss_coef times, and `output_mtp_loss` asks for it.
         """
         config = self.config
         learns = self.training and labels is not None
         policy = learns and ROUTERS[config.router_type].policy
         if output_router_logits is None:
             output_router_logits = config.output_router_logits or (learns and bool(self.active_losses()))
+        if output_mtp_loss is None:
+            output_mtp_loss = learns and config.mtp_loss_coef > 0
+        output_mtp_loss = output_mtp_loss and labels is not None and config.num_mtp_layers > 0
+        if output_mtp_loss and past_key_values is not None:
+            raise ValueError("The MTP loss is that of whole sequences: leave out past_key_values, or mtp_loss_coef=0.")
         record = {f"output_router_{name}": output_router_logits or policy for name in ("logits", "indices", "tokens")}
 
         outputs: HfMoeModelOutput = self.model(
@@ -410,17 +437,19 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_baselines=policy,
+            output_mtp_hidden_states=output_mtp_loss,
             **record,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        if config.final_logit_softcapping is not None:
-            logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
+        logits = self.project(outputs.last_hidden_state[:, kept])
 
-        loss = aux_loss = router_losses = None
+        loss = aux_loss = router_losses = mtp_loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        if output_mtp_loss:
+            mtp_loss = self.mtp_loss(outputs, labels, kwargs.get("num_items_in_batch"))
+            loss = loss + config.mtp_loss_coef * mtp_loss.to(loss.device)
         if policy:
             loss = loss + self.policy_loss(outputs, logits, labels, attention_mask)
         if output_router_logits and outputs.router_logits:
@@ -430,6 +459,7 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
         return HfMoeCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
+            mtp_loss=mtp_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -439,16 +469,23 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
             router_indices=outputs.router_indices,
         )
 
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of the head for the normed [..., D]."""
+        logits, cap = self.lm_head(hidden_states), self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def routed(self, outputs: HfMoeModelOutput, attention_mask: torch.Tensor | dict | None) -> list[Routed]:
-        """What each router did with this batch. Padding is known from a [B, S] mask."""
+        """What each router did with this batch. Padding is known from a [B, S] mask, what counts in MTP from its."""
         sequences, length = outputs.last_hidden_state.shape[:2]
         mask = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             mask = attention_mask[:, -length:].reshape(-1)
         affinity = ROUTERS[self.config.router_type].affinity
-        tokens = outputs.router_tokens or [None] * len(outputs.router_logits)
-        rows = zip(outputs.router_logits, outputs.router_indices, tokens, strict=True)
-        return [routed(logits, affinity(logits), index, mask, token, sequences) for logits, index, token in rows]
+        ahead = [mask.reshape(-1) for mask in self.per_mtp_router((outputs.mtp_masks or ())[:-1])]
+        masks = [mask] * (len(outputs.router_logits) - len(ahead)) + ahead
+        tokens = outputs.router_tokens or [None] * len(masks)
+        rows = zip(outputs.router_logits, outputs.router_indices, masks, tokens, strict=True)
+        return [routed(logits, affinity(logits), index, *row, sequences) for logits, index, *row in rows]
 
     def router_losses(
         self, outputs: HfMoeModelOutput, attention_mask: torch.Tensor | dict | None
@@ -471,15 +508,21 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
         labels: torch.Tensor,
         attention_mask: torch.Tensor | dict | None,
     ) -> torch.Tensor:
-        """REINFORCE: each token's next-token loss is the cost of the experts it was sent to."""
+        """REINFORCE: a token's loss, of an MTP module that module's, is the cost of the experts it was sent to."""
         args = self.config.router_args
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
-        costs = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
-        total = 0.0
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        costs = nn.functional.cross_entropy(logits.mT.float(), targets, reduction="none")
         layers = self.routed(outputs, attention_mask)
-        for layer, baseline in zip(layers, outputs.router_baselines, strict=True):
-            costs, mask = costs.to(baseline.device), (targets != -100).float().to(baseline.device)
-            policy, value = policy_loss(layer, baseline, costs, mask)
+        ahead = []
+        if outputs.mtp_masks:
+            with torch.no_grad():
+                losses = self.mtp_token_losses(outputs, labels)
+            ahead = self.per_mtp_router(zip(losses, self.mtp_targets(outputs, labels), strict=True))
+        rows = [(costs, targets)] * (len(layers) - len(ahead)) + ahead
+        total = 0.0
+        for layer, baseline, row in zip(layers, outputs.router_baselines, rows, strict=True):
+            costs, targets = (x.flatten().to(baseline.device) for x in row)
+            policy, value = policy_loss(layer, baseline, costs, (targets != -100).float())
             total = total + args.get("policy_coef", 1e-2) * policy + args.get("baseline_coef", 1e-2) * value
         return total / len(layers)
 
