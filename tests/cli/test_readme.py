@@ -29,10 +29,10 @@ def test_ci_runs_the_readmes_test_command():
     assert found.stdout == "pytest -n 2\n"
 
 
-def test_the_python_block_runs(tmp_path, monkeypatch, capsys):
+def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (block,) = blocks("python")
-    exec(block, {})
+    for block in blocks("python"):
+        exec(block, {})
     assert capsys.readouterr().out.startswith("Once upon a time there was")
     assert (tmp_path / "my_moe" / "config.json").is_file()
 
