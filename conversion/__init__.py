@@ -1,7 +1,8 @@
-"""Conversion of checkpoints: dense to mixture of experts, released families to hf_moe, logits side by side."""
+"""Conversion of checkpoints: dense to mixture of experts, families to hf_moe and back, logits side by side."""
 
+from .export_checkpoint import export_checkpoint
 from .import_checkpoint import import_checkpoint
 from .upcycle import upcycle
 from .verify import verify
 
-__all__ = ["import_checkpoint", "upcycle", "verify"]
+__all__ = ["export_checkpoint", "import_checkpoint", "upcycle", "verify"]

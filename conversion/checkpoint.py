@@ -169,7 +169,10 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as a read-only view of the mapped file: read when touched, never copied, not to be written to."""
-        entry, file = self.entries[name], self.file_of[name]
+        return self.view(self.entries[name], self.file_of[name])
+
+    def view(self, entry: Entry, file: str) -> torch.Tensor:
+        """The bytes of `entry` in `file` as a tensor."""
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.dtype)
         if file not in self._maps:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .families import FAMILIES
-from .output import convert
+from .output import convert, count_parameters
 from .source import open_source
 from .writer import check_destination
 
@@ -13,6 +13,7 @@ def import_checkpoint(
     src: str | Path,
     dst: str | Path,
     *,
+    drop_mtp: bool = False,
     max_shard_size: int | str = "5GB",
     dry_run: bool = False,
     verify: bool = True,
@@ -20,20 +21,25 @@ def import_checkpoint(
 ) -> dict[str, Any]:
     """Turn a checkpoint of one of `FAMILIES` into an hf_moe checkpoint with the same weights, bit for bit.
 
+    Block-FP8 weights become the bfloat16 ones that they stand for.
+
     src: a folder with safetensors weights, experts fused or one by one, or a Hub id. dst: a folder that does not exist
-    or is empty. dry_run: plan and report, write nothing. verify: compare the logits with Transformers' own class.
+    or is empty. drop_mtp: leave out DeepSeek-V3's layers for multi-token prediction. dry_run: plan and report, write
+    nothing. verify: compare the logits with Transformers' own class; refused where that cannot compute them.
 
     Returns a report that can be written as JSON: total_params, active_params, disk_bytes, output and, from `verify`,
     max_abs_diff and its companions. Raises ValueError or OSError of one line; then there is no output.
     """
     check_destination(Path(dst))
-    source = open_source(src, FAMILIES)
+    source = open_source(src, FAMILIES, drop_mtp)
     config = source.hf_moe_config()
+    outputs = list(source.outputs(config).values())
     return convert(
         source,
         config,
-        list(source.outputs(config).values()),
+        outputs,
         dst,
+        counts=count_parameters(outputs, config),
         provenance={"method": "import"},
         max_shard_size=max_shard_size,
         dry_run=dry_run,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..model.configuration_hf_moe import HfMoeConfig
@@ -20,11 +21,12 @@ from .writer import Output, check_destination, check_space, plan_shards, staged,
 
 def convert(
     source: Source,
-    config: HfMoeConfig,
+    config: PreTrainedConfig,
     outputs: list[Output],
     dst: str | Path,
     *,
-    provenance: dict[str, Any],
+    counts: dict[str, int],
+    provenance: dict[str, Any] | None = None,
     max_shard_size: int | str,
     dry_run: bool,
     check: bool,
@@ -32,16 +34,19 @@ def convert(
 ) -> dict[str, Any]:
     """Write the model that `outputs` and `config` describe to `dst`, and report on it.
 
-    `provenance` (what was done, with which arguments) is completed with where the source came from.
+    `counts` go into the report. With `provenance` (what was done, with which arguments) the model is an hf_moe one: it
+    is completed with where the source came from, and the model's code goes along. Another family's has neither.
     """
     dst = check_destination(Path(dst))
+    if check and not dry_run and source.incomparable:
+        raise ValueError(f"{source.incomparable}; pass verify=False (--no-verify).")
     shards = plan_shards(outputs, max_shard_size)
     nbytes = sum(shard.nbytes for shard in shards)
     report = {
         "output": str(dst),
         "source": source.name,
         "model_type": source.family.model_type,
-        **count_parameters(outputs, config),
+        **counts,
         "dtype": str(source.checkpoint.dtype).removeprefix("torch."),
         "disk_bytes": nbytes,
         "shards": len(shards),
@@ -54,17 +59,19 @@ def convert(
     check_space(dst, nbytes)
     tokenizer = load_tokenizer(source.checkpoint.folder)
     with staged(dst) as folder:
-        with (
-            Hashing(source.checkpoint) as hashing,
-            tqdm(total=nbytes, unit="B", unit_scale=True, desc=dst.name, disable=not progress) as bar,
-        ):
-            write_shards(folder, shards, bar.update)
-            origin = {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
-            config.provenance = provenance | origin | {"sha256": hashing.digests(), "hf_moe_version": __version__}
-        config.architectures = [HfMoeForCausalLM.__name__]
+        bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc=dst.name, disable=not progress)
+        if provenance is None:
+            with bar:
+                write_shards(folder, shards, bar.update)
+        else:
+            with Hashing(source.checkpoint) as hashing, bar:
+                write_shards(folder, shards, bar.update)
+                origin = {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
+                config.provenance = provenance | origin | {"sha256": hashing.digests(), "hf_moe_version": __version__}
+            config.architectures = [HfMoeForCausalLM.__name__]
+            custom_object_save(HfMoeForCausalLM, folder)  # its module and what that imports
         config.dtype = source.config.dtype or source.checkpoint.dtype
         config.save_pretrained(folder)
-        custom_object_save(HfMoeForCausalLM, folder)  # its module and what that imports
         for path in source.carried_files():
             (folder / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.checkpoint.folder / path, folder / path)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
+from .block_fp8 import BlockFP8Checkpoint, block_size
 from .checkpoint import Checkpoint, read_json
 from .families import DENSE_FAMILIES, FAMILIES, Family
 from .writer import Output
@@ -38,12 +39,21 @@ CARRIED_FILES = (
 )
 DOWNLOADED_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *CARRIED_FILES)
 
-# A weight of another type is a code that its config would have to explain, and hf_moe reads no quantized checkpoints.
+# A weight of another type is a code that its config would have to explain, as `block_fp8.py` reads it.
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Keys of a config.json that describe the file or are the older spelling of a field.
 BOOKKEEPING_KEYS = frozenset(
-    ["_name_or_path", "auto_map", "model_type", "rope_scaling", "rope_theta", "torch_dtype", "transformers_version"]
+    [
+        "_name_or_path",
+        "auto_map",
+        "model_type",
+        "quantization_config",
+        "rope_scaling",
+        "rope_theta",
+        "torch_dtype",
+        "transformers_version",
+    ]
 )
 
 
@@ -57,7 +67,17 @@ class Source:
     config: PreTrainedConfig
     hf_moe_fields: Mapping[str, Any]
     ignored_config_keys: list[str]  # the family's class in Transformers does not read them
+    ignored_tensors: tuple[str, ...]  # patterns of their names
     checkpoint: Checkpoint
+
+    @property
+    def incomparable(self) -> str | None:
+        """Why Transformers cannot compute this checkpoint's logits on a CPU, None where it can."""
+        if self.family.own_config:
+            return f"Transformers has no class for {self.family.model_type} to compare logits with"
+        if isinstance(self.checkpoint, BlockFP8Checkpoint):
+            return "Transformers does not compute with block-FP8 weights on a CPU, so there are no logits to compare"
+        return None
 
     def carried_files(self) -> list[Path]:
         """Tokenizer, chat template, generation config and licence files, relative to the folder."""
@@ -79,7 +99,7 @@ class Source:
         sources = self.family.match(list(shapes), entries, config.num_experts)
         used = {name for names in sources.values() for name in names}
         for name in entries:
-            if name not in used and not any(re.fullmatch(p, name) for p in self.family.ignored_tensors):
+            if name not in used and not any(re.fullmatch(p, name) for p in self.ignored_tensors):
                 self._accept_left_over(name, config)
         return {name: self._output(name, shapes[name], names) for name, names in sources.items()}
 
@@ -100,7 +120,7 @@ class Source:
         entries = [self.checkpoint.entries[source] for source in sources]
         first = entries[0]
         if first.dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"{sources[0]} is {first.dtype}: hf_moe reads floating-point weights, none quantized.")
+            raise ValueError(f"{sources[0]} is {first.dtype}: without a quantization_config hf_moe reads floats only.")
         for source, entry in zip(sources, entries, strict=True):
             if entry.dtype != first.dtype:
                 raise ValueError(
@@ -137,8 +157,8 @@ def locate(src: str | Path) -> tuple[Path, str, str | None]:
     return folder, str(src), folder.name
 
 
-def open_source(src: str | Path, families: Mapping[str, Family]) -> Source:
-    """Open a checkpoint of one of `families`.
+def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool = False) -> Source:
+    """Open a checkpoint of one of `families`, without its layers for multi-token prediction if `drop_mtp`.
 
     Raises FileNotFoundError or a ValueError of one line: no checkpoint, an unknown family, a field that hf_moe cannot
     carry, damaged files.
@@ -148,19 +168,36 @@ def open_source(src: str | Path, families: Mapping[str, Family]) -> Source:
     model_type = said.get("model_type")
     if model_type not in families:
         raise ValueError(_unknown_family(name, model_type, families))
-    config = built(AutoConfig.from_pretrained, f"{folder / 'config.json'} is no valid {model_type} config", folder)
+    family = families[model_type]
+    read = family.config_class.from_pretrained if family.own_config else AutoConfig.from_pretrained
+    invalid = f"{folder / 'config.json'} is no valid {model_type} config"
+    config = built(read, invalid, folder, trust_remote_code=False)
     if said.get("per_layer_config"):
         raise ValueError(f"{model_type} field per_layer_config cannot be carried: layers must be alike.")
-    family = families[model_type]
     known = {f.name for f in fields(type(config))} | set(config.attribute_map) | set(config.attribute_map.values())
+    ignored = sorted(set(said) - known - BOOKKEEPING_KEYS - family.undeclared)
+    if ignored and family.own_config:  # no class of Transformers says that the field means nothing
+        raise ValueError(f"{model_type} field {ignored[0]}={said[ignored[0]]!r} cannot be carried: unknown.")
+    ignored_tensors = family.ignored_tensors
+    if mtp_layers := getattr(config, family.mtp_layers or "", 0):
+        if not drop_mtp:
+            raise ValueError(
+                f"{model_type} field {family.mtp_layers}={mtp_layers} cannot be carried: hf_moe has no layers for "
+                "multi-token prediction yet. Leave them out with drop_mtp=True (--drop-mtp)."
+            )
+        layers = range(config.num_hidden_layers, config.num_hidden_layers + mtp_layers)
+        ignored_tensors += tuple(rf"model\.layers\.{layer}\..+" for layer in layers)
+    quantization = said.get("quantization_config")
+    block = None if quantization is None else block_size(quantization)
     return Source(
         name=name,
         revision=revision,
         family=family,
         config=config,
         hf_moe_fields=family.hf_moe_fields(config),
-        ignored_config_keys=sorted(set(said) - known - BOOKKEEPING_KEYS - family.undeclared),
-        checkpoint=Checkpoint(folder),
+        ignored_config_keys=ignored,
+        ignored_tensors=ignored_tensors,
+        checkpoint=Checkpoint(folder) if block is None else BlockFP8Checkpoint(folder, block),
     )
 
 

@@ -33,4 +33,4 @@ def keep_class(source: PreTrainedTokenizerBase, folder: Path) -> None:
     said["tokenizer_class"] = type(source).__name__
     path.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if type(load_tokenizer(folder)) is not type(source):
-        raise ValueError(f"The tokenizer class {type(source).__name__} cannot be carried to a model of type hf_moe.")
+        raise ValueError(f"The tokenizer class {type(source).__name__} cannot be carried to another family.")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .families import DENSE_FAMILIES
-from .output import convert
+from .output import convert, count_parameters
 from .source import open_source, tensor_shapes
 from .upcycling import UPCYCLERS
 from .writer import Output, check_destination
@@ -101,6 +101,7 @@ def upcycle(
         config,
         outputs,
         dst,
+        counts=count_parameters(outputs, config),
         provenance={"method": "upcycle", "strategy": strategy, "seed": seed, "arguments": arguments},
         max_shard_size=max_shard_size,
         dry_run=dry_run,

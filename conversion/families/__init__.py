@@ -1,5 +1,8 @@
-"""The families that hf_moe reads: one table each."""
+"""The families that hf_moe reads and writes: one table each."""
 
+from .deepseek import DEEPSEEK
+from .deepseek_v2 import DEEPSEEK_V2
+from .deepseek_v3 import DEEPSEEK_V3
 from .family import Computed, Family
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -10,12 +13,15 @@ from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
 
-# Mixtures of experts, for `import_checkpoint`.
+# Mixtures of experts, for `import_checkpoint` and `export_checkpoint`.
 FAMILIES: dict[str, Family] = {
     "mixtral": MIXTRAL,
     "olmoe": OLMOE,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
+    "deepseek": DEEPSEEK,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
 }
 
 # Dense models, for `upcycle`.

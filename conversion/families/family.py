@@ -10,14 +10,18 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ...model.configuration_hf_moe import HfMoeConfig
 
 
 class Computed(NamedTuple):
-    """A field of hf_moe that is worked out from fields of the family."""
+    """A field of hf_moe that is worked out from fields of the family, and on export these from fields of hf_moe."""
 
     reads: tuple[str, ...]
     value: Callable[[PreTrainedConfig], Any]
+    inverse: Callable[[HfMoeConfig], dict[str, Any]] = lambda config: {}  # another row gives them
 
 
 Rows = Mapping[str, tuple[str, ...]]  # hf_moe tensor -> the tensors whose rows, one after the other, are its rows
@@ -35,6 +39,8 @@ class Family:
     tensors: rows for the names that differ; {layer} is one layer's index. A name without a row stays as it is.
     layouts: further rows, by how the experts are stored. {expert} in a name runs over all experts.
     ignored_tensors: patterns of tensors that old checkpoints hold and Transformers computes anew.
+    mtp_layers: the field that counts the layers for multi-token prediction, which follow the last one.
+    own_config: the config class and the model's class name of a family that Transformers lacks.
     """
 
     model_type: str
@@ -46,6 +52,17 @@ class Family:
     tensors: Rows = field(default_factory=dict)
     layouts: Mapping[str, Rows] = field(default_factory=lambda: {"fused": {}})
     ignored_tensors: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+    mtp_layers: str | None = None
+    own_config: tuple[type[PreTrainedConfig], str] | None = None
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        return self.own_config[0] if self.own_config else CONFIG_MAPPING[self.model_type]
+
+    @property
+    def architecture(self) -> str:
+        """The name of the family's class with a language-modelling head."""
+        return self.own_config[1] if self.own_config else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type]
 
     def accounted_fields(self) -> set[str]:
         """Every field of the family's config class that the table knows."""
@@ -76,6 +93,15 @@ class Family:
             value = source.value(config) if isinstance(source, Computed) else getattr(config, source, None)
             carried[target] = copy.deepcopy(value)
         return carried
+
+    def family_fields(self, config: HfMoeConfig) -> dict[str, Any]:
+        """The table read backwards: the fields of the family's config that come nearest to `config`."""
+        carried = {name: only for name, only in self.required.items() if only is not None}
+        if self.mtp_layers:
+            carried[self.mtp_layers] = 0
+        for target, source in self.fields.items():
+            carried |= source.inverse(config) if isinstance(source, Computed) else {source: getattr(config, target)}
+        return copy.deepcopy(carried)
 
     def sources(self, target: str, rows: Rows, num_experts: int) -> list[str]:
         """The family's tensors whose rows, one after the other, are those of the hf_moe tensor `target`."""
@@ -130,7 +156,9 @@ DECODER_FIELDS = {
     **same("rms_norm_eps", "tie_word_embeddings", "num_attention_heads", "num_key_value_heads"),
     **same("attention_dropout", "hidden_act", "initializer_range", "use_cache"),
     **same("pad_token_id", "bos_token_id", "eos_token_id"),
-    "rope_parameters": Computed(("rope_parameters",), plain_rope),
+    "rope_parameters": Computed(
+        ("rope_parameters",), plain_rope, lambda config: {"rope_parameters": config.rope_parameters}
+    ),
 }
 
 # Fields of every config: what the checkpoint is called and how outputs are handed over.
@@ -138,4 +166,4 @@ COMMON_NEUTRAL = frozenset(
     {"transformers_version", "architectures", "dtype", "output_hidden_states", "return_dict"}
     | {"id2label", "label2id", "problem_type", "chunk_size_feed_forward"}
 )
-COMMON_REQUIRED = {"is_encoder_decoder": False, "quantization_config": None}
+COMMON_REQUIRED = {"is_encoder_decoder": False}

@@ -1,7 +1,10 @@
 """Rows that several mixture-of-experts families share."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
+from ...model.configuration_hf_moe import HfMoeConfig
 from .family import Computed, same
 
 ROUTING_FIELDS = {
@@ -10,6 +13,7 @@ ROUTING_FIELDS = {
     "router_aux_loss_coef": Computed(
         ("router_aux_loss_coef", "num_experts_per_tok"),
         lambda config: config.router_aux_loss_coef * config.num_experts_per_tok,
+        lambda config: {"router_aux_loss_coef": config.router_aux_loss_coef / config.num_experts_per_tok},
     ),
 }
 
@@ -32,4 +36,17 @@ def qwen_mlp_layer_types(config: PreTrainedConfig) -> list[str]:
     ]
 
 
-MLP_LAYER_TYPES = Computed(("decoder_sparse_step", "mlp_only_layers"), qwen_mlp_layer_types)
+def qwen_dense_layers(config: HfMoeConfig) -> dict[str, Any]:
+    """The same layers, with each dense one named."""
+    dense = [layer for layer, kind in enumerate(config.mlp_layer_types) if kind == "dense"]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+def qwen_window(config: HfMoeConfig) -> dict[str, Any]:
+    used = "sliding_attention" in config.layer_types
+    return {"use_sliding_window": used, "sliding_window": config.sliding_window if used else None}
+
+
+MLP_LAYER_TYPES = Computed(("decoder_sparse_step", "mlp_only_layers"), qwen_mlp_layer_types, qwen_dense_layers)
+# The config class has already worked use_sliding_window into it; 0 is one way to say none.
+SLIDING_WINDOW = Computed(("sliding_window",), lambda config: config.sliding_window or None, qwen_window)

@@ -1,7 +1,7 @@
 """Qwen1.5-MoE and Qwen2-MoE: arXiv 2407.10671. A shared expert behind a sigmoid gate beside the routed ones."""
 
-from .family import DECODER_FIELDS, Computed, Family, same
-from .moe_rows import LAYOUTS, MLP_LAYER_TYPES, ROUTING_FIELDS
+from .family import DECODER_FIELDS, Family, same
+from .moe_rows import LAYOUTS, MLP_LAYER_TYPES, ROUTING_FIELDS, SLIDING_WINDOW
 
 QWEN2_MOE = Family(
     model_type="qwen2_moe",
@@ -11,7 +11,7 @@ QWEN2_MOE = Family(
         **same("head_dim", "layer_types", "num_experts", "moe_intermediate_size", "norm_topk_prob"),
         **same("shared_expert_intermediate_size"),
         "attention_bias": "qkv_bias",
-        "sliding_window": Computed(("sliding_window",), lambda config: config.sliding_window or None),  # 0: none
+        "sliding_window": SLIDING_WINDOW,
         "mlp_layer_types": MLP_LAYER_TYPES,
     },
     constants={"router_type": "softmax_topk", "n_shared_experts": 1, "shared_expert_gate": True},

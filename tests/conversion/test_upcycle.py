@@ -253,7 +253,10 @@ BAD_CONFIGS = {
     "hf_moe already": ({"model_type": "hf_moe"}, "an hf_moe checkpoint already"),
     "a mixture already": ({"model_type": "mixtral"}, "mixtral.*import"),
     "field of the wrong type": ({"num_hidden_layers": "three"}, "config.json.*num_hidden_layers"),
-    "quantized": ({"quantization_config": {"quant_method": "awq"}}, "llama field quantization_config"),
+    "quantized": (
+        {"quantization_config": {"quant_method": "awq"}},
+        "field quantization_config says quant_method=.awq",
+    ),
     "per layer": ({"per_layer_config": {"0": {"head_dim": 4}}}, "llama field per_layer_config"),
     "partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     "more layers than tensors": ({"num_hidden_layers": 4}, r"lacks model\.layers\.3\."),

@@ -1,0 +1,45 @@
+"""What a config says about the computation, in one spelling: configs that agree on it give the same logits."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..model.configuration_hf_moe import HfMoeConfig
+
+# Fields that only training reads: losses, dropout of a head that is not there, the steps of the bias.
+TRAINING_FIELDS = frozenset(
+    {"router_aux_loss_coef", "router_z_loss_coef", "seq_aux_loss_coef", "device_aux_loss_coef", "comm_aux_loss_coef"}
+    | {"router_bias_update_speed", "expert_capacity_factor", "classifier_dropout", "mtp_loss_coef"}
+)
+
+
+def _limits_groups(config: HfMoeConfig) -> bool:
+    return config.topk_group < config.n_group
+
+
+# When each of these fields is read at all.
+READ_IF: dict[str, Callable[[HfMoeConfig], bool]] = {
+    "intermediate_size": lambda config: "dense" in config.mlp_layer_types,
+    "sliding_window": lambda config: "sliding_attention" in config.layer_types,
+    "shared_expert_intermediate_size": lambda config: config.n_shared_experts > 0,
+    "shared_expert_gate": lambda config: config.n_shared_experts > 0,
+    "n_group": _limits_groups,
+    "topk_group": _limits_groups,
+    "provenance": lambda config: False,
+}
+
+
+def computation(config: HfMoeConfig) -> dict[str, Any]:
+    """The fields of `config` that are read. Softmax over the chosen K is softmax over all, divided by the K's sum."""
+    said = {name: getattr(config, name) for name in HfMoeConfig.__annotations__}
+    said = {name: value for name, value in said.items() if name not in READ_IF or READ_IF[name](config)}
+    if config.router_type == "topk_softmax":
+        said |= {"router_type": "softmax_topk", "norm_topk_prob": True}
+    off = (
+        {"group_score": "two_best"}
+        if _limits_groups(config)
+        else {"group_score": config.router_args.get("group_score")}
+    )
+    said["router_args"] = {
+        name: value for name, value in config.router_args.items() if value and value != off.get(name)
+    }
+    return said
