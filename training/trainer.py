@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from hf_moe.model.balancing import LOSSES
+
 from .balance import Balance, over_processes
 from .callbacks import RoutingCallback
 from .checkpoints import check_adapter, load_model
@@ -50,9 +52,20 @@ class MoeTrainerMixin:
         name = type(self.moe).__name__
         if self.balance_over not in BALANCE_OVER:
             raise ValueError(f"balance_over is {self.balance_over!r}; it can be {' or '.join(BALANCE_OVER)}.")
-        if self.balance.coefficients and not self.routers and not hasattr(self.moe, "active_losses"):
-            coefficient, value = next(iter(self.balance.coefficients.items()))
-            raise ValueError(f"{coefficient} is {value}, but {name} is not a Mixture-of-Experts model with routers.")
+        if not self.routers:
+            given = {coefficient: moe_argument(self.args, coefficient) for coefficient in LOSSES}
+            used = given if hasattr(self.moe, "active_losses") else given | self.balance.coefficients
+            for coefficient, value in used.items():
+                if value:
+                    raise ValueError(
+                        f"{coefficient} is {value}, but {name} is not a Mixture-of-Experts model: no routers."
+                    )
+        for coefficient in ("device_aux_loss_coef", "comm_aux_loss_coef"):
+            if coefficient in self.balance.coefficients and self.balance.n_group == 1:
+                raise ValueError(
+                    f"{coefficient} is {self.balance.coefficients[coefficient]}, but n_group of {name} is 1 and so is "
+                    "the loss: set config.n_group to the number of expert groups, or the coefficient to 0."
+                )
         if self.bias_speed and not self.selection_bias.biases:
             raise ValueError(f"router_bias_update_speed is {self.bias_speed}, but no router of {name} has a bias.")
         if self.routers and self.args.n_gpu > 1:
@@ -128,9 +141,9 @@ class MoeTrainerMixin:
         self.logged.clear()
         for part in self.moe.modules() if self.balance.coefficients else ():
             checkpoint = getattr(part, "_gradient_checkpointing_func", None)
-            if getattr(part, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get(
-                "use_reentrant", False
-            ):
+            # PyTorch's default is True, Transformers' is False.
+            reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+            if getattr(part, "gradient_checkpointing", False) and checkpoint is not None and reentrant:
                 raise ValueError(
                     f"use_reentrant=True would cut {', '.join(self.balance.coefficients)} off from the router; use "
                     'gradient_checkpointing_kwargs={"use_reentrant": False}, or set them to 0.'
