@@ -24,9 +24,14 @@ class SelectionBias:
     """
 
     def __init__(self, routers: dict[str, Router]):
-        self.biases = {name: router.bias for name, router in routers.items() if router.bias is not None}
+        self.routers = {name: router for name, router in routers.items() if router.bias is not None}
         self.copies = {}
         self.restore()
+
+    @property
+    def biases(self) -> dict[str, torch.Tensor]:
+        """Those the model has now: a cast puts new tensors in their place."""
+        return {name: router.bias for name, router in self.routers.items()}
 
     @torch.no_grad()
     def restore(self) -> None:

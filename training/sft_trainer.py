@@ -20,6 +20,8 @@ class MoeSFTTrainer(MoeTrainerMixin, SFTTrainer):
     knows neither the z-loss nor other score functions. Here the losses are hf_moe's.
     """
 
+    uses_model_loss = False
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.aux_loss_enabled = False  # TRL's own

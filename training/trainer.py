@@ -29,6 +29,8 @@ class MoeTrainerMixin:
     Raises ValueError for a coefficient or a bias speed that the model has no use for.
     """
 
+    uses_model_loss = True  # the trainer class takes the loss that the model returns
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.moe = base_model(self.model)
@@ -68,6 +70,12 @@ class MoeTrainerMixin:
                 )
         if self.bias_speed and not self.selection_bias.biases:
             raise ValueError(f"router_bias_update_speed is {self.bias_speed}, but no router of {name} has a bias.")
+        policies = any(getattr(getattr(x.module, "router", None), "policy", False) for x in self.routers.values())
+        if policies and not (self.uses_model_loss and self.label_smoother is None and self.compute_loss_func is None):
+            raise ValueError(
+                f"The routers of {name} (reinforce) learn from each token's loss, which is the model's own: use "
+                "MoeTrainer without label_smoothing_factor and compute_loss_func."
+            )
         if self.routers and self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process (nn.DataParallel) cannot be balanced: start one process a GPU "
@@ -139,7 +147,7 @@ class MoeTrainerMixin:
         """Refuse what would cut the balance losses off; called when training begins."""
         self.selection_bias.remember()
         self.logged.clear()
-        for part in self.moe.modules() if self.balance.coefficients else ():
+        for part in self.moe.modules() if self.routers and self.balance.coefficients else ():
             checkpoint = getattr(part, "_gradient_checkpointing_func", None)
             # PyTorch's default is True, Transformers' is False.
             reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)

@@ -5,6 +5,7 @@ Run by torchrun on two processes it prints the relative differences as JSON; the
 
 import json
 import tempfile
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -34,10 +35,18 @@ class Gradient(TrainerCallback):
         self.value = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
 
 
-def train_one_step(model, accumulation: int, processes: int = 1, trainer_class=MoeTrainer, **arguments):
-    """The gradient of one step over all rows, and the trainer."""
+def train_one_step(
+    model,
+    accumulation: int,
+    processes: int = 1,
+    trainer_class=MoeTrainer,
+    keep_folder=None,
+    resume_from_checkpoint=None,
+    **arguments,
+):
+    """The gradient of one step over all rows (or the last of several), and the trainer."""
     gradient = Gradient()
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext(keep_folder) if keep_folder else tempfile.TemporaryDirectory() as folder:
         args = {
             "max_steps": 1,
             "per_device_train_batch_size": ROWS // accumulation // processes,
@@ -52,12 +61,12 @@ def train_one_step(model, accumulation: int, processes: int = 1, trainer_class=M
         }
         trainer = trainer_class(
             model=model,
-            args=MoeTrainingArguments(output_dir=folder, **args | arguments),
+            args=MoeTrainingArguments(output_dir=str(folder), **args | arguments),
             train_dataset=Dataset.from_list(rows(ROWS)),
             data_collator=collate,
             callbacks=[gradient],
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return gradient.value, trainer
 
 

@@ -18,11 +18,11 @@ from hf_moe import HfMoeConfig, HfMoeForCausalLM
 
 SIZES = {
     "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "moe_intermediate_size": 12,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
     "num_hidden_layers": 2,
-    "num_attention_heads": 3,
+    "num_attention_heads": 4,
     "num_key_value_heads": 1,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 64,
@@ -59,7 +59,7 @@ def olmoe(seed: int = 0, **changes) -> OlmoeForCausalLM:
 
 
 def deepseek_v3(seed: int = 0, **changes) -> DeepseekV3ForCausalLM:
-    latent = {**LATENT, "num_key_value_heads": 3, "n_routed_experts": 6, "n_shared_experts": 1, **GROUPS}
+    latent = {**LATENT, "num_key_value_heads": 4, "n_routed_experts": 6, "n_shared_experts": 1, **GROUPS}
     config = DeepseekV3Config(**{**SIZES, **latent, "first_k_dense_replace": 0, **changes})
     return build(DeepseekV3ForCausalLM, config, seed)
 
