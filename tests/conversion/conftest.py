@@ -119,9 +119,54 @@ MOE_CASES = {
     ),
 }
 
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+DEEPSEEK = {  # the key sizes even: Transformers' V2 pairs dimensions by their strides
+    **{"num_key_value_heads": 4, "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20},
+    **{"kv_lora_rank": 14, "q_lora_rank": 15, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 9},
+    **{"n_shared_experts": 2, "first_k_dense_replace": 1, "initializer_range": 0.2},
+}
+DEEPSEEK_V3 = {**DEEPSEEK, "num_mtp_layers": 0}
+
+DEEPSEEK_CASES = {
+    "deepseek_v2-lite": (
+        "deepseek_v2",
+        {**DEEPSEEK, "q_lora_rank": None, "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
+    "deepseek_v2-groups": (
+        "deepseek_v2",
+        {
+            **DEEPSEEK,
+            "topk_method": "group_limited_greedy",
+            "n_group": 3,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+            "attention_bias": True,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {**DEEPSEEK_V3, "n_group": 3, "topk_group": 2, "rope_parameters": {**YARN, "mscale": 1, "mscale_all_dim": 1}},
+    ),
+    "deepseek_v3-half-rope": (
+        "deepseek_v3",
+        {
+            **DEEPSEEK_V3,
+            "rope_interleave": False,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
 
 def build(model_type: str, dtype: torch.dtype = torch.float32, **changes):
-    """A random model whose norms and biases are random too."""
+    """A random model whose norms and biases, that of the choice of experts included, are random too."""
     torch.manual_seed(3)
     config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -129,6 +174,9 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, **changes):
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     return model
 
 
@@ -140,7 +188,7 @@ def checkpoint(tmp_path_factory):
     def make(case: str, sharded: bool = False, **options) -> Path:
         key = (case, sharded, *sorted(options.items()))
         if key not in folders:
-            model_type, changes = {**DENSE_CASES, **MOE_CASES}[case]
+            model_type, changes = {**DENSE_CASES, **MOE_CASES, **DEEPSEEK_CASES}[case]
             folders[key] = tmp_path_factory.mktemp(case)
             limit = {"max_shard_size": "8KB"} if sharded else {}
             build(model_type, **changes).save_pretrained(folders[key], **limit, **options)
