@@ -111,6 +111,8 @@ def summarize(
     values = {name: [metric.of(*rows).mean() for rows in table] for name, metric in METRICS.items()}
     summaries = {name: metric.summary for name, metric in METRICS.items()}
     for i, name in enumerate(losses):
+        if loss_name(name) in METRICS:  # over all tokens rather than the mean of the batches' means
+            continue
         values[loss_name(name)] = [sums[..., LOSSES + i].mean() for sums, _ in table]
         summaries[loss_name(name)] = torch.mean
     if biases.keys() == experts.keys():

@@ -67,7 +67,7 @@ class HfMoeConfig(PreTrainedConfig):
     """
 
     model_type = "hf_moe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # a list: the Trainer adds to it
     attribute_map = {"num_local_experts": "num_experts", "n_routed_experts": "num_experts"}
 
     base_model_pp_plan = {
