@@ -3,11 +3,14 @@
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_hf_moe import HfMoeConfig
 from .rms_norm import HfMoeRMSNorm
 from .rotary import rotate
+
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
 def eager_attention(

@@ -15,7 +15,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -27,7 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import HfMoeAttention
+from .attention import MASKS, HfMoeAttention
 from .balancing import LOSSES, Routed, policy_loss, routed, statistics
 from .configuration_hf_moe import HfMoeConfig
 from .latent_attention import HfMoeLatentAttention
@@ -39,7 +38,6 @@ from .router import HfMoeRouter
 from .routing import HASHES, ROUTERS, frequency_hash, spread
 
 ATTENTIONS = {"gqa": HfMoeAttention, "mla": HfMoeLatentAttention, "moa": HfMoeMixtureOfHeads}
-MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
 @dataclass

@@ -13,6 +13,7 @@ from transformers.utils.output_capturing import install_output_capuring_hook
 from .configuration_hf_moe import HfMoeConfig
 from .rms_norm import HfMoeRMSNorm
 from .router import HfMoeRouter
+from .speculation import check_speculation, speculative_decoding
 
 
 class HfMoeMultiTokenLayer(nn.Module):
@@ -128,6 +129,19 @@ class HfMoeMultiToken:
                 f"num_mtp_layers is {self.config.num_mtp_layers}, but the checkpoint lacks {len(missing)} of their "
                 f"weights, such as {missing[0]}: load it with fewer, and add new ones with model.add_mtp_layers()."
             )
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        if generation_config.use_mtp:
+            check_speculation(self, generation_mode, generation_config, generation_mode_kwargs)
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _assisted_decoding(self, input_ids, generation_config, inputs_tensor=None, **kwargs):
+        if not generation_config.use_mtp:
+            kwargs["inputs_tensor"] = inputs_tensor
+            return super()._assisted_decoding(input_ids, generation_config=generation_config, **kwargs)
+        names = ("assistant_model", "assistant_tokenizer", "tokenizer", "synced_gpus")
+        kwargs = {name: value for name, value in kwargs.items() if name not in names}
+        return speculative_decoding(self, input_ids, generation_config=generation_config, **kwargs)
 
     def per_mtp_router(self, items: Iterable) -> list:
         """The items, one for each module, each as often as that module has routers."""
