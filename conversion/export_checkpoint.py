@@ -3,6 +3,7 @@
 import math
 import reprlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def export_checkpoint(
     *,
     to: str,
     layout: str = "per-expert",
+    drop_mtp: bool = False,
     max_shard_size: int | str = "5GB",
     dry_run: bool = False,
     verify: bool = True,
@@ -35,9 +37,9 @@ def export_checkpoint(
     """Turn an hf_moe checkpoint into one of a family of `FAMILIES`, with the same weights, bit for bit.
 
     src: a folder with an hf_moe checkpoint, or a Hub id. dst: a folder that does not exist or is empty. to: a key of
-    `FAMILIES`. layout: "per-expert" (a tensor for each expert and projection, as released) or "fused" (as
-    Transformers 5 has them in memory). dry_run: plan and report, write nothing. verify: compare the logits of
-    Transformers' own class with hf_moe's; refused where there is none.
+    `FAMILIES`. layout: "per-expert" (a tensor for each expert and projection, as released) or "fused" (as Transformers
+    5 has them in memory). drop_mtp: leave out the layers for multi-token prediction. dry_run: plan and report, write
+    nothing. verify: compare the logits of Transformers' own class with hf_moe's; refused where there is none.
 
     Returns a report that can be written as JSON: total_params, active_params, disk_bytes, output, training_fields
     (those that only training reads and the family has no place for) and, from `verify`, max_abs_diff and its
@@ -49,11 +51,16 @@ def export_checkpoint(
     family = FAMILIES[to]
     if layout not in family.layouts:
         raise ValueError(f"layout {layout!r} is unknown to {to}; it can be {' or '.join(family.layouts)}.")
-    source = open_source(src, {HF_MOE.model_type: HF_MOE})
+    ignored = (r"model\.mtp_layers\..+",) if drop_mtp else ()
+    source = open_source(src, {HF_MOE.model_type: replace(HF_MOE, ignored_tensors=ignored)})
     config = source.hf_moe_config()
+    if drop_mtp:
+        config.num_mtp_layers = 0
     exported, training_fields = family_config(family, config)
-    outputs = list(source.outputs(config).values())
+    outputs = source.outputs(config)
     rows = {**family.tensors, **family.layouts[layout]}
+    parts = [part for name, output in outputs.items() for part in split(output, family.sources(name, rows, config))]
+    copies = [outputs[name]._replace(name=copy) for copy, name in family.copies(config).items() if name in outputs]
     if verify and not dry_run and family.own_config:
         raise ValueError(
             f"Transformers has no class for {to} to compare logits with; pass verify=False (--no-verify)."
@@ -61,9 +68,9 @@ def export_checkpoint(
     report = convert(
         source,
         exported,
-        [part for output in outputs for part in split(output, family.sources(output.name, rows, config.num_experts))],
+        [*parts, *copies],
         dst,
-        counts=count_parameters(outputs, config),
+        counts=count_parameters(list(outputs.values()), config),
         max_shard_size=max_shard_size,
         dry_run=dry_run,
         check=verify,

@@ -17,6 +17,7 @@ from ..model.modeling_hf_moe import HfMoeForCausalLM
 from .block_fp8 import BlockFP8Checkpoint, block_size
 from .checkpoint import Checkpoint, read_json
 from .families import DENSE_FAMILIES, FAMILIES, Family
+from .families.family import mtp_prefix
 from .writer import Output
 
 # Files beside the weights that go along unchanged. A README does not: it describes the other model.
@@ -96,7 +97,7 @@ class Source:
         """
         shapes = tensor_shapes(config)
         entries = self.checkpoint.entries
-        sources = self.family.match(list(shapes), entries, config.num_experts)
+        sources = self.family.match(list(shapes), entries, config)
         used = {name for names in sources.values() for name in names}
         for name in entries:
             if name not in used and not any(re.fullmatch(p, name) for p in self.ignored_tensors):
@@ -104,13 +105,15 @@ class Source:
         return {name: self._output(name, shapes[name], names) for name, names in sources.items()}
 
     def _accept_left_over(self, name: str, config: HfMoeConfig) -> None:
-        """A tied head may be stored too, if it equals the embedding. Anything else is refused."""
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            if not torch.equal(self.checkpoint.tensor(name), self.checkpoint.tensor("model.embed_tokens.weight")):
-                raise ValueError(
-                    "lm_head.weight differs from model.embed_tokens.weight although the config says "
-                    "tie_word_embeddings=true; correct the config."
-                )
+        """What is stored twice, as a tied head may be, must be the same twice. Anything else is refused."""
+        copies = self.family.copies(config)
+        if config.tie_word_embeddings:
+            copies = {copy: name.replace("lm_head", "model.embed_tokens") for copy, name in copies.items()}
+            copies["lm_head.weight"] = "model.embed_tokens.weight"
+        if name in copies:
+            if not torch.equal(self.checkpoint.tensor(name), self.checkpoint.tensor(copies[name])):
+                why = "tie_word_embeddings=true" if name == "lm_head.weight" else "that they are shared"
+                raise ValueError(f"{name} differs from {copies[name]} although the config says {why}.")
             return
         raise ValueError(
             f"The checkpoint holds {name}, which a {self.family.model_type} with this config does not use."
@@ -179,16 +182,19 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
     if ignored and family.own_config:  # no class of Transformers says that the field means nothing
         raise ValueError(f"{model_type} field {ignored[0]}={said[ignored[0]]!r} cannot be carried: unknown.")
     ignored_tensors = family.ignored_tensors
-    if mtp_layers := getattr(config, family.mtp_layers or "", 0):
-        if not drop_mtp:
-            raise ValueError(
-                f"{model_type} field {family.mtp_layers}={mtp_layers} cannot be carried: hf_moe has no layers for "
-                "multi-token prediction yet. Leave them out with drop_mtp=True (--drop-mtp)."
-            )
-        layers = range(config.num_hidden_layers, config.num_hidden_layers + mtp_layers)
-        ignored_tensors += tuple(rf"model\.layers\.{layer}\..+" for layer in layers)
+    mtp_layers = getattr(config, family.mtp.field) if family.mtp else 0
+    if drop_mtp and mtp_layers:
+        ignored_tensors += tuple(re.escape(mtp_prefix(config, index)) + ".+" for index in range(mtp_layers))
+        setattr(config, family.mtp.field, 0)
     quantization = said.get("quantization_config")
     block = None if quantization is None else block_size(quantization)
+    checkpoint = Checkpoint(folder) if block is None else BlockFP8Checkpoint(folder, block)
+    first = mtp_prefix(config, 0)
+    if mtp_layers and not drop_mtp and not any(tensor.startswith(first) for tensor in checkpoint.entries):
+        raise ValueError(
+            f"The config says {family.mtp.field}={mtp_layers}, but the checkpoint lacks {first}*. To do without "
+            "multi-token prediction, say drop_mtp=True (--drop-mtp)."
+        )
     return Source(
         name=name,
         revision=revision,
@@ -197,7 +203,7 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
         hf_moe_fields=family.hf_moe_fields(config),
         ignored_config_keys=ignored,
         ignored_tensors=ignored_tensors,
-        checkpoint=Checkpoint(folder) if block is None else BlockFP8Checkpoint(folder, block),
+        checkpoint=checkpoint,
     )
 
 

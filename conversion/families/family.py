@@ -27,6 +27,18 @@ class Computed(NamedTuple):
 Rows = Mapping[str, tuple[str, ...]]  # hf_moe tensor -> the tensors whose rows, one after the other, are its rows
 
 
+class MultiToken(NamedTuple):
+    """Layers for multi-token prediction that are stored as if they followed the last one.
+
+    field: the family's field that counts them. tensors: beginnings of names within such a layer, hf_moe's and then the
+    family's, where they differ. copies: tensors within it that repeat one of the model.
+    """
+
+    field: str
+    tensors: Mapping[str, str]
+    copies: Mapping[str, str]
+
+
 @dataclass(frozen=True)
 class Family:
     """One model family of Transformers, as a table.
@@ -39,7 +51,7 @@ class Family:
     tensors: rows for the names that differ; {layer} is one layer's index. A name without a row stays as it is.
     layouts: further rows, by how the experts are stored. {expert} in a name runs over all experts.
     ignored_tensors: patterns of tensors that old checkpoints hold and Transformers computes anew.
-    mtp_layers: the field that counts the layers for multi-token prediction, which follow the last one.
+    mtp: how the layers for multi-token prediction are stored.
     own_config: the config class and the model's class name of a family that Transformers lacks.
     """
 
@@ -52,7 +64,7 @@ class Family:
     tensors: Rows = field(default_factory=dict)
     layouts: Mapping[str, Rows] = field(default_factory=lambda: {"fused": {}})
     ignored_tensors: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-    mtp_layers: str | None = None
+    mtp: MultiToken | None = None
     own_config: tuple[type[PreTrainedConfig], str] | None = None
 
     @property
@@ -97,14 +109,22 @@ class Family:
     def family_fields(self, config: HfMoeConfig) -> dict[str, Any]:
         """The table read backwards: the fields of the family's config that come nearest to `config`."""
         carried = {name: only for name, only in self.required.items() if only is not None}
-        if self.mtp_layers:
-            carried[self.mtp_layers] = 0
         for target, source in self.fields.items():
             carried |= source.inverse(config) if isinstance(source, Computed) else {source: getattr(config, target)}
         return copy.deepcopy(carried)
 
-    def sources(self, target: str, rows: Rows, num_experts: int) -> list[str]:
+    def stored_name(self, target: str, config: HfMoeConfig) -> str:
+        """The hf_moe name `target`, of one of the layers for multi-token prediction, as that of an ordinary layer."""
+        found = re.fullmatch(r"model\.mtp_layers\.(\d+)\.(.+)", target)
+        if found is None or self.mtp is None:
+            return target
+        name = found[2]
+        begin = next((begin for begin in self.mtp.tensors if name.startswith(begin)), "")
+        return f"{mtp_prefix(config, int(found[1]))}{self.mtp.tensors.get(begin, '')}{name.removeprefix(begin)}"
+
+    def sources(self, target: str, rows: Rows, config: HfMoeConfig) -> list[str]:
         """The family's tensors whose rows, one after the other, are those of the hf_moe tensor `target`."""
+        target = self.stored_name(target, config)
         layer = re.search(r"\.layers\.(\d+)\.", target)
         pattern = target if layer is None else target.replace(layer[0], ".layers.{layer}.", 1)
         names = rows.get(pattern, (pattern,))
@@ -112,15 +132,22 @@ class Family:
             names = tuple(name.replace("{layer}", layer[1]) for name in names)
         if not any("{expert}" in name for name in names):
             return list(names)
-        return [name.replace("{expert}", str(expert)) for expert in range(num_experts) for name in names]
+        return [name.replace("{expert}", str(expert)) for expert in range(config.num_experts) for name in names]
 
-    def match(self, targets: list[str], available: Container[str], num_experts: int) -> dict[str, list[str]]:
+    def copies(self, config: HfMoeConfig) -> dict[str, str]:
+        """Tensors that the family stores twice: the name of the copy, and of what it repeats."""
+        if self.mtp is None:
+            return {}
+        prefixes = [mtp_prefix(config, index) for index in range(config.num_mtp_layers)]
+        return {f"{prefix}{copy}": name for prefix in prefixes for copy, name in self.mtp.copies.items()}
+
+    def match(self, targets: list[str], available: Container[str], config: HfMoeConfig) -> dict[str, list[str]]:
         """For each hf_moe tensor, its sources among the `available` names, in whichever layout they are stored.
 
         Raises a ValueError that names the first missing tensor.
         """
         layouts = [
-            {name: self.sources(name, {**self.tensors, **rows}, num_experts) for name in targets}
+            {name: self.sources(name, {**self.tensors, **rows}, config) for name in targets}
             for rows in self.layouts.values()
         ]
         # The layout in which the files have most of what is called for is the one that was meant.
@@ -132,6 +159,10 @@ class Family:
             f"The checkpoint lacks {missing[0]}, which its config calls for ({len(missing)} tensors "
             f"missing of the {self.model_type} family)."
         )
+
+
+def mtp_prefix(config: HfMoeConfig | PreTrainedConfig, index: int) -> str:
+    return f"model.layers.{config.num_hidden_layers + index}."
 
 
 def plain_rope(config: PreTrainedConfig) -> dict | None:

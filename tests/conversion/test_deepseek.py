@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_moe.conversion import import_checkpoint
+from hf_moe.conversion import export_checkpoint, import_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.nn.functional import cross_entropy, linear, one_hot, silu
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from tests.conftest import tokens
 from tests.conversion.conftest import DEEPSEEK_CASES, DEEPSEEK_V3, build
@@ -303,11 +303,43 @@ def with_mtp_layer(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def test_mtp_layers_are_carried(tmp_path, monkeypatch):
+    released = with_mtp_layer(tmp_path / "v3")
+    import_checkpoint(tmp_path / "v3", tmp_path / "moe", verify=False, progress=False)
+    model = load(tmp_path / "moe")
+    assert model.config.num_mtp_layers == 1
+    weights = model.state_dict()
+    for ours, theirs in {
+        "enorm": "enorm",
+        "hnorm": "hnorm",
+        "eh_proj": "eh_proj",
+        "norm": "shared_head.norm",
+        "block.self_attn.kv_b_proj": "self_attn.kv_b_proj",
+        "block.mlp.shared_experts.up_proj": "mlp.shared_experts.up_proj",
+    }.items():
+        expected = released[f"model.layers.2.{theirs}.weight"]
+        assert torch.equal(weights[f"model.mtp_layers.0.{ours}.weight"], expected), ours
+    down = [released[f"model.layers.2.mlp.experts.{expert}.down_proj.weight"] for expert in range(6)]
+    assert torch.equal(weights["model.mtp_layers.0.block.mlp.experts.down_proj"], torch.stack(down))
+
+    export_checkpoint(tmp_path / "moe", tmp_path / "back", to="deepseek_v3", progress=False)
+    written = load_file(tmp_path / "back" / "model.safetensors")
+    assert written.keys() == released.keys()
+    for name, weight in written.items():
+        assert torch.equal(weight, released[name]), name
+    # Transformers finds the layers by the number that they have in the release.
+    monkeypatch.setattr(DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2.*"])
+    theirs, ids = load(tmp_path / "back"), tokens(batch=1, length=17, vocab_size=61)
+    greedy = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    plain = theirs.generate(ids, **greedy)
+    assert torch.equal(theirs.generate(ids, use_mtp=True, **greedy), plain)
+    assert torch.equal(model.generate(ids, **greedy), plain)
+
+
 def test_mtp_layers_are_left_out_only_where_that_is_asked_for(tmp_path):
     weights = with_mtp_layer(tmp_path / "v3")
-    with pytest.raises(ValueError, match=r"num_mtp_layers=1 cannot be carried.*drop_mtp=True"):
-        import_checkpoint(tmp_path / "v3", tmp_path / "moe", progress=False)
     import_checkpoint(tmp_path / "v3", tmp_path / "moe", drop_mtp=True, verify=False, progress=False)
+    assert load(tmp_path / "moe").config.num_mtp_layers == 0
     edit_config(tmp_path / "v3", num_nextn_predict_layers=0)
     with pytest.raises(ValueError, match=r"holds model\.layers\.2\..*does not use"):
         import_checkpoint(tmp_path / "v3", tmp_path / "none", progress=False)
@@ -319,3 +351,17 @@ def test_mtp_layers_are_left_out_only_where_that_is_asked_for(tmp_path):
     ids = tokens(length=17, vocab_size=61)
     with torch.inference_mode():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+    edit_config(tmp_path / "v3", num_nextn_predict_layers=1)
+    with pytest.raises(
+        ValueError, match=r"num_mtp_layers=1, but the checkpoint lacks model\.layers\.2\..*drop_mtp=True"
+    ):
+        import_checkpoint(tmp_path / "v3", tmp_path / "none", progress=False)
+
+
+@pytest.mark.parametrize("copy", ["embed_tokens", "shared_head.head"])
+def test_mtp_copies_must_be_copies(copy, tmp_path):
+    weights = with_mtp_layer(tmp_path / "v3")
+    weights[f"model.layers.2.{copy}.weight"][5, 3] += 1
+    save_file(weights, tmp_path / "v3" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model.layers.2.{copy}.weight differs from"):
+        import_checkpoint(tmp_path / "v3", tmp_path / "moe", progress=False)
