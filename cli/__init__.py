@@ -5,7 +5,7 @@ import sys
 import typer
 
 from .card import card
-from .convert import import_, upcycle, verify
+from .convert import export, import_, upcycle, verify
 from .demo import demo
 from .errors import one_line
 from .generate import generate
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(upcycle)
 app.command("import")(import_)
+app.command()(export)
 app.command()(verify)
 # A recipe's keys are its own business, so train takes any option and passes it on.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)

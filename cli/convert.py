@@ -1,4 +1,4 @@
-"""`hf-moe upcycle`, `hf-moe import` and `hf-moe verify`."""
+"""`hf-moe upcycle`, `hf-moe import`, `hf-moe export` and `hf-moe verify`."""
 
 import sys
 from pathlib import Path
@@ -16,6 +16,7 @@ Output = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write
 ShardSize = Annotated[str, typer.Option(help="Split the weights into files of at most this size.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not compare the logits with the source's.")]
+DropMtp = Annotated[bool, typer.Option("--drop-mtp", help="Leave out the layers for multi-token prediction.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -57,6 +58,7 @@ def upcycle(
 def import_(
     src: Source,
     dst: Output,
+    drop_mtp: DropMtp = False,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
@@ -67,7 +69,38 @@ def import_(
         hide_loading_bars()
         from hf_moe.conversion import import_checkpoint
 
-        report = import_checkpoint(src, dst, max_shard_size=max_shard_size, dry_run=dry_run, verify=not no_verify)
+        report = import_checkpoint(
+            src, dst, drop_mtp=drop_mtp, max_shard_size=max_shard_size, dry_run=dry_run, verify=not no_verify
+        )
+    finish(report, json)
+
+
+def export(
+    src: Source,
+    dst: Output,
+    to: Annotated[str, typer.Option(metavar="FAMILY", help="The family to write, such as mixtral or deepseek_v3.")],
+    layout: Annotated[str, typer.Option(help="How experts are stored: per-expert or fused.")] = "per-expert",
+    drop_mtp: DropMtp = False,
+    max_shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
+    no_verify: NoVerify = False,
+    json: Json = False,
+) -> None:
+    """Rewrite an hf_moe checkpoint as one of a released family, for every program that reads that."""
+    with messages_on_stderr():
+        hide_loading_bars()
+        from hf_moe.conversion import export_checkpoint
+
+        report = export_checkpoint(
+            src,
+            dst,
+            to=to,
+            layout=layout,
+            drop_mtp=drop_mtp,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            verify=not no_verify,
+        )
     finish(report, json)
 
 

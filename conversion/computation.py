@@ -1,5 +1,6 @@
 """What a config says about the computation, in one spelling: configs that agree on it give the same logits."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -28,18 +29,23 @@ READ_IF: dict[str, Callable[[HfMoeConfig], bool]] = {
 }
 
 
+def respelled(config: HfMoeConfig) -> HfMoeConfig:
+    """`config` with softmax over the chosen K as what it is: softmax over all, divided by the sum of the K."""
+    config = copy.deepcopy(config)
+    if config.router_type == "topk_softmax":
+        config.router_type, config.norm_topk_prob = "softmax_topk", True
+    return config
+
+
 def computation(config: HfMoeConfig) -> dict[str, Any]:
-    """The fields of `config` that are read. Softmax over the chosen K is softmax over all, divided by the K's sum."""
+    """The fields of `config` that are read, and of `router_args` those that say something."""
+    config = respelled(config)
     said = {name: getattr(config, name) for name in HfMoeConfig.__annotations__}
     said = {name: value for name, value in said.items() if name not in READ_IF or READ_IF[name](config)}
-    if config.router_type == "topk_softmax":
-        said |= {"router_type": "softmax_topk", "norm_topk_prob": True}
-    off = (
-        {"group_score": "two_best"}
-        if _limits_groups(config)
-        else {"group_score": config.router_args.get("group_score")}
-    )
+    unread = "two_best" if _limits_groups(config) else config.router_args.get("group_score")
     said["router_args"] = {
-        name: value for name, value in config.router_args.items() if value and value != off.get(name)
+        name: value
+        for name, value in config.router_args.items()
+        if value and not (name == "group_score" and value == unread)
     }
     return said

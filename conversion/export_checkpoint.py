@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..model.configuration_hf_moe import HfMoeConfig
-from .computation import READ_IF, TRAINING_FIELDS, computation
+from .computation import READ_IF, TRAINING_FIELDS, computation, respelled
 from .families import FAMILIES, Family
-from .families.family import same
+from .families.family import EXPERT, Rows, same
 from .output import convert, count_parameters
 from .source import built, open_source
 from .writer import Output, check_destination
@@ -59,7 +59,7 @@ def export_checkpoint(
     exported, training_fields = family_config(family, config)
     outputs = source.outputs(config)
     rows = {**family.tensors, **family.layouts[layout]}
-    parts = [part for name, output in outputs.items() for part in split(output, family.sources(name, rows, config))]
+    parts = [part for output in outputs.values() for part in split(output, family, rows, config)]
     copies = [outputs[name]._replace(name=copy) for copy, name in family.copies(config).items() if name in outputs]
     if verify and not dry_run and family.own_config:
         raise ValueError(
@@ -98,7 +98,7 @@ def family_config(family: Family, config: HfMoeConfig) -> tuple[PreTrainedConfig
 def nearest(family: Family, config: HfMoeConfig) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The family's config nearest to `config`, and the fields of `config` that it does not say."""
     what = f"{family.model_type} cannot hold this model"
-    exported = built(family.config_class, what, **family.family_fields(config))
+    exported = built(family.config_class, what, **family.family_fields(respelled(config)))
     again = built(HfMoeConfig, what, **family.hf_moe_fields(exported))
     exported.architectures = [family.architecture]
     ours, theirs = computation(config), computation(again)
@@ -117,12 +117,13 @@ def equal(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=1e-9) if numbers else a == b  # a coefficient times K, divided by K
 
 
-def split(output: Output, names: list[str]) -> list[Output]:
-    """The tensors whose rows, one after the other, are those of `output`."""
-    if len(names) == 1:
-        return [output._replace(name=names[0])]
-    rows = math.prod(output.shape[:-1]) // len(names)
-    shape = (rows, output.shape[-1])
+def split(output: Output, family: Family, rows: Rows, config: HfMoeConfig) -> list[Output]:
+    """The family's tensors whose rows, one after the other, are those of `output`."""
+    names = family.sources(output.name, rows, config)
+    if not any(EXPERT in name for name in family.row(output.name, rows, config)):
+        (name,) = names
+        return [output._replace(name=name)]
+    shape = (math.prod(output.shape[:-1]) // len(names), output.shape[-1])
 
     def piece(index: int) -> Iterator[torch.Tensor]:
         (whole,) = output.pieces()  # a view of the file

@@ -217,6 +217,8 @@ def built(make: Callable, what: str, *arguments: Any, **fields: Any) -> Any:
 
 def _unknown_family(name: str, model_type: Any, families: Mapping[str, Family]) -> str:
     known = ", ".join(families)
+    if HfMoeConfig.model_type in families:
+        return f"{name} is a {model_type}, not an hf_moe checkpoint; import it, or upcycle it if it is dense."
     if model_type == HfMoeConfig.model_type:
         return f"{name} is an hf_moe checkpoint already; hf_moe converts {known}."
     if model_type in FAMILIES:

@@ -26,6 +26,8 @@ class Computed(NamedTuple):
 
 Rows = Mapping[str, tuple[str, ...]]  # hf_moe tensor -> the tensors whose rows, one after the other, are its rows
 
+EXPERT = "{expert}"
+
 
 class MultiToken(NamedTuple):
     """Layers for multi-token prediction that are stored as if they followed the last one.
@@ -122,17 +124,21 @@ class Family:
         begin = next((begin for begin in self.mtp.tensors if name.startswith(begin)), "")
         return f"{mtp_prefix(config, int(found[1]))}{self.mtp.tensors.get(begin, '')}{name.removeprefix(begin)}"
 
-    def sources(self, target: str, rows: Rows, config: HfMoeConfig) -> list[str]:
-        """The family's tensors whose rows, one after the other, are those of the hf_moe tensor `target`."""
+    def row(self, target: str, rows: Rows, config: HfMoeConfig) -> tuple[str, ...]:
+        """The row of the hf_moe tensor `target`, with its layer's index in the names."""
         target = self.stored_name(target, config)
         layer = re.search(r"\.layers\.(\d+)\.", target)
-        pattern = target if layer is None else target.replace(layer[0], ".layers.{layer}.", 1)
-        names = rows.get(pattern, (pattern,))
-        if layer is not None:
-            names = tuple(name.replace("{layer}", layer[1]) for name in names)
-        if not any("{expert}" in name for name in names):
+        if layer is None:
+            return rows.get(target, (target,))
+        pattern = target.replace(layer[0], ".layers.{layer}.", 1)
+        return tuple(name.replace("{layer}", layer[1]) for name in rows.get(pattern, (pattern,)))
+
+    def sources(self, target: str, rows: Rows, config: HfMoeConfig) -> list[str]:
+        """The family's tensors whose rows, one after the other, are those of the hf_moe tensor `target`."""
+        names = self.row(target, rows, config)
+        if not any(EXPERT in name for name in names):
             return list(names)
-        return [name.replace("{expert}", str(expert)) for expert in range(config.num_experts) for name in names]
+        return [name.replace(EXPERT, str(expert)) for expert in range(config.num_experts) for name in names]
 
     def copies(self, config: HfMoeConfig) -> dict[str, str]:
         """Tensors that the family stores twice: the name of the copy, and of what it repeats."""
