@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from hf_moe.model.balancing import LOSSES, Routed, Statistics, routed, statistics
 
 from .moe_arguments import moe_argument
+from .multi_token import multi_token_decoder
 from .routers import Router, Routing
 
 # The losses that weigh scores by who was chosen; the others need the number of tokens or sequences only.
@@ -47,14 +48,16 @@ class Balance:
         self.coefficients = {name: value for name, value in coefficients.items() if value}
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False  # the model would add its own losses
+        self.multi_token = multi_token_decoder(model)
         accepted = inspect.signature(type(model).forward).parameters
         self.quiet = {"output_router_logits": False} if "output_router_logits" in accepted else {}
         light = {"use_cache": False, "logits_to_keep": 1}  # a forward for its routing alone
         self.light = self.quiet | {name: value for name, value in light.items() if name in accepted}
 
     @property
-    def needs_loads(self) -> bool:
-        return any(name in self.coefficients for name in NEED_LOADS)
+    def needs_forward(self) -> bool:
+        """Whether only a forward tells what the losses need to know of a step."""
+        return any(name in self.coefficients for name in NEED_LOADS) or self.multi_token is not None
 
     def read(self, routings: dict[str, Routing], inputs: dict) -> dict[str, Routed]:
         """What the losses look at, router by router, of a batch with these inputs."""
@@ -67,24 +70,21 @@ class Balance:
                     f"{name} routed {len(affinity_TE)} tokens of a batch of {mask_BS.numel()}: virtual tokens (prompt "
                     "tuning) and padding-free batches with an attention mask cannot be balanced."
                 )
+            mask_T = mask_BS.reshape(-1) if routing.mask_T is None else routing.mask_T
             batches[name] = routed(
-                routing.logits_TE,
-                affinity_TE,
-                routing.index_SK,
-                mask_BS.reshape(-1),
-                routing.token_S,
-                sequences=len(mask_BS),
+                routing.logits_TE, affinity_TE, routing.index_SK, mask_T, routing.token_S, sequences=len(mask_BS)
             )
         return batches
 
-    def count(self, batches: dict[str, Routed]) -> list[Statistics]:
-        return [statistics(batch, self.n_group) for batch in batches.values()]
+    def count(self, batches: dict[str, Routed]) -> dict[str, Statistics]:
+        """Router by router."""
+        return {name: statistics(batch, self.n_group) for name, batch in batches.items()}
 
-    def losses(self, batches: dict[str, Routed], counted: list[Statistics]) -> dict[str, torch.Tensor]:
+    def losses(self, batches: dict[str, Routed], counted: dict[str, Statistics]) -> dict[str, torch.Tensor]:
         """Coefficient -> each router's loss [routers], not weighted: this batch's share of the loss of all counted."""
 
         def loss(name: str) -> torch.Tensor:
-            values = [LOSSES[name](batch, n, self.groups) for batch, n in zip(batches.values(), counted, strict=True)]
+            values = [LOSSES[name](batch, counted[router], self.groups) for router, batch in batches.items()]
             return torch.stack([value.to(values[0].device) for value in values])  # layers may live on several devices
 
         return {name: loss(name) for name in self.coefficients}
@@ -108,13 +108,12 @@ def count_tokens(inputs: dict) -> Statistics:
     return Statistics(mask_BS.sum(), (mask_BS.sum(dim=-1) > 0).sum().float(), empty, empty)
 
 
-def over_processes(accelerator: Accelerator, counted: list[Statistics]) -> list[Statistics]:
+def over_processes(accelerator: Accelerator, counted: dict[str, Statistics]) -> dict[str, Statistics]:
     """Counts of all processes together, in one reduction."""
     if accelerator.num_processes == 1:
         return counted
-    parts = [part for counts in counted for part in counts]
+    parts = [part for counts in counted.values() for part in counts]
     flat = torch.cat([part.reshape(-1).float().to(accelerator.device) for part in parts])
     sums = accelerator.reduce(flat, reduction="sum").split([part.numel() for part in parts])
-    whole = [x.view(part.shape).to(part.device) for x, part in zip(sums, parts, strict=True)]
-    width = len(Statistics._fields)
-    return [Statistics(*whole[i : i + width]) for i in range(0, len(whole), width)]
+    whole = iter([x.view(part.shape).to(part.device) for x, part in zip(sums, parts, strict=True)])
+    return {name: Statistics(*(next(whole) for _ in counts)) for name, counts in counted.items()}

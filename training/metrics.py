@@ -21,19 +21,21 @@ TOKENS, SQUARED, DROPPED, LOSSES = range(4)
 def rows(
     routings: dict[str, Routing],
     batches: dict[str, Routed],
-    counted: list[Statistics],
+    counted: dict[str, Statistics],
     losses: dict[str, torch.Tensor],
     device: torch.device,
 ) -> torch.Tensor:
     """The rows of one batch, one after the other in one vector. `counted` is this batch alone."""
     parts = []
     for i, (name, batch) in enumerate(batches.items()):
-        _, weights_SK, _, token_S = routings[name]
-        mask_S = batch.mask_T if token_S is None else batch.mask_T[token_S]
+        routing = routings[name]
+        mask_S = batch.mask_T if routing.token_S is None else batch.mask_T[routing.token_S]
         squared = (batch.logits_TE.logsumexp(dim=-1).square() * batch.mask_T).sum()
-        dropped = ((weights_SK == 0) * mask_S.unsqueeze(-1)).sum()
-        sums = torch.stack([counted[i].tokens, squared, dropped, *(value[i].to(squared) for value in losses.values())])
-        parts += [sums.to(device), counted[i].counts_E.to(device)]
+        dropped = ((routing.weights_SK == 0) * mask_S.unsqueeze(-1)).sum()
+        sums = torch.stack(
+            [counted[name].tokens, squared, dropped, *(value[i].to(squared) for value in losses.values())]
+        )
+        parts += [sums.to(device), counted[name].counts_E.to(device)]
     return torch.cat(parts)
 
 

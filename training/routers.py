@@ -18,12 +18,16 @@ BIAS = "e_score_correction_bias"
 
 
 class Routing(NamedTuple):
-    """What one router answered. `token_S` names each row's token; None: row t is token t's."""
+    """What one router answered, and the mask it was given, if any.
+
+    `token_S` names each row's token; None: row t is token t's.
+    """
 
     logits_TE: torch.Tensor
     weights_SK: torch.Tensor
     index_SK: torch.Tensor
     token_S: torch.Tensor | None = None
+    mask_T: torch.Tensor | None = None
 
 
 class Router(NamedTuple):
@@ -43,8 +47,10 @@ class Router(NamedTuple):
         """The selection bias [E]."""
         return next((x for m in self.module.modules() if (x := getattr(m, BIAS, None)) is not None), None)
 
-    def read(self, output, top_k: int) -> Routing:
-        """The routing in what forward returned: (logits, weights, indices, rows' tokens if given).
+    def read(self, args: tuple, output, top_k: int) -> Routing:
+        """The routing in what forward was given, (tokens, mask if it has one), and returned.
+
+        That is (logits, weights, indices, rows' tokens if given).
 
         Where it holds no indices, the layer around the router takes the K largest logits (DBRX, Llama 4, JetMoE).
         """
@@ -54,7 +60,10 @@ class Router(NamedTuple):
         if index is not None and index.dim() > 1 and not index.is_floating_point():
             index = index.flatten(0, -2)
             weights, token = parts[1].detach().flatten(0, -2), parts[3] if len(parts) > 3 else None
-            return Routing(logits, weights if weights.shape == index.shape else torch.ones_like(index), index, token)
+            weights = weights if weights.shape == index.shape else torch.ones_like(index)
+            # hf_moe's routers are told which tokens count, which differs between those of multi-token prediction.
+            mask = args[1] if hasattr(self.module, "router") and len(args) > 1 else None
+            return Routing(logits, weights, index, token, mask)
         index = logits.detach().topk(top_k, dim=-1).indices
         return Routing(logits, torch.ones_like(index), index)
 
@@ -90,11 +99,11 @@ def captured(routers: dict[str, Router], top_k: int) -> Iterator[dict[str, Routi
     A forward that checkpointing repeats in the backward pass comes after the context and is not seen. Nothing is
     computed here: tensors made inside a checkpointed layer would be missing when it is repeated.
     """
-    outputs, routings = {}, {}
+    calls, routings = {}, {}
 
     def keep(name):
         def hook(module, args, output):
-            outputs.setdefault(name, output)
+            calls.setdefault(name, (args, output))
 
         return hook
 
@@ -104,4 +113,4 @@ def captured(routers: dict[str, Router], top_k: int) -> Iterator[dict[str, Routi
     finally:
         for handle in handles:
             handle.remove()
-    routings.update({name: routers[name].read(outputs[name], top_k) for name in routers if name in outputs})
+    routings.update({name: routers[name].read(*calls[name], top_k) for name in routers if name in calls})

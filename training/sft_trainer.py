@@ -20,7 +20,7 @@ class MoeSFTTrainer(MoeTrainerMixin, SFTTrainer):
     knows neither the z-loss nor other score functions. Here the losses are hf_moe's.
     """
 
-    uses_model_loss = False
+    takes_model_loss = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

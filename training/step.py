@@ -7,6 +7,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from hf_moe.model.balancing import Statistics
 
 from .balance import Balance, count_tokens
+from .multi_token import looking_ahead
 from .routers import captured
 
 # What only the loss needs.
@@ -34,7 +35,7 @@ class Step:
 
     def __init__(self, batches: list[dict]):
         self.batches = batches
-        self.counted: list[Statistics] | None = None
+        self.counted: dict[str, Statistics] | None = None
         self.states: list[RandomState] = []
         self.rows: torch.Tensor | None = None
 
@@ -42,10 +43,10 @@ class Step:
         """Count the whole step, if it has several micro-batches; to be called before the first one's forward."""
         if len(self.batches) < 2:
             return
-        if balance.needs_loads:
+        if balance.needs_forward:
             self.counted, self.states = count_ahead(model, balance, self.batches)
         else:
-            self.counted = [add_all([count_tokens(inputs) for inputs in self.batches])] * len(balance.routers)
+            self.counted = dict.fromkeys(balance.routers, add_all([count_tokens(inputs) for inputs in self.batches]))
 
     def begin_forward(self) -> None:
         """Give a counted micro-batch the random state it was counted with, so that it takes the same routes."""
@@ -54,17 +55,17 @@ class Step:
 
 
 @torch.no_grad()
-def count_ahead(model: nn.Module, balance: Balance, batches: list[dict]) -> tuple[list[Statistics], list[RandomState]]:
+def count_ahead(model: nn.Module, balance: Balance, batches: list[dict]) -> tuple[dict, list[RandomState]]:
     """Who is chosen in the micro-batches, from a forward without gradient, and the random state each began with."""
     weights = [parameter for router in balance.routers.values() for parameter in router.module.parameters()]
     counted, states = [], []
     for inputs in batches:
         states.append(RandomState(weights))
         inputs = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS} | balance.light
-        with captured(balance.routers, balance.top_k) as routings:
+        with captured(balance.routers, balance.top_k) as routings, looking_ahead(balance.multi_token):
             model(**inputs)
         counted.append(balance.count(balance.read(routings, inputs)))
-    return [add_all(list(of_router)) for of_router in zip(*counted, strict=True)], states
+    return {name: add_all([counts[name] for counts in counted]) for name in counted[0]}, states
 
 
 def add_all(counts: list[Statistics]) -> Statistics:

@@ -12,7 +12,8 @@ from .checkpoints import check_adapter, load_model
 from .label_smoothing import ShiftedLabelSmoother
 from .metrics import rows, split, summarize
 from .moe_arguments import BALANCE_OVER, moe_argument
-from .routers import captured, find_routers
+from .multi_token import looking_ahead
+from .routers import Routing, captured, find_routers
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
 from .step import Step
 
@@ -28,8 +29,6 @@ class MoeTrainerMixin:
 
     Raises ValueError for a coefficient or a bias speed that the model has no use for.
     """
-
-    uses_model_loss = True  # the trainer class takes the loss that the model returns
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -47,7 +46,7 @@ class MoeTrainerMixin:
         self.step = Step([])
         self.logged = []  # the rows of each optimizer step since the last log
         self.evaluated = []  # the rows of each evaluation batch
-        self.experts = {}  # router -> E, of the routers that the last forward went through
+        self.experts = {True: {}, False: {}}  # training or not: router -> E, of the routers that a forward uses
         self.add_callback(RoutingCallback(self))
 
     def check_routing_arguments(self) -> None:
@@ -62,6 +61,7 @@ class MoeTrainerMixin:
                     raise ValueError(
                         f"{coefficient} is {value}, but {name} is not a Mixture-of-Experts model: no routers."
                     )
+            self.balance.coefficients = {}
         for coefficient in ("device_aux_loss_coef", "comm_aux_loss_coef"):
             if coefficient in self.balance.coefficients and self.balance.n_group == 1:
                 raise ValueError(
@@ -71,7 +71,7 @@ class MoeTrainerMixin:
         if self.bias_speed and not self.selection_bias.biases:
             raise ValueError(f"router_bias_update_speed is {self.bias_speed}, but no router of {name} has a bias.")
         policies = any(getattr(getattr(x.module, "router", None), "policy", False) for x in self.routers.values())
-        if policies and not (self.uses_model_loss and self.label_smoother is None and self.compute_loss_func is None):
+        if policies and not self.takes_model_loss:
             raise ValueError(
                 f"The routers of {name} (reinforce) learn from each token's loss, which is the model's own: use "
                 "MoeTrainer without label_smoothing_factor and compute_loss_func."
@@ -82,6 +82,11 @@ class MoeTrainerMixin:
                 "with torchrun or accelerate launch, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
 
+    @property
+    def takes_model_loss(self) -> bool:
+        """Whether the loss is the one that the model returns."""
+        return self.label_smoother is None and self.compute_loss_func is None
+
     # ---- the step ----
 
     def get_batch_samples(self, *args, **kwargs):
@@ -90,39 +95,54 @@ class MoeTrainerMixin:
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.routers:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         training = self.model.training
-        over_step = training and bool(self.balance.coefficients) and self.balance_over == "step"
         self.selection_bias.restore()
-        if over_step:
+        if self.balances_step:
             self.count_step(model)
-        with captured(self.routers, self.balance.top_k) as routings:
-            result = super().compute_loss(model, {**inputs, **self.balance.quiet}, return_outputs, num_items_in_batch)
+        ahead = self.balance.multi_token if training and not self.takes_model_loss else None
+        given = {**inputs, **self.balance.quiet}
+        with captured(self.routers, self.balance.top_k) as routings, looking_ahead(ahead) as decoded:
+            result = super().compute_loss(model, given, return_outputs, num_items_in_batch)
 
+        losses = self.see_routing(routings, inputs)
+        if not training:
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        # Processes average their gradients, and the Trainer may divide by the micro-batches: shares are to add up.
+        processes = self.accelerator.num_processes
+        scale = processes * (1 if self.scales_loss(num_items_in_batch) else len(self.step.batches) or 1)
+        if losses:
+            loss = loss + (scale * self.balance.weighted(losses)).to(loss.device)
+        if decoded:
+            mtp_loss = self.moe.mtp_loss(decoded[0], inputs["labels"], num_items_in_batch)
+            averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
+            scale = processes // self.get_tp_size() if averaged else 1  # as the Trainer scales cross-entropy
+            loss = loss + (scale * self.balance.config.mtp_loss_coef * mtp_loss).to(loss.device)
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def balances_step(self) -> bool:
+        return self.model.training and bool(self.balance.coefficients) and self.balance_over == "step"
+
+    def see_routing(self, routings: dict[str, Routing], inputs: dict) -> dict[str, torch.Tensor]:
+        """Keep what the metrics need of a batch; returns its share of each loss, router by router, not weighted."""
+        if not routings:
+            return {}
         batches = self.balance.read(routings, inputs)
-        counted = self.balance.count(batches)
-        whole = counted
-        if over_step:
+        counted = whole = self.balance.count(batches)
+        if self.balances_step:
             whole = self.step.counted or over_processes(self.accelerator, counted)
         losses = self.balance.losses(batches, whole)
-        processes, micro_batches = self.accelerator.num_processes, max(len(self.step.batches), 1)
-        if training and not over_step:  # the mean of the micro-batches' losses
-            losses = {name: value / (processes * micro_batches) for name, value in losses.items()}
-        self.experts = {name: len(counts.counts_E) for name, counts in zip(batches, counted, strict=True)}
+        if self.model.training and not self.balances_step:  # the mean over micro-batches
+            parts = self.accelerator.num_processes * (len(self.step.batches) or 1)
+            losses = {name: value / parts for name, value in losses.items()}
+        self.experts[self.model.training] = {name: len(counts.counts_E) for name, counts in counted.items()}
         row = rows(routings, batches, counted, losses, self.args.device)
-        if not training:
+        if self.model.training:
+            self.step.rows = row if self.step.rows is None else self.step.rows + row
+        else:
             self.evaluated.append(row)
-            return result
-        self.step.rows = row if self.step.rows is None else self.step.rows + row
-        if not losses:
-            return result
-
-        # Processes average their gradients, and the Trainer may divide by the micro-batches: shares are to add up.
-        scale = processes * (1 if self.scales_loss(num_items_in_batch) else micro_batches)
-        loss = result[0] if return_outputs else result
-        loss = loss + (scale * self.balance.weighted(losses)).to(loss.device)
-        return (loss, result[1]) if return_outputs else loss
+        return losses
 
     def count_step(self, model: nn.Module) -> None:
         """Before the first forward of a step, count all of it; before each, see that it takes the routes counted."""
@@ -147,7 +167,7 @@ class MoeTrainerMixin:
         """Refuse what would cut the balance losses off; called when training begins."""
         self.selection_bias.remember()
         self.logged.clear()
-        for part in self.moe.modules() if self.routers and self.balance.coefficients else ():
+        for part in self.moe.modules() if self.balance.coefficients else ():
             checkpoint = getattr(part, "_gradient_checkpointing_func", None)
             # PyTorch's default is True, Transformers' is False.
             reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
@@ -167,21 +187,23 @@ class MoeTrainerMixin:
         if self.state.global_step >= moe_argument(self.args, "router_bias_update_until") * self.state.max_steps:
             speed = 0.0
         if speed:
-            table = split(flat, list(self.experts.values()), len(self.balance.coefficients))
-            counts = {name: counts for name, (_, counts) in zip(self.experts, table, strict=True)}
+            experts = self.experts[True]
+            table = split(flat, list(experts.values()), len(self.balance.coefficients))
+            counts = {name: counts for name, (_, counts) in zip(experts, table, strict=True)}
             self.selection_bias.update(counts, speed)
         self.step = Step([])
 
     # ---- logging ----
 
-    def routing_metrics(self, steps: torch.Tensor) -> dict[str, float]:
-        biases = {name: bias for name, bias in self.selection_bias.biases.items() if name in self.experts}
+    def routing_metrics(self, steps: torch.Tensor, training: bool) -> dict[str, float]:
+        experts = self.experts[training]
+        biases = {name: bias for name, bias in self.selection_bias.biases.items() if name in experts}
         each_router = moe_argument(self.args, "log_each_router")
-        return summarize(steps, self.experts, list(self.balance.coefficients), biases, each_router)
+        return summarize(steps, experts, list(self.balance.coefficients), biases, each_router)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self.logged:
-            logs |= self.routing_metrics(torch.stack(self.logged))
+            logs |= self.routing_metrics(torch.stack(self.logged), training=True)
             self.logged.clear()
         super().log(logs, *args, **kwargs)
 
@@ -191,9 +213,9 @@ class MoeTrainerMixin:
         if self.evaluated:
             total = self.accelerator.reduce(torch.stack(self.evaluated).sum(dim=0), reduction="sum")
             batches = len(self.evaluated) * self.accelerator.num_processes
-            for sums, _ in split(total, list(self.experts.values()), len(self.balance.coefficients)):
+            for sums, _ in split(total, list(self.experts[False].values()), len(self.balance.coefficients)):
                 sums[3:] /= batches
-            metrics = self.routing_metrics(total.unsqueeze(0))
+            metrics = self.routing_metrics(total.unsqueeze(0), training=False)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 

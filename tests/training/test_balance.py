@@ -88,7 +88,7 @@ def test_counted_routes_are_the_routes_taken(monkeypatch, changes, checkpointing
     arguments = {"router_aux_loss_coef": 1.0, "gradient_checkpointing": checkpointing}
     train_one_step(hf_moe(**changes), 4, **arguments)
     (step,) = steps
-    for counted, row in zip(step.counted, step.rows.view(2, -1), strict=True):
+    for counted, row in zip(step.counted.values(), step.rows.view(2, -1), strict=True):
         assert counted.tokens == row[0] == sum(len(x["input_ids"]) for x in rows(ROWS))
         assert counted.counts_E.tolist() == row[4:].tolist()
     # Nor does counting move the random state of the rest: without the loss's weight, nothing differs.
