@@ -1,0 +1,43 @@
+"""Modules that predict further ahead learn under every loss, and their routers are balanced like the others."""
+
+import pytest
+import torch
+
+from hf_moe import MoeTrainer
+
+from .balance_worker import NONE, ROWS, difference, train_one_step
+from .models import collate, hf_moe, rows
+
+
+def with_modules(**changes):
+    return hf_moe(num_mtp_layers=2, mtp_loss_coef=0.5, **changes)
+
+
+def squared(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.square().sum() / 10_000
+
+
+class Custom(MoeTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, compute_loss_func=squared, **kwargs)
+
+
+def gradient_of_large_batch(main_loss, **coefficients) -> dict[str, torch.Tensor]:
+    model, batch = with_modules(**NONE | coefficients).train(), collate(rows(ROWS))
+    outputs = model(**batch)
+    loss = main_loss(outputs, batch["labels"]) if main_loss else outputs.loss - 0.5 * outputs.mtp_loss
+    extra = sum(value * outputs.router_losses[name] for name, value in coefficients.items() if main_loss)
+    (loss + 0.5 * outputs.mtp_loss + extra).backward()
+    return {name: x.grad for name, x in model.named_parameters()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("coefficients", [{}, {"router_aux_loss_coef": 3.0}, {"router_z_loss_coef": 0.3}], ids=str)
+@pytest.mark.parametrize("trainer_class", [MoeTrainer, Custom], ids=["model's loss", "user's loss"])
+def test_gradient_is_that_of_one_large_batch(trainer_class, coefficients, accumulation):
+    main_loss = squared if trainer_class is Custom else None
+    gradient, trainer = train_one_step(
+        with_modules(), accumulation, trainer_class=trainer_class, log_each_router=True, **NONE | coefficients
+    )
+    assert difference(gradient, gradient_of_large_batch(main_loss, **coefficients)) < 1e-5
+    assert "router_load_max/model.mtp_layers.1.block.mlp.gate" in trainer.state.log_history[0]
