@@ -151,14 +151,16 @@ class HfMoeMultiToken:
     def add_mtp_layers(self, count: int = 1) -> None:
         """Append `count` modules to a loaded model: blocks and norms copied from its last ones, new projections.
 
-        Train them: until then they foresee little. Add them before adapters, and set mtp_loss_coef in the
-        configuration to weigh their loss. Raises ValueError where the last layer can't be copied.
+        Train them: until then they foresee little. mtp_loss_coef in the configuration weighs their loss. Raises
+        ValueError where the last layer can't be copied: quantised, on the meta device, with adapters.
         """
         if count < 1:
             raise ValueError(f"add_mtp_layers takes a count of at least 1, not {count}.")
         decoder, last = self.model, self.model.layers[-1]
         if getattr(self, "hf_quantizer", None) is not None or any(x.is_meta for x in last.parameters()):
             raise ValueError("add_mtp_layers copies the last layer, which is quantised or not in memory.")
+        if hasattr(self, "peft_config"):
+            raise ValueError("add_mtp_layers copies the last layer, which has adapters: call it before adapters come.")
         ones, hidden_size = torch.ones_like(decoder.norm.weight), self.config.hidden_size
         for depth in range(len(decoder.mtp_layers) + 1, len(decoder.mtp_layers) + count + 1):
             projection = ones.new_empty(hidden_size, 2 * hidden_size).normal_(std=self.config.initializer_range)

@@ -231,14 +231,13 @@ def test_the_last_entries_take_no_part_in_balancing():
 @pytest.mark.parametrize("way", ["checkpointing", "compile"])
 def test_other_ways_to_run_change_no_gradient(way):
     layers = {"num_hidden_layers": 1, "mlp_layer_types": ["sparse"]}
-    ids, expected, model = tokens(), mtp_model(2, **layers).train(), mtp_model(2, **layers).train()
+    ids, expected, model = tokens(), mtp_model(1, **layers).train(), mtp_model(1, **layers).train()
     model.load_state_dict(expected.state_dict())
     expected(ids, labels=ids).loss.backward()
     if way == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model(ids, labels=ids).loss.backward()
     else:
-        model.set_experts_implementation("batched_mm")
         model(ids, labels=ids)  # Transformers places its hooks in a first forward, which does not compile
         torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids).loss.backward()
     actual = gradients(model)
@@ -291,6 +290,8 @@ def test_adapters_reach_the_modules_and_merge(tmp_path):
     targets = ["q_proj", "o_proj", "eh_proj"]
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, init_lora_weights=False)).train()
     adapted(ids, labels=ids).loss.backward()
+    with pytest.raises(ValueError, match="before adapters"):
+        adapted.get_base_model().add_mtp_layers()
     touched = {name for name, p in adapted.named_parameters() if p.grad is not None and "mtp_layers" in name}
     assert len(touched) == 6
     expected = adapted(ids, labels=ids, output_router_logits=False).mtp_loss
@@ -303,7 +304,7 @@ def test_adapters_reach_the_modules_and_merge(tmp_path):
 
 
 def learned(depth, **changes):
-    """A model that half knows a rule (next = 3 t + 1, two times in three), so that some drafts are right."""
+    """A model that learned a rule (next = 3 t + 1, mostly), and modules that half forgot it: some drafts are right."""
     model = tiny_model(num_mtp_layers=depth, vocab_size=31, initializer_range=0.1, **changes).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for step in range(25):
@@ -311,28 +312,30 @@ def learned(depth, **changes):
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    for layer in model.model.mtp_layers:
+        layer.eh_proj.weight.data.add_(torch.randn_like(layer.eh_proj.weight), alpha=0.4)
     return model.eval()
 
 
 def sequences(batch, length, seed=0):
     generator = torch.Generator("cpu").manual_seed(seed)
-    ids = torch.randint(1, 31, (batch, 1), generator=generator)
+    options = {"generator": generator, "device": "cpu"}
+    ids = torch.randint(1, 31, (batch, 1), **options)
     for _ in range(length - 1):
-        rule = ids[:, -1:] * 3 % 30 + 1
-        random = torch.randint(1, 31, (batch, 1), generator=generator)
-        ids = torch.cat((ids, torch.where(torch.rand(batch, 1, generator=generator) < 0.67, rule, random)), dim=1)
-    return ids
+        rule, random = ids[:, -1:] * 3 % 30 + 1, torch.randint(1, 31, (batch, 1), **options)
+        ids = torch.cat((ids, torch.where(torch.rand(batch, 1, **options) < 0.67, rule, random)), dim=1)
+    return ids.to(torch.get_default_device())
 
 
 GREEDY = {"do_sample": False, "disable_compile": True}
-SPECULATION = {"gqa": {}, "mla": MLA, "window": VARIANTS["window"], "hash": VARIANTS["hash"]}
+SPECULATION = [("gqa", 1), ("gqa", 3), ("mla", 3), ("window", 3), ("hash", 1)]
 
 
-@pytest.fixture(scope="module", params=[(name, depth) for name in SPECULATION for depth in (1, 3)], ids=str)
+@pytest.fixture(scope="module", params=SPECULATION, ids=lambda pair: f"{pair[0]}-{pair[1]}")
 def half_learned(request):
     torch.manual_seed(0)
     name, depth = request.param
-    return learned(depth, **SPECULATION[name])
+    return learned(depth, **VARIANTS[name])
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -340,19 +343,22 @@ def half_learned(request):
 def test_greedy_text_is_that_of_plain_decoding(half_learned, cache, batch):
     if cache == "static" and half_learned.config.sliding_window:
         pytest.skip("refused: see the errors")
-    ids = sequences(batch, 7, seed=99)
+    ids = sequences(3, 7, seed=99)[-batch:]
     mask = torch.ones_like(ids)
     if batch > 1:
         mask[0, :3] = 0
     options = {"attention_mask": mask, "max_new_tokens": 23, "cache_implementation": cache, **GREEDY}
+    options["repetition_penalty"] = 1.5  # a text that does not end in a loop
     expected = half_learned.generate(ids, **options)
-    out = half_learned.generate(ids, use_mtp=True, return_dict_in_generate=True, output_logits=True, **options)
+    out = half_learned.generate(ids, use_mtp=True, return_dict_in_generate=True, output_scores=True, **options)
     assert torch.equal(out.sequences, expected)
-    assert isinstance(out, HfMoeSpeculativeOutput) and out.acceptance_rate > 0.1
+    assert isinstance(out, HfMoeSpeculativeOutput)
     if batch == 1:
         assert out.forward_passes + out.accepted_tokens == 23
+    else:  # the test means little where drafts are all wrong or all right
+        assert 0 < out.acceptance_rate < 1
     assert int(out.past_key_values.get_seq_length()) == 29
-    chosen = torch.stack([logits.argmax(-1) for logits in out.logits], dim=1)
+    chosen = torch.stack([scores.argmax(-1) for scores in out.scores], dim=1)
     assert torch.equal(chosen, expected[:, 7:])
 
 
