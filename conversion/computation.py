@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..model.configuration_hf_moe import HfMoeConfig
+from .families.moe_rows import shared_width
 
 # Fields that only training reads: losses, dropout of a head that is not there, the steps of the bias.
 TRAINING_FIELDS = frozenset(
@@ -21,7 +22,7 @@ def _limits_groups(config: HfMoeConfig) -> bool:
 READ_IF: dict[str, Callable[[HfMoeConfig], bool]] = {
     "intermediate_size": lambda config: "dense" in config.mlp_layer_types,
     "sliding_window": lambda config: "sliding_attention" in config.layer_types,
-    "shared_expert_intermediate_size": lambda config: config.n_shared_experts > 0,
+    "shared_expert_intermediate_size": lambda config: False,  # only times n_shared_experts
     "shared_expert_gate": lambda config: config.n_shared_experts > 0,
     "n_group": _limits_groups,
     "topk_group": _limits_groups,
@@ -42,6 +43,7 @@ def computation(config: HfMoeConfig) -> dict[str, Any]:
     config = respelled(config)
     said = {name: getattr(config, name) for name in HfMoeConfig.__annotations__}
     said = {name: value for name, value in said.items() if name not in READ_IF or READ_IF[name](config)}
+    said["n_shared_experts"] = shared_width(config)
     unread = "two_best" if _limits_groups(config) else config.router_args.get("group_score")
     said["router_args"] = {
         name: value

@@ -102,7 +102,8 @@ def nearest(family: Family, config: HfMoeConfig) -> tuple[PreTrainedConfig, dict
     again = built(HfMoeConfig, what, **family.hf_moe_fields(exported))
     exported.architectures = [family.architecture]
     ours, theirs = computation(config), computation(again)
-    return exported, {name: getattr(config, name) for name in ours if not equal(ours[name], theirs.get(name))}
+    names = [name for name in HfMoeConfig.__annotations__ if name in ours or name in theirs]
+    return exported, {name: getattr(config, name) for name in names if not equal(ours.get(name), theirs.get(name))}
 
 
 def holds(family: Family, config: HfMoeConfig) -> bool:

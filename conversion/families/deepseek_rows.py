@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 
 from ...model.configuration_hf_moe import HfMoeConfig
 from .family import DECODER_FIELDS, Computed, same
+from .moe_rows import shared_width
 
 
 def mlp_layer_types(config: PreTrainedConfig) -> list[str]:
@@ -33,11 +34,17 @@ def balance_loss(config: HfMoeConfig) -> dict[str, Any]:
     return {"aux_loss_alpha": coef / layers, "seq_aux": within_sequences}
 
 
+def shared_experts(config: HfMoeConfig) -> dict[str, int | None]:
+    """As many as make up the width; each is as wide as a routed expert."""
+    return {"n_shared_experts": shared_width(config) // config.moe_intermediate_size}
+
+
 DEEPSEEK_FIELDS = {
     **DECODER_FIELDS,
     **same("num_experts_per_tok", "moe_intermediate_size", "attention_bias"),
     "attention_output_bias": "attention_bias",
     "num_experts": "n_routed_experts",
+    "n_shared_experts": Computed(("n_shared_experts",), lambda config: config.n_shared_experts or 0, shared_experts),
     "mlp_layer_types": Computed(("first_k_dense_replace",), mlp_layer_types, leading_dense_layers),
     "seq_aux_loss_coef": Computed(
         ("aux_loss_alpha", "seq_aux"), lambda config: balance_coef(config, True), balance_loss

@@ -29,7 +29,7 @@ DEEPSEEK_V2 = Family(
     fields={
         **DEEPSEEK_FIELDS,
         **LATENT_ATTENTION,
-        **same("n_shared_experts", "routed_scaling_factor", "output_router_logits"),
+        **same("routed_scaling_factor", "output_router_logits"),
         "n_group": Computed(("n_group",), lambda config: config.n_group or 1 if limited(config) else 1, groups),
         "topk_group": Computed(("topk_group",), lambda config: config.topk_group or 1 if limited(config) else 1),
         "router_args": Computed(

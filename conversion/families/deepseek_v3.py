@@ -9,7 +9,7 @@ DEEPSEEK_V3 = Family(
     fields={
         **DEEPSEEK_FIELDS,
         **LATENT_ATTENTION,
-        **same("n_shared_experts", "routed_scaling_factor", "output_router_logits", "norm_topk_prob"),
+        **same("routed_scaling_factor", "output_router_logits", "norm_topk_prob"),
         **same("rope_interleave", "num_mtp_layers"),
         "n_group": Computed(("n_group",), lambda config: config.n_group or 1, groups),
         "topk_group": Computed(("topk_group",), lambda config: config.topk_group or 1),

@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -112,7 +112,7 @@ class Family:
         """The table read backwards: the fields of the family's config that come nearest to `config`."""
         carried = {name: only for name, only in self.required.items() if only is not None}
         for target, source in self.fields.items():
-            carried |= source.inverse(config) if isinstance(source, Computed) else {source: getattr(config, target)}
+            carried |= source.inverse(config) if isinstance(source, Computed) else {source: plain(config, target)}
         return copy.deepcopy(carried)
 
     def stored_name(self, target: str, config: HfMoeConfig) -> str:
@@ -165,6 +165,12 @@ class Family:
             f"The checkpoint lacks {missing[0]}, which its config calls for ({len(missing)} tensors "
             f"missing of the {self.model_type} family)."
         )
+
+
+def plain(config: HfMoeConfig, name: str) -> Any:
+    """The field's value, a whole number as the float that it may be: some families insist on that."""
+    value = getattr(config, name)
+    return float(value) if type(value) is int and float in get_args(HfMoeConfig.__annotations__[name]) else value
 
 
 def mtp_prefix(config: HfMoeConfig | PreTrainedConfig, index: int) -> str:

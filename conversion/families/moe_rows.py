@@ -28,6 +28,11 @@ PER_EXPERT = {
 LAYOUTS = {"per-expert": PER_EXPERT, "fused": {}}
 
 
+def shared_width(config: HfMoeConfig) -> int:
+    """The width of all shared experts: together they are one MLP of it."""
+    return config.n_shared_experts * config.shared_expert_intermediate_size
+
+
 def qwen_mlp_layer_types(config: PreTrainedConfig) -> list[str]:
     """Sparse is every decoder_sparse_step-th layer that mlp_only_layers does not name."""
     return [

@@ -1,7 +1,7 @@
 """Qwen1.5-MoE and Qwen2-MoE: arXiv 2407.10671. A shared expert behind a sigmoid gate beside the routed ones."""
 
-from .family import DECODER_FIELDS, Family, same
-from .moe_rows import LAYOUTS, MLP_LAYER_TYPES, ROUTING_FIELDS, SLIDING_WINDOW
+from .family import DECODER_FIELDS, Computed, Family, same
+from .moe_rows import LAYOUTS, MLP_LAYER_TYPES, ROUTING_FIELDS, SLIDING_WINDOW, shared_width
 
 QWEN2_MOE = Family(
     model_type="qwen2_moe",
@@ -9,7 +9,11 @@ QWEN2_MOE = Family(
         **DECODER_FIELDS,
         **ROUTING_FIELDS,
         **same("head_dim", "layer_types", "num_experts", "moe_intermediate_size", "norm_topk_prob"),
-        **same("shared_expert_intermediate_size"),
+        "shared_expert_intermediate_size": Computed(
+            ("shared_expert_intermediate_size",),
+            lambda config: config.shared_expert_intermediate_size,
+            lambda config: {"shared_expert_intermediate_size": shared_width(config)},
+        ),
         "attention_bias": "qkv_bias",
         "sliding_window": SLIDING_WINDOW,
         "mlp_layer_types": MLP_LAYER_TYPES,

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from hf_moe.conversion import export_checkpoint, import_checkpoint
+from hf_moe.conversion.computation import TRAINING_FIELDS, computation
+from hf_moe.conversion.families import FAMILIES
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.nn.functional import cross_entropy, linear, one_hot, silu
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
+from hf_moe import HfMoeConfig
 from tests.conftest import tokens
 from tests.conversion.conftest import DEEPSEEK_CASES, DEEPSEEK_V3, build
 
@@ -78,6 +81,63 @@ def test_balance_loss_of_the_release_is_carried(checkpoint, tmp_path):
     assert report["ignored_config_keys"] == []
     config = load(tmp_path / "moe").config
     assert (config.router_aux_loss_coef, config.seq_aux_loss_coef) == (0.002, 0)
+
+
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+OF_ALL = {
+    **{"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "rms_norm_eps": 1e-06},
+    **{"moe_layer_freq": 1, "ep_size": 1, "pretraining_tp": 1, "aux_loss_alpha": 0.001, "seq_aux": True},
+    **{"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    **{"max_position_embeddings": 163840, "rope_theta": 10000, "tie_word_embeddings": False, "use_cache": True},
+}
+RELEASED = {  # what the config.json files of the releases say
+    "deepseek-v2-lite": (
+        "deepseek_v2",
+        {
+            **{"vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408},
+            **{"num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None},
+            **{"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "norm_topk_prob": False},
+            **{"n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax"},
+            **{"routed_scaling_factor": 1.0, "first_k_dense_replace": 1},
+            "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek-v2": (
+        "deepseek_v2",
+        {
+            **{"vocab_size": 102400, "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536},
+            **{"num_hidden_layers": 60, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536},
+            **{"n_routed_experts": 160, "n_shared_experts": 2, "num_experts_per_tok": 6, "norm_topk_prob": False},
+            **{"n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy", "scoring_func": "softmax"},
+            **{"routed_scaling_factor": 16.0, "first_k_dense_replace": 1},
+            "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        {
+            **{"vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048},
+            **{"num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536},
+            **{"n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "norm_topk_prob": True},
+            **{"n_group": 8, "topk_group": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+            **{"routed_scaling_factor": 2.5, "first_k_dense_replace": 3, "num_nextn_predict_layers": 1},
+            "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_configs_of_the_releases_are_the_presets(name):
+    family = FAMILIES[RELEASED[name][0]]
+    released = family.config_class(**OF_ALL, **RELEASED[name][1])
+    ours = computation(HfMoeConfig(**family.hf_moe_fields(released)))
+    preset = computation(HfMoeConfig.from_preset(name))
+    ours["rope_parameters"].pop("type")  # the old name of rope_type
+    apart = TRAINING_FIELDS | {"initializer_range", "bos_token_id", "eos_token_id", "num_mtp_layers"}
+    assert {x for x in preset if preset[x] != ours.get(x)} <= apart
+    assert ours["num_mtp_layers"] == (1 if name == "deepseek-v3" else 0)
+    assert ours["seq_aux_loss_coef"] == pytest.approx(0.001 * ours["mlp_layer_types"].count("sparse"))
 
 
 REFUSED = {

@@ -10,6 +10,7 @@ from hf_moe.conversion import export_checkpoint, import_checkpoint, upcycle
 from hf_moe.conversion.computation import READ_IF, TRAINING_FIELDS, computation
 from hf_moe.conversion.export_checkpoint import family_config
 from hf_moe.conversion.families import FAMILIES
+from hf_moe_cli import main
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -199,7 +200,7 @@ def test_every_field_is_compared():
     everything = tiny_config(
         **{"n_shared_experts": 1, "n_group": 7, "topk_group": 4, "sliding_window": 5},
     )
-    assert set(computation(everything)) == fields - {"provenance"}
+    assert set(computation(everything)) == fields - {"provenance", "shared_expert_intermediate_size"}
 
 
 def test_training_fields_without_a_place_are_reported(tmp_path):
@@ -213,6 +214,42 @@ def test_training_fields_without_a_place_are_reported(tmp_path):
         "seq_aux_loss_coef": 0.01,
         "expert_capacity_factor": 1.5,
     }
+
+
+@pytest.mark.parametrize(
+    ("to", "changes"),
+    [
+        ("qwen2_moe", {"n_shared_experts": 3, "shared_expert_intermediate_size": 8, "shared_expert_gate": True}),
+        ("deepseek", {"n_shared_experts": 1, "shared_expert_intermediate_size": 72}),
+    ],
+)
+def test_shared_experts_count_by_their_width(to, changes, tmp_path):
+    model = tiny_model(router_type="softmax_topk", attention_bias=to == "qwen2_moe", **changes)
+    model.save_pretrained(tmp_path / "moe")
+    export_checkpoint(tmp_path / "moe", tmp_path / "out", to=to, verify=to == "qwen2_moe", progress=False)
+    back = import_checkpoint(tmp_path / "out", tmp_path / "back", verify=False, progress=False)
+    ids = tokens(length=13, vocab_size=97)
+    with torch.inference_mode():
+        torch.testing.assert_close(load(tmp_path / "back")(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+    assert back["total_params"] == model.num_parameters()
+
+
+PRESETS = {
+    "mixtral-8x22b": "mixtral",
+    "olmoe-1b-7b": "olmoe",
+    "qwen1.5-moe-a2.7b": "qwen2_moe",
+    "qwen3-30b-a3b": "qwen3_moe",
+    "deepseek-moe-16b": "deepseek",
+    "deepseek-v2": "deepseek_v2",
+    "deepseek-v2-lite": "deepseek_v2",
+    "deepseek-v3": "deepseek_v3",
+}
+
+
+@pytest.mark.parametrize(("name", "family"), PRESETS.items())
+def test_published_architectures_go_to_their_family(name, family):
+    exported, _ = family_config(FAMILIES[family], HfMoeConfig.from_preset(name))
+    assert exported.model_type == family
 
 
 def test_normalised_softmax_is_mixtral_too(tmp_path):
@@ -325,3 +362,26 @@ def test_a_trained_text_model_tells_the_same_story(shared_data, tmp_path):
         texts.append(tokenizer.decode(load(folder).generate(ids, max_new_tokens=40, do_sample=False)[0]))
     assert texts[0] == texts[1] == texts[2]
     assert len(texts[0]) > 60
+
+
+def test_whole_numbers_as_floats(tmp_path):
+    """clip_qkv=3 is a number to hf_moe; Transformers' class takes 3.0 only."""
+    fields = {"mlp_layer_types": None, "qk_norm": "projection", "num_key_value_heads": 6}
+    model = tiny_model(**fields, clip_qkv=3, router_aux_loss_coef=0)
+    model.save_pretrained(tmp_path / "moe")
+    report = export_checkpoint(tmp_path / "moe", tmp_path / "out", to="olmoe", progress=False)
+    assert report["max_abs_diff"] <= 1e-5
+
+
+def test_the_command(tmp_path, capsys):
+    tiny_model(**MIXTRAL_LIKE).save_pretrained(tmp_path / "moe")
+    capsys.readouterr()
+    words = ["export", str(tmp_path / "moe"), str(tmp_path / "out"), "--to"]
+    assert main([*words, "mixtral", "--layout", "fused", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["max_abs_diff"] <= 1e-5
+    assert "model.layers.0.mlp.experts.down_proj" in weights_of(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert main([*words, "olmoe"]) == 2
+    err = capsys.readouterr().err
+    assert err == "hf-moe: olmoe cannot hold this model's qk_norm=None; mixtral and deepseek can.\n"
+    assert main([*words, "deepseek", "--no-verify"]) == 0

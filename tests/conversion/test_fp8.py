@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_moe.conversion import import_checkpoint
+from hf_moe.conversion import import_checkpoint, upcycle
 from hf_moe.conversion.block_fp8 import BlockFP8Checkpoint, block_size, dequantized
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -189,3 +189,18 @@ def test_memory_stays_bounded(tmp_path):
         dequantized(codes, scales, (128, 128))
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest <= 2 * codes.numel()
+
+
+def test_a_dense_model_in_blocks_is_upcycled(tmp_path):
+    build("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
+    scales = {"model.layers.1.mlp.down_proj.weight_scale_inv": torch.rand(5, 6)}
+    codes = codes_of((24, 36))
+    edit_weights(
+        tmp_path / "dense",
+        lambda weights: weights.update(scales | {"model.layers.1.mlp.down_proj.weight": codes}),
+    )
+    edit_config(tmp_path / "dense", quantization_config=RELEASED | {"weight_block_size": [5, 7]})
+    upcycle(tmp_path / "dense", tmp_path / "moe", experts=3, top_k=1, verify=False, progress=False)
+    written = load_file(tmp_path / "moe" / "model.safetensors")["model.layers.1.mlp.experts.down_proj"]
+    expected = slowly(codes, *scales.values(), (5, 7))
+    assert all(torch.equal(expert, expected) for expert in written)
