@@ -449,7 +449,8 @@ class HfMoeForCausalLM(HfMoeMultiToken, HfMoePreTrainedModel, GenerationMixin):
             mtp_loss = self.mtp_loss(outputs, labels, kwargs.get("num_items_in_batch"))
             loss = loss + config.mtp_loss_coef * mtp_loss.to(loss.device)
         if policy:
-            loss = loss + self.policy_loss(outputs, logits, labels, attention_mask)
+            items = kwargs.get("num_items_in_batch")
+            loss = loss + self.policy_loss(outputs, logits, labels, attention_mask, items)
         if output_router_logits and outputs.router_logits:
             aux_loss, router_losses = self.router_losses(outputs, attention_mask)
             if loss is not None:
@@ -505,8 +506,12 @@ class HfMoeForCausalLM(HfMoeMultiToken, HfMoePreTrainedModel, GenerationMixin):
         logits: torch.Tensor,
         labels: torch.Tensor,
         attention_mask: torch.Tensor | dict | None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """REINFORCE: a token's loss, of an MTP module that module's, is the cost of the experts it was sent to."""
+        """REINFORCE: a token's loss, of an MTP module that module's, is the cost of the experts it was sent to.
+
+        A mean over the targets; with `num_items_in_batch` this batch's share of the mean over that many.
+        """
         args = self.config.router_args
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         costs = nn.functional.cross_entropy(logits.mT.float(), targets, reduction="none")
@@ -522,7 +527,9 @@ class HfMoeForCausalLM(HfMoeMultiToken, HfMoePreTrainedModel, GenerationMixin):
             costs, targets = (x.flatten().to(baseline.device) for x in row)
             policy, value = policy_loss(layer, baseline, costs, (targets != -100).float())
             total = total + args.get("policy_coef", 1e-2) * policy + args.get("baseline_coef", 1e-2) * value
-        return total / len(layers)
+        items = (labels[:, 1:] != -100).sum()
+        share = 1.0 if num_items_in_batch is None else (items / num_items_in_batch).to(layers[0].logits_TE.device)
+        return total * share / len(layers)
 
 
 class HfMoeForSequenceClassification(GenericForSequenceClassification, HfMoePreTrainedModel):

@@ -219,3 +219,24 @@ def test_arguments_without_a_use_are_refused(tmp_path, model, arguments, message
 def test_a_dense_model_trains_as_with_the_trainer():
     gradient, trainer = train_one_step(dense(), 4)
     assert gradient and not any(name.startswith("router") for name in trainer.state.log_history[0])
+
+
+def test_policy_loss_has_the_weight_of_one_large_batch():
+    """A policy's loss is a mean over tokens: cut into micro-batches, each counts by its tokens, as cross-entropy."""
+    batch = collate(rows(5))
+    model = hf_moe(router_type="reinforce", router_args={"policy_coef": 0.3, "baseline_coef": 0.2}, **NONE).train()
+    items = int((batch["labels"][:, 1:] != -100).sum())
+
+    def loss(**kwargs):
+        torch.manual_seed(7)  # the same routes
+        return model(**batch, **kwargs).loss.item()
+
+    assert loss(num_items_in_batch=items) == pytest.approx(loss(), rel=1e-5)
+    assert loss(num_items_in_batch=4 * items) == pytest.approx(loss() / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{"label_smoothing_factor": 0.1}], ids=["label-smoothing"])
+def test_a_policy_without_its_loss_is_refused(tmp_path, arguments):
+    with pytest.raises(ValueError, match=r"\(reinforce\) learn from each token's loss.*use MoeTrainer without"):
+        trainer_of(hf_moe(router_type="reinforce"), tmp_path, **arguments)
+    trainer_of(hf_moe(router_type="reinforce"), tmp_path)
