@@ -34,7 +34,16 @@ def balance_loss(config: HfMoeConfig) -> dict[str, Any]:
     return {"aux_loss_alpha": coef / layers, "seq_aux": within_sequences}
 
 
-def shared_experts(config: HfMoeConfig) -> dict[str, int | None]:
+def shared_experts(config: PreTrainedConfig) -> int:
+    if not config.n_shared_experts:
+        raise ValueError(
+            f"{config.model_type} field n_shared_experts={config.n_shared_experts!r} cannot be carried: its class in "
+            "Transformers always has shared experts."
+        )
+    return config.n_shared_experts
+
+
+def shared_experts_of_width(config: HfMoeConfig) -> dict[str, int]:
     """As many as make up the width; each is as wide as a routed expert."""
     return {"n_shared_experts": shared_width(config) // config.moe_intermediate_size}
 
@@ -44,7 +53,7 @@ DEEPSEEK_FIELDS = {
     **same("num_experts_per_tok", "moe_intermediate_size", "attention_bias"),
     "attention_output_bias": "attention_bias",
     "num_experts": "n_routed_experts",
-    "n_shared_experts": Computed(("n_shared_experts",), lambda config: config.n_shared_experts or 0, shared_experts),
+    "n_shared_experts": Computed(("n_shared_experts",), shared_experts, shared_experts_of_width),
     "mlp_layer_types": Computed(("first_k_dense_replace",), mlp_layer_types, leading_dense_layers),
     "seq_aux_loss_coef": Computed(
         ("aux_loss_alpha", "seq_aux"), lambda config: balance_coef(config, True), balance_loss

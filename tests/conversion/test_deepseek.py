@@ -148,6 +148,7 @@ REFUSED = {
     "softmax V3": ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
     "greedy V3": ("deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy'"),
     "every other layer": ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+    "no shared experts": ("deepseek_v3", {"n_shared_experts": 0}, "n_shared_experts=0"),
     "another rank": ("deepseek_v3", {"kv_lora_rank": 12}, r"kv_a_proj_with_mqa.* \[20, 24\].* \[18, 24\]"),
     "another head": ("deepseek_v3", {"v_head_dim": 8}, r"kv_b_proj.* \[76, 14\].* \[72, 14\]"),
 }
