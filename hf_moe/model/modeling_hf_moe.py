@@ -6,7 +6,6 @@ interface and must agree with it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -20,56 +19,25 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import MASKS, HfMoeAttention
-from .balancing import LOSSES, Routed, policy_loss, routed, statistics
+from .balancing import LOSSES
 from .configuration_hf_moe import HfMoeConfig
 from .latent_attention import HfMoeLatentAttention
 from .mixture_of_heads import HfMoeMixtureOfHeads
 from .multi_token import HfMoeMultiToken, HfMoeMultiTokenLayer, predict_ahead
+from .outputs import HfMoeCausalLMOutput, HfMoeModelOutput
 from .rms_norm import HfMoeRMSNorm
 from .rotary import HfMoeRotaryEmbedding
 from .router import HfMoeRouter
+from .router_losses import HfMoeRouterLosses
 from .routing import HASHES, ROUTERS, frequency_hash, spread
 
 ATTENTIONS = {"gqa": HfMoeAttention, "mla": HfMoeLatentAttention, "moa": HfMoeMixtureOfHeads}
-
-
-@dataclass
-class HfMoeModelOutput(MoeModelOutputWithPast):
-    """`router_logits` and `router_indices` hold one tensor per router: [T, E] float32 and [T, K] int64.
-
-    Layer after layer, and in a layer that of the attention heads ("moa") before that of the MLP.
-    `router_tokens` names the token of each row of the indices where an expert chose it, `router_baselines` [T] are
-    those of REINFORCE; both are empty for other routers.
-
-    With MTP, `mtp_hidden_states` holds one [B, S, D] a module and `mtp_masks` one more [B, S], see `predict_ahead`;
-    the modules' routers come after those of the layers.
-    """
-
-    router_indices: tuple[torch.Tensor, ...] | None = None
-    router_tokens: tuple[torch.Tensor, ...] | None = None
-    router_baselines: tuple[torch.Tensor, ...] | None = None
-    mtp_hidden_states: tuple[torch.Tensor, ...] | None = None
-    mtp_masks: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class HfMoeCausalLMOutput(MoeCausalLMOutputWithPast):
-    """`aux_loss` and the scalars in `router_losses` are averaged over the routers and not yet weighted.
-
-    `router_losses` has an entry for each loss whose coefficient in the configuration is not 0, under that field's
-    name. `mtp_loss` is that of multi-token prediction, not weighted either.
-    """
-
-    mtp_loss: torch.Tensor | None = None
-    router_losses: dict[str, torch.Tensor] | None = None
-    router_indices: tuple[torch.Tensor, ...] | None = None
 
 
 @use_experts_implementation
@@ -376,7 +344,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         )
 
 
-class HfMoeForCausalLM(HfMoeMultiToken, HfMoePreTrainedModel, GenerationMixin):
+class HfMoeForCausalLM(HfMoeRouterLosses, HfMoeMultiToken, HfMoePreTrainedModel, GenerationMixin):
     """The decoder with a language-modelling head, its loss, and the losses of its routers and of its MTP modules."""
 
     _keys_to_ignore_on_load_unexpected = None
@@ -472,64 +440,6 @@ class HfMoeForCausalLM(HfMoeMultiToken, HfMoePreTrainedModel, GenerationMixin):
         """Logits [..., V] of the head for the normed [..., D]."""
         logits, cap = self.lm_head(hidden_states), self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def routed(self, outputs: HfMoeModelOutput, attention_mask: torch.Tensor | dict | None) -> list[Routed]:
-        """What each router did with this batch. Padding is known from a [B, S] mask, what counts in MTP from its."""
-        sequences, length = outputs.last_hidden_state.shape[:2]
-        mask = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            mask = attention_mask[:, -length:].reshape(-1)
-        affinity = ROUTERS[self.config.router_type].affinity
-        ahead = [mask.reshape(-1) for mask in self.per_mtp_router((outputs.mtp_masks or ())[:-1])]
-        masks = [mask] * (len(outputs.router_logits) - len(ahead)) + ahead
-        tokens = outputs.router_tokens or [None] * len(masks)
-        rows = zip(outputs.router_logits, outputs.router_indices, masks, tokens, strict=True)
-        return [routed(logits, affinity(logits), index, *row, sequences) for logits, index, *row in rows]
-
-    def router_losses(
-        self, outputs: HfMoeModelOutput, attention_mask: torch.Tensor | dict | None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The load-balance loss, and every loss that has a coefficient: averages over the routers."""
-        layers = self.routed(outputs, attention_mask)
-        counted = [statistics(layer, self.config.n_group) for layer in layers]
-
-        def averaged(name: str) -> torch.Tensor:
-            losses = [LOSSES[name](layer, counts, self.config) for layer, counts in zip(layers, counted, strict=True)]
-            return torch.stack([x.to(losses[0].device) for x in losses]).mean()  # layers may live on several devices
-
-        losses = {name: averaged(name) for name in dict.fromkeys(["router_aux_loss_coef", *self.active_losses()])}
-        return losses["router_aux_loss_coef"], {name: losses[name] for name in self.active_losses()}
-
-    def policy_loss(
-        self,
-        outputs: HfMoeModelOutput,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        attention_mask: torch.Tensor | dict | None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """REINFORCE: a token's loss, of an MTP module that module's, is the cost of the experts it was sent to.
-
-        A mean over the targets; with `num_items_in_batch` this batch's share of the mean over that many.
-        """
-        args = self.config.router_args
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        costs = nn.functional.cross_entropy(logits.mT.float(), targets, reduction="none")
-        layers = self.routed(outputs, attention_mask)
-        ahead = []
-        if outputs.mtp_masks:
-            with torch.no_grad():
-                losses = self.mtp_token_losses(outputs, labels)
-            ahead = self.per_mtp_router(zip(losses, self.mtp_targets(outputs, labels), strict=True))
-        rows = [(costs, targets)] * (len(layers) - len(ahead)) + ahead
-        total = 0.0
-        for layer, baseline, row in zip(layers, outputs.router_baselines, rows, strict=True):
-            costs, targets = (x.flatten().to(baseline.device) for x in row)
-            policy, value = policy_loss(layer, baseline, costs, (targets != -100).float())
-            total = total + args.get("policy_coef", 1e-2) * policy + args.get("baseline_coef", 1e-2) * value
-        items = (labels[:, 1:] != -100).sum()
-        share = 1.0 if num_items_in_batch is None else (items / num_items_in_batch).to(layers[0].logits_TE.device)
-        return total * share / len(layers)
 
 
 class HfMoeForSequenceClassification(GenericForSequenceClassification, HfMoePreTrainedModel):

@@ -24,12 +24,14 @@ WATCHED = [
     "model.layers.0.self_attn.o_proj.weight",
     "model.layers.0.self_attn.o_experts",
     "model.layers.2.mlp.gate.weight",
+    "model.mtp_layers.0.eh_proj.weight",
+    "model.mtp_layers.0.block.mlp.gate.weight",
 ]
 
 
 def run(model) -> dict[str, torch.Tensor]:
     ids = torch.arange(1, 23).view(2, 11)
-    out = model(ids, labels=ids)
+    out = model(ids, labels=ids, output_mtp_loss=True)
     out.loss.backward()
     parameters = dict(model.named_parameters())
     with torch.no_grad():

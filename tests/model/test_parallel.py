@@ -13,7 +13,7 @@ from tests.conftest import tiny_model
 
 EVEN = {"vocab_size": 98, "num_experts": 6}  # what is split between two ranks must be even
 MODELS = {
-    "gated": {"n_shared_experts": 1},
+    "gated": {"n_shared_experts": 1, "num_mtp_layers": 1},
     "plain-projection-norm": {"gated_mlp": False, "hidden_act": "gelu", "qk_norm": "projection"},
     "biases": {"mlp_bias": True, "attention_bias": True, "attention_output_bias": True, "n_shared_experts": 1},
     "heads": {"attention_type": "moa"},
