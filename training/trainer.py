@@ -32,22 +32,26 @@ class MoeTrainerMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.moe = base_model(self.model)
+        self.balance_over = moe_argument(self.args, "balance_over")
+        self.step = Step([])
+        self.logged = []  # the rows of each optimizer step since the last log
+        self.evaluated = []  # the rows of each evaluation batch
+        self.experts = {True: {}, False: {}}  # training or not: router -> E, of the routers that a forward uses
+        if self.label_smoother is not None and self._loss_shifts_labels:
+            self.label_smoother = ShiftedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
+        self.find_routing()
+        self.add_callback(RoutingCallback(self))
+
+    def find_routing(self) -> None:
+        """Look for the routers of the present model, and for what they are to be balanced by."""
+        self.moe = base_model(self.accelerator.unwrap_model(self.model))
         self.routers = find_routers(self.moe)
         self.balance = Balance(self.moe, self.routers, self.args)
         self.selection_bias = SelectionBias(self.routers)
         self.bias_speed = moe_argument(self.args, "router_bias_update_speed")
         if self.bias_speed is None:
             self.bias_speed = getattr(self.balance.config, "router_bias_update_speed", 0.0)
-        self.balance_over = moe_argument(self.args, "balance_over")
         self.check_routing_arguments()
-        if self.label_smoother is not None and self._loss_shifts_labels:
-            self.label_smoother = ShiftedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
-        self.step = Step([])
-        self.logged = []  # the rows of each optimizer step since the last log
-        self.evaluated = []  # the rows of each evaluation batch
-        self.experts = {True: {}, False: {}}  # training or not: router -> E, of the routers that a forward uses
-        self.add_callback(RoutingCallback(self))
 
     def check_routing_arguments(self) -> None:
         name = type(self.moe).__name__
@@ -164,7 +168,9 @@ class MoeTrainerMixin:
         )
 
     def begin_routing(self) -> None:
-        """Refuse what would cut the balance losses off; called when training begins."""
+        """Called when training begins. Raises ValueError for checkpointing that would cut the balance losses off."""
+        if base_model(self.accelerator.unwrap_model(self.model)) is not self.moe:  # a new one, from model_init
+            self.find_routing()
         self.selection_bias.remember()
         self.logged.clear()
         for part in self.moe.modules() if self.balance.coefficients else ():

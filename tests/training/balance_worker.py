@@ -40,6 +40,7 @@ def train_one_step(
     accumulation: int,
     processes: int = 1,
     trainer_class=MoeTrainer,
+    config_class=MoeTrainingArguments,
     keep_folder=None,
     resume_from_checkpoint=None,
     **arguments,
@@ -61,7 +62,7 @@ def train_one_step(
         }
         trainer = trainer_class(
             model=model,
-            args=MoeTrainingArguments(output_dir=str(folder), **args | arguments),
+            args=config_class(output_dir=str(folder), **args | arguments),
             train_dataset=Dataset.from_list(rows(ROWS)),
             data_collator=collate,
             callbacks=[gradient],

@@ -11,7 +11,7 @@ import torch
 from hf_moe.training.label_smoothing import ShiftedLabelSmoother
 from transformers import TrainingArguments
 
-from hf_moe import MoeTrainer, MoeTrainingArguments
+from hf_moe import MoeSFTConfig, MoeSFTTrainer, MoeTrainer, MoeTrainingArguments
 
 from .balance_worker import (
     COEFFICIENTS,
@@ -23,6 +23,7 @@ from .balance_worker import (
     step_difference,
     train_one_step,
 )
+from .conftest import tiny_tokenizer
 from .models import collate, deepseek_v3, hf_moe, mixtral, olmoe, rows
 
 LOSSES = {name.removesuffix("_coef"): name for name in COEFFICIENTS}
@@ -33,6 +34,18 @@ LOSSES = {name.removesuffix("_coef"): name for name in COEFFICIENTS}
 @pytest.mark.parametrize("model", MODELS)
 def test_gradient_of_micro_batches_is_that_of_one_large_batch(model, loss, accumulation):
     assert step_difference(model, LOSSES[loss], accumulation) < 1e-5
+
+
+class Sft(MoeSFTTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, processing_class=tiny_tokenizer(), **kwargs)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("model", MODELS)
+def test_gradient_with_the_head_of_trl(model, loss):
+    arguments = {"config_class": MoeSFTConfig, "bf16": False, "gradient_checkpointing": False}
+    assert step_difference(model, LOSSES[loss], 4, trainer_class=Sft, **arguments) < 1e-5
 
 
 def test_balance_over_micro_batches_is_another_gradient():
@@ -240,3 +253,31 @@ def test_a_policy_without_its_loss_is_refused(tmp_path, arguments):
     with pytest.raises(ValueError, match=r"\(reinforce\) learn from each token's loss.*use MoeTrainer without"):
         trainer_of(hf_moe(router_type="reinforce"), tmp_path, **arguments)
     trainer_of(hf_moe(router_type="reinforce"), tmp_path)
+
+
+def test_a_model_from_model_init_is_balanced(tmp_path):
+    """The Trainer builds it again when training begins."""
+    arguments = MoeTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none", logging_steps=1, save_strategy="no"
+    )
+    trainer = MoeTrainer(model_init=lambda: olmoe(), args=arguments, train_dataset=rows(8), data_collator=collate)
+    first = trainer.moe
+    trainer.train()
+    assert trainer.moe is trainer.model is not first
+    assert trainer.state.log_history[0]["aux_loss"] > 1
+
+
+def test_import_of_a_trainer_loads_trl_only_for_trl():
+    code = """
+import sys, hf_moe
+assert "trl" not in sys.modules and "hf_moe.training" not in sys.modules
+from hf_moe import MoeTrainer
+assert "trl" not in sys.modules
+sys.modules["trl"] = None  # as if it were not installed
+try:
+    from hf_moe import MoeSFTTrainer
+except ImportError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "MoeSFTTrainer needs trl, which is not installed: pip install 'hf_moe[train]'\n", result

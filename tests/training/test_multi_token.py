@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from hf_moe import MoeTrainer
+from hf_moe import MoeSFTConfig, MoeSFTTrainer, MoeTrainer
 
 from .balance_worker import NONE, ROWS, difference, train_one_step
+from .conftest import tiny_tokenizer
 from .models import collate, hf_moe, rows
 
 
@@ -22,6 +23,19 @@ class Custom(MoeTrainer):
         super().__init__(*args, compute_loss_func=squared, **kwargs)
 
 
+class Sft(MoeSFTTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, processing_class=tiny_tokenizer(), **kwargs)
+
+
+# name -> trainer, its arguments, the loss beside that of the modules (None: the model's cross-entropy)
+TRAINERS = {
+    "model's loss": (MoeTrainer, {}, None),
+    "user's loss": (Custom, {}, squared),
+    "TRL's head": (Sft, {"config_class": MoeSFTConfig, "bf16": False, "gradient_checkpointing": False}, None),
+}
+
+
 def gradient_of_large_batch(main_loss, **coefficients) -> dict[str, torch.Tensor]:
     model, batch = with_modules(**NONE | coefficients).train(), collate(rows(ROWS))
     outputs = model(**batch)
@@ -33,11 +47,10 @@ def gradient_of_large_batch(main_loss, **coefficients) -> dict[str, torch.Tensor
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("coefficients", [{}, {"router_aux_loss_coef": 3.0}, {"router_z_loss_coef": 0.3}], ids=str)
-@pytest.mark.parametrize("trainer_class", [MoeTrainer, Custom], ids=["model's loss", "user's loss"])
-def test_gradient_is_that_of_one_large_batch(trainer_class, coefficients, accumulation):
-    main_loss = squared if trainer_class is Custom else None
-    gradient, trainer = train_one_step(
-        with_modules(), accumulation, trainer_class=trainer_class, log_each_router=True, **NONE | coefficients
-    )
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_gradient_is_that_of_one_large_batch(trainer, coefficients, accumulation):
+    trainer_class, arguments, main_loss = TRAINERS[trainer]
+    arguments = {"trainer_class": trainer_class, "log_each_router": True, **NONE, **arguments, **coefficients}
+    gradient, trainer = train_one_step(with_modules(), accumulation, **arguments)
     assert difference(gradient, gradient_of_large_batch(main_loss, **coefficients)) < 1e-5
     assert "router_load_max/model.mtp_layers.1.block.mlp.gate" in trainer.state.log_history[0]

@@ -40,6 +40,7 @@ def test_tiny_recipe_lowers_the_held_out_loss_and_saves_a_model_that_loads(comma
     assert metrics["eval_loss"] < 0.7 * metrics["eval_loss_before"]
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
     assert "held-out loss" in capsys.readouterr().err
+    assert metrics["eval_aux_loss"] > 0.9 and 0 < metrics["eval_router_load_entropy"] <= 1
     assert not (tmp_path / "out" / ".incomplete").exists()
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
