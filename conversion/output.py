@@ -69,9 +69,10 @@ def convert(
                 origin = {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
                 config.provenance = provenance | origin | {"sha256": hashing.digests(), "hf_moe_version": __version__}
             config.architectures = [HfMoeForCausalLM.__name__]
-            custom_object_save(HfMoeForCausalLM, folder)  # its module and what that imports
         config.dtype = source.config.dtype or source.checkpoint.dtype
         config.save_pretrained(folder)
+        if provenance is not None:
+            custom_object_save(HfMoeForCausalLM, folder)  # its module and what that imports
         for path in source.carried_files():
             (folder / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.checkpoint.folder / path, folder / path)
@@ -86,6 +87,8 @@ def count_parameters(outputs: list[Output], config: HfMoeConfig) -> dict[str, in
     """All parameters, and those that one token meets: K of E routed experts, everything else whole."""
     total = active = 0
     for output in outputs:
+        if output.name.endswith("e_score_correction_bias"):
+            continue  # a buffer, moved by balancing
         size = math.prod(output.shape)
         total += size
         routed = ".mlp.experts." in output.name

@@ -42,8 +42,9 @@ def edit_config(folder: Path, **changes) -> None:
 @pytest.mark.parametrize("case", DEEPSEEK_CASES)
 def test_import_is_the_released_model(case, layout, checkpoint, tmp_path):
     source = checkpoint(case, **LAYOUTS[layout])
-    import_checkpoint(source, tmp_path / "moe", max_shard_size="9KB", verify=False, progress=False)
+    report = import_checkpoint(source, tmp_path / "moe", max_shard_size="9KB", verify=False, progress=False)
     theirs, ours = load(source), load(tmp_path / "moe")
+    assert report["total_params"] == ours.num_parameters() == theirs.num_parameters()
     weights, expected = ours.state_dict(), theirs.state_dict()
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
