@@ -17,7 +17,8 @@ def sizes(config: HfMoeConfig, context: int | None = None) -> dict:
 
     total_params; active_params, those that work on one token: K of the E routed experts in each sparse layer and all
     that is not a routed expert, input embedding and head included. Of these, embedding_params and head_params; where
-    the two are one tensor, it counts as the head, which computes, and embedding_params is 0.
+    the two are one tensor, it counts as the head, which computes, and embedding_params is 0. Modules for multi-token
+    prediction are in the total alone: plain decoding does not run them.
 
     flops_per_token, forward, at a context of `context` tokens (default: 4096, or max_position_embeddings if that is
     less): 2 for each active parameter that multiplies, and in each layer 2 H (d_qk + d_v) for each token attended to.
@@ -58,6 +59,8 @@ def sizes(config: HfMoeConfig, context: int | None = None) -> dict:
 
 def active_part(name: str, parameter: torch.Tensor, config: HfMoeConfig) -> int:
     """How many of a parameter's elements work on one token."""
+    if ".mtp_layers." in name:
+        return 0
     if ".experts." not in name and not name.endswith("_experts"):  # the latter: a mixture of attention heads
         return parameter.numel()
     assert parameter.shape[0] == config.num_experts, f"{name} {tuple(parameter.shape)}"

@@ -121,6 +121,16 @@ def test_the_cache_is_that_of_a_model_that_runs(changes):
     assert sizes(config)["kv_cache_bytes_per_token_by_dtype"]["float32"] * 11 == kept
 
 
+def test_modules_for_multi_token_prediction_are_in_the_total_alone():
+    plain, ahead = sizes(tiny_config()), sizes(tiny_config(num_mtp_layers=2))
+    assert ahead["total_params"] == sum(
+        p.numel() for p in HfMoeForCausalLM(tiny_config(num_mtp_layers=2)).parameters()
+    )
+    assert ahead["total_params"] > plain["total_params"]
+    for name in ("active_params", "flops_per_token", "kv_cache_bytes_per_token"):
+        assert ahead[name] == plain[name]
+
+
 def test_training_costs_three_forwards():
     measured = sizes(tiny_config())
     assert measured["training_flops_per_token"] == 3 * measured["flops_per_token"]

@@ -362,6 +362,13 @@ class HfMoeForCausalLM(HfMoeRouterLosses, HfMoeMultiToken, HfMoePreTrainedModel,
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def init_continuous_batching(self, *args, **kwargs):
+        if self.config.attention_type == "mla":
+            raise ValueError(
+                "Continuous batching has no paged cache for latents (attention_type 'mla'): use generate()."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,

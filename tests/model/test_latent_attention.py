@@ -378,3 +378,8 @@ def test_saves_and_loads(tmp_path):
 def test_wrong_sizes_name_the_numbers(changes, message):
     with pytest.raises(StrictDataclassClassValidationError, match=message):
         tiny_config(**{**MLA, **changes})
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="no paged cache for latents"):
+        latent_model().generate_batch([[1, 2, 3]])
