@@ -14,7 +14,7 @@ from hf_moe.model.balancing import Routed, Statistics, expert_load
 
 from .routers import Routing
 
-TOKENS, SQUARED, DROPPED, LOSSES = range(4)
+TOKENS, SQUARED, DROPPED, FIRST_LOSS = range(4)
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def rows(
 
 def split(flat: torch.Tensor, experts: list[int], losses: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Sums [..., 3 + losses] and counts [..., E] of each router, out of rows one after the other."""
-    width = LOSSES + losses
+    width = FIRST_LOSS + losses
     sizes = [size for number in experts for size in (width, number)]
     parts = flat.split(sizes, dim=-1)
     return list(zip(parts[::2], parts[1::2], strict=True))
@@ -115,7 +115,7 @@ def summarize(
     for i, name in enumerate(losses):
         if loss_name(name) in METRICS:  # over all tokens rather than the mean of the batches' means
             continue
-        values[loss_name(name)] = [sums[..., LOSSES + i].mean() for sums, _ in table]
+        values[loss_name(name)] = [sums[..., FIRST_LOSS + i].mean() for sums, _ in table]
         summaries[loss_name(name)] = torch.mean
     if biases.keys() == experts.keys():
         ranges = torch.stack([(bias.max() - bias.min()).to(steps.device) for bias in biases.values()])

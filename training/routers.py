@@ -43,6 +43,11 @@ class Router(NamedTuple):
         return own or (sigmoid_affinity if hasattr(self.module, BIAS) else softmax_affinity)
 
     @property
+    def policy(self) -> bool:
+        """Whether it learns by REINFORCE."""
+        return getattr(getattr(self.module, "router", None), "policy", False)
+
+    @property
     def bias(self) -> torch.Tensor | None:
         """The selection bias [E]."""
         return next((x for m in self.module.modules() if (x := getattr(m, BIAS, None)) is not None), None)

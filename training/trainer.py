@@ -2,17 +2,16 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
-
-from hf_moe.model.balancing import LOSSES
+from transformers import IntervalStrategy, PreTrainedModel, Trainer
 
 from .balance import Balance, over_processes
 from .callbacks import RoutingCallback
 from .checkpoints import check_adapter, load_model
 from .label_smoothing import ShiftedLabelSmoother
-from .metrics import rows, split, summarize
-from .moe_arguments import BALANCE_OVER, moe_argument
+from .metrics import FIRST_LOSS, rows, split, summarize
+from .moe_arguments import moe_argument
 from .multi_token import looking_ahead
+from .refusals import check_arguments, check_checkpointing
 from .routers import Routing, captured, find_routers
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
 from .step import Step
@@ -51,40 +50,9 @@ class MoeTrainerMixin:
         self.bias_speed = moe_argument(self.args, "router_bias_update_speed")
         if self.bias_speed is None:
             self.bias_speed = getattr(self.balance.config, "router_bias_update_speed", 0.0)
-        self.check_routing_arguments()
-
-    def check_routing_arguments(self) -> None:
-        name = type(self.moe).__name__
-        if self.balance_over not in BALANCE_OVER:
-            raise ValueError(f"balance_over is {self.balance_over!r}; it can be {' or '.join(BALANCE_OVER)}.")
+        check_arguments(self)
         if not self.routers:
-            given = {coefficient: moe_argument(self.args, coefficient) for coefficient in LOSSES}
-            used = given if hasattr(self.moe, "active_losses") else given | self.balance.coefficients
-            for coefficient, value in used.items():
-                if value:
-                    raise ValueError(
-                        f"{coefficient} is {value}, but {name} is not a Mixture-of-Experts model: no routers."
-                    )
-            self.balance.coefficients = {}
-        for coefficient in ("device_aux_loss_coef", "comm_aux_loss_coef"):
-            if coefficient in self.balance.coefficients and self.balance.n_group == 1:
-                raise ValueError(
-                    f"{coefficient} is {self.balance.coefficients[coefficient]}, but n_group of {name} is 1 and so is "
-                    "the loss: set config.n_group to the number of expert groups, or the coefficient to 0."
-                )
-        if self.bias_speed and not self.selection_bias.biases:
-            raise ValueError(f"router_bias_update_speed is {self.bias_speed}, but no router of {name} has a bias.")
-        policies = any(getattr(getattr(x.module, "router", None), "policy", False) for x in self.routers.values())
-        if policies and not self.takes_model_loss:
-            raise ValueError(
-                f"The routers of {name} (reinforce) learn from each token's loss, which is the model's own: use "
-                "MoeTrainer without label_smoothing_factor and compute_loss_func."
-            )
-        if self.routers and self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process (nn.DataParallel) cannot be balanced: start one process a GPU "
-                "with torchrun or accelerate launch, or show one GPU with CUDA_VISIBLE_DEVICES."
-            )
+            self.balance.coefficients = {}  # those that every configuration of the family has
 
     @property
     def takes_model_loss(self) -> bool:
@@ -168,27 +136,20 @@ class MoeTrainerMixin:
         )
 
     def begin_routing(self) -> None:
-        """Called when training begins. Raises ValueError for checkpointing that would cut the balance losses off."""
+        """Called when training begins."""
         if base_model(self.accelerator.unwrap_model(self.model)) is not self.moe:  # a new one, from model_init
             self.find_routing()
         self.selection_bias.remember()
         self.logged.clear()
-        for part in self.moe.modules() if self.balance.coefficients else ():
-            checkpoint = getattr(part, "_gradient_checkpointing_func", None)
-            # PyTorch's default is True, Transformers' is False.
-            reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
-            if getattr(part, "gradient_checkpointing", False) and checkpoint is not None and reentrant:
-                raise ValueError(
-                    f"use_reentrant=True would cut {', '.join(self.balance.coefficients)} off from the router; use "
-                    'gradient_checkpointing_kwargs={"use_reentrant": False}, or set them to 0.'
-                )
+        check_checkpointing(self.moe, self.balance.coefficients)
 
     def end_routing_step(self) -> None:
         """Move the selection biases and keep the step's metrics; called after the optimizer moved."""
         if self.step.rows is None:
             return
         flat = self.accelerator.reduce(self.step.rows, reduction="sum")
-        self.logged.append(flat)
+        if self.args.logging_strategy != IntervalStrategy.NO:
+            self.logged.append(flat)
         speed = self.bias_speed
         if self.state.global_step >= moe_argument(self.args, "router_bias_update_until") * self.state.max_steps:
             speed = 0.0
@@ -220,7 +181,7 @@ class MoeTrainerMixin:
             total = self.accelerator.reduce(torch.stack(self.evaluated).sum(dim=0), reduction="sum")
             batches = len(self.evaluated) * self.accelerator.num_processes
             for sums, _ in split(total, list(self.experts[False].values()), len(self.balance.coefficients)):
-                sums[3:] /= batches
+                sums[FIRST_LOSS:] /= batches
             metrics = self.routing_metrics(total.unsqueeze(0), training=False)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output

@@ -1,0 +1,57 @@
+"""What hf_moe's trainers refuse: arguments without a use, and set-ups that would make the balance losses wrong."""
+
+from torch import nn
+
+from hf_moe.model.balancing import LOSSES
+
+from .moe_arguments import BALANCE_OVER, moe_argument
+
+
+def check_arguments(trainer) -> None:
+    """Raises ValueError, in one line, for what the trainer's model has no use for or cannot train with."""
+    model, args, coefficients = type(trainer.moe).__name__, trainer.args, trainer.balance.coefficients
+    if trainer.balance_over not in BALANCE_OVER:
+        raise ValueError(f"balance_over is {trainer.balance_over!r}; it can be {' or '.join(BALANCE_OVER)}.")
+    if trainer.bias_speed and not trainer.selection_bias.biases:
+        raise ValueError(f"router_bias_update_speed is {trainer.bias_speed}, but no router of {model} has a bias.")
+    if not trainer.routers:
+        given = {name: moe_argument(args, name) for name in LOSSES}
+        for name, value in (given if hasattr(trainer.moe, "active_losses") else given | coefficients).items():
+            if value:
+                raise ValueError(f"{name} is {value}, but {model} is not a Mixture-of-Experts model: no routers.")
+        return
+    for name in ("device_aux_loss_coef", "comm_aux_loss_coef"):
+        if name in coefficients and trainer.balance.n_group == 1:
+            raise ValueError(
+                f"{name} is {coefficients[name]}, but n_group of {model} is 1 and so is the loss: set config.n_group "
+                "to the number of expert groups, or the coefficient to 0."
+            )
+    if any(router.policy for router in trainer.routers.values()) and not trainer.takes_model_loss:
+        raise ValueError(
+            f"The routers of {model} (reinforce) learn from each token's loss, which is the model's own: use "
+            "MoeTrainer without label_smoothing_factor and compute_loss_func."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (nn.DataParallel) cannot be balanced: start one process a GPU with "
+            "torchrun or accelerate launch, or show one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    parts = trainer.get_cp_size() * trainer.get_sp_size()
+    if coefficients and parts > 1:
+        raise ValueError(
+            f"{', '.join(coefficients)} cannot be computed where sequences are split over {parts} processes (context "
+            "or sequence parallelism): set them to 0."
+        )
+
+
+def check_checkpointing(model: nn.Module, coefficients: dict[str, float]) -> None:
+    """Raises ValueError where reentrant activation checkpointing would give the balance losses no gradient."""
+    for part in model.modules() if coefficients else ():
+        checkpoint = getattr(part, "_gradient_checkpointing_func", None)
+        # PyTorch's default is True, Transformers' is False.
+        reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+        if getattr(part, "gradient_checkpointing", False) and checkpoint is not None and reentrant:
+            raise ValueError(
+                f"use_reentrant=True would cut {', '.join(coefficients)} off from the router; use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, or set them to 0.'
+            )
