@@ -240,7 +240,7 @@ def drop_overflow(assignment: Assignment, config, state: RouterState) -> Assignm
     counted_S = mask_T.repeat(top_k)[served_S]
     taken_SE = torch.nn.functional.one_hot(expert_S, config.num_experts) * counted_S.unsqueeze(-1)
     place_S = taken_SE.cumsum(dim=0).gather(-1, expert_S.unsqueeze(-1)).squeeze(-1)
-    fits_S = torch.zeros_like(place_S).scatter(0, served_S, (place_S <= capacity).float())
+    fits_S = torch.zeros_like(place_S).scatter(0, served_S, (place_S <= capacity).to(place_S))
     return Assignment(weights_TK * fits_S.view(top_k, tokens).T, index_TK)
 
 

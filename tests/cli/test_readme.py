@@ -31,8 +31,9 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for block in blocks("python"):
-        exec(block, {})
+    names = {}
+    for block in blocks("python"):  # in order: later ones use the model of earlier ones
+        exec(block, names)
     assert capsys.readouterr().out.startswith("Once upon a time there was")
     assert (tmp_path / "my_moe" / "config.json").is_file()
 

@@ -68,7 +68,7 @@ def slow_sequence(tokens, E, K, G, M):
 
 def slow_z(tokens, E, K, G, M):
     """ST-MoE, equation 5."""
-    return sum(torch.tensor(t.x).logsumexp(0).item() ** 2 for t in tokens) / len(tokens)
+    return sum(torch.tensor(t.x, dtype=torch.float64).logsumexp(0).item() ** 2 for t in tokens) / len(tokens)
 
 
 SLOW = {
@@ -106,6 +106,36 @@ def test_formula(name, score, masked, dtype, E, K, G):
     batch = random_batch(E=E, K=K, score=score, masked=masked, dtype=dtype)
     loss = LOSSES[name](batch, statistics(batch, G), CONFIG)
     assert loss.item() == pytest.approx(SLOW[name](per_token(batch), E, K, G, 2), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_gradient_is_the_formulas(name, score, masked):
+    """Finite differences of the slow formula in float64, the choice held still, at every logit."""
+    B, S, E, K, G = 2, 3, 6, 2, 3
+    logits = torch.randn(B * S, E, dtype=torch.float64)
+    index = logits.topk(K).indices
+    mask = torch.tensor([1, 1, 0, 1, 1, 1]) if masked else torch.ones(B * S)
+
+    def slow(x):
+        affinity = x.softmax(-1) if score == "softmax" else x.sigmoid()
+        s = (affinity / affinity.sum(-1, keepdim=True)).tolist()
+        rows = [t for t in range(B * S) if mask[t]]
+        tokens = [SimpleNamespace(sequence=t // S, s=s[t], chosen=index[t].tolist(), x=x[t].tolist()) for t in rows]
+        return SLOW[name](tokens, E, K, G, 2)
+
+    expected, eps = torch.zeros_like(logits), 1e-3
+    for t in range(B * S):
+        for e in range(E):
+            step = torch.zeros_like(logits)
+            step[t, e] = eps
+            expected[t, e] = (slow(logits + step) - slow(logits - step)) / (2 * eps)
+
+    x = logits.float().requires_grad_()
+    batch = routed(x, x.softmax(-1) if score == "softmax" else x.sigmoid(), index, mask, sequences=B)
+    LOSSES[name](batch, statistics(batch, G), CONFIG).backward()
+    torch.testing.assert_close(x.grad, expected.float(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -149,10 +149,20 @@ def test_equals_deepseek_v2_device_limited():
     torch.testing.assert_close(dense(*ours[:2]), dense(weights, index))
 
 
-@pytest.mark.parametrize("router_type", TOKEN_CHOICE)
-def test_gradient_equals_finite_differences(router_type):
-    logits = torch.randn(5, E, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda x: route(x, router_type, K, norm_topk_prob=True).weights_TK, logits)
+@pytest.mark.parametrize("router_type", [name for name in ROUTERS if name != "hash"])
+@pytest.mark.parametrize("training", [False, True], ids=["", "training"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_gradient_equals_finite_differences(router_type, training, masked):
+    """Of the weights, with the choice, the draws and what is dropped held still. (A hash has no gradient.)"""
+    logits = torch.randn(7, E, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([1, 1, 0, 1, 1, 1, 0]) if masked else None
+
+    def weights(x):
+        torch.manual_seed(0)
+        top_k = 2 if router_type == "gshard" else K
+        return route(x, router_type, top_k, training, mask, norm_topk_prob=True, expert_capacity_factor=1.0).weights_TK
+
+    torch.autograd.gradcheck(weights, logits)
 
 
 @pytest.mark.parametrize("router_type", TOKEN_CHOICE)
