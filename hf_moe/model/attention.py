@@ -37,6 +37,31 @@ def eager_attention(
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention that `attn_implementation` names: output [B, S, H, d] and, from eager, the probabilities."""
+    config = module.config
+    implementation = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
+    return implementation(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=config.attention_dropout if module.training else 0.0,
+        scaling=module.scaling,
+        sliding_window=module.sliding_window,
+        softcap=config.attn_logit_softcapping,
+        **kwargs,
+    )
+
+
 class HfMoeAttention(nn.Module):
     """Attention with num_key_value_heads from 1 (MQA) to num_attention_heads (MHA)."""
 
@@ -88,17 +113,5 @@ class HfMoeAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, probabilities = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            softcap=self.config.attn_logit_softcapping,
-            **kwargs,
-        )
+        output, probabilities = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.flatten(-2).contiguous()), probabilities

@@ -9,9 +9,8 @@ import math
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import eager_attention
+from .attention import attend
 from .configuration_hf_moe import HfMoeConfig
 from .growing_layer import grow_in_place
 from .rms_norm import HfMoeRMSNorm
@@ -127,19 +126,7 @@ class HfMoeLatentAttention(nn.Module):
         expanded = expanded.view(*expanded.shape[:-1], -1, sum(sizes)).transpose(1, 2)
         key_nope, value = expanded.split(sizes, dim=-1)
         key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        return attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            softcap=self.config.attn_logit_softcapping,
-            **kwargs,
-        )
+        return attend(self, query, key, value, attention_mask, **kwargs)
 
     def up_projections(self) -> torch.Tensor | None:
         """The weight [H (d_nope + d_v), r] of kv_b_proj, or None where a product with it is not all that layer does.

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.integrations.moe import _grouped_linear
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import eager_attention
+from .attention import attend
 from .configuration_hf_moe import HfMoeConfig
 from .rms_norm import HfMoeRMSNorm
 from .rotary import rotate
@@ -114,19 +113,7 @@ class HfMoeMixtureOfHeads(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, probabilities = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            softcap=self.config.attn_logit_softcapping,
-            **kwargs,
-        )
+        output, probabilities = attend(self, query, key, value, attention_mask, **kwargs)
         heads = output.reshape(*output.shape[:-2], -1, top_k, self.head_dim).transpose(-3, -2)
         heads = heads.reshape(len(experts), -1)  # [T K, H_kv d]
         output = linear(heads, experts, self.o_experts).view(*weights.shape, -1)  # [T, K, D]
