@@ -182,6 +182,7 @@ def save(trainer: MoeSFTTrainer) -> None:
     aside = output / ".incomplete"
     if trainer.args.should_save:
         shutil.rmtree(aside, ignore_errors=True)
+    trainer.model.config.use_cache = True  # the Trainer turned it off for training, and would save that
     trainer.save_model(str(aside), _internal_call=True)
     if trainer.args.should_save:
         (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and nothing that the recipe does not say

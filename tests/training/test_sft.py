@@ -65,6 +65,7 @@ def test_rows_without_conversations_train(command, tmp_path, row):
     metrics = run(*parse_sft(command("--max_steps", "2", data=data)))
     assert metrics["train_loss"] > 0 and (tmp_path / "out" / "model.safetensors").is_file()
     assert not list((tmp_path / "out").glob("*.bin"))  # no pickle beside the model
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is True
 
 
 def test_shared_stories(command, shared_data, tmp_path):
