@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import MtpCache
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 from transformers.modeling_layers import MtpModel
 
 from hf_moe.model.speculation import Drafter, HfMoeSpeculativeOutput, verify
@@ -360,6 +361,44 @@ def test_greedy_text_is_that_of_plain_decoding(half_learned, cache, batch):
     assert int(out.past_key_values.get_seq_length()) == 29
     chosen = torch.stack([scores.argmax(-1) for scores in out.scores], dim=1)
     assert torch.equal(chosen, expected[:, 7:])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_drafts_are_accepted_where_training_would_count_them_right(half_learned, batch):
+    """Acceptance equals the agreement of modules and head over the finished text, as training computes both."""
+    model, ids, mask = half_learned, sequences(3, 7, seed=97)[-batch:], torch.ones(batch, 7, dtype=torch.long)
+    if batch > 1:
+        mask[0, :3] = 0
+    penalty = RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=7 - mask.sum(-1))
+    options = {"attention_mask": mask, "max_new_tokens": 40, "repetition_penalty": 1.5, **GREEDY}
+    out = model.generate(ids, use_mtp=True, return_dict_in_generate=True, **options)
+    text, end = out.sequences, out.sequences.shape[1]
+    mask = nn.functional.pad(mask, (0, 40), value=1)
+    with torch.no_grad():
+        outputs = model.model(
+            text,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+            output_mtp_hidden_states=True,
+            use_cache=False,
+        )
+        ahead = [model.project(hidden_states) for hidden_states in outputs.mtp_hidden_states]
+        of_head = model.project(outputs.last_hidden_state)
+
+    def choice(logits, entry, place):
+        return penalty(text[:, :place], logits[:, entry]).argmax(-1)
+
+    assert all(torch.equal(choice(of_head, place - 1, place), text[:, place]) for place in range(7, end))
+    known, drafted, accepted, passes = 8, 0, 0, 1  # the prompt's pass gives one token, without drafts
+    while known < end:
+        count = min(len(ahead), end - known - 1)
+        # Module k, at the last entry that reads a known token or k - 1 drafts, predicts place known + k - 1.
+        right = [choice(ahead[k], known - 2, known + k) == text[:, known + k] for k in range(count)]
+        matches = torch.stack([torch.ones(batch, dtype=torch.bool), *right]).cumprod(dim=0).sum(dim=0) - 1
+        drafted, accepted, passes = drafted + batch * count, accepted + int(matches.sum()), passes + 1
+        known += int(matches.min()) + 1
+    assert batch == 1 or 0 < accepted < drafted  # the test means little where drafts are all wrong or all right
+    assert (out.drafted_tokens, out.accepted_tokens, out.forward_passes) == (drafted, accepted, passes)
 
 
 @pytest.mark.parametrize("padding", [0, 2])
