@@ -79,7 +79,10 @@ def export(
     src: Source,
     dst: Output,
     to: Annotated[str, typer.Option(metavar="FAMILY", help="The family to write, such as mixtral or deepseek_v3.")],
-    layout: Annotated[str, typer.Option(help="How experts are stored: per-expert or fused.")] = "per-expert",
+    layout: Annotated[
+        str | None,
+        typer.Option(help="How experts are stored: per-expert or fused; default: as released."),
+    ] = None,
     drop_mtp: DropMtp = False,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,

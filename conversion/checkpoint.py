@@ -171,6 +171,10 @@ class Checkpoint:
         """The tensor as a read-only view of the mapped file: read when touched, never copied, not to be written to."""
         return self.view(self.entries[name], self.file_of[name])
 
+    def part(self, name: str, index: int, count: int) -> torch.Tensor:
+        """Part `index` of the tensor, cut along its first axis into `count` equal ones."""
+        return self.tensor(name).unflatten(0, (count, -1))[index]
+
     def view(self, entry: Entry, file: str) -> torch.Tensor:
         """The bytes of `entry` in `file` as a tensor."""
         if not entry.nbytes:

@@ -2,10 +2,9 @@
 
 import math
 import reprlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -13,7 +12,8 @@ from transformers import PreTrainedConfig
 from ..model.configuration_hf_moe import HfMoeConfig
 from .computation import READ_IF, TRAINING_FIELDS, computation, respelled
 from .families import FAMILIES, Family
-from .families.family import EXPERT, Rows, same
+from .families.family import same
+from .families.regions import Region
 from .output import convert, count_parameters
 from .source import built, open_source
 from .writer import Output, check_destination
@@ -27,7 +27,7 @@ def export_checkpoint(
     dst: str | Path,
     *,
     to: str,
-    layout: str = "per-expert",
+    layout: str | None = None,
     drop_mtp: bool = False,
     max_shard_size: int | str = "5GB",
     dry_run: bool = False,
@@ -37,9 +37,10 @@ def export_checkpoint(
     """Turn an hf_moe checkpoint into one of a family of `FAMILIES`, with the same weights, bit for bit.
 
     src: a folder with an hf_moe checkpoint, or a Hub id. dst: a folder that does not exist or is empty. to: a key of
-    `FAMILIES`. layout: "per-expert" (a tensor for each expert and projection, as released) or "fused" (as Transformers
-    5 has them in memory). drop_mtp: leave out the layers for multi-token prediction. dry_run: plan and report, write
-    nothing. verify: compare the logits of Transformers' own class with hf_moe's; refused where there is none.
+    `FAMILIES`. layout: "per-expert" (a tensor for each expert and projection) or "fused" (tensors of all experts),
+    where the family has both; None: as its models were released. drop_mtp: leave out the layers for multi-token
+    prediction. dry_run: plan and report, write nothing. verify: compare the logits of Transformers' own class with
+    hf_moe's; refused where there is none.
 
     Returns a report that can be written as JSON: total_params, active_params, disk_bytes, output, training_fields
     (those that only training reads and the family has no place for) and, from `verify`, max_abs_diff and its
@@ -49,6 +50,7 @@ def export_checkpoint(
     if to not in FAMILIES:
         raise ValueError(f"to={to!r} is no family that hf_moe writes; it writes {', '.join(FAMILIES)}.")
     family = FAMILIES[to]
+    layout = layout or next(iter(family.layouts))
     if layout not in family.layouts:
         raise ValueError(f"layout {layout!r} is unknown to {to}; it can be {' or '.join(family.layouts)}.")
     ignored = (r"model\.mtp_layers\..+",) if drop_mtp else ()
@@ -58,8 +60,7 @@ def export_checkpoint(
         config.num_mtp_layers = 0
     exported, training_fields = family_config(family, config)
     outputs = source.outputs(config)
-    rows = {**family.tensors, **family.layouts[layout]}
-    parts = [part for output in outputs.values() for part in split(output, family, rows, config)]
+    parts = rearranged(outputs, family.regions({x.name: x.shape for x in outputs.values()}, layout, config))
     copies = [outputs[name]._replace(name=copy) for copy, name in family.copies(config).items() if name in outputs]
     if verify and not dry_run and family.own_config:
         raise ValueError(
@@ -118,16 +119,46 @@ def equal(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=1e-9) if numbers else a == b  # a coefficient times K, divided by K
 
 
-def split(output: Output, family: Family, rows: Rows, config: HfMoeConfig) -> list[Output]:
-    """The family's tensors whose rows, one after the other, are those of `output`."""
-    names = family.sources(output.name, rows, config)
-    if not any(EXPERT in name for name in family.row(output.name, rows, config)):
-        (name,) = names
-        return [output._replace(name=name)]
-    shape = (math.prod(output.shape[:-1]) // len(names), output.shape[-1])
+class Place(NamedTuple):
+    """What belongs into a region: part `index` of `count` equal ones of an hf_moe tensor."""
 
-    def piece(index: int) -> Iterator[torch.Tensor]:
-        (whole,) = output.pieces()  # a view of the file
-        yield whole.reshape(len(names), *shape)[index]
+    region: Region
+    output: Output
+    index: int
+    count: int
 
-    return [Output(name, output.dtype, shape, lambda index=index: piece(index)) for index, name in enumerate(names)]
+    def read(self) -> torch.Tensor:
+        (whole,) = self.output.pieces()  # a view of the file
+        return whole.view(self.count, -1)[self.index]
+
+
+def rearranged(outputs: dict[str, Output], regions: dict[str, list[Region]]) -> list[Output]:
+    """The family's tensors, in which the hf_moe tensors `outputs` lie in `regions`."""
+    blocks: dict[str, dict[int, list[Place]]] = {}
+    for target, parts in regions.items():
+        for index, region in enumerate(parts):
+            place = Place(region, outputs[target], index, len(parts))
+            blocks.setdefault(region.name, {}).setdefault(region.block, []).append(place)
+    return [rearranged_tensor(name, list(found.values())) for name, found in blocks.items()]
+
+
+def rearranged_tensor(name: str, blocks: list[list[Place]]) -> Output:
+    first = blocks[0][0]
+    for place in blocks[0]:
+        if place.output.dtype != first.output.dtype:
+            raise ValueError(
+                f"{place.output.name} is {place.output.dtype}, but {first.output.name} is {first.output.dtype}; they "
+                f"become one tensor, {name}."
+            )
+    return Output(name, first.output.dtype, first.region.shape, lambda: map(filled, blocks))
+
+
+def filled(places: list[Place]) -> torch.Tensor:
+    """One block: a view of the file where that will do."""
+    if len(places) == 1 and places[0].region.is_block:
+        return places[0].read()
+    block = torch.empty(places[0].region.block_shape, dtype=places[0].output.dtype)
+    for place in places:
+        region = place.region.of(block)
+        region.copy_(place.read().view(region.shape))
+    return block

@@ -1,6 +1,5 @@
 """Opening the checkpoint that a conversion starts from: its family, its config, its tensors and its origin."""
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -18,6 +17,7 @@ from .block_fp8 import BlockFP8Checkpoint, block_size
 from .checkpoint import Checkpoint, read_json
 from .families import DENSE_FAMILIES, FAMILIES, Family
 from .families.family import mtp_prefix
+from .families.regions import Region
 from .writer import Output
 
 # Files beside the weights that go along unchanged. A README does not: it describes the other model.
@@ -97,12 +97,12 @@ class Source:
         """
         shapes = tensor_shapes(config)
         entries = self.checkpoint.entries
-        sources = self.family.match(list(shapes), entries, config)
-        used = {name for names in sources.values() for name in names}
+        regions = self.family.match(shapes, entries, config)
+        used = {region.name for parts in regions.values() for region in parts}
         for name in entries:
             if name not in used and not any(re.fullmatch(p, name) for p in self.ignored_tensors):
                 self._accept_left_over(name, config)
-        return {name: self._output(name, shapes[name], names) for name, names in sources.items()}
+        return {name: self._output(name, shapes[name], parts) for name, parts in regions.items()}
 
     def _accept_left_over(self, name: str, config: HfMoeConfig) -> None:
         """What is stored twice, as a tied head may be, must be the same twice. Anything else is refused."""
@@ -119,22 +119,23 @@ class Source:
             f"The checkpoint holds {name}, which a {self.family.model_type} with this config does not use."
         )
 
-    def _output(self, name: str, shape: tuple[int, ...], sources: list[str]) -> Output:
-        entries = [self.checkpoint.entries[source] for source in sources]
-        first = entries[0]
-        if first.dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"{sources[0]} is {first.dtype}: without a quantization_config hf_moe reads floats only.")
-        for source, entry in zip(sources, entries, strict=True):
-            if entry.dtype != first.dtype:
+    def _output(self, name: str, shape: tuple[int, ...], regions: list[Region]) -> Output:
+        first = regions[0].name
+        dtype = self.checkpoint.entries[first].dtype
+        if dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"{first} is {dtype}: without a quantization_config hf_moe reads floats only.")
+        for region in regions:
+            entry = self.checkpoint.entries[region.name]
+            if entry.dtype != dtype:
+                raise ValueError(f"{region.name} is {entry.dtype}, but {first} is {dtype}; they become one tensor.")
+            if entry.shape != region.shape:
                 raise ValueError(
-                    f"{source} is {entry.dtype}, but {sources[0]} is {first.dtype}; they become one tensor."
+                    f"{region.name} has shape {list(entry.shape)}, but the config calls for {list(region.shape)}."
                 )
-            # The matrices of single experts lie one after the other in a tensor of all experts.
-            stacked = len(shape) == 3 and len(entry.shape) == 2
-            rows = (math.prod(shape[:-1]) // len(sources), shape[-1]) if stacked else shape
-            if entry.shape != rows:
-                raise ValueError(f"{source} has shape {list(entry.shape)}, but the config calls for {list(rows)}.")
-        return Output(name, first.dtype, shape, lambda: map(self.checkpoint.tensor, sources))
+        return Output(name, dtype, shape, lambda: map(self._read, regions))
+
+    def _read(self, region: Region) -> torch.Tensor:
+        return region.of(self.checkpoint.part(region.name, region.block, region.blocks))
 
 
 def tensor_shapes(config: HfMoeConfig) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...model.configuration_hf_moe import HfMoeConfig
+from .regions import Region, Row, Rows, Stacked, regions
 
 
 class Computed(NamedTuple):
@@ -22,11 +23,6 @@ class Computed(NamedTuple):
     reads: tuple[str, ...]
     value: Callable[[PreTrainedConfig], Any]
     inverse: Callable[[HfMoeConfig], dict[str, Any]] = lambda config: {}  # another row gives them
-
-
-Rows = Mapping[str, tuple[str, ...]]  # hf_moe tensor -> the tensors whose rows, one after the other, are its rows
-
-EXPERT = "{expert}"
 
 
 class MultiToken(NamedTuple):
@@ -51,7 +47,7 @@ class Family:
     neutral: fields that do not change what the model computes, or that its config class folds into others.
     undeclared: fields that the family's code reads although its config class does not declare them.
     tensors: rows for the names that differ; {layer} is one layer's index. A name without a row stays as it is.
-    layouts: further rows, by how the experts are stored. {expert} in a name runs over all experts.
+    layouts: further rows, by how the experts are stored, the released one first. {expert} runs over all experts.
     ignored_tensors: patterns of tensors that old checkpoints hold and Transformers computes anew.
     mtp: how the layers for multi-token prediction are stored.
     own_config: the config class and the model's class name of a family that Transformers lacks.
@@ -124,21 +120,26 @@ class Family:
         begin = next((begin for begin in self.mtp.tensors if name.startswith(begin)), "")
         return f"{mtp_prefix(config, int(found[1]))}{self.mtp.tensors.get(begin, '')}{name.removeprefix(begin)}"
 
-    def row(self, target: str, rows: Rows, config: HfMoeConfig) -> tuple[str, ...]:
+    def row(self, target: str, rows: Rows, config: HfMoeConfig) -> Row:
         """The row of the hf_moe tensor `target`, with its layer's index in the names."""
         target = self.stored_name(target, config)
         layer = re.search(r"\.layers\.(\d+)\.", target)
         if layer is None:
             return rows.get(target, (target,))
         pattern = target.replace(layer[0], ".layers.{layer}.", 1)
-        return tuple(name.replace("{layer}", layer[1]) for name in rows.get(pattern, (pattern,)))
 
-    def sources(self, target: str, rows: Rows, config: HfMoeConfig) -> list[str]:
-        """The family's tensors whose rows, one after the other, are those of the hf_moe tensor `target`."""
-        names = self.row(target, rows, config)
-        if not any(EXPERT in name for name in names):
-            return list(names)
-        return [name.replace(EXPERT, str(expert)) for expert in range(config.num_experts) for name in names]
+        def filled(part: str | Stacked) -> str | Stacked:
+            named = isinstance(part, Stacked)
+            return part._replace(name=filled(part.name)) if named else part.replace("{layer}", layer[1])
+
+        return tuple(map(filled, rows.get(pattern, (pattern,))))
+
+    def regions(
+        self, shapes: Mapping[str, tuple[int, ...]], layout: str, config: HfMoeConfig
+    ) -> dict[str, list[Region]]:
+        """Where each hf_moe tensor of `shapes` lies in the family's tensors."""
+        rows = {**self.tensors, **self.layouts[layout]}
+        return regions(shapes, lambda target: self.row(target, rows, config), config.num_experts)
 
     def copies(self, config: HfMoeConfig) -> dict[str, str]:
         """Tensors that the family stores twice: the name of the copy, and of what it repeats."""
@@ -147,22 +148,21 @@ class Family:
         prefixes = [mtp_prefix(config, index) for index in range(config.num_mtp_layers)]
         return {f"{prefix}{copy}": name for prefix in prefixes for copy, name in self.mtp.copies.items()}
 
-    def match(self, targets: list[str], available: Container[str], config: HfMoeConfig) -> dict[str, list[str]]:
-        """For each hf_moe tensor, its sources among the `available` names, in whichever layout they are stored.
+    def match(
+        self, shapes: Mapping[str, tuple[int, ...]], available: Container[str], config: HfMoeConfig
+    ) -> dict[str, list[Region]]:
+        """Where each hf_moe tensor of `shapes` lies, in whichever layout the `available` names show.
 
         Raises a ValueError that names the first missing tensor.
         """
-        layouts = [
-            {name: self.sources(name, {**self.tensors, **rows}, config) for name in targets}
-            for rows in self.layouts.values()
-        ]
+        layouts = [self.regions(shapes, layout, config) for layout in self.layouts]
         # The layout in which the files have most of what is called for is the one that was meant.
-        meant = max(layouts, key=lambda sources: sum(n in available for names in sources.values() for n in names))
-        missing = [name for names in meant.values() for name in names if name not in available]
+        meant = max(layouts, key=lambda found: sum(x.name in available for parts in found.values() for x in parts))
+        missing = dict.fromkeys(x.name for parts in meant.values() for x in parts if x.name not in available)
         if not missing:
             return meant
         raise ValueError(
-            f"The checkpoint lacks {missing[0]}, which its config calls for ({len(missing)} tensors "
+            f"The checkpoint lacks {next(iter(missing))}, which its config calls for ({len(missing)} tensors "
             f"missing of the {self.model_type} family)."
         )
 
