@@ -254,7 +254,8 @@ class HfMoePreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = torch.utils.checkpoint.checkpoint, **kwargs
     ):
-        reentrant = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
+        # PyTorch's default is True; Transformers fills in False only where no argument at all is given.
+        reentrant = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
         if enable and reentrant and self.active_losses():
             raise ValueError(
                 f"use_reentrant=True would cut {', '.join(self.active_losses())} off from the router; use "

@@ -90,10 +90,11 @@ def test_checkpointing_changes_no_gradient():
         torch.testing.assert_close(gradients(model)[name], gradient)
 
 
-def test_reentrant_checkpointing_is_refused_where_it_would_drop_the_balance_loss():
+@pytest.mark.parametrize("kwargs", [{"use_reentrant": True}, {"preserve_rng_state": True}], ids=["named", "default"])
+def test_reentrant_checkpointing_is_refused_where_it_would_drop_the_balance_loss(kwargs):
     with pytest.raises(ValueError, match="use_reentrant=True would cut router_aux_loss_coef off"):
-        tiny_model().gradient_checkpointing_enable({"use_reentrant": True})
-    tiny_model(router_aux_loss_coef=0.0).gradient_checkpointing_enable({"use_reentrant": True})
+        tiny_model().gradient_checkpointing_enable(kwargs)
+    tiny_model(router_aux_loss_coef=0.0).gradient_checkpointing_enable(kwargs)
 
 
 def test_the_selection_bias_survives_a_change_of_dtype():
