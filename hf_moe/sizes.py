@@ -77,8 +77,9 @@ def attention_flops(config: HfMoeConfig, context: int) -> Iterator[int]:
         per_key = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     else:
         per_key = 2 * config.head_dim
+    windows = {"sliding_attention": config.sliding_window, "chunked_attention": config.attention_chunk_size}
     for kind in config.layer_types:
-        seen = context if kind == "full_attention" else min(context, config.sliding_window)
+        seen = min(context, windows.get(kind, context))
         yield 2 * config.num_attention_heads * per_key * seen
 
 

@@ -3,14 +3,22 @@
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_hf_moe import HfMoeConfig
-from .rms_norm import HfMoeRMSNorm
+from .norms import l2_norm, make_norm
 from .rotary import rotate
 
-MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+MASKS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+    "chunked_attention": create_chunked_causal_mask,
+}
 
 
 def eager_attention(
@@ -22,9 +30,13 @@ def eager_attention(
     scaling: float,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T * scaling + mask) v: the definition. Query [B, H, S, d], key and value [B, H_kv, S_kv, d]."""
+    """softmax(q k^T * scaling + mask) v: the definition. Query [B, H, S, d], key and value [B, H_kv, S_kv, d].
+
+    Of the sinks `s_aux` [H] each is one more logit in its head's softmax, whose probability goes nowhere.
+    """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     scores = query @ key.transpose(-1, -2) * scaling
@@ -32,7 +44,10 @@ def eager_attention(
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
-    probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[-2]]
     probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
@@ -62,6 +77,24 @@ def attend(
     )
 
 
+def attention_scaling(config: HfMoeConfig) -> float:
+    """What q k^T is multiplied by."""
+    return config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+
+
+def temperature(position_ids: torch.Tensor, config: HfMoeConfig) -> torch.Tensor:
+    """1 + attn_scale ln(1 + floor((p + 1) / floor_scale)) for queries without RoPE: [B, 1, S, 1] of p [B, S].
+
+    Llama 4's form of the scalable softmax, https://arxiv.org/abs/2501.19399.
+    """
+    steps = torch.floor((position_ids.float() + 1) / config.floor_scale)
+    return (1 + config.attn_scale * torch.log1p(steps))[:, None, :, None]
+
+
+def has_rope(config: HfMoeConfig, layer_idx: int) -> bool:
+    return config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+
+
 class HfMoeAttention(nn.Module):
     """Attention with num_key_value_heads from 1 (MQA) to num_attention_heads (MHA)."""
 
@@ -73,10 +106,11 @@ class HfMoeAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        self.scaling = attention_scaling(config)
         self.is_causal = True
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
+        self.has_rope = has_rope(config, layer_idx)
 
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
@@ -84,10 +118,11 @@ class HfMoeAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-        if config.qk_norm is not None:
+        if config.qk_norm in ("head", "projection"):
             per_head = config.qk_norm == "head"
-            self.q_norm = HfMoeRMSNorm(config.head_dim if per_head else query_size, config.rms_norm_eps)
-            self.k_norm = HfMoeRMSNorm(config.head_dim if per_head else key_size, config.rms_norm_eps)
+            self.q_norm = make_norm(config, config.head_dim if per_head else query_size)
+            self.k_norm = make_norm(config, config.head_dim if per_head else key_size)
+        self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
 
     def forward(
         self,
@@ -108,10 +143,17 @@ class HfMoeAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
 
-        query = rotate(query, *position_embeddings, interleaved=self.config.rope_interleave)
-        key = rotate(key, *position_embeddings, interleaved=self.config.rope_interleave)
+        if self.has_rope:
+            query = rotate(query, *position_embeddings, interleaved=self.config.rope_interleave)
+            key = rotate(key, *position_embeddings, interleaved=self.config.rope_interleave)
+            if self.config.qk_norm == "l2":
+                query, key = (l2_norm(x, self.config.rms_norm_eps) for x in (query, key))
+        elif self.config.attn_temperature_tuning:
+            query = query * temperature(kwargs["position_ids"], self.config).to(query.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
+        if self.sinks is not None:
+            kwargs["s_aux"] = self.sinks
         output, probabilities = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.flatten(-2).contiguous()), probabilities

@@ -23,16 +23,29 @@ class HfMoeConfig(PreTrainedConfig):
 
     Sizes
         vocab_size, hidden_size, intermediate_size (of dense MLPs), num_hidden_layers, max_position_embeddings.
+    Blocks
+        norm_type ("rms_norm", or "layer_norm" without a bias, as in DBRX; both with rms_norm_eps),
+        rms_norm_unit_offset (multiply by 1 + weight, in float32, as in Gemma), layer_norm_placement ("pre": on the
+        input of attention and MLP; "post": on their output, as in OLMo-2; "sandwich": on both, as in Gemma 2),
+        embedding_multiplier (of the embeddings), residual_multiplier (of what attention and MLP add), logits_scaling
+        (the logits are divided by it), as in Granite.
     Attention
         attention_type ("gqa", "mla" for latent attention, or "moa" for a mixture of heads), num_attention_heads,
         num_key_value_heads (equal: MHA; 1: MQA; between: GQA), head_dim (default hidden_size / num_attention_heads),
         attention_bias (on q, k and v), attention_output_bias (on o),
-        qk_norm ("head": RMSNorm over each head, as in Qwen3; "projection": over all heads at once, as in OLMoE),
+        attention_multiplier (of q k^T; default head_dim^-0.5; Gemma: query_pre_attn_scalar^-0.5),
+        qk_norm ("head": a norm over each head, as in Qwen3; "projection": over all heads at once, as in OLMoE; "l2":
+        an RMSNorm without weight over each head after RoPE, on the layers that have it, as in Llama 4),
         clip_qkv (clamp q, k and v to +-clip_qkv), attn_logit_softcapping and final_logit_softcapping
-        (x -> cap tanh(x / cap), Gemma 2), layer_types ("full_attention" or "sliding_attention" per layer; default:
-        sliding everywhere if sliding_window is set, else full), sliding_window, rope_parameters (any RoPE type of
-        Transformers; "partial_rotary_factor" rotates only the first part of a head), rope_interleave (RoPE pairs
-        dimensions 2i and 2i + 1, as DeepSeek and GPT-J do, else i and i + d / 2).
+        (x -> cap tanh(x / cap), Gemma 2), attention_sinks (a learned logit a head that takes part in the softmax and
+        attends to nothing, as in gpt-oss), layer_types ("full_attention", "sliding_attention" or "chunked_attention"
+        per layer; default: sliding everywhere if sliding_window is set, else full), sliding_window,
+        attention_chunk_size (chunked: only within the own one of chunks of so many tokens, as in Llama 4),
+        rope_parameters (any RoPE type of Transformers; "partial_rotary_factor" rotates only the first part of a head;
+        or one such dict a layer type, as in Gemma 3), rope_interleave (RoPE pairs dimensions 2i and 2i + 1, as
+        DeepSeek and GPT-J do, else i and i + d / 2), no_rope_layers (per layer 1 where it has RoPE and 0 where not, as
+        in SmolLM3 and Llama 4; default: all have it), attn_temperature_tuning (queries of layers without RoPE are
+        multiplied by 1 + attn_scale ln(1 + floor((position + 1) / floor_scale)), as in Llama 4).
     Latent attention (attention_type "mla", DeepSeek-V2)
         kv_lora_rank and q_lora_rank (ranks of the latents; q_lora_rank None: full-rank queries), qk_nope_head_dim and
         qk_rope_head_dim (the parts of a query or key without and with RoPE; head_dim is the latter), v_head_dim.
@@ -48,7 +61,9 @@ class HfMoeConfig(PreTrainedConfig):
         or "sparse" per layer; default: all sparse), num_experts (routed experts E), num_experts_per_tok (K),
         moe_intermediate_size (of one routed expert; default intermediate_size), n_shared_experts,
         shared_expert_intermediate_size (of one shared expert; default moe_intermediate_size), shared_expert_gate
-        (multiply the shared experts' output by sigmoid(w x), as in Qwen2-MoE).
+        (multiply the shared experts' output by sigmoid(w x), as in Qwen2-MoE), experts_swiglu_limit and
+        experts_swiglu_alpha (routed experts' activation (up + 1) * gate * sigmoid(alpha gate), both clamped to the
+        limit, as in gpt-oss), expert_input_scaling (an expert's weight multiplies its input, as in Llama 4).
     Routing
         router_type (a key of `routing.ROUTERS`), router_args (that router's own arguments, see `routing.py`),
         norm_topk_prob (weights of the K chosen experts sum to 1), routed_scaling_factor (multiplies them),
@@ -82,6 +97,12 @@ class HfMoeConfig(PreTrainedConfig):
     num_hidden_layers: int = 16
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
+    rms_norm_unit_offset: bool = False
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    layer_norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    embedding_multiplier: float | int = 1.0
+    residual_multiplier: float | int = 1.0
+    logits_scaling: float | int = 1.0
     tie_word_embeddings: bool = False
 
     attention_type: Literal["gqa", "mla", "moa"] = "gqa"
@@ -91,14 +112,21 @@ class HfMoeConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_output_bias: bool = False
     attention_dropout: float | int = 0.0
-    qk_norm: Literal["head", "projection"] | None = None
+    attention_multiplier: float | int | None = None
+    attention_sinks: bool = False
+    qk_norm: Literal["head", "projection", "l2"] | None = None
     clip_qkv: float | int | None = None
     attn_logit_softcapping: float | int | None = None
     final_logit_softcapping: float | int | None = None
     layer_types: list[str] | None = None
     sliding_window: int | None = None
+    attention_chunk_size: int | None = None
     rope_parameters: dict | None = None
     rope_interleave: bool = False
+    no_rope_layers: list[int] | None = None
+    attn_temperature_tuning: bool = False
+    floor_scale: int = 8192
+    attn_scale: float | int = 0.1
     q_lora_rank: int | None = None
     kv_lora_rank: int | None = None
     qk_nope_head_dim: int | None = None
@@ -118,6 +146,9 @@ class HfMoeConfig(PreTrainedConfig):
     n_shared_experts: int = 0
     shared_expert_intermediate_size: int | None = None
     shared_expert_gate: bool = False
+    experts_swiglu_limit: float | int | None = None
+    experts_swiglu_alpha: float | int = 1.702
+    expert_input_scaling: bool = False
 
     router_type: str = "softmax_topk"
     router_args: dict[str, Any] | None = None
@@ -167,6 +198,11 @@ class HfMoeConfig(PreTrainedConfig):
         return self.qk_nope_head_dim + self.qk_rope_head_dim if self.attention_type == "mla" else None
 
     @property
+    def rope_by_layer_type(self) -> bool:
+        """Whether rope_parameters hold one dict a layer type."""
+        return bool(self.nested_rope_parameter_keys(self.rope_parameters))
+
+    @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """Tensor parallelism: a style for each tensor that this configuration has (any other draws a warning)."""
         # A norm over all heads at once needs its whole input, so q, k and v are gathered from the ranks.
@@ -175,7 +211,7 @@ class HfMoeConfig(PreTrainedConfig):
         if self.attention_type == "mla":  # heads are split; every rank computes the latents and caches them
             attention = {"q_proj" if self.q_lora_rank is None else "q_b_proj": "colwise", "kv_b_proj": "colwise"}
             attention |= {"kv_a_proj_with_mqa": "mla_kv_a_proj", "o_proj": "rowwise"}
-        elif self.attention_type == "moa":  # every rank computes the attention
+        elif self.attention_type == "moa" or self.attention_sinks:  # every rank computes the attention
             attention = {}
         else:
             attention = {"q_proj": column, "k_proj": column, "v_proj": column}
@@ -213,11 +249,49 @@ class HfMoeConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})."
             )
-        unknown = sorted(set(self.layer_types) - {"full_attention", "sliding_attention"})
+        sizes = {"full_attention": None, "sliding_attention": "sliding_window"}
+        sizes["chunked_attention"] = "attention_chunk_size"
+        unknown = sorted(set(self.layer_types) - set(sizes))
         if unknown:
-            raise ValueError(f"layer_types may hold full_attention and sliding_attention, but has {unknown}.")
-        if "sliding_attention" in self.layer_types and not self.sliding_window:
-            raise ValueError(f"layer_types has sliding_attention, but sliding_window is {self.sliding_window}.")
+            raise ValueError(f"layer_types may hold {', '.join(sizes)}, but has {unknown}.")
+        for layer_type in self.layer_types:
+            size = sizes[layer_type]
+            if size and not (getattr(self, size) or 0) > 0:
+                raise ValueError(f"layer_types has {layer_type}, but {size} is {getattr(self, size)}.")
+        if {"sliding_attention", "chunked_attention"} <= set(self.layer_types):
+            raise ValueError(
+                f"layer_types has sliding_attention ({self.sliding_window}) and chunked_attention "
+                f"({self.attention_chunk_size}): Transformers' masks take one of them beside full_attention."
+            )
+
+    def validate_block(self):
+        if self.norm_type == "layer_norm" and self.rms_norm_unit_offset:
+            raise ValueError("rms_norm_unit_offset (True) needs norm_type 'rms_norm', not 'layer_norm'.")
+        if self.logits_scaling == 0:
+            raise ValueError("logits_scaling (0) divides the logits: leave it out, or give another number.")
+
+    def validate_positions(self):
+        if self.rope_by_layer_type:
+            missing = sorted(t for t in set(self.layer_types) if not self.rope_parameters.get(t))
+            if missing:
+                raise ValueError(
+                    f"rope_parameters has {sorted(self.rope_parameters)}, but layer_types has {missing[0]}, too; for "
+                    "layers without RoPE there is no_rope_layers."
+                )
+        if self.no_rope_layers is not None:
+            wrong = len(self.no_rope_layers) != self.num_hidden_layers or not set(self.no_rope_layers) <= {0, 1}
+            if wrong:
+                raise ValueError(
+                    f"no_rope_layers ({self.no_rope_layers}) must hold 1 (RoPE) or 0 (none) for each of "
+                    f"num_hidden_layers ({self.num_hidden_layers}) layers."
+                )
+        if self.attn_temperature_tuning and (self.no_rope_layers is None or 0 not in self.no_rope_layers):
+            raise ValueError(
+                f"attn_temperature_tuning (True) is for layers without RoPE, but no_rope_layers is "
+                f"{self.no_rope_layers}."
+            )
+        if self.floor_scale <= 0:
+            raise ValueError(f"floor_scale ({self.floor_scale}) must be above 0.")
 
     def validate_latent_attention(self):
         if self.attention_type != "mla":
@@ -239,9 +313,11 @@ class HfMoeConfig(PreTrainedConfig):
                 f"num_key_value_heads ({self.num_key_value_heads}) must be num_attention_heads "
                 f"({self.num_attention_heads}) in latent attention, whose latent serves every head; leave it out."
             )
-        for name in ("qk_norm", "clip_qkv"):
-            if getattr(self, name) is not None:
+        for name in ("qk_norm", "clip_qkv", "attention_multiplier", "attention_sinks", "no_rope_layers"):
+            if getattr(self, name) not in (None, False):
                 raise ValueError(f"{name} ({getattr(self, name)!r}) needs attention_type 'gqa', not 'mla'.")
+        if self.rope_by_layer_type:
+            raise ValueError(f"rope_parameters ({self.rope_parameters}) by layer type need attention_type 'gqa'.")
 
     def validate_mixture_of_heads(self):
         if self.attention_type != "moa":
@@ -258,9 +334,9 @@ class HfMoeConfig(PreTrainedConfig):
                 "router_type 'expert_choice' gives a token any number of experts, attention_type 'moa' needs "
                 f"{self.num_experts_per_tok} of them: use another router or attention_type 'gqa'."
             )
-        if self.attention_bias or self.qk_norm == "projection":
-            name = "attention_bias" if self.attention_bias else "qk_norm"
-            raise ValueError(f"{name} ({getattr(self, name)!r}) needs attention_type 'gqa', not 'moa'.")
+        for name in ("attention_bias", "qk_norm", "attention_sinks", "attn_temperature_tuning"):
+            if getattr(self, name) not in (False, None, "head"):
+                raise ValueError(f"{name} ({getattr(self, name)!r}) needs attention_type 'gqa', not 'moa'.")
 
     def validate_multi_token_prediction(self):
         for name in ("num_mtp_layers", "mtp_loss_coef"):
@@ -284,6 +360,15 @@ class HfMoeConfig(PreTrainedConfig):
                 f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {reachable} experts in topk_group "
                 f"({self.topk_group}) of n_group ({self.n_group}) groups of {self.num_experts // self.n_group}."
             )
+
+        if self.experts_swiglu_limit is not None:
+            if self.experts_swiglu_limit <= 0:
+                raise ValueError(f"experts_swiglu_limit ({self.experts_swiglu_limit}) must be above 0, or None.")
+            if not self.gated_mlp or self.hidden_act != "silu":
+                raise ValueError(
+                    f"experts_swiglu_limit ({self.experts_swiglu_limit}) needs gated_mlp and hidden_act 'silu', but "
+                    f"they are {self.gated_mlp} and {self.hidden_act!r}."
+                )
 
     def validate_router(self):
         if self.router_type not in ROUTERS:

@@ -9,9 +9,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.integrations.moe import _grouped_linear
 
-from .attention import attend
+from .attention import attend, attention_scaling, has_rope
 from .configuration_hf_moe import HfMoeConfig
-from .rms_norm import HfMoeRMSNorm
+from .norms import make_norm
 from .rotary import rotate
 from .router import HfMoeRouter
 
@@ -61,10 +61,11 @@ class HfMoeMixtureOfHeads(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads  # K
-        self.scaling = config.head_dim**-0.5
+        self.scaling = attention_scaling(config)
         self.is_causal = True
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
+        self.has_rope = has_rope(config, layer_idx)
 
         size = config.num_key_value_heads * config.head_dim
         self.gate = HfMoeRouter(config, layer_idx + config.num_hidden_layers)  # hashes unlike any MLP's
@@ -74,8 +75,7 @@ class HfMoeMixtureOfHeads(nn.Module):
         self.o_experts = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, size))
         self.o_bias = nn.Parameter(torch.empty(config.hidden_size)) if config.attention_output_bias else None
         if config.qk_norm == "head":
-            self.q_norm = HfMoeRMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = HfMoeRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.q_norm, self.k_norm = make_norm(config, config.head_dim), make_norm(config, config.head_dim)
 
     def forward(
         self,
@@ -108,8 +108,9 @@ class HfMoeMixtureOfHeads(nn.Module):
         query = query.permute(0, 3, 2, 1, 4).flatten(1, 2)  # [B, H_kv K, S, d]
         key, value = key.transpose(1, 2), value.transpose(1, 2)
 
-        query = rotate(query, *position_embeddings, interleaved=self.config.rope_interleave)
-        key = rotate(key, *position_embeddings, interleaved=self.config.rope_interleave)
+        if self.has_rope:
+            query = rotate(query, *position_embeddings, interleaved=self.config.rope_interleave)
+            key = rotate(key, *position_embeddings, interleaved=self.config.rope_interleave)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

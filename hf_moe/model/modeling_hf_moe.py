@@ -6,6 +6,7 @@ interface and must agree with it.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,12 +28,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import MASKS, HfMoeAttention
 from .balancing import LOSSES
 from .configuration_hf_moe import HfMoeConfig
+from .dispatch import HfMoeDispatch
 from .latent_attention import HfMoeLatentAttention
 from .mixture_of_heads import HfMoeMixtureOfHeads
+from .mlp import HfMoeMLP, clamped_swiglu
 from .multi_token import HfMoeMultiToken, HfMoeMultiTokenLayer, predict_ahead
+from .norms import PLACEMENTS, HfMoeUnitOffsetRMSNorm, make_norm
 from .outputs import HfMoeCausalLMOutput, HfMoeModelOutput
-from .rms_norm import HfMoeRMSNorm
-from .rotary import HfMoeRotaryEmbedding
+from .rotary import HfMoeRotaryEmbedding, HfMoeRotaryEmbeddings, position_embeddings
 from .router import HfMoeRouter
 from .router_losses import HfMoeRouterLosses
 from .routing import HASHES, ROUTERS, frequency_hash, spread
@@ -61,6 +64,9 @@ class HfMoeExperts(nn.Module):
         if config.mlp_bias:
             setattr(self, f"{self.up_name}_bias", nn.Parameter(torch.empty(self.num_experts, up_size)))
             self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim))
+        if config.experts_swiglu_limit is not None:  # else Transformers' act(gate) * up
+            limit, alpha = config.experts_swiglu_limit, config.experts_swiglu_alpha
+            self._apply_gate = partial(clamped_swiglu, limit=limit, alpha=alpha)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -85,27 +91,11 @@ class HfMoeExperts(nn.Module):
         return nn.functional.linear(hidden, self.down_proj[expert], bias("down_proj"))
 
 
-class HfMoeMLP(nn.Module):
-    """A dense feed-forward network: down(act(gate(x)) * up(x)), or down(act(up(x))) where MLPs are not gated."""
-
-    def __init__(self, config: HfMoeConfig, intermediate_size: int):
-        super().__init__()
-        if config.gated_mlp:
-            self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.gated = config.gated_mlp
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        up = self.up_proj(hidden_states)
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up if self.gated else self.act_fn(up))
-
-
 class HfMoeSparseMoeBlock(nn.Module):
     """sum_shared FFN_s(x) + sum_i g_i FFN_i(x) (DeepSeekMoE, https://arxiv.org/abs/2401.06066, eq. 9-11).
 
-    All shared experts are one MLP of their total width, which is the same sum.
+    All shared experts are one MLP of their total width, which is the same sum. With `expert_input_scaling` the weight
+    multiplies the input of an expert instead: FFN_i(g_i x).
     """
 
     def __init__(self, config: HfMoeConfig, layer_idx: int):
@@ -114,6 +104,7 @@ class HfMoeSparseMoeBlock(nn.Module):
         self.experts = HfMoeExperts(config)
         # The decorator sets one value per class; ours is per configuration.
         self.experts.has_gate, self.experts.has_bias = config.gated_mlp, config.mlp_bias
+        self.scales_input = config.expert_input_scaling
         self.shared_experts = self.shared_expert_gate = None
         if config.n_shared_experts > 0:
             width = config.n_shared_experts * config.shared_expert_intermediate_size
@@ -132,10 +123,11 @@ class HfMoeSparseMoeBlock(nn.Module):
         mask = None if token_mask is None else token_mask.reshape(-1)
         ids = None if input_ids is None else input_ids.reshape(-1)
         _, weights, index, row_token, _ = self.gate(tokens, mask, ids)
+        experts = self.scaled_inputs if self.scales_input else self.experts
         if row_token is None:
-            output = self.experts(tokens, index, weights)
+            output = experts(tokens, index, weights)
         else:
-            rows = self.experts(tokens[row_token], index, weights)
+            rows = experts(tokens[row_token], index, weights)
             output = torch.zeros_like(tokens).index_add(0, row_token, rows.to(tokens.dtype))
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens)
@@ -144,15 +136,23 @@ class HfMoeSparseMoeBlock(nn.Module):
             output = output + shared
         return output.view_as(hidden_states)
 
+    def scaled_inputs(self, tokens: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """sum_k FFN_{index_{t,k}}(weight_{t,k} x_t), [T, D]: every slot of a weight above 0 is a row."""
+        rows = (tokens.unsqueeze(1) * weights.unsqueeze(-1)).to(tokens.dtype).flatten(0, 1)  # [T K, D]
+        output = self.experts(rows, index.reshape(-1, 1), (weights != 0).to(weights.dtype).reshape(-1, 1))
+        return output.view(*weights.shape, -1).sum(dim=1)
+
 
 class HfMoeDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)), the MLP dense or sparse."""
+    """x + attention(x), then x + mlp(x), the MLP dense or sparse; norms before them, after them, or both."""
 
     def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
-        self.input_layernorm = HfMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.residual_multiplier = config.residual_multiplier
+        self.norms = PLACEMENTS[config.layer_norm_placement]
+        for name in filter(None, self.norms):
+            setattr(self, name, make_norm(config, config.hidden_size))
         self.self_attn = ATTENTIONS[config.attention_type](config, layer_idx)
-        self.post_attention_layernorm = HfMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.mlp = (
             HfMoeSparseMoeBlock(config, layer_idx) if self.sparse else HfMoeMLP(config, config.intermediate_size)
@@ -167,12 +167,20 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         routing = {"token_mask": token_mask, "input_ids": input_ids}
         heads_routing, mlp_routing = (routing if routes else {} for routes in (self.self_attn.routes, self.sparse))
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **heads_routing, **kwargs)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), **mlp_routing)
+        before_attention, after_attention, before_mlp, after_mlp = self.norms
+        attended, _ = self.self_attn(self.normed(hidden_states, before_attention), **heads_routing, **kwargs)
+        hidden_states = self.added(hidden_states, self.normed(attended, after_attention))
+        changed = self.mlp(self.normed(hidden_states, before_mlp), **mlp_routing)
+        return self.added(hidden_states, self.normed(changed, after_mlp))
+
+    def normed(self, x: torch.Tensor, name: str | None) -> torch.Tensor:
+        return x if name is None else getattr(self, name)(x)
+
+    def added(self, residual: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        return residual + (change if self.residual_multiplier == 1 else change * self.residual_multiplier)
 
 
-class HfMoePreTrainedModel(PreTrainedModel):
+class HfMoePreTrainedModel(HfMoeDispatch, PreTrainedModel):
     """What Transformers needs to know of the family: initialisation, what it supports, what it can record."""
 
     config_class = HfMoeConfig
@@ -210,13 +218,18 @@ class HfMoePreTrainedModel(PreTrainedModel):
         elif isinstance(module, HfMoeRouter):
             if module.weight is not None:
                 init.normal_(module.weight, mean=0.0, std=std)
-            for tensor in (module.noise_weight, module.baseline_weight, module.e_score_correction_bias):
+            zeros = (module.bias, module.noise_weight, module.baseline_weight, module.e_score_correction_bias)
+            for tensor in zeros:
                 if tensor is not None:
                     init.zeros_(tensor)
             if module.hash_table is not None:
                 hash_tokens = HASHES[self.config.router_args.get("hash", "random")]
                 first = hash_tokens(self.config.vocab_size, self.config.num_experts, module.seed)
                 init.copy_(module.hash_table, spread(first, self.config.num_experts_per_tok, self.config.num_experts))
+        elif isinstance(module, HfMoeUnitOffsetRMSNorm):
+            init.zeros_(module.weight)
+        elif isinstance(module, HfMoeAttention) and module.sinks is not None:
+            init.normal_(module.sinks, mean=0.0, std=std)
 
     @torch.no_grad()
     def balance_hash_tables(self, token_counts: torch.Tensor):
@@ -228,28 +241,6 @@ class HfMoePreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, HfMoeRouter) and module.hash_table is not None:
                 module.hash_table.copy_(table)
-
-    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
-        if self.config.attn_logit_softcapping is not None:
-            raise ValueError(
-                f"attn_logit_softcapping ({self.config.attn_logit_softcapping}) needs attn_implementation eager, "
-                "flex_attention or flash_attention_2: sdpa cannot cap logits."
-            )
-        return super()._sdpa_can_dispatch(is_init_check)
-
-    def _grouped_mm_can_dispatch(self) -> bool:
-        # Rows of the grouped product must be multiples of 16 bytes; where they are not, eager is the default.
-        bytes_per_value = torch.get_default_dtype().itemsize
-        sizes = {name: getattr(self.config, name) for name in ("hidden_size", "moe_intermediate_size")}
-        if self.config.attention_type == "moa":
-            sizes["num_key_value_heads times head_dim"] = self.config.num_key_value_heads * self.config.head_dim
-        for name, size in sizes.items():
-            if size * bytes_per_value % 16:
-                raise ValueError(
-                    f"{name} ({size}) in {torch.get_default_dtype()} is no multiple of 16 bytes: use "
-                    'experts_implementation="eager" or "batched_mm".'
-                )
-        return super()._grouped_mm_can_dispatch()
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = torch.utils.checkpoint.checkpoint, **kwargs
@@ -275,8 +266,9 @@ class HfMoeModel(HfMoePreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(HfMoeDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = HfMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = HfMoeRotaryEmbedding(config)
+        self.norm = make_norm(config, config.hidden_size)
+        rotary = HfMoeRotaryEmbeddings if config.rope_by_layer_type else HfMoeRotaryEmbedding
+        self.rotary_emb = rotary(config)
         self.mtp_layers = nn.ModuleList()  # a causal language model has them
         self.gradient_checkpointing = False
         self.post_init()
@@ -298,6 +290,7 @@ class HfMoeModel(HfMoePreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = self.scaled(inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -322,27 +315,32 @@ class HfMoeModel(HfMoePreTrainedModel):
 
         hidden_states = inputs_embeds
         shared = {"position_ids": position_ids, "token_mask": token_mask, "input_ids": input_ids} | kwargs
-        shared["position_embeddings"] = self.rotary_emb(hidden_states, position_ids)
+        rotary = position_embeddings(self.rotary_emb, hidden_states, position_ids, self.config.layer_types)
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],
+                position_embeddings=rotary[layer_type],
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 **shared,
             )
         hidden_states, mtp_hidden_states, mtp_masks = self.norm(hidden_states), None, None
         if output_mtp_hidden_states:
-            mask = masks[self.config.layer_types[-1]]
-            mtp_hidden_states, mtp_masks = predict_ahead(
-                self.mtp_layers, hidden_states, inputs_embeds, attention_mask=mask, **shared
-            )
+            last = self.config.layer_types[-1]
+            shared |= {"attention_mask": masks[last], "position_embeddings": rotary[last]}
+            mtp_hidden_states, mtp_masks = predict_ahead(self.mtp_layers, hidden_states, inputs_embeds, **shared)
         return HfMoeModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
             mtp_hidden_states=mtp_hidden_states,
             mtp_masks=mtp_masks,
         )
+
+    def scaled(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Embeddings times embedding_multiplier, which is rounded to their dtype first, as Gemma does."""
+        multiplier = torch.tensor(self.config.embedding_multiplier, dtype=inputs_embeds.dtype)
+        return inputs_embeds if self.config.embedding_multiplier == 1 else inputs_embeds * multiplier
 
 
 class HfMoeForCausalLM(HfMoeRouterLosses, HfMoeMultiToken, HfMoePreTrainedModel, GenerationMixin):
@@ -447,6 +445,8 @@ class HfMoeForCausalLM(HfMoeRouterLosses, HfMoeMultiToken, HfMoePreTrainedModel,
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of the head for the normed [..., D]."""
         logits, cap = self.lm_head(hidden_states), self.config.final_logit_softcapping
+        if self.config.logits_scaling != 1:
+            logits = logits / self.config.logits_scaling
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils.output_capturing import install_output_capuring_hook
 
 from .configuration_hf_moe import HfMoeConfig
-from .rms_norm import HfMoeRMSNorm
+from .norms import make_norm
 from .router import HfMoeRouter
 from .speculation import check_speculation, speculative_decoding
 
@@ -27,11 +27,11 @@ class HfMoeMultiTokenLayer(nn.Module):
     def __init__(self, config: HfMoeConfig, block_class: type[nn.Module], depth: int):
         super().__init__()
         block = block_class(config, config.num_hidden_layers - 1)
-        self.enorm = HfMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hnorm = HfMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.enorm = make_norm(config, config.hidden_size)
+        self.hnorm = make_norm(config, config.hidden_size)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.block = block
-        self.norm = HfMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = make_norm(config, config.hidden_size)
         block.self_attn.layer_idx = depth - 1  # in a cache of the modules alone
         for router in routers_of(block):
             router.seed += depth  # hashes unlike the last layer
@@ -161,10 +161,11 @@ class HfMoeMultiToken:
             raise ValueError("add_mtp_layers copies the last layer, which is quantised or not in memory.")
         if hasattr(self, "peft_config"):
             raise ValueError("add_mtp_layers copies the last layer, which has adapters: call it before adapters come.")
-        ones, hidden_size = torch.ones_like(decoder.norm.weight), self.config.hidden_size
+        like = torch.zeros_like if self.config.rms_norm_unit_offset else torch.ones_like
+        neutral, hidden_size = like(decoder.norm.weight), self.config.hidden_size
         for depth in range(len(decoder.mtp_layers) + 1, len(decoder.mtp_layers) + count + 1):
-            projection = ones.new_empty(hidden_size, 2 * hidden_size).normal_(std=self.config.initializer_range)
-            state = {"enorm.weight": ones.clone(), "hnorm.weight": ones.clone(), "eh_proj.weight": projection}
+            projection = neutral.new_empty(hidden_size, 2 * hidden_size).normal_(std=self.config.initializer_range)
+            state = {"enorm.weight": neutral.clone(), "hnorm.weight": neutral.clone(), "eh_proj.weight": projection}
             state |= {"norm.weight": decoder.norm.weight.clone()}
             state |= {f"block.{name}": tensor.clone() for name, tensor in last.state_dict().items()}
             with torch.device("meta"):

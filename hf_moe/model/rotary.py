@@ -1,5 +1,7 @@
 """Rotary position embedding, with every scaling type that Transformers knows."""
 
+import copy
+
 import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -36,6 +38,26 @@ class HfMoeRotaryEmbedding(nn.Module):
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+class HfMoeRotaryEmbeddings(nn.ModuleDict):
+    """One rotary embedding a layer type, where each type has RoPE parameters of its own (Gemma 3)."""
+
+    def __init__(self, config: HfMoeConfig):
+        super().__init__()
+        for layer_type in dict.fromkeys(config.layer_types):
+            own = copy.copy(config)
+            own.rope_parameters = config.rope_parameters[layer_type]
+            self[layer_type] = HfMoeRotaryEmbedding(own)
+
+
+def position_embeddings(
+    rotary_emb: nn.Module, x: torch.Tensor, position_ids: torch.Tensor, layer_types: list[str]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """cos and sin [B, S, rotary dim] for each of the `layer_types`."""
+    if isinstance(rotary_emb, HfMoeRotaryEmbeddings):
+        return {layer_type: rotary_emb[layer_type](x, position_ids) for layer_type in dict.fromkeys(layer_types)}
+    return dict.fromkeys(layer_types, rotary_emb(x, position_ids))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:

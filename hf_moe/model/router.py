@@ -11,7 +11,7 @@ from .routing import ROUTERS, RouterState
 
 
 class HfMoeRouter(nn.Module):
-    """Router logits x W^T, then the assignment that `router_type` names.
+    """Router logits x W^T + b, then the assignment that `router_type` names.
 
     In float32 whatever the model's dtype and under autocast (ST-MoE, https://arxiv.org/abs/2202.08906, 3.3). Returns
     logits [T, E], weights and expert indices [T, K], the token of each row where a row is not its own token's (expert
@@ -23,9 +23,11 @@ class HfMoeRouter(nn.Module):
         self.config = config
         self.router, args = ROUTERS[config.router_type], config.router_args
         self.seed = int(args.get("seed", 0)) + layer_idx  # every layer hashes differently
-        self.weight = self.noise_weight = self.baseline_weight = None
+        self.weight = self.bias = self.noise_weight = self.baseline_weight = None
         if self.router.learned:
             self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        if args.get("router_bias"):
+            self.bias = nn.Parameter(torch.zeros(config.num_experts))
         if args.get("noise"):
             self.noise_weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
         if self.router.policy:
@@ -58,8 +60,8 @@ class HfMoeRouter(nn.Module):
         return nn.functional.dropout(x, args.get("dropout", 0.0), self.training)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T; in training plus N(0, 1) softplus(x W_noise^T) (Shazeer, https://arxiv.org/abs/1701.06538, eq. 4)."""
-        logits = nn.functional.linear(x, self.weight.float())
+        """x W^T + b, in training plus N(0, 1) softplus(x W_noise^T) (https://arxiv.org/abs/1701.06538, eq. 4)."""
+        logits = nn.functional.linear(x, self.weight.float(), None if self.bias is None else self.bias.float())
         if self.noise_weight is not None and self.training:
             scale = nn.functional.softplus(nn.functional.linear(x, self.noise_weight.float()))
             logits = logits + torch.randn_like(logits) * scale

@@ -309,7 +309,9 @@ CAPACITY = {"capacity_priority": ("position", "score"), "eval_capacity_factor": 
 # noise: Shazeer's, with a learned scale; jitter: Switch's factor in [1 - eps, 1 + eps] on the router's input; dropout
 # on it.
 EXPLORATION = {"noise": (False, True), "jitter": Range(0.0, 1.0), "dropout": Range(0.0, 1.0)}
-TOKEN_CHOICE = {"selection_bias": (False, True), "group_score": tuple(GROUP_SCORES), **EXPLORATION, **CAPACITY}
+# selection_bias: moved by balancing, counts in the choice alone; router_bias: learned, part of the logits (gpt-oss).
+BIASES = {"selection_bias": (False, True), "router_bias": (False, True)}
+TOKEN_CHOICE = {**BIASES, "group_score": tuple(GROUP_SCORES), **EXPLORATION, **CAPACITY}
 
 ROUTERS: dict[str, Router] = {
     # softmax, then top-k: Switch, Grok, Qwen-MoE, OLMoE, DeepSeek V1 and V2

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, LogitsProcessorList
 
 from .attention import MASKS
+from .rotary import position_embeddings
 
 
 @dataclass
@@ -58,24 +59,26 @@ class Drafter:
         if self.hidden_states is not None:
             hidden_states = torch.cat((self.hidden_states, hidden_states), dim=1)
         known, window = ids.shape[1], slice(self.cached, ids.shape[1] - 1)
-        embeds = self.decoder.embed_tokens(ids[:, self.cached + 1 :])
-        config = self.decoder.config
+        embeds = self.decoder.scaled(self.decoder.embed_tokens(ids[:, self.cached + 1 :]))
+        config, last = self.decoder.config, self.decoder.config.layer_types[-1]
         shared = {
-            "attention_mask": MASKS[config.layer_types[-1]](
+            "attention_mask": MASKS[last](
                 config=config,
                 inputs_embeds=embeds,
                 attention_mask=None if attention_mask is None else attention_mask[:, self.start : known - 1],
                 past_key_values=self.cache,
             ),
             "position_ids": position_ids[:, window],
-            "position_embeddings": self.decoder.rotary_emb(embeds, position_ids[:, window]),
+            "position_embeddings": position_embeddings(
+                self.decoder.rotary_emb, embeds, position_ids[:, window], [last]
+            )[last],
             "token_mask": None if attention_mask is None else attention_mask[:, window],
             "past_key_values": self.cache,
         }
         chain, distributions = hidden_states, []
         for depth, layer in enumerate(self.decoder.mtp_layers[:count], start=1):
             read = ids[:, self.cached + depth :]
-            chain = layer(chain, self.decoder.embed_tokens(read), input_ids=read, **shared)
+            chain = layer(chain, self.decoder.scaled(self.decoder.embed_tokens(read)), input_ids=read, **shared)
             token, distribution = self.choose(ids, self.model.project(chain[:, -1]).float())
             ids = torch.cat((ids, token), dim=1)
             distributions.append(distribution)

@@ -1,0 +1,52 @@
+"""What of Transformers' implementations of attention and of experts a configuration rules out, and why."""
+
+import torch
+
+
+class HfMoeDispatch:
+    """The checks that a pretrained model runs before it takes an implementation."""
+
+    @property
+    def _compatible_flash_implementations(self) -> list[str] | None:
+        # The flash kernels that know attention sinks; others would leave them out without a word.
+        return ["kernels-community/vllm-flash-attn3", "flash_attention_4"] if self.config.attention_sinks else None
+
+    @property
+    def _supports_context_parallel(self) -> bool:
+        return not self.config.attention_sinks  # its attention is sdpa's
+
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        config = self.config
+        if config.attn_logit_softcapping is not None:
+            raise ValueError(
+                f"attn_logit_softcapping ({config.attn_logit_softcapping}) needs attn_implementation eager, "
+                "flex_attention or flash_attention_2: sdpa cannot cap logits."
+            )
+        if config.attention_sinks:
+            raise ValueError(
+                "attention_sinks (True) needs attn_implementation eager, flex_attention (on a GPU) or "
+                "kernels-community/vllm-flash-attn3: sdpa has no sinks."
+            )
+        return super()._sdpa_can_dispatch(is_init_check)
+
+    def _flash_attn_can_dispatch(self, flash_attn_version: int, is_init_check: bool = False) -> bool:
+        if "chunked_attention" in self.config.layer_types:
+            raise ValueError(
+                "layer_types has chunked_attention, which needs attn_implementation eager, sdpa or flex_attention: "
+                "flash attention has no chunks."
+            )
+        return super()._flash_attn_can_dispatch(flash_attn_version, is_init_check)
+
+    def _grouped_mm_can_dispatch(self) -> bool:
+        # Rows of the grouped product must be multiples of 16 bytes; where they are not, eager is the default.
+        bytes_per_value = torch.get_default_dtype().itemsize
+        sizes = {name: getattr(self.config, name) for name in ("hidden_size", "moe_intermediate_size")}
+        if self.config.attention_type == "moa":
+            sizes["num_key_value_heads times head_dim"] = self.config.num_key_value_heads * self.config.head_dim
+        for name, size in sizes.items():
+            if size * bytes_per_value % 16:
+                raise ValueError(
+                    f"{name} ({size}) in {torch.get_default_dtype()} is no multiple of 16 bytes: use "
+                    'experts_implementation="eager" or "batched_mm".'
+                )
+        return super()._grouped_mm_can_dispatch()
