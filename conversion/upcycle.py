@@ -1,8 +1,7 @@
 """Dense to mixture of experts: `upcycle`."""
 
-import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,123 +9,137 @@ from typing import Any
 import torch
 
 from .families import DENSE_FAMILIES
+from .hashing import Hashing
 from .output import convert, count_parameters
-from .source import open_source, tensor_shapes
-from .upcycling import UPCYCLERS
-from .writer import Output, check_destination
+from .source import Source, open_source, tensor_shapes
+from .staging import check_destination
+from .upcycling.plan import Plan
+from .upcycling.strategy import Strategy
+from .verify import verify as compare
+from .writer import Output
 
 # What of the dense network the rows of each expert tensor are, in order.
 EXPERT_PARTS = {
     "gate_up_proj": ("gate_proj.weight", "up_proj.weight"),
     "gate_up_proj_bias": ("gate_proj.bias", "up_proj.bias"),
+    "up_proj": ("up_proj.weight",),
+    "up_proj_bias": ("up_proj.bias",),
     "down_proj": ("down_proj.weight",),
     "down_proj_bias": ("down_proj.bias",),
 }
 
 
 def upcycle(
-    src: str | Path,
+    src: str | Path | Sequence[str | Path],
     dst: str | Path,
     *,
     experts: int,
     top_k: int,
     strategy: str = "copy",
+    granularity: int = 1,
+    shared: int = 0,
     layers: str = "all",
-    router_std: float = 0.02,
+    router_init: str | None = None,
     seed: int = 0,
     max_shard_size: int | str = "5GB",
     dry_run: bool = False,
+    resume: bool = False,
     verify: bool = True,
     progress: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """Turn a dense checkpoint into a mixture of experts, tensor by tensor (Sparse Upcycling, arXiv 2212.05055).
 
-    src: a folder with safetensors weights, or a Hub id. dst: a folder that does not exist or is empty.
-    experts, top_k: feed-forward networks in each sparse layer, and how many of them a token meets.
-    strategy: a key of `UPCYCLERS`. layers: which become sparse, "all" or such as "2-5,8", counted from 0.
-    router_std: the router's weights are drawn from N(0, router_std) with `seed`, in fp32, then rounded to the
-    checkpoint's dtype. dry_run: plan and report, write nothing. verify: compare the logits of both models.
+    src: a folder with safetensors weights, or a Hub id; several for the strategy "merge". dst: a folder that does not
+    exist or is empty. strategy: a key of `UPCYCLERS`; their files say what each does.
+    experts, top_k: feed-forward networks in each sparse layer, and how many of them a token meets; with "split" and
+    "carve" the pieces of one. granularity: cut each network into so many experts. shared: shared experts.
+    layers: which become sparse, counted from 0: "all", "all/2" for every second, "2-5,8", or "0-3=copy,4-7=drop" with
+    strategies of their own. router_init: a key of `ROUTER_INITS`; by default what the strategy calls for.
 
-    Returns a report that can be written as JSON: total_params, active_params, disk_bytes, output and, from `verify`,
-    max_abs_diff and its companions. Raises ValueError or OSError of one line; then there is no output.
+    options, of which one that nothing reads is refused:
+    router_std: root mean square of the router's weights (0.02). They are worked out in fp32 from `seed`, then rounded
+    to the checkpoint's dtype. prompts: a YAML or JSON list with the prompts of each expert. calibration: a text (.txt,
+    or .jsonl, .csv, .parquet with a column "text") that the dense model reads, in memory, before the conversion.
+    noise_scale, drop_ratio, carved, rest, domain_texts: see the strategies.
+
+    dry_run: plan and report, write nothing. resume: go on with what an interrupted call has written. verify: compare
+    the logits of both models.
+
+    Returns a report that can be written as JSON: total_params, active_params, disk_bytes, output, equal_at_step_0
+    (whether the strategy keeps the function) and, from `verify`, max_abs_diff and its companions; of a merge also
+    domains, the comparison with each source. Raises ValueError or OSError of one line; then there is no output.
     """
-    check_destination(Path(dst))
-    if strategy not in UPCYCLERS:
-        raise ValueError(f"strategy {strategy!r} is unknown; the strategies are {', '.join(UPCYCLERS)}.")
+    check_destination(Path(dst), resume)
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k ({top_k}) must be between 1 and the number of experts ({experts}).")
-    if router_std < 0:
-        raise ValueError(f"router_std ({router_std}) must not be negative.")
-    source = open_source(src, DENSE_FAMILIES)
-    num_layers = source.hf_moe_fields["num_hidden_layers"]
-    sparse = parse_layers(layers, num_layers)
-    dense = source.outputs(source.hf_moe_config(mlp_layer_types=["dense"] * num_layers))
-    config = source.hf_moe_config(
-        mlp_layer_types=["sparse" if layer in sparse else "dense" for layer in range(num_layers)],
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        router_type="topk_softmax",  # weights that sum to 1, so that equal experts give the dense output
+    sources = [open_source(name, DENSE_FAMILIES) for name in ([src] if isinstance(src, (str, Path)) else src)]
+    given = {"granularity": granularity if granularity != 1 else None, "shared": shared or None, **options}
+    plan = Plan(
+        sources,
+        experts=experts,
+        top_k=top_k,
+        strategy=strategy,
+        layers=layers,
+        router_init=router_init,
+        seed=seed,
+        given={name: value for name, value in given.items() if value is not None},
     )
-
-    def feed_forward(layer: int) -> dict[str, Output]:
-        prefix = f"model.layers.{layer}.mlp."
-        return {name.removeprefix(prefix): output for name, output in dense.items() if name.startswith(prefix)}
-
-    def router(layer: int, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        weight = torch.empty(shape).normal_(std=router_std, generator=seeded(seed, layer, "router"))
-        yield weight.to(dtype)
-
-    def expert_rows(layer: int, parts: tuple[str, ...]) -> Iterator[torch.Tensor]:
-        ffn = {part: next(iter(output.pieces())) for part, output in feed_forward(layer).items()}
-        for expert in UPCYCLERS[strategy](ffn, experts, seeded(seed, layer, "experts")):
-            for part in parts:
-                yield expert[part]
-
-    outputs = []
-    for name, shape in tensor_shapes(config).items():
-        if name in dense:
-            outputs.append(dense[name])
-            continue
-        layer, kind = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.(?:experts\.)?(.+)", name).groups()
-        dtype = feed_forward(int(layer))["down_proj.weight"].dtype
-        if kind == "gate.weight":
-            pieces = partial(router, int(layer), shape, dtype)
-        else:
-            pieces = partial(expert_rows, int(layer), EXPERT_PARTS[kind])
-        outputs.append(Output(name, dtype, shape, pieces))
-
-    arguments = {"experts": experts, "top_k": top_k, "layers": layers, "router_std": router_std}
-    return convert(
-        source,
+    config = sources[0].hf_moe_config(
+        mlp_layer_types=["sparse" if layer in plan.layers else "dense" for layer in range(plan.num_layers)],
+        router_type="topk_softmax",  # weights that sum to 1, so that equal experts give the dense output
+        **plan.sizes.config_fields(),
+    )
+    outputs = [plan_output(plan, name, shape) for name, shape in tensor_shapes(config).items()]
+    provenance = {"method": "upcycle", "strategy": plan.strategy_names, "seed": seed, "arguments": plan.arguments}
+    if len(sources) > 1 and not dry_run:
+        provenance["siblings"] = [origin(sibling) for sibling in sources[1:]]
+    report = convert(
+        sources[0],
         config,
         outputs,
         dst,
-        counts=count_parameters(outputs, config),
-        provenance={"method": "upcycle", "strategy": strategy, "seed": seed, "arguments": arguments},
+        counts=count_parameters(outputs, config) | {"equal_at_step_0": plan.exact},
+        provenance=provenance,
         max_shard_size=max_shard_size,
         dry_run=dry_run,
+        resume=resume,
         check=verify,
         progress=progress,
     )
+    if len(sources) > 1 and verify and not dry_run:
+        texts = options.get("domain_texts") or [None] * len(sources)
+        report["domains"] = [
+            {"source": source.name} | compare(source.checkpoint.folder, dst, data=text)
+            for source, text in zip(sources, texts, strict=True)
+        ]
+    return report
 
 
-def seeded(seed: int, layer: int, purpose: str) -> torch.Generator:
-    """A generator of its own for each layer and purpose, so that the order of writing does not matter."""
-    digest = hashlib.sha256(f"{seed}/{layer}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+def plan_output(plan: Plan, name: str, shape: tuple[int, ...]) -> Output:
+    """One tensor of the new model."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.(.+)", name)
+    if found is None or int(found[1]) not in plan.layers:
+        return plan.rest(name)
+    made, kind = plan.layers[int(found[1])], found[2]
+    if kind == "gate.weight":
+        pieces = partial(router_rows, plan, made)
+    elif kind.startswith("shared_experts."):
+        pieces = partial(shared_rows, made, kind.removeprefix("shared_experts."))
+    else:
+        pieces = partial(made.experts, EXPERT_PARTS[kind.removeprefix("experts.")])
+    return Output(name, made.request.dtype, shape, pieces)
 
 
-def parse_layers(spec: str, num_layers: int) -> set[int]:
-    """The layers that "all" or a list such as "2-5,8" names, counted from 0, both ends included."""
-    if spec == "all":
-        return set(range(num_layers))
-    chosen: set[int] = set()
-    for part in spec.split(","):
-        ends = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if ends is None:
-            raise ValueError(f"layers {spec!r} is not understood; write 'all' or a list such as '2-5,8'.")
-        first, last = int(ends[1]), int(ends[2] or ends[1])
-        if not first <= last < num_layers:
-            raise ValueError(f"layers {spec!r}: {part.strip()} is not within 0-{num_layers - 1}.")
-        chosen |= set(range(first, last + 1))
-    return chosen
+def router_rows(plan: Plan, strategy: Strategy) -> Iterator[torch.Tensor]:
+    yield plan.router(strategy).to(strategy.request.dtype)
+
+
+def shared_rows(strategy: Strategy, part: str) -> Iterator[torch.Tensor]:
+    yield strategy.shared(part)
+
+
+def origin(source: Source) -> dict[str, Any]:
+    """Where a sibling came from."""
+    with Hashing(source.checkpoint) as hashing:
+        return {"source": source.name, "revision": source.revision, "sha256": hashing.digests()}

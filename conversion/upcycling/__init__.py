@@ -1,19 +1,25 @@
-"""Upcycling strategies: what the experts of one layer are, given its dense feed-forward network.
+"""Upcycling: strategies that make a layer's experts out of its dense feed-forward network, one a file.
 
-A strategy takes the tensors of the dense network by name ("up_proj.weight" [I, D], ...: read-only views of the file),
-the number of experts and a seeded generator, and yields one expert after the other under the same names. It is called
-once for each tensor that is written, with the generator in the same state each time.
+A new one is a subclass of `Strategy` and an entry here.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from .carve import Carve
+from .copy import Copy
+from .drop import Drop
+from .granular import Granular
+from .merge import Merge
+from .noise import Noise
+from .shared import Shared
+from .split import Split
+from .strategy import Strategy
 
-import torch
-
-from .copy import copy
-
-FeedForward = Mapping[str, torch.Tensor]
-Strategy = Callable[[FeedForward, int, torch.Generator], Iterator[FeedForward]]
-
-UPCYCLERS: dict[str, Strategy] = {
-    "copy": copy,
+UPCYCLERS: dict[str, type[Strategy]] = {
+    "copy": Copy,
+    "noise": Noise,
+    "drop": Drop,
+    "granular": Granular,
+    "split": Split,
+    "carve": Carve,
+    "shared": Shared,
+    "merge": Merge,
 }

@@ -3,13 +3,11 @@
 With weights that sum to 1, any choice of experts gives the dense output: the model starts where the dense one stands.
 """
 
-from collections.abc import Iterator, Mapping
-
 import torch
 
+from .whole import Whole
 
-def copy(
-    ffn: Mapping[str, torch.Tensor], num_experts: int, generator: torch.Generator
-) -> Iterator[Mapping[str, torch.Tensor]]:
-    for _ in range(num_experts):
-        yield ffn
+
+class Copy(Whole):
+    def expert(self, index: int, part: str) -> torch.Tensor:
+        return self.layer.network[part]

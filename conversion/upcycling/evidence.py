@@ -1,0 +1,146 @@
+"""What the dense model makes of texts: the inputs of its feed-forward networks, from one forward pass.
+
+Shapes: T tokens, D hidden size, E experts.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers.initialization import no_init_weights
+
+from ...model.configuration_hf_moe import HfMoeConfig
+from ...model.modeling_hf_moe import HfMoeForCausalLM
+from ..tokenizer import load_tokenizer
+from ..writer import Output
+
+MAX_TOKENS = 4096  # of the calibration text
+WINDOW = 256  # tokens that are read together
+# Suffixes of row files, and what `datasets` calls them. Any other file is plain text.
+ROW_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class Evidence:
+    """The dense model on the calibration text and on the prompts, computed where first asked for.
+
+    outputs, config: the dense model in hf_moe's names. It is in memory, in float32, only while it reads.
+    """
+
+    def __init__(self, folder: Path, config: HfMoeConfig, outputs: dict[str, Output], calibration: Any, prompts: Any):
+        self._config, self._outputs = config, outputs
+        needs_tokens = calibration is not None or prompts is not None
+        self._tokenizer = load_tokenizer(folder) if needs_tokens else None
+        if needs_tokens and self._tokenizer is None:
+            raise ValueError(f"{folder.name} has no tokenizer to read {calibration or prompts} with.")
+        self._windows = [] if calibration is None else self._cut(read_texts(Path(calibration)))
+        self.prompts = [] if prompts is None else read_prompts(Path(prompts))
+
+    def inputs(self, layer: int) -> torch.Tensor:
+        """The inputs of the layer's feed-forward network at the calibration tokens: [T, D], float32."""
+        return self._text_inputs[layer]
+
+    def prompt_states(self, layer: int) -> torch.Tensor:
+        """The mean input of the layer's feed-forward network over each expert's prompts: [E, D]."""
+        return self._prompt_inputs[layer]
+
+    def prompt_embeddings(self) -> torch.Tensor:
+        """The mean token embedding of each expert's prompts: [E, D]."""
+        (table,) = self._outputs["model.embed_tokens.weight"].pieces()
+        return torch.stack([table[torch.cat(self._encode(prompts))].float().mean(dim=0) for prompts in self.prompts])
+
+    @cached_property
+    def _text_inputs(self) -> list[torch.Tensor]:
+        return [torch.cat(states) for states in zip(*self._read(self._windows), strict=True)]
+
+    @cached_property
+    def _prompt_inputs(self) -> list[torch.Tensor]:
+        windows = [(expert, ids) for expert, prompts in enumerate(self.prompts) for ids in self._encode(prompts)]
+        states = list(self._read([ids for _, ids in windows]))
+        return [
+            torch.stack(
+                [
+                    torch.cat([s[layer] for (e, _), s in zip(windows, states, strict=True) if e == expert]).mean(dim=0)
+                    for expert in range(len(self.prompts))
+                ]
+            )
+            for layer in range(self._config.num_hidden_layers)
+        ]
+
+    @torch.no_grad()
+    def _read(self, windows: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """For each window of token ids [T] the input of each layer's feed-forward network, [T, D]."""
+        with no_init_weights():
+            model = HfMoeForCausalLM._from_config(self._config, attn_implementation="eager", dtype=torch.float32)
+        state = {}
+        for name, output in self._outputs.items():
+            state[name] = torch.cat([piece.float() for piece in output.pieces()]).reshape(output.shape)
+        model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+        del state
+        seen: list[torch.Tensor] = []
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+        read = []
+        for ids in windows:
+            model.model(input_ids=ids[None], use_cache=False)
+            read.append(list(seen))
+            seen.clear()
+        return read
+
+    def _encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        encoded = [self._tokenizer(text, return_tensors="pt").input_ids[0] for text in texts]
+        for text, ids in zip(texts, encoded, strict=True):
+            if not len(ids):
+                raise ValueError(f"The prompt {text!r} has no tokens.")
+            if ids.max() >= self._config.vocab_size:
+                raise ValueError(f"The tokenizer gives token {ids.max()}, the model knows {self._config.vocab_size}.")
+        return encoded
+
+    def _cut(self, texts: Iterable[str]) -> list[torch.Tensor]:
+        """The first MAX_TOKENS tokens, in windows that do not reach over the end of a text."""
+        windows, left = [], MAX_TOKENS
+        size = min(WINDOW, self._config.max_position_embeddings)
+        for text in texts:
+            for ids in self._encode([text])[0][:left].split(size) if text.strip() else ():
+                windows.append(ids)
+                left -= len(ids)
+            if not left:
+                break
+        if not windows:
+            raise ValueError("The calibration text is empty.")
+        return windows
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a file: the column "text" of .jsonl, .json, .csv or .parquet, else the whole file as one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no calibration text {path}.")
+    if path.suffix not in ROW_FILES:
+        return [path.read_text(encoding="utf-8")]
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        rows = load_dataset(ROW_FILES[path.suffix], data_files=str(path), split="train")
+    except (DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as rows: {str(error.__cause__ or error).splitlines()[0]}") from error
+    if "text" not in rows.column_names:
+        raise ValueError(f"{path} has the columns {', '.join(rows.column_names)}; the calibration text is in text.")
+    return rows[:MAX_TOKENS]["text"]
+
+
+def read_prompts(path: Path) -> list[list[str]]:
+    """The prompts of each expert from a YAML or JSON list: a text, or a list of texts, for each."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file of prompts {path}.")
+    try:
+        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    prompts = [[entry] if isinstance(entry, str) else entry for entry in said] if isinstance(said, list) else []
+    if not prompts or not all(isinstance(e, list) and e and all(isinstance(p, str) for p in e) for e in prompts):
+        raise ValueError(f"{path} must be a list with the prompts of each expert: a text, or a list of texts.")
+    return prompts

@@ -1,0 +1,28 @@
+"""noise: copies that differ by Gaussian noise, relative to the standard deviation of each tensor.
+
+Equal experts get equal gradients wherever the router weighs them alike; a little noise sets them apart.
+"""
+
+import torch
+
+from .strategy import Request, Sizes, chunks, mean_and_std
+from .whole import Whole
+
+
+class Noise(Whole):
+    options = {"granularity": 1, "noise_scale": 0.05}
+    exact = False
+
+    @classmethod
+    def sizes(cls, request: Request) -> Sizes:
+        if not request.options["noise_scale"] > 0:
+            raise ValueError(f"noise_scale ({request.options['noise_scale']}) must be above 0; without it use copy.")
+        return super().sizes(request)
+
+    def expert(self, index: int, part: str) -> torch.Tensor:
+        dense = self.layer.network[part]
+        std = self.request.options["noise_scale"] * mean_and_std(dense)[1]
+        generator, noisy = self.layer.generator("noise", index, part), torch.empty_like(dense)
+        for source, target in zip(chunks(dense), chunks(noisy), strict=True):
+            target.copy_(source.float() + torch.empty(source.shape).normal_(std=std, generator=generator))
+        return noisy

@@ -1,0 +1,172 @@
+"""What an upcycling is going to do, checked as a whole before anything is written."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.activations import ACT2FN
+
+from ..source import Source
+from ..writer import Output
+from . import UPCYCLERS
+from .evidence import Evidence
+from .layers import parse_layers
+from .options import complete, refuse_unread
+from .router_init import ROUTER_INITS
+from .strategy import FeedForward, Layer, Request, Sizes, Strategy
+
+FILES = ("prompts", "calibration")  # options that name one
+
+
+class Plan:
+    """The strategy, the sizes and the router of each sparse layer.
+
+    layers: index -> the strategy at work there. Raises a ValueError of one line for what cannot be done: unknown
+    names, options that nothing reads, strategies that make unlike layers, sources that are no siblings.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        experts: int,
+        top_k: int,
+        strategy: str,
+        layers: str,
+        router_init: str | None,
+        seed: int,
+        given: Mapping[str, Any],
+    ):
+        fields = sources[0].hf_moe_fields
+        self.num_layers: int = fields["num_hidden_layers"]
+        names = parse_layers(layers, self.num_layers, strategy)
+        for name in [strategy, *names.values()]:
+            known("strategy", name, UPCYCLERS)
+        self._used = {name: UPCYCLERS[name] for name in sorted(set(names.values()))}
+        self.strategy_names = ", ".join(self._used)
+        if router_init is not None:
+            known("router_init", router_init, ROUTER_INITS)
+
+        dense_config = sources[0].hf_moe_config(mlp_layer_types=["dense"] * self.num_layers)
+        self._dense = [source.outputs(dense_config) for source in siblings(sources)]
+        down = self._dense[0]["model.layers.0.mlp.down_proj.weight"]
+        self._requests: dict[str, Request] = {}
+        self._router_inits: dict[str, str] = {}
+        readers = {}
+        for name, made in self._used.items():
+            if len(sources) > 1 and not made.takes_siblings:
+                raise ValueError(f"strategy {name!r} takes 1 source, not {len(sources)}; 'merge' takes several.")
+            own = complete(made.options, given, f"strategy {name!r}")
+            request = Request(experts, top_k, down.shape[1], down.dtype, len(sources), own)
+            self._requests[name] = request
+            self._router_inits[name] = router_init or made.router_init(request)
+            readers |= {f"strategy {name!r}": made.options}
+            readers |= {f"router_init {start!r}": ROUTER_INITS[start].options for start in [self._router_inits[name]]}
+        everyone = {f"strategy {name!r}": made.options for name, made in UPCYCLERS.items()}
+        everyone |= {f"router_init {name!r}": made.options for name, made in ROUTER_INITS.items()}
+        refuse_unread(given, readers, everyone)
+
+        self._router_options = {
+            start: complete(ROUTER_INITS[start].options, given, f"router_init {start!r}")
+            for start in sorted(set(self._router_inits.values()))
+        }
+        std = given.get("router_std", 0.0)
+        if std < 0:
+            raise ValueError(f"router_std ({std}) must not be negative.")
+        self.sizes, self.exact = self._agreed_sizes()
+
+        evidence = Evidence(
+            sources[0].checkpoint.folder, dense_config, self._dense[0], given.get("calibration"), given.get("prompts")
+        )
+        if evidence.prompts and len(evidence.prompts) != experts:
+            raise ValueError(f"prompts ({len(evidence.prompts)}) must be as many as experts ({experts}).")
+        act_fn = ACT2FN[dense_config.hidden_act]
+        self.layers: dict[int, Strategy] = {}
+        for index, name in sorted(names.items()):
+            networks = [feed_forward(outputs, index) for outputs in self._dense]
+            layer = Layer(index, networks, act_fn, evidence, seed, dense_config.hidden_size)
+            self.layers[index] = self._used[name](self._requests[name], layer)
+        self._names = names
+        self.arguments = {"experts": experts, "top_k": top_k, "layers": layers} | self._described()
+
+    def _agreed_sizes(self) -> tuple[Sizes, bool]:
+        """The sizes that all strategies make, and whether all of them keep the function."""
+        sizes = {name: made.sizes(self._requests[name]) for name, made in self._used.items()}
+        (first, agreed), *others = sizes.items()
+        for name, said in others:
+            if said.config_fields() != agreed.config_fields():
+                raise ValueError(
+                    f"Strategies {first!r} and {name!r} cannot share a model, whose layers have one size: "
+                    f"{agreed.config_fields()} against {said.config_fields()}."
+                )
+        exact = True
+        for name, said in sizes.items():
+            request, start = self._requests[name], self._router_inits[name]
+            uniform = ROUTER_INITS[start].uniform
+            if uniform and said.tied > 1 and request.top_k < request.experts:
+                raise ValueError(
+                    f"router_init {start!r} cannot tell whole networks apart, so with granularity a token would meet "
+                    "pieces of several; use router_init 'normal'."
+                )
+            exact &= said.exact and (uniform or not said.needs_uniform_router)
+        return agreed, exact
+
+    def _described(self) -> dict[str, Any]:
+        """The options in force, files by name and digest."""
+        said: dict[str, Any] = {"router_init": ", ".join(self._router_options)}
+        for options in [*(r.options for r in self._requests.values()), *self._router_options.values()]:
+            said |= {name: value for name, value in options.items() if value is not None}
+        for name in FILES:
+            if name in said:
+                path = Path(said[name])
+                said[name] = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        if "domain_texts" in said:
+            said["domain_texts"] = [Path(text).name for text in said["domain_texts"]]
+        return said
+
+    def rest(self, name: str) -> Output:
+        """A tensor outside the sparse layers."""
+        made = next(iter(self._used.values()))
+        return made.rest(next(iter(self._requests.values())), [outputs[name] for outputs in self._dense])
+
+    def router(self, strategy: Strategy) -> torch.Tensor:
+        """The router's weights in a layer, [E, D] float32: experts that are tied have the same row."""
+        start = self._router_inits[self._names[strategy.layer.index]]
+        rows = ROUTER_INITS[start].rows(strategy, self._router_options[start])
+        return rows.repeat_interleave(self.sizes.tied, dim=0)
+
+
+def known(what: str, name: str, registry: Mapping[str, Any]) -> None:
+    if name not in registry:
+        raise ValueError(f"{what} {name!r} is unknown; it can be {', '.join(registry)}.")
+
+
+def siblings(sources: Sequence[Source]) -> Sequence[Source]:
+    """The sources, each the first one's model with other weights. Raises a ValueError that names what differs."""
+    first = sources[0]
+    for source in sources[1:]:
+        if source.family is not first.family:
+            raise ValueError(
+                f"{source.name} is a {source.family.model_type}, {first.name} a {first.family.model_type}: "
+                "experts are merged from siblings of one model."
+            )
+        for name, value in first.hf_moe_fields.items():
+            if source.hf_moe_fields[name] != value:
+                raise ValueError(
+                    f"{source.name} has {name}={source.hf_moe_fields[name]!r}, {first.name} has {value!r}: experts "
+                    "are merged from siblings of one model."
+                )
+        for name, entry in source.checkpoint.entries.items():
+            if name in first.checkpoint.entries and entry.dtype != first.checkpoint.entries[name].dtype:
+                raise ValueError(
+                    f"{name} is {entry.dtype} in {source.name}, but {first.checkpoint.entries[name].dtype} in "
+                    f"{first.name}; save them in one dtype first."
+                )
+    return sources
+
+
+def feed_forward(outputs: Mapping[str, Output], layer: int) -> FeedForward:
+    prefix = f"model.layers.{layer}.mlp."
+    return FeedForward({n.removeprefix(prefix): output for n, output in outputs.items() if n.startswith(prefix)})
