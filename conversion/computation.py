@@ -50,4 +50,6 @@ def computation(config: HfMoeConfig) -> dict[str, Any]:
         for name, value in config.router_args.items()
         if value and not (name == "group_score" and value == unread)
     }
+    if said["rope_parameters"].get("partial_rotary_factor") == 1:
+        said["rope_parameters"] = {k: x for k, x in said["rope_parameters"].items() if k != "partial_rotary_factor"}
     return said

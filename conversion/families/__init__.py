@@ -4,7 +4,9 @@ from .deepseek import DEEPSEEK
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
 from .family import Computed, Family
+from .glm4_moe import GLM4_MOE
 from .llama import LLAMA
+from .minimax_m2 import MINIMAX_M2
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
 from .olmoe import OLMOE
@@ -22,6 +24,8 @@ FAMILIES: dict[str, Family] = {
     "deepseek": DEEPSEEK,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "glm4_moe": GLM4_MOE,
+    "minimax_m2": MINIMAX_M2,
 }
 
 # Dense models, for `upcycle`.

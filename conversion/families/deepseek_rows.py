@@ -48,13 +48,16 @@ def shared_experts_of_width(config: HfMoeConfig) -> dict[str, int]:
     return {"n_shared_experts": shared_width(config) // config.moe_intermediate_size}
 
 
-DEEPSEEK_FIELDS = {
-    **DECODER_FIELDS,
+SHARED_EXPERTS_FIELDS = {
     **same("num_experts_per_tok", "moe_intermediate_size", "attention_bias"),
-    "attention_output_bias": "attention_bias",
     "num_experts": "n_routed_experts",
     "n_shared_experts": Computed(("n_shared_experts",), shared_experts, shared_experts_of_width),
     "mlp_layer_types": Computed(("first_k_dense_replace",), mlp_layer_types, leading_dense_layers),
+}
+DEEPSEEK_FIELDS = {
+    **DECODER_FIELDS,
+    **SHARED_EXPERTS_FIELDS,
+    "attention_output_bias": "attention_bias",
     "seq_aux_loss_coef": Computed(
         ("aux_loss_alpha", "seq_aux"), lambda config: balance_coef(config, True), balance_loss
     ),

@@ -1,8 +1,8 @@
 """DeepSeek-V3 and R1: arXiv 2412.19437. Sigmoid scores, a bias that only selects, node-limited routing."""
 
 from .deepseek_rows import DEEPSEEK_FIELDS, LATENT_ATTENTION, groups
-from .family import Computed, Family, MultiToken, same
-from .moe_rows import LAYOUTS
+from .family import Computed, Family, same
+from .moe_rows import LAYOUTS, MTP
 
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
@@ -32,9 +32,5 @@ DEEPSEEK_V3 = Family(
         }
     ),
     layouts=LAYOUTS,
-    mtp=MultiToken(
-        field="num_mtp_layers",
-        tensors={"block.": "", "norm.": "shared_head.norm."},
-        copies={"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"},
-    ),
+    mtp=MTP,
 )

@@ -1,7 +1,7 @@
 """Mixtral: arXiv 2401.04088. Softmax over the chosen experts; the sliding window, if any, holds in every layer."""
 
 from .family import DECODER_FIELDS, Family, same
-from .moe_rows import ROUTING_FIELDS
+from .moe_rows import BLOCK_SPARSE, ROUTING_FIELDS
 
 MIXTRAL = Family(
     model_type="mixtral",
@@ -14,17 +14,5 @@ MIXTRAL = Family(
     },
     constants={"router_type": "topk_softmax"},
     required={"router_jitter_noise": 0.0},  # noise on the whole block's input; hf_moe has the router's only
-    layouts={
-        "per-expert": {
-            "model.layers.{layer}.mlp.gate.weight": ("model.layers.{layer}.block_sparse_moe.gate.weight",),
-            "model.layers.{layer}.mlp.experts.gate_up_proj": (
-                "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
-                "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
-            ),
-            "model.layers.{layer}.mlp.experts.down_proj": (
-                "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
-            ),
-        },
-        "fused": {},
-    },
+    layouts={"per-expert": BLOCK_SPARSE, "fused": {}},
 )

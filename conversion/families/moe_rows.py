@@ -5,7 +5,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ...model.configuration_hf_moe import HfMoeConfig
-from .family import Computed, same
+from .family import Computed, MultiToken, same
+from .regions import EXPERT
 
 ROUTING_FIELDS = {
     **same("num_experts_per_tok", "output_router_logits"),
@@ -26,6 +27,24 @@ PER_EXPERT = {
     "model.layers.{layer}.mlp.experts.down_proj": ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",),
 }
 LAYOUTS = {"per-expert": PER_EXPERT, "fused": {}}
+
+# The same under Mixtral's names.
+_SPARSE = "model.layers.{layer}.block_sparse_moe."
+BLOCK_SPARSE = {
+    "model.layers.{layer}.mlp.gate.weight": (f"{_SPARSE}gate.weight",),
+    "model.layers.{layer}.mlp.experts.gate_up_proj": (
+        f"{_SPARSE}experts.{EXPERT}.w1.weight",
+        f"{_SPARSE}experts.{EXPERT}.w3.weight",
+    ),
+    "model.layers.{layer}.mlp.experts.down_proj": (f"{_SPARSE}experts.{EXPERT}.w2.weight",),
+}
+
+# Layers for multi-token prediction under DeepSeek-V3's names.
+MTP = MultiToken(
+    field="num_mtp_layers",
+    tensors={"block.": "", "norm.": "shared_head.norm."},
+    copies={"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"},
+)
 
 
 def shared_width(config: HfMoeConfig) -> int:

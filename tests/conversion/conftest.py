@@ -164,6 +164,31 @@ DEEPSEEK_CASES = {
     ),
 }
 
+HALF_ROPE = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+GLM4_MOE = {
+    **{"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "n_shared_experts": 2},
+    **{"head_dim": 12, "first_k_dense_replace": 1, "num_mtp_layers": 0, "routed_scaling_factor": 1.7},
+}
+# Families whose tensors or fields differ further from ours.
+OTHER_CASES = {
+    "glm4_moe": ("glm4_moe", GLM4_MOE),
+    "glm4_moe-groups-norm-bias": (
+        "glm4_moe",
+        {
+            **GLM4_MOE,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "n_group": 3,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "minimax_m2": ("minimax_m2", {**MOE, "num_local_experts": 5, "head_dim": 12, "rope_parameters": HALF_ROPE}),
+    "minimax_m2-whole-rope": ("minimax_m2", {**MOE, "num_local_experts": 5, "head_dim": 6}),
+}
+
 
 def build(model_type: str, dtype: torch.dtype = torch.float32, **changes):
     """A random model whose norms and biases, that of the choice of experts included, are random too."""
@@ -171,8 +196,8 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, **changes):
     config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("_bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -188,7 +213,7 @@ def checkpoint(tmp_path_factory):
     def make(case: str, sharded: bool = False, **options) -> Path:
         key = (case, sharded, *sorted(options.items()))
         if key not in folders:
-            model_type, changes = {**DENSE_CASES, **MOE_CASES, **DEEPSEEK_CASES}[case]
+            model_type, changes = {**DENSE_CASES, **MOE_CASES, **DEEPSEEK_CASES, **OTHER_CASES}[case]
             folders[key] = tmp_path_factory.mktemp(case)
             limit = {"max_shard_size": "8KB"} if sharded else {}
             build(model_type, **changes).save_pretrained(folders[key], **limit, **options)

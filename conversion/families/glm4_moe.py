@@ -1,0 +1,31 @@
+"""GLM-4.5 to 4.7: arXiv 2508.06471. DeepSeek-V3's routing over grouped-query attention, RoPE on half of each head."""
+
+from .deepseek_rows import SHARED_EXPERTS_FIELDS, groups
+from .family import DECODER_FIELDS, PARTIAL_ROPE, Computed, Family, same
+from .moe_rows import LAYOUTS, MTP
+
+GLM4_MOE = Family(
+    model_type="glm4_moe",
+    fields={
+        **DECODER_FIELDS,
+        **SHARED_EXPERTS_FIELDS,
+        **same("head_dim", "routed_scaling_factor", "output_router_logits", "norm_topk_prob"),
+        **same("num_mtp_layers"),
+        "rope_parameters": PARTIAL_ROPE,
+        "qk_norm": Computed(
+            ("use_qk_norm",),
+            lambda config: "head" if config.use_qk_norm else None,
+            lambda config: {"use_qk_norm": config.qk_norm == "head"},
+        ),
+        "n_group": Computed(("n_group",), lambda config: config.n_group, groups),
+        "topk_group": Computed(("topk_group",), lambda config: config.topk_group),
+    },
+    constants={
+        "router_type": "sigmoid_topk",
+        "router_args": {"selection_bias": True},
+        "router_aux_loss_coef": 0.0,  # the bias balances; its config has no other means
+    },
+    undeclared=frozenset({"head_dim"}),
+    layouts=LAYOUTS,
+    mtp=MTP,
+)
