@@ -15,6 +15,7 @@ Source = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder,
 Output = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must be new or empty.")]
 ShardSize = Annotated[str, typer.Option(help="Split the weights into files of at most this size.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run has written.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not compare the logits with the source's.")]
 DropMtp = Annotated[bool, typer.Option("--drop-mtp", help="Leave out the layers for multi-token prediction.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -81,6 +82,7 @@ def upcycle(
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
+    resume: Resume = False,
     no_verify: NoVerify = False,
     json: Json = False,
 ) -> None:
@@ -116,6 +118,7 @@ def upcycle(
             seed=seed,
             max_shard_size=max_shard_size,
             dry_run=dry_run,
+            resume=resume,
             verify=not no_verify,
             **read_by_some,
         )
@@ -128,6 +131,7 @@ def import_(
     drop_mtp: DropMtp = False,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
+    resume: Resume = False,
     no_verify: NoVerify = False,
     json: Json = False,
 ) -> None:
@@ -137,7 +141,13 @@ def import_(
         from hf_moe.conversion import import_checkpoint
 
         report = import_checkpoint(
-            src, dst, drop_mtp=drop_mtp, max_shard_size=max_shard_size, dry_run=dry_run, verify=not no_verify
+            src,
+            dst,
+            drop_mtp=drop_mtp,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            resume=resume,
+            verify=not no_verify,
         )
     finish(report, json)
 
@@ -153,6 +163,7 @@ def export(
     drop_mtp: DropMtp = False,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
+    resume: Resume = False,
     no_verify: NoVerify = False,
     json: Json = False,
 ) -> None:
@@ -169,6 +180,7 @@ def export(
             drop_mtp=drop_mtp,
             max_shard_size=max_shard_size,
             dry_run=dry_run,
+            resume=resume,
             verify=not no_verify,
         )
     finish(report, json)

@@ -8,9 +8,17 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def messages_on_stderr() -> Iterator[None]:
-    """Send what libraries print to standard error, so that standard output holds the result alone."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    """Send what libraries print to standard error, so that standard output holds the result alone.
+
+    So does what an interrupt says: typer keeps its exit code only.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt):
+            print(f"hf-moe: {interrupt}", file=sys.stderr)
+        raise
 
 
 def hide_loading_bars() -> None:

@@ -16,7 +16,8 @@ from .families.family import same
 from .families.regions import Region
 from .output import convert, count_parameters
 from .source import built, open_source
-from .writer import Output, check_destination
+from .staging import check_destination
+from .writer import Output
 
 # What an hf_moe checkpoint is read by: every field and every tensor under its own name.
 HF_MOE = Family(HfMoeConfig.model_type, fields=same(*HfMoeConfig.__annotations__))
@@ -31,6 +32,7 @@ def export_checkpoint(
     drop_mtp: bool = False,
     max_shard_size: int | str = "5GB",
     dry_run: bool = False,
+    resume: bool = False,
     verify: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def export_checkpoint(
     (those that only training reads and the family has no place for) and, from `verify`, max_abs_diff and its
     companions. Raises a ValueError that names what the family cannot hold, or an OSError; then there is no output.
     """
-    check_destination(Path(dst))
+    check_destination(Path(dst), resume)
     if to not in FAMILIES:
         raise ValueError(f"to={to!r} is no family that hf_moe writes; it writes {', '.join(FAMILIES)}.")
     family = FAMILIES[to]
@@ -74,6 +76,7 @@ def export_checkpoint(
         counts=count_parameters(list(outputs.values()), config),
         max_shard_size=max_shard_size,
         dry_run=dry_run,
+        resume=resume,
         check=verify,
         progress=progress,
     )

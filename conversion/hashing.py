@@ -1,14 +1,41 @@
-"""What a checkpoint was made of: SHA-256 of its weight files, worked out while the conversion writes."""
+"""Digests: of the weight files that a model is made of, of those written, and of what tells checkpoints apart.
+
+A digest is a SHA-256, the Hub's own name for a large file. Threads work them out while others read and write.
+"""
 
 import hashlib
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from .checkpoint import Checkpoint
 
+BEGINNING = 4096  # bytes of each tensor that go into a fingerprint
+
+
+def file_digest(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
+    buffer, digest = memoryview(bytearray(1 << 22)), hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while not stopped() and (count := file.readinto(buffer)):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A digest of every tensor's name, dtype, shape, place and first bytes: other weights hardly ever share it."""
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.entries):
+        entry, file = checkpoint.entries[name], checkpoint.file_of[name]
+        digest.update(f"{name} {entry} {file}\n".encode())
+        with (checkpoint.folder / file).open("rb", buffering=0) as opened:
+            opened.seek(entry.begin)
+            digest.update(opened.read(min(entry.nbytes, BEGINNING)))
+    return digest.hexdigest()
+
 
 class Hashing:
-    """A context in which another thread reads the files. Leaving it early stops the thread."""
+    """A context in which another thread reads a checkpoint's files. Leaving it early stops the thread."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint, self._stop, self._pool = checkpoint, threading.Event(), ThreadPoolExecutor(1)
@@ -22,15 +49,36 @@ class Hashing:
         self._pool.shutdown()
 
     def digests(self) -> dict[str, str]:
-        """File -> SHA-256, the Hub's own name for a large file. Waits for the thread."""
+        """File -> SHA-256. Waits for the thread."""
         return self._future.result()
 
     def _read(self) -> dict[str, str]:
-        buffer, digests = memoryview(bytearray(1 << 22)), {}
-        for name in self._checkpoint.files:
-            digest = hashlib.sha256()
-            with (self._checkpoint.folder / name).open("rb", buffering=0) as file:
-                while not self._stop.is_set() and (count := file.readinto(buffer)):
-                    digest.update(buffer[:count])
-            digests[name] = digest.hexdigest()
-        return digests
+        folder = self._checkpoint.folder
+        return {name: file_digest(folder / name, self._stop.is_set) for name in self._checkpoint.files}
+
+
+class RunningDigest:
+    """A context that works out the digest of what it is given, in another thread while the caller goes on."""
+
+    def __init__(self):
+        self._digest, self._pool = hashlib.sha256(), ThreadPoolExecutor(1)
+        self._last: Future | None = None
+
+    def __enter__(self) -> "RunningDigest":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._pool.shutdown()
+
+    def update(self, data: memoryview) -> None:
+        """`data` must stay as it is until the next call."""
+        self._wait()
+        self._last = self._pool.submit(self._digest.update, data)
+
+    def hexdigest(self) -> str:
+        self._wait()
+        return self._digest.hexdigest()
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()

@@ -6,7 +6,7 @@ from typing import Any
 from .families import FAMILIES
 from .output import convert, count_parameters
 from .source import open_source
-from .writer import check_destination
+from .staging import check_destination
 
 
 def import_checkpoint(
@@ -16,6 +16,7 @@ def import_checkpoint(
     drop_mtp: bool = False,
     max_shard_size: int | str = "5GB",
     dry_run: bool = False,
+    resume: bool = False,
     verify: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def import_checkpoint(
     Returns a report that can be written as JSON: total_params, active_params, disk_bytes, output and, from `verify`,
     max_abs_diff and its companions. Raises ValueError or OSError of one line; then there is no output.
     """
-    check_destination(Path(dst))
+    check_destination(Path(dst), resume)
     source = open_source(src, FAMILIES, drop_mtp)
     config = source.hf_moe_config()
     outputs = list(source.outputs(config).values())
@@ -43,6 +44,7 @@ def import_checkpoint(
         provenance={"method": "import"},
         max_shard_size=max_shard_size,
         dry_run=dry_run,
+        resume=resume,
         check=verify,
         progress=progress,
     )

@@ -1,5 +1,6 @@
 """Writing a converted model: weights, config, remote code and the files that go along, in one atomic step."""
 
+import hashlib
 import math
 import shutil
 from pathlib import Path
@@ -12,11 +13,12 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from ..version import __version__
-from .hashing import Hashing
+from .hashing import Hashing, fingerprint
 from .source import Source
+from .staging import check_destination, resumable
 from .tokenizer import keep_class, load_tokenizer
 from .verify import verify
-from .writer import Output, check_destination, check_space, plan_shards, staged, write_shards
+from .writer import Output, Shard, check_space, plan_shards, write_shards
 
 
 def convert(
@@ -31,13 +33,15 @@ def convert(
     dry_run: bool,
     check: bool,
     progress: bool,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Write the model that `outputs` and `config` describe to `dst`, and report on it.
 
     `counts` go into the report. With `provenance` (what was done, with which arguments) the model is an hf_moe one: it
     is completed with where the source came from, and the model's code goes along. Another family's has neither.
+    `resume` goes on with what an interrupted call has written.
     """
-    dst = check_destination(Path(dst))
+    dst = check_destination(Path(dst), resume)
     if check and not dry_run and source.incomparable:
         raise ValueError(f"{source.incomparable}; pass verify=False (--no-verify).")
     shards = plan_shards(outputs, max_shard_size)
@@ -58,14 +62,15 @@ def convert(
         return report
     check_space(dst, nbytes)
     tokenizer = load_tokenizer(source.checkpoint.folder)
-    with staged(dst) as folder:
+    plan = plan_of(source, config, shards, provenance or {}, max_shard_size)
+    with resumable(dst, plan, resume) as (folder, journal):
         bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc=dst.name, disable=not progress)
         if provenance is None:
             with bar:
-                write_shards(folder, shards, bar.update)
+                write_shards(folder, shards, bar.update, journal)
         else:
             with Hashing(source.checkpoint) as hashing, bar:
-                write_shards(folder, shards, bar.update)
+                write_shards(folder, shards, bar.update, journal)
                 origin = {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
                 config.provenance = provenance | origin | {"sha256": hashing.digests(), "hf_moe_version": __version__}
             config.architectures = [HfMoeForCausalLM.__name__]
@@ -78,9 +83,34 @@ def convert(
             shutil.copyfile(source.checkpoint.folder / path, folder / path)
         if tokenizer is not None:
             keep_class(tokenizer, folder)
-    if check:
-        report |= verify(source.checkpoint.folder, dst)
+        journal.complete = True
+        if check:
+            report |= verify(source.checkpoint.folder, folder)
     return report
+
+
+def plan_of(
+    source: Source,
+    config: PreTrainedConfig,
+    shards: list[Shard],
+    provenance: dict[str, Any],
+    max_shard_size: int | str,
+) -> dict[str, Any]:
+    """All that decides which bytes a conversion writes."""
+    arguments = provenance.get("arguments", {})
+    layout = b"".join(shard.header for shard in shards)
+    return {
+        **{name: value for name, value in provenance.items() if name != "arguments"},
+        **arguments,
+        "max_shard_size": max_shard_size,
+        "source": source.name,
+        "revision": source.revision,
+        "source_contents": fingerprint(source.checkpoint),
+        "model_type": config.model_type,
+        "config": hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest(),
+        "tensors": hashlib.sha256(layout).hexdigest(),
+        "hf_moe_version": __version__,
+    }
 
 
 def count_parameters(outputs: list[Output], config: HfMoeConfig) -> dict[str, int]:

@@ -1,11 +1,9 @@
-"""Writing safetensors checkpoints piece by piece, and folders that appear whole or not at all."""
+"""Writing safetensors checkpoints piece by piece."""
 
-import contextlib
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +11,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from .checkpoint import DTYPES, INDEX_FILE
+from .hashing import RunningDigest
+from .staging import Journal
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK_BYTES = 1 << 24  # how much is written between two looks at the clock (and at Ctrl-C)
@@ -78,15 +78,16 @@ def _shard(file: str, outputs: list[Output]) -> Shard:
     return Shard(file, len(raw).to_bytes(8, "little") + raw, outputs)
 
 
-def write_shards(folder: Path, shards: list[Shard], advance: Callable[[int], object]) -> None:
-    """Write every shard and, if there are several, the index. `advance(n)` hears of every n bytes written."""
+def write_shards(folder: Path, shards: list[Shard], advance: Callable[[int], object], journal: Journal) -> None:
+    """Write every shard that `journal` does not hold yet and, if there are several, the index.
+
+    `advance(n)` hears of every n bytes written or found complete.
+    """
     for shard in shards:
-        with (folder / shard.file).open("wb", buffering=0) as file:
-            _write(file, memoryview(shard.header), advance)
-            for output in shard.outputs:
-                written = sum(_write(file, _bytes(piece, output), advance) for piece in output.pieces())
-                assert written == output.nbytes, f"{output.name}: {written} bytes instead of {output.nbytes}"
-            os.fsync(file.fileno())
+        if journal.holds(shard.file, shard.nbytes):
+            advance(shard.nbytes)
+        else:
+            journal.record(shard.file, write_shard(folder, shard, advance))
     if len(shards) > 1:
         weight_map = {output.name: shard.file for shard in shards for output in shard.outputs}
         total = sum(output.nbytes for shard in shards for output in shard.outputs)
@@ -94,28 +95,31 @@ def write_shards(folder: Path, shards: list[Shard], advance: Callable[[int], obj
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def write_shard(folder: Path, shard: Shard, advance: Callable[[int], object]) -> str:
+    """Write one file to the disk. Returns its SHA-256."""
+    with (folder / shard.file).open("wb", buffering=0) as file, RunningDigest() as digest:
+
+        def write(data: memoryview) -> int:
+            done = 0
+            while done < len(data):
+                chunk = data[done : done + CHUNK_BYTES]
+                digest.update(chunk)
+                step = file.write(chunk)
+                done += step
+                advance(step)
+            return done
+
+        write(memoryview(shard.header))
+        for output in shard.outputs:
+            written = sum(write(_bytes(piece, output)) for piece in output.pieces())
+            assert written == output.nbytes, f"{output.name}: {written} bytes instead of {output.nbytes}"
+        os.fsync(file.fileno())
+        return digest.hexdigest()
+
+
 def _bytes(piece: torch.Tensor, output: Output) -> memoryview:
     assert piece.dtype == output.dtype, f"{output.name}: a piece is {piece.dtype}, not {output.dtype}"
     return memoryview(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _write(file, data: memoryview, advance: Callable[[int], object]) -> int:
-    done = 0
-    while done < len(data):
-        step = file.write(data[done : done + CHUNK_BYTES])
-        done += step
-        advance(step)
-    return done
-
-
-def check_destination(folder: Path) -> Path:
-    """The destination, absolute. Raises FileExistsError unless it is absent or an empty folder."""
-    folder = folder.expanduser().resolve()
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"The output {folder} is a file; name a folder that does not exist or is empty.")
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"The output folder {folder} is not empty; name another or empty it.")
-    return folder
 
 
 def check_space(folder: Path, nbytes: int) -> None:
@@ -126,33 +130,3 @@ def check_space(folder: Path, nbytes: int) -> None:
         raise OSError(
             f"The output takes {nbytes / 1e9:.2f} GB, but the disk of {folder} has {free / 1e9:.2f} GB left."
         )
-
-
-@contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its name when the block ends well and goes when it does not.
-
-    A kill leaves at most the staging folder, `.NAME.*.partial`; what has the final name is complete and on the disk.
-    """
-    folder = check_destination(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
-    staging.mkdir()
-    try:
-        yield staging
-        for path in [*staging.rglob("*"), staging]:
-            _flush(path)
-        check_destination(folder)  # somebody may have filled it meanwhile
-        os.replace(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    _flush(folder.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

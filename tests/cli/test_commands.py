@@ -191,6 +191,18 @@ def test_an_interrupt_ends_quietly(command, monkeypatch):
     assert command("verify", "a", "b") == (130, "", "")
 
 
+def test_an_interrupted_conversion_says_how_to_go_on(command, monkeypatch, tmp_path):
+    words = ("upcycle", DEMO_MODEL, tmp_path / "out", *ENOUGH, "--no-verify", "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_moe.conversion.output, "write_shards", raising(KeyboardInterrupt()))
+        code, out, err = command(*words)
+    last = err.splitlines()[-1]
+    assert (code, out) == (130, "")
+    assert last == f"hf-moe: interrupted; what is done is in {tmp_path}/.out.partial, go on with --resume."
+    assert command(*words).code == 2
+    assert json.loads(command(*words, "--resume").out)["output"] == str(tmp_path / "out")
+
+
 def test_our_own_faults_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(hf_moe.conversion, "verify", raising(RuntimeError("ours")))
     with pytest.raises(RuntimeError, match="ours"):

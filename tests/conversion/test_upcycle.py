@@ -2,17 +2,12 @@
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from hf_moe.conversion import output, upcycle, verify
+from hf_moe.conversion import upcycle, verify
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -310,49 +305,6 @@ def test_refuses_an_output_that_is_not_empty(checkpoint, tmp_path):
     before = files_of(tmp_path)
     assert_refused(checkpoint("llama"), tmp_path, "moe is not empty", FileExistsError)
     assert files_of(tmp_path) == before
-
-
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError("the disk is full")], ids=["ctrl-c", "error"])
-def test_a_failure_while_writing_leaves_nothing(failure, checkpoint, tmp_path, monkeypatch):
-    write, calls = output.write_shards, []
-
-    def failing(folder, shards, advance):
-        def fail(count):
-            calls.append(folder)
-            if len(calls) == 9:
-                raise failure
-
-        write(folder, shards, fail)
-
-    monkeypatch.setattr(output, "write_shards", failing)
-    with pytest.raises(type(failure) if isinstance(failure, OSError) else failure):
-        upcycle(checkpoint("llama"), tmp_path / "moe", experts=2, top_k=1, progress=False)
-    assert calls[0].parent == tmp_path
-    assert list(tmp_path.iterdir()) == []
-
-
-SLOW_UPCYCLE = """
-import sys, time
-from hf_moe.conversion import output, upcycle
-write = output.write_shards
-output.write_shards = lambda folder, shards, advance: write(folder, shards, lambda count: time.sleep(0.05))
-upcycle(sys.argv[1], sys.argv[2], experts=4, top_k=2, verify=False, progress=False)
-"""
-
-
-def test_a_kill_leaves_nothing_under_the_final_name(checkpoint, tmp_path):
-    command = [sys.executable, "-c", SLOW_UPCYCLE, str(checkpoint("llama")), str(tmp_path / "moe")]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        while not any(path.stat().st_size for path in tmp_path.glob(".moe.*.partial/model.safetensors")):
-            assert process.poll() is None, "ended before it wrote"
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (tmp_path / "moe").exists()
-    report = upcycle(checkpoint("llama"), tmp_path / "moe", experts=4, top_k=2, progress=False)
-    assert report["max_abs_diff"] <= 1e-4
 
 
 def test_verify_sees_a_wrong_expert(checkpoint, tmp_path):

@@ -2,12 +2,22 @@
 
 import json
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 from hf_moe.conversion import writer
-from hf_moe.conversion.writer import Output, check_space, plan_shards, staged, write_shards
+from hf_moe.conversion.staging import Journal, staged
+from hf_moe.conversion.writer import Output, check_space, plan_shards, write_shards
 from safetensors.torch import load_file
+
+
+def write(folder: Path, shards: list, advance) -> None:
+    (folder / "files").mkdir()
+    with (folder / "journal").open("ab+", buffering=0) as file:
+        journal = Journal(file, folder / "files")
+        journal.begin({})
+        write_shards(folder / "files", shards, advance, journal)
 
 
 def outputs_of(weights: dict[str, torch.Tensor], cut: int = 1) -> list[Output]:
@@ -33,8 +43,8 @@ def weights() -> dict[str, torch.Tensor]:
 def test_written_is_read_back(limit, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "CHUNK_BYTES", 13)
     shards, heard = plan_shards(outputs_of(weights), limit), []
-    write_shards(tmp_path, shards, heard.append)
-    read = {}
+    write(tmp_path, shards, heard.append)
+    read, tmp_path = {}, tmp_path / "files"
     for shard in shards:
         read |= load_file(tmp_path / shard.file)
         assert (tmp_path / shard.file).stat().st_size == shard.nbytes
@@ -61,7 +71,7 @@ def test_every_tensor_lies_at_a_multiple_of_its_item_size(weights):
 def test_pieces_must_fill_the_tensor(tmp_path):
     short = Output("x", torch.float32, (3, 2), lambda: [torch.ones(2, 2)])
     with pytest.raises(AssertionError, match="x: 16 bytes instead of 24"):
-        write_shards(tmp_path, plan_shards([short], "1GB"), lambda count: None)
+        write(tmp_path, plan_shards([short], "1GB"), lambda count: None)
 
 
 @pytest.mark.parametrize("exists", [False, True], ids=["absent", "empty"])
