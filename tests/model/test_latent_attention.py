@@ -1,18 +1,31 @@
 """Latent attention against Transformers' DeepSeek-V2 and V3, its two forms against each other, and its cache."""
 
+import logging
+from functools import partial
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DeepseekV2Config, DeepseekV3Config, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 from transformers.masking_utils import create_causal_mask
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
+from hf_moe import HfMoeConfig
 from hf_moe.model.latent_attention import HfMoeLatentAttention, absorbing_is_cheaper
 from hf_moe.model.rotary import HfMoeRotaryEmbedding
+from hf_moe.model.routing import ROUTERS
 from tests.conftest import tiny_config, tiny_model, tokens
 from tests.model.test_generation import greedy_without_cache
 
@@ -64,11 +77,8 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("rope", ROPE)
-@pytest.mark.parametrize("q_lora_rank", [None, 11], ids=["full-rank-query", "low-rank-query"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equals_transformers(family, q_lora_rank, rope, implementation):
+def both(family, q_lora_rank, rope, implementation="eager"):
+    """Transformers' attention and ours with the same weights, and a call for each, of x and padding."""
     config_class, attention_class, rotary_class, our_fields, their_fields = FAMILIES[family]
     their_config = config_class(
         **{**SIZES, **their_fields},
@@ -88,21 +98,52 @@ def test_equals_transformers(family, q_lora_rank, rope, implementation):
         torch.nn.init.normal_(parameter, std=0.3)
     ours.load_state_dict(theirs.state_dict())
 
-    x = torch.randn(2, 13, 48)
+    def output(module, rotary, x, padding):
+        positions = torch.arange(x.shape[1]).unsqueeze(0)
+        mask = create_causal_mask(
+            config=config, inputs_embeds=x, attention_mask=padding, past_key_values=None, position_ids=positions
+        )
+        embeddings = rotary(x, positions)
+        result, _ = module(x, position_embeddings=embeddings, attention_mask=mask, past_key_values=None)
+        return result[padding.bool()]  # what a padded query makes of no visible key is nobody's business
+
+    return (
+        ours,
+        partial(output, theirs, rotary_class(their_config)),
+        partial(output, ours, HfMoeRotaryEmbedding(config)),
+    )
+
+
+def padded_input():
     padding = torch.ones(2, 13)
     padding[0, :4] = 0
-    positions = torch.arange(13).unsqueeze(0)
-    mask = create_causal_mask(
-        config=config, inputs_embeds=x, attention_mask=padding, past_key_values=None, position_ids=positions
-    )
-    expected, _ = theirs(
-        x, position_embeddings=rotary_class(their_config)(x, positions), attention_mask=mask, past_key_values=None
-    )
-    rotary = HfMoeRotaryEmbedding(config)(x, positions)
-    for ours.absorb in (False, True):
-        output, _ = ours(x, position_embeddings=rotary, attention_mask=mask)
-        seen = padding.bool()  # what a padded query makes of no visible key is nobody's business
-        torch.testing.assert_close(output[seen], expected[seen])
+    return torch.randn(2, 13, 48), padding
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("rope", ROPE)
+@pytest.mark.parametrize("q_lora_rank", [None, 11], ids=["full-rank-query", "low-rank-query"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_transformers(family, q_lora_rank, rope, implementation):
+    attention, theirs, ours = both(family, q_lora_rank, rope, implementation)
+    x, padding = padded_input()
+    expected = theirs(x, padding)
+    for attention.absorb in (False, True):
+        torch.testing.assert_close(ours(x, padding), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("absorb", [False, True], ids=["expanded", "absorbed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_rounds_as_transformers_does(family, absorb):
+    """Against float32, the mean error is no more than twice that of Transformers' attention in bfloat16."""
+    attention, theirs, ours = both(family, 11, "yarn")
+    x, padding = padded_input()
+    expected = theirs(x, padding)
+    attention.absorb = absorb
+    theirs.args[0].bfloat16(), attention.bfloat16()
+    errors = [(output(x.bfloat16(), padding).float() - expected).abs().mean() for output in (theirs, ours)]
+    assert 0 < errors[0] < 0.05 * expected.abs().mean()
+    assert errors[1] < 2 * errors[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -181,6 +222,18 @@ def test_cached_decoding_equals_the_full_forward(variant, cache):
     assert torch.equal(generated, greedy_without_cache(model, ids, 9))
 
 
+@pytest.mark.parametrize("router_type", ROUTERS)
+def test_every_router_and_its_experts_go_on_top(router_type):
+    experts = {"num_experts_per_tok": 2} if router_type == "gshard" else {}
+    model, ids = latent_model(router_type=router_type, n_shared_experts=1, **experts), tokens(2, 7)
+    model.train()(ids, labels=ids).loss.backward()
+    latents = [layer.self_attn.kv_a_proj_with_mqa.weight.grad for layer in model.model.layers]
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in latents)
+    model.eval()
+    generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert torch.equal(generated, greedy_without_cache(model, ids, 5))
+
+
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 def test_the_cache_holds_latents_and_shared_keys_only(cache_class):
     model, ids = latent_model(), tokens(2, 11)
@@ -190,6 +243,21 @@ def test_the_cache_holds_latents_and_shared_keys_only(cache_class):
         model(ids, past_key_values=cache)
     values = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert values == ids.numel() * 3 * (SIZES["kv_lora_rank"] + SIZES["qk_rope_head_dim"])
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_a_token_of_deepseek_v2_lite_takes_31104_bytes(cache_class):
+    lite = HfMoeConfig.from_preset("deepseek-v2-lite")
+    fields = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_hidden_layers")
+    sizes = {name: getattr(lite, name) for name in fields}
+    others = {"num_attention_heads": 2, "mlp_layer_types": ["dense"] * sizes["num_hidden_layers"]}
+    model, ids = tiny_model(**{**MLA, **sizes, **others}).bfloat16(), tokens(3, 7)
+    options = {"max_cache_len": 7} if cache_class is StaticCache else {}
+    cache = cache_class(config=model.config, **options)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    assert held == ids.numel() * 31104
 
 
 class LargeTensors(TorchDispatchMode):
@@ -348,8 +416,6 @@ def test_attention_probabilities_are_returned():
 
 
 def test_saves_and_loads(tmp_path):
-    from transformers import AutoModelForCausalLM
-
     model, ids = latent_model(q_lora_rank=11, rope_parameters=dict(YARN)), tokens()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -378,6 +444,27 @@ def test_saves_and_loads(tmp_path):
 def test_wrong_sizes_name_the_numbers(changes, message):
     with pytest.raises(StrictDataclassClassValidationError, match=message):
         tiny_config(**{**MLA, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "shapes"),
+    [
+        ({"kv_lora_rank": 12}, "kv_b_proj.weight", "[72, 13]) vs model:torch.Size([72, 12])"),
+        ({"v_head_dim": 9}, "o_proj.weight", "[48, 42]) vs model:torch.Size([48, 54])"),
+        ({"qk_rope_head_dim": 8, "head_dim": 8}, "q_proj.weight", "[66, 48]) vs model:torch.Size([78, 48])"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_other_sizes_is_refused(changes, name, shapes, tmp_path, caplog):
+    latent_model().save_pretrained(tmp_path)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **changes)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert name in caplog.text and shapes in caplog.text
 
 
 def test_continuous_batching_is_refused():
