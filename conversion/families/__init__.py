@@ -4,16 +4,23 @@ from .deepseek import DEEPSEEK
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
 from .family import Computed, Family
+from .gemma2 import GEMMA2
+from .gemma3 import GEMMA3_TEXT
 from .glm4_moe import GLM4_MOE
+from .granite import GRANITE
 from .llama import LLAMA
 from .minimax_m2 import MINIMAX_M2
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
+from .olmo2 import OLMO2
+from .olmo3 import OLMO3
 from .olmoe import OLMOE
+from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
+from .smollm3 import SMOLLM3
 
 # Mixtures of experts, for `import_checkpoint` and `export_checkpoint`.
 FAMILIES: dict[str, Family] = {
@@ -34,6 +41,13 @@ DENSE_FAMILIES: dict[str, Family] = {
     "mistral": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3_TEXT,
+    "phi3": PHI3,
+    "olmo2": OLMO2,
+    "olmo3": OLMO3,
+    "smollm3": SMOLLM3,
+    "granite": GRANITE,
 }
 
 __all__ = ["DENSE_FAMILIES", "FAMILIES", "Computed", "Family"]

@@ -28,8 +28,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import MASKS, HfMoeAttention
 from .balancing import LOSSES
 from .configuration_hf_moe import HfMoeConfig
+from .decoding import HfMoeDecoding
 from .dispatch import HfMoeDispatch
 from .latent_attention import HfMoeLatentAttention
+from .long_rope import HfMoeLongRope
 from .mixture_of_heads import HfMoeMixtureOfHeads
 from .mlp import HfMoeMLP, clamped_swiglu
 from .multi_token import HfMoeMultiToken, HfMoeMultiTokenLayer, predict_ahead
@@ -343,7 +345,9 @@ class HfMoeModel(HfMoePreTrainedModel):
         return inputs_embeds if self.config.embedding_multiplier == 1 else inputs_embeds * multiplier
 
 
-class HfMoeForCausalLM(HfMoeRouterLosses, HfMoeMultiToken, HfMoePreTrainedModel, GenerationMixin):
+class HfMoeForCausalLM(
+    HfMoeRouterLosses, HfMoeMultiToken, HfMoeDecoding, HfMoeLongRope, HfMoePreTrainedModel, GenerationMixin
+):
     """The decoder with a language-modelling head, its loss, and the losses of its routers and of its MTP modules."""
 
     _keys_to_ignore_on_load_unexpected = None

@@ -23,6 +23,13 @@ SIZES = {
 MOE = {"num_experts_per_tok": 3, "router_aux_loss_coef": 0.03}
 QWEN_MOE = {**MOE, "num_experts": 5, "moe_intermediate_size": 20, "norm_topk_prob": True}
 
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 3.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+GEMMA = {"head_dim": 10, "query_pre_attn_scalar": 7, "sliding_window": 5, "layer_types": MIXED}
+
 DENSE_CASES = {
     "llama": ("llama", {}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -77,6 +84,48 @@ DENSE_CASES = {
             "use_sliding_window": True,
             "sliding_window": 6,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2-untied-bias": (
+        "gemma2",
+        {**GEMMA, "attn_logit_softcapping": None, "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "gemma3": ("gemma3_text", {**GEMMA, "rope_parameters": ROPES}),
+    "gemma3-older-spelling": ("gemma3_text", {**GEMMA, "rope_local_base_freq": 50.0, "rope_theta": 900.0}),
+    "gemma3-all-sliding": ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention"] * 3}),
+    "phi3": ("phi3", {}),
+    "phi3-window": ("phi3", {"sliding_window": 5, "num_key_value_heads": 4}),
+    "phi4-mini": ("phi3", {"partial_rotary_factor": 0.67, "tie_word_embeddings": True}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 28,
+            "partial_rotary_factor": 0.67,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "short_factor": [1.1, 1.3],
+                "long_factor": [2.5, 5.0],
+            },
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2-bias-tied": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "olmo3": ("olmo3", {"sliding_window": 5, "layer_types": MIXED, "rope_parameters": ROPES}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}),
+    "smollm3-window-bias": (
+        "smollm3",
+        {
+            **{"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5},
+            **{"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            **{"embedding_multiplier": 3, "attention_multiplier": 0.2, "residual_multiplier": 0.4},
+            **{"logits_scaling": 1.7, "attention_bias": True, "mlp_bias": True},
         },
     ),
 }

@@ -49,8 +49,9 @@ def test_a_field_that_a_table_does_not_know_is_refused_by_name(name, monkeypatch
         ALL[name], fields={key: value for key, value in ALL[name].fields.items() if key != "hidden_act"}
     )
     family.hf_moe_fields(config)
-    config.hidden_act = "relu"
-    with pytest.raises(ValueError, match=f"{name} field hidden_act='relu' cannot be carried"):
+    field = ALL[name].fields["hidden_act"]
+    setattr(config, field, "relu")
+    with pytest.raises(ValueError, match=f"{name} field {field}='relu' cannot be carried"):
         family.hf_moe_fields(config)
 
 

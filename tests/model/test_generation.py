@@ -123,3 +123,10 @@ def test_the_training_step_compiles_as_one_graph():
     torch.testing.assert_close(loss, expected)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
+
+
+def test_generates_from_embeddings():
+    model = tiny_model()
+    ids, greedy = tokens(), {"max_new_tokens": 5, "do_sample": False}
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **greedy), model.generate(ids, **greedy)[:, 11:])

@@ -1,0 +1,22 @@
+"""Rows for RoPE parameters that are not one dict for whole heads."""
+
+from transformers import PreTrainedConfig
+
+from .family import Computed
+
+
+def by_layer_type(config: PreTrainedConfig) -> dict[str, dict]:
+    """One dict for each type of layer that there is. These families rotate whole heads."""
+    ropes = {layer_type: config.rope_parameters[layer_type] for layer_type in dict.fromkeys(config.layer_types)}
+    for layer_type, rope in ropes.items():
+        if rope.get("partial_rotary_factor") not in (None, 1.0):
+            raise ValueError(
+                f"{config.model_type} field rope_parameters has partial_rotary_factor="
+                f"{rope['partial_rotary_factor']!r} for {layer_type}, which cannot be carried: Transformers' "
+                f"{config.model_type} does not read it."
+            )
+    return ropes
+
+
+ROPE_BY_LAYER_TYPE = Computed(("rope_parameters", "layer_types"), by_layer_type)
+PARTIAL_ROPE = Computed(("rope_parameters",), lambda config: config.rope_parameters)
