@@ -5,6 +5,7 @@ says about itself is checked when the checkpoint is opened, before a conversion 
 """
 
 import json
+import math
 import mmap
 import warnings
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -46,8 +47,8 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}.")
@@ -55,10 +56,11 @@ def read_json(path: Path) -> dict:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
         raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} appears twice")
-    return dict(pairs)
+    return content
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -77,7 +79,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         raw = file.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} has no valid safetensors header: {error}.") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path} has no valid safetensors header: it is a {type(header).__name__}.")
@@ -107,7 +109,7 @@ def _entry(path: Path, name: str, said: object, data_begin: int) -> Entry:
     if len(said["data_offsets"]) != 2:
         raise ValueError(f"{path}: the header entry of {name} is malformed.")
     dtype, shape, (begin, end) = DTYPES[said["dtype"]], tuple(said["shape"]), said["data_offsets"]
-    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    nbytes = math.prod(shape) * dtype.itemsize  # torch would count in 64 bits, and overflow
     if end - begin != nbytes:
         raise ValueError(
             f"{path}: {name} has shape {list(shape)} and dtype {said['dtype']}, which take {nbytes} bytes, but its "
@@ -129,6 +131,18 @@ def read_index(folder: Path) -> dict[str, str]:
         if windows.is_absolute() or windows.anchor or ".." in windows.parts or PurePosixPath(file).is_absolute():
             raise ValueError(f"{path} points outside the folder: {name} is said to be in {file!r}.")
     return weight_map
+
+
+def check_inside(folder: Path, file: str | Path) -> None:
+    """Raise a ValueError where `folder`/`file` is a link that leaves the folder.
+
+    In the Hub's cache it may: there the files of `snapshots/<revision>` are links to `blobs`.
+    """
+    folder = folder.resolve()
+    allowed = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    target = (folder / file).resolve()
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ValueError(f"{folder / file} is a link that leaves the folder, to {target}; put the file itself there.")
 
 
 class Checkpoint:
@@ -155,6 +169,7 @@ class Checkpoint:
         self.entries: dict[str, Entry] = {}
         self.file_of: dict[str, str] = {}
         for file in self.files:
+            check_inside(folder, file)
             for name, entry in read_header(folder / file).items():
                 if name in self.entries:
                     raise ValueError(f"{name} is twice in {folder}: in {self.file_of[name]} and in {file}.")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from .block_fp8 import BlockFP8Checkpoint, block_size
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint, check_inside, read_json
 from .families import DENSE_FAMILIES, FAMILIES, Family
 from .families.family import mtp_prefix
 from .families.regions import Region
@@ -81,10 +81,16 @@ class Source:
         return None
 
     def carried_files(self) -> list[Path]:
-        """Tokenizer, chat template, generation config and licence files, relative to the folder."""
+        """Tokenizer, chat template, generation config and licence files, relative to the folder.
+
+        Raises a ValueError where one is a link to a file elsewhere, which nobody meant to publish.
+        """
         folder = self.checkpoint.folder
         found = {path for pattern in CARRIED_FILES for path in folder.glob(pattern) if path.is_file()}
-        return sorted(path.relative_to(folder) for path in found)
+        files = sorted(path.relative_to(folder) for path in found)
+        for file in files:
+            check_inside(folder, file)
+        return files
 
     def hf_moe_config(self, **choices: Any) -> HfMoeConfig:
         """The hf_moe config of this checkpoint with the `choices` of a conversion."""

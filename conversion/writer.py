@@ -96,7 +96,7 @@ def write_shards(folder: Path, shards: list[Shard], advance: Callable[[int], obj
 
 
 def write_shard(folder: Path, shard: Shard, advance: Callable[[int], object]) -> str:
-    """Write one file to the disk. Returns its SHA-256."""
+    """Write one file to the disk. Returns its SHA-256. Raises an OSError that names the file, of a full disk say."""
     with (folder / shard.file).open("wb", buffering=0) as file, RunningDigest() as digest:
 
         def write(data: memoryview) -> int:
@@ -104,7 +104,10 @@ def write_shard(folder: Path, shard: Shard, advance: Callable[[int], object]) ->
             while done < len(data):
                 chunk = data[done : done + CHUNK_BYTES]
                 digest.update(chunk)
-                step = file.write(chunk)
+                try:
+                    step = file.write(chunk)
+                except OSError as error:
+                    raise type(error)(error.errno, f"{error.strerror}, while writing", str(file.name)) from None
                 done += step
                 advance(step)
             return done

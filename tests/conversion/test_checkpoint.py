@@ -118,7 +118,58 @@ def unlist(folder: Path) -> None:
     edit_index(folder, edit)
 
 
+def swap(folder: Path) -> None:
+    """Two shards under each other's names."""
+    one, other = sorted(folder.glob("*.safetensors"))[:2]
+    held = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(held)
+
+
+def rename(folder: Path) -> None:
+    shard_of(folder).rename(folder / "model-2-of-2.safetensors")
+
+
+def duplicate(folder: Path) -> None:
+    """One shard under another's name."""
+    shard_of(folder).write_bytes(next(folder.glob("model-00001-of-*.safetensors")).read_bytes())
+
+
+def list_twice(folder: Path) -> None:
+    """The index names one tensor twice, with two files."""
+    text = (folder / INDEX_FILE).read_text()
+    name, file = next(iter(json.loads(text)["weight_map"].items()))
+    (folder / INDEX_FILE).write_text(text.replace(f'"{name}": "{file}"', f'"{name}": "x", "{name}": "{file}"'))
+
+
+def of_another_model(folder: Path) -> None:
+    """A shard with the right names, whose tensors have other sizes."""
+    weights = load_file(shard_of(folder))
+    save_file({name: torch.cat([weight, weight]) for name, weight in weights.items()}, shard_of(folder))
+
+
+def in_another_dtype(folder: Path) -> None:
+    save_file({name: weight.to(torch.int8) for name, weight in load_file(shard_of(folder)).items()}, shard_of(folder))
+
+
+def overflow(header: dict) -> dict:
+    """2^64 numbers, which 64 bits count as none, at a place that holds none."""
+    begin = max(header[name]["data_offsets"][1] for name in header if name != "__metadata__")
+    return header | {"giant": {"dtype": "U8", "shape": [2**62, 4], "data_offsets": [begin, begin]}}
+
+
 DAMAGE = {
+    "swapped shards": (swap, "but that file lacks it"),
+    "renamed shard": (rename, f"{SHARD}.*does not exist"),
+    "duplicate shard": (duplicate, "is twice in"),
+    "shard of another model": (of_another_model, "has shape .* but the config calls for"),
+    "shard of codes": (in_another_dtype, "is torch.int8"),
+    "index that lists a tensor twice": (list_twice, "is not valid JSON.*appears twice"),
+    "index that names a folder": (point_to("."), "does not exist"),
+    "header with too many numbers": (in_header(overflow), f"{SHARD}.*giant has shape"),
+    "header with a giant size": (in_header(with_first(shape=[10**30])), f"{SHARD}.*which take"),
+    "header with endless brackets": (in_header(lambda header: b"[" * 10**5), f"{SHARD}.*no valid safetensors header"),
+    "header that is not text": (in_header(lambda header: b"\xff\xfe{}"), f"{SHARD}.*no valid safetensors header"),
     "missing shard": (lambda folder: shard_of(folder).unlink(), f"{SHARD}.*does not exist"),
     "truncated shard": (truncate, f"{SHARD}.*is truncated"),
     "empty shard": (cut_to_nothing, f"{SHARD}.*truncated or no safetensors"),
@@ -159,8 +210,10 @@ def test_damage_is_one_clear_line_and_no_output(damage, match, sharded, tmp_path
 
 
 def test_weights_through_links_as_in_the_hub_cache(checkpoint, tmp_path):
-    (tmp_path / "snapshot").mkdir()
-    for path in checkpoint("llama", sharded=True).iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(path)
-    report = upcycle(tmp_path / "snapshot", tmp_path / "moe", experts=2, top_k=1, progress=False)
+    snapshot, blobs = tmp_path / "snapshots" / "0123", tmp_path / "blobs"
+    shutil.copytree(checkpoint("llama", sharded=True), blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    report = upcycle(snapshot, tmp_path / "moe", experts=2, top_k=1, progress=False)
     assert report["max_abs_diff"] <= 1e-4
