@@ -1,5 +1,6 @@
 """hf_moe: the mixture-of-experts design space as one Transformers model family."""
 
+from contextlib import nullcontext
 from importlib import import_module
 
 from transformers import (
@@ -9,8 +10,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.utils import logging
 
+from . import kernels as kernels  # its import registers the experts implementation "hf_moe"
 from .model.configuration_hf_moe import HfMoeConfig
+from .model.decoding import SPEEDUPS
 from .model.modeling_hf_moe import (
     HfMoeForCausalLM,
     HfMoeForSequenceClassification,
@@ -20,8 +24,23 @@ from .model.modeling_hf_moe import (
 from .presets import preset_config
 from .version import __version__
 
+logger = logging.get_logger(__name__)
+
 # Attached here because the model's files are saved beside weights, and the presets are not.
 HfMoeConfig.from_preset = staticmethod(preset_config)
+
+
+def decoding_kernels(model, rows: int):
+    """The context in which a decoding step is recorded with our kernels; they need Triton, which comes with CUDA."""
+    try:
+        from .kernels.decode import fused
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        logger.warning_once("Triton is not installed: decoding without hf_moe's kernels. pip install triton")
+        return nullcontext()
+    return fused(model, rows)
+
 
 AUTO_CLASSES = {
     AutoModel: HfMoeModel,
@@ -36,6 +55,8 @@ HfMoeConfig.register_for_auto_class()
 for auto_class, model_class in AUTO_CLASSES.items():
     auto_class.register(HfMoeConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class)
+
+SPEEDUPS.append(decoding_kernels)
 
 # What training needs is loaded when it is asked for: these names live in modules of hf_moe.training.
 TRAINING = {

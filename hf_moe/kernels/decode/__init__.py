@@ -1,0 +1,172 @@
+"""A decoding step with fewer and faster launches: what each module's forward becomes while its step is recorded.
+
+`FORWARDS` names, for a class of modules, the function that gives a module's faster forward for a number of rows, or
+None where this module has what the kernels don't know; its own forward then stays.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ...model.decoding import HfMoeReservedLayer
+from ...model.latent_attention import LATENT_NORM_EPS, HfMoeLatentAttention
+from ...model.mlp import HfMoeMLP
+from ...model.modeling_hf_moe import HfMoeSparseMoeBlock
+from ...model.rms_norm import HfMoeRMSNorm
+from . import experts, latent, norms, routers
+
+# Modules hold the function, not its name.
+ACTIVATIONS = {type(ACT2FN[name]): name for name in experts.ACTIVATIONS}
+
+
+def plain(linear: nn.Module) -> bool:
+    """Whether a product with the weight is all that this layer does: adapters and quantised layers do more."""
+    return type(linear) is nn.Linear and linear.bias is None
+
+
+def norm_forward(module: HfMoeRMSNorm, rows: int):
+    return lambda hidden_states: norms.rms_norm(hidden_states, module.weight, module.variance_epsilon)
+
+
+def feed_forward(module: HfMoeMLP, rows: int):
+    """FFN(x) [T, D] in float32 as a function of x [T, D], or None."""
+    act = ACTIVATIONS.get(type(module.act_fn))
+    names = ["gate_proj"] * module.gated + ["up_proj", "down_proj"]
+    if rows > experts.MAX_TOKENS or act is None:
+        return None
+    if not all(plain(getattr(module, name)) for name in names):
+        return None
+    weights = [getattr(module, name).weight.unsqueeze(0) for name in names]
+    gate, up, down = weights if module.gated else (None, *weights)
+    index = torch.zeros(rows, 1, dtype=torch.long, device=up.device)  # all rows take the only expert
+    return lambda x: experts.expert_rows(x, index, gate, up, down, act)
+
+
+def mlp_forward(module: HfMoeMLP, rows: int):
+    ffn = feed_forward(module, rows)
+
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.flatten(0, -2)
+        return experts.combine(ffn(x), None, None, 1, None, x.dtype).view_as(hidden_states)
+
+    return ffn and forward
+
+
+def router_forward(gate: nn.Module, config):
+    """weights and index [T, K] as a function of x [T, D]: in one launch where the router is a plain one."""
+    simple = config.router_type in routers.SCORES and gate.weight.numel() <= 2**20
+    limited = config.topk_group < config.n_group or config.router_args.get("router_bias")
+    if not simple or limited:
+        return None
+    bias, top_k = gate.e_score_correction_bias, config.num_experts_per_tok
+    settings = (top_k, config.router_type, config.norm_topk_prob, float(config.routed_scaling_factor))
+    return lambda x: routers.route(x, gate.weight, bias, *settings)[1:]
+
+
+def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
+    routed, config = module.experts, module.gate.config
+    act = ACTIVATIONS.get(type(routed.act_fn))
+    known = act is not None and module.shared_expert_gate is None and not module.scales_input
+    known = known and config.experts_swiglu_limit is None
+    shared = None
+    if module.shared_experts is not None:
+        shared = feed_forward(module.shared_experts, rows)
+        known = known and shared is not None
+    if not known or rows > experts.MAX_TOKENS:
+        return None
+    gate, up, biases = None, getattr(routed, routed.up_name), None
+    if routed.has_bias:
+        up_bias = getattr(routed, f"{routed.up_name}_bias")
+        biases = (None, up_bias, routed.down_proj_bias)
+    if config.gated_mlp:
+        gate, up = up.chunk(2, dim=1)
+        if biases is not None:
+            biases = (*biases[1].chunk(2, dim=1), biases[2])
+    choose = router_forward(module.gate, config)
+
+    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None) -> torch.Tensor:
+        x = hidden_states.flatten(0, -2)
+        if choose is not None:
+            weights, index = choose(x)
+        else:
+            ids = None if input_ids is None else input_ids.reshape(-1)
+            mask = None if token_mask is None else token_mask.reshape(-1)
+            _, weights, index, _, _ = module.gate(x, mask, ids)
+        rows_of_slots = experts.expert_rows(x, index, gate, up, routed.down_proj, act, biases)
+        beside = None if shared is None else shared(x)
+        out = experts.combine(rows_of_slots, weights, index, config.num_experts, beside, x.dtype)
+        return out.view_as(hidden_states)
+
+    return forward
+
+
+def latent_forward(module: HfMoeLatentAttention, rows: int):
+    config, up = module.config, module.up_projections()
+    if up is None or module.absorb is False:
+        return None
+    sizes = [config.qk_nope_head_dim, config.v_head_dim]
+    key_up, value_up = up.view(-1, sum(sizes), config.kv_lora_rank).split(sizes, dim=1)  # [H, d, r]
+    softcap = config.attn_logit_softcapping
+    original = type(module).forward
+
+    def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        cached = None if past_key_values is None else past_key_values.layers[module.layer_idx]
+        if not isinstance(cached, HfMoeReservedLayer) or not cached.recorded:
+            return original(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        if attention_mask is not None and attention_mask.dtype != torch.bool:  # eager attention adds it
+            attention_mask = attention_mask == 0
+        x = hidden_states.squeeze(1)
+        if config.q_lora_rank is None:
+            query = module.q_proj(x)
+        else:
+            query = module.q_b_proj(module.q_a_layernorm(module.q_a_proj(x)))
+        cos, sin = (part.squeeze(1) for part in position_embeddings)
+        out = latent.latent_attention(
+            query.view(len(x), len(key_up), -1),
+            module.kv_a_proj_with_mqa(x),
+            module.kv_a_layernorm.weight,
+            key_up,
+            cos,
+            sin,
+            cached.keys,
+            cached.values,
+            cached.cumulative_length,
+            None if attention_mask is None else attention_mask[:, 0, 0],
+            scale=module.scaling,
+            eps=LATENT_NORM_EPS,
+            interleaved=config.rope_interleave,
+            softcap=softcap,
+        )
+        values = torch.bmm(out, value_up.transpose(1, 2))  # [H, B, d_v]
+        return module.o_proj(values.transpose(0, 1).reshape(len(x), 1, -1)), None
+
+    return forward
+
+
+FORWARDS = {
+    HfMoeRMSNorm: norm_forward,
+    HfMoeMLP: mlp_forward,
+    HfMoeSparseMoeBlock: moe_forward,
+    HfMoeLatentAttention: latent_forward,
+}
+
+
+@contextmanager
+def fused(model: nn.Module, rows: int):
+    """Inside, the modules of `model` that the kernels know compute one token of each of `rows` rows with them."""
+    changed = []
+    try:
+        for module in model.modules():
+            make = FORWARDS.get(type(module))
+            if make is None or "forward" in vars(module):
+                continue
+            forward = make(module, rows)
+            if forward is not None:
+                module.forward = forward
+                changed.append(module)
+        yield
+    finally:
+        for module in changed:
+            del module.forward

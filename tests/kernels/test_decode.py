@@ -1,0 +1,93 @@
+"""The kernels of a decoding step against the modules whose place they take; on the CPU by Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from hf_moe import HfMoeConfig, HfMoeForCausalLM
+from hf_moe.kernels.decode import fused
+from hf_moe.model.decoding import HfMoeReservedCache
+from hf_moe.model.rms_norm import HfMoeRMSNorm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+if DEVICE == "cpu":
+    del TOLERANCE[torch.bfloat16]  # the interpreter multiplies its bits
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def tiny(**fields) -> HfMoeConfig:
+    base = {"vocab_size": 37, "hidden_size": 40, "intermediate_size": 56, "moe_intermediate_size": 24}
+    base |= {"num_hidden_layers": 2, "num_attention_heads": 3, "num_experts": 6, "num_experts_per_tok": 2}
+    return HfMoeConfig(**(base | {"max_position_embeddings": 64, "pad_token_id": 0} | fields))
+
+
+LATENT = {"attention_type": "mla", "kv_lora_rank": 24, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 9}
+LATENT |= {"hidden_size": 40}
+MODELS = {
+    "mla, softmax_topk, shared": LATENT | {"n_shared_experts": 2, "router_type": "softmax_topk"},
+    "mla, q_lora, sigmoid and bias": LATENT
+    | {"q_lora_rank": 20, "router_type": "sigmoid_topk", "router_args": {"selection_bias": True}}
+    | {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "rope_interleave": True},
+    "mla, groups, soft-cap": LATENT | {"n_group": 3, "topk_group": 2, "attn_logit_softcapping": 5.0},
+    "gqa, topk_softmax, dense first": {"router_type": "topk_softmax", "mlp_layer_types": ["dense", "sparse"]}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "gqa, plain MLP with biases": {
+        "gated_mlp": False,
+        "mlp_bias": True,
+        "hidden_act": "gelu",
+        "num_attention_heads": 4,
+    },
+    "gqa, one expert a token": {"num_experts_per_tok": 1, "num_attention_heads": 4, "hidden_act": "gelu_pytorch_tanh"},
+}
+
+
+def model_of(fields: dict, dtype: torch.dtype) -> HfMoeForCausalLM:
+    torch.manual_seed(0)
+    model = HfMoeForCausalLM(tiny(initializer_range=0.2, **fields)).to(DEVICE, dtype).eval()
+    for module in model.modules():
+        if isinstance(module, HfMoeRMSNorm):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+        bias = getattr(module, "e_score_correction_bias", None)
+        if bias is not None:
+            bias.uniform_(-0.2, 0.2)
+    return model
+
+
+@dtypes
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("padding", [0, 3], ids=["no padding", "left padding"])
+@torch.no_grad()
+def test_a_step_with_the_kernels_is_the_step_of_the_modules(fields, dtype, padding):
+    model, rows, length = model_of(fields, dtype), 3, 11
+    ids = torch.randint(1, 37, (rows, length + 2), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    expected = model(ids, attention_mask=mask, position_ids=position_ids).logits[:, length:]
+
+    cache = HfMoeReservedCache(model.config.num_hidden_layers, 20)
+    model(
+        ids[:, :length], attention_mask=mask[:, :length], position_ids=position_ids[:, :length], past_key_values=cache
+    )
+    whole = torch.ones(rows, cache.layers[0].max_cache_len, dtype=torch.bool, device=DEVICE)
+    whole[:, : length + 2] = mask.bool()
+    with fused(model, rows):
+        for layer in cache.layers:
+            layer.recorded = True
+            layer.cumulative_length.fill_(length)
+            if model.config.attention_type == "mla":  # nothing may read what isn't written
+                layer.keys[:, :, length:] = layer.values[:, :, length:] = float("nan")
+        steps = [
+            model(
+                ids[:, place : place + 1],
+                attention_mask=whole if padding else None,
+                position_ids=position_ids[:, place : place + 1],
+                past_key_values=cache,
+            ).logits
+            for place in (length, length + 1)
+        ]
+    tolerance = TOLERANCE[dtype] * float(expected.float().abs().max())
+    torch.testing.assert_close(torch.cat(steps, dim=1).float(), expected.float(), rtol=0, atol=tolerance)
+    assert all("forward" not in vars(module) for module in model.modules())

@@ -1,0 +1,140 @@
+"""Recorded decoding: the cache that it reserves, and on a GPU that its text is that of ordinary decoding."""
+
+import pytest
+import torch
+
+from hf_moe import HfMoeConfig, HfMoeForCausalLM
+from hf_moe.model.decoding import KEPT, HfMoeReservedCache
+
+LATENT = {"attention_type": "mla", "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+CONFIGS = {
+    "mla": LATENT | {"n_shared_experts": 2},
+    "mla, sigmoid, groups": LATENT
+    | {"router_type": "sigmoid_topk", "router_args": {"selection_bias": True}, "n_group": 2, "q_lora_rank": 24},
+    "gqa": {"num_key_value_heads": 2, "qk_norm": "head", "router_type": "topk_softmax"},
+    "gqa, window": {"sliding_window": 7, "mlp_layer_types": ["dense", "sparse"]},
+    "moa": {"attention_type": "moa", "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+configs = pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+
+
+def tiny(device: str = "cpu", dtype: torch.dtype = torch.float32, **fields) -> HfMoeForCausalLM:
+    base = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 48}
+    base |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 8, "num_experts_per_tok": 2}
+    base |= {"initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    torch.manual_seed(0)
+    return HfMoeForCausalLM(HfMoeConfig(**(base | fields))).to(device, dtype).eval()
+
+
+def prompts(device: str, rows: int, length: int = 9, padding: int = 0):
+    ids = torch.randint(1, 61, (rows, length), generator=torch.Generator().manual_seed(1)).to(device)
+    mask = torch.ones_like(ids)
+    if padding:
+        mask[0, :padding] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@configs
+def test_a_reserved_cache_acts_as_a_dynamic_one(fields):
+    model, inputs = tiny(**fields), prompts("cpu", 3, padding=2)
+    cache = HfMoeReservedCache(model.config.num_hidden_layers, 4)  # too small: it moves
+    expected = model.generate(**inputs, max_new_tokens=300)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=300, past_key_values=cache), expected)
+    assert cache.get_seq_length() == expected.shape[1] - 1
+    assert cache.layers[0].max_cache_len == 512
+    cache.crop(-5)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 295), value=1)
+    again = model.generate(expected[:, :-5], attention_mask=mask, max_new_tokens=5, past_key_values=cache)
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.gpu
+@configs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padding", [0, 4], ids=["no padding", "left padding"])
+def test_recorded_logits_are_those_of_ordinary_decoding(fields, dtype, padding):
+    model, inputs = tiny("cuda", dtype, **fields), prompts("cuda", 3, padding=padding)
+    options = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(**inputs, **options)
+    assert isinstance(out.past_key_values, HfMoeReservedCache)
+    assert out.past_key_values.step is not None
+    whole = torch.cat((inputs["attention_mask"], torch.ones_like(out.sequences[:, 9:])), dim=1)
+    position_ids = (whole.cumsum(-1) - 1).clamp_min(0)
+    expected = model(out.sequences, attention_mask=whole, position_ids=position_ids).logits[:, 8:-1].float()
+    logits = torch.stack(out.logits, dim=1)
+    scale = float(expected.abs().max())
+    limit = (1e-5 if dtype == torch.float32 else 3e-2) * scale
+    # In bfloat16 a tie between experts may fall the other way: that changes single tokens, not the rule.
+    differs = ((logits - expected).abs().amax(-1) > limit).float().mean()
+    assert differs == 0 if dtype == torch.float32 else differs < 0.2
+
+
+@pytest.mark.gpu
+def test_the_next_text_replays_the_graph_and_changes_are_seen():
+    model, inputs = tiny("cuda", **CONFIGS["mla"]), prompts("cuda", 2)
+    first = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    graph = KEPT[model].step
+    assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False), first)
+    assert KEPT[model].step is graph
+    with torch.no_grad():
+        model.lm_head.weight.neg_()  # in place: the graph reads it
+    plain = model.generate(**inputs, max_new_tokens=20, do_sample=False, disable_compile=True)
+    assert not torch.equal(plain, first)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False), plain)
+    assert KEPT[model].step is graph
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.neg())  # elsewhere: recorded again
+    assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False), first)
+    assert KEPT[model].step is not graph
+
+
+@pytest.mark.gpu
+def test_ends_streams_and_samples_as_ordinary_decoding_does():
+    from transformers.generation.streamers import BaseStreamer
+
+    class Heard(BaseStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens.append(value)
+
+        def end(self):
+            self.ended = True
+
+    model, inputs = tiny("cuda", **CONFIGS["gqa"]), prompts("cuda", 3)
+    text = model.generate(**inputs, max_new_tokens=24, do_sample=False, disable_compile=True)
+    eos = int(text[0, 15])
+    for options in ({"eos_token_id": eos}, {"eos_token_id": eos, "min_new_tokens": 9}, {"repetition_penalty": 1.3}):
+        plain, recorded = (
+            model.generate(
+                **inputs,
+                max_new_tokens=24,
+                do_sample=False,
+                output_scores=True,
+                return_dict_in_generate=True,
+                **off,
+                **options,
+            )
+            for off in ({"disable_compile": True}, {})
+        )
+        assert torch.equal(plain.sequences, recorded.sequences)
+        assert len(plain.scores) == len(recorded.scores)
+        torch.testing.assert_close(torch.stack(plain.scores), torch.stack(recorded.scores), rtol=1e-4, atol=1e-4)
+        assert recorded.past_key_values.get_seq_length() == recorded.sequences.shape[1] - 1
+    one = {name: x[:1] for name, x in inputs.items()}
+    heard = Heard()
+    text = model.generate(**one, max_new_tokens=12, do_sample=False, streamer=heard)
+    assert torch.equal(torch.cat([x.flatten() for x in heard.tokens]), text[0].cpu())
+    assert heard.ended
+    torch.manual_seed(3)
+    plain = model.generate(**inputs, max_new_tokens=12, do_sample=True, disable_compile=True)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=True), plain)
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_decodes_as_before():
+    model = tiny("cuda", **CONFIGS["gqa"])
+    model.set_experts_implementation("eager")
+    out = model.generate(**prompts("cuda", 2), max_new_tokens=12, return_dict_in_generate=True)
+    assert not isinstance(out.past_key_values, HfMoeReservedCache)
