@@ -1,0 +1,101 @@
+"""The experts implementation "hf_moe": what the kernels can compute they compute, the rest goes to "grouped_mm"."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from transformers import activations
+from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
+from transformers.utils import logging
+
+from .operators import experts as experts_operator
+
+logger = logging.get_logger(__name__)
+
+# Transformers' activation modules and the kernels' names for them.
+ACTIVATIONS = {
+    nn.SiLU: "silu",
+    activations.SiLUActivation: "silu",
+    nn.GELU: "gelu",
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.FastGELUActivation: "gelu_tanh",
+    activations.QuickGELUActivation: "quick_gelu",
+    nn.ReLU: "relu",
+    activations.ReLUSquaredActivation: "relu2",
+    activations.LinearActivation: "linear",
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def hf_moe_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """sum_k weight_{t,k} FFN_{index_{t,k}}(x_t): [T, D] from hidden_states [T, D], index and weights [T, K].
+
+    An index of E or more ("on another rank", or dropped) adds nothing. Computed in the experts' dtype, or in
+    autocast's; sums over a token's experts are in float32. Where the kernels do not apply, one warning says why and
+    Transformers' "grouped_mm" computes.
+    """
+    name = "gate_up_proj" if self.has_gate else "up_proj"
+    up, down = getattr(self, name), self.down_proj
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else up.dtype
+    reason = obstacle(self, dtype) or unusable(device)
+    if reason is not None:
+        warn(reason)
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    up_bias, down_bias = (getattr(self, f"{name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
+    operands = [None if tensor is None else tensor.to(dtype) for tensor in (up, down, up_bias, down_bias)]
+    x = hidden_states.to(dtype)
+    save = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, top_k_weights, *operands)
+    )
+    output = experts_operator(
+        x,
+        top_k_index,
+        top_k_weights,
+        *operands,
+        ACTIVATIONS[type(self.act_fn)],
+        self.has_gate,
+        self.is_transposed,
+        save,
+    )[0]
+    return output.to(hidden_states.dtype)
+
+
+def obstacle(experts: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot compute these experts, or None."""
+    if dtype not in DTYPES:
+        return f"compute in float32, bfloat16 and float16, not in {dtype}"
+    if experts.has_post_expert_norm:
+        return "have no norm after an expert"
+    if type(experts.act_fn) not in ACTIVATIONS:
+        return f"have no activation {type(experts.act_fn).__name__}"
+    if experts.has_gate and not experts.is_concatenated:
+        return "want all gate rows before all up rows, not interleaved"
+    if experts.has_gate and type(experts)._apply_gate is not _default_apply_gate:
+        return f"do not know the gate of {type(experts).__name__}"
+    return None
+
+
+@torch._dynamo.assume_constant_result
+def unusable(device: str) -> str | None:
+    """Why Triton cannot run on this kind of device, or None."""
+    if find_spec("triton") is None:
+        return "need Triton: pip install 'hf_moe[kernels]'"
+    if device == "cpu":
+        from triton import knobs
+
+        return None if knobs.runtime.interpret else "run on a GPU, not on a CPU"
+    if device == "cuda" and torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+        return f"need an Ampere card or newer, not {torch.cuda.get_device_name()}"
+    return None
+
+
+@torch._dynamo.assume_constant_result
+def warn(reason: str) -> None:
+    logger.warning_once(
+        f'The experts implementation "hf_moe" falls back to "grouped_mm": its kernels cannot run; {reason}.'
+    )

@@ -1,0 +1,132 @@
+"""Where each (token, expert) slot goes: a stable counting sort by expert, in two launches and without a host sync.
+
+Slot s = t K + k is the k-th choice of token t; a row is a slot's place after the sort. A slot whose index is no expert
+(E: an expert on another rank, or dropped) gets no row, so that no later kernel does anything for it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .operators import routing_sizes
+
+CHUNK = 512  # slots that one program counts and places
+
+
+class Routing(NamedTuple):
+    slot_of_row: torch.Tensor  # [S] int32; undefined from row offsets[E] on
+    row_of_slot: torch.Tensor  # [S] int32; -1 where the slot has no row
+    offsets: torch.Tensor  # [E + 1] int32: expert e has the rows offsets[e] to offsets[e + 1]
+    tiles: torch.Tensor  # [M, 2] int32: expert (E beyond the last tile) and first row of each tile of rows
+
+
+def empty_routing(index: torch.Tensor, num_experts: int) -> Routing:
+    """Uninitialised metadata for `index` [T, K]."""
+    sizes = routing_sizes(index.numel(), num_experts)
+    return Routing(*(index.new_empty(size, dtype=torch.int32) for size in sizes))
+
+
+def route(index: torch.Tensor, weights: torch.Tensor, num_experts: int, tile: int, skip_zero: bool) -> Routing:
+    """Sort the slots of `index` [T, K] by expert, with tiles of `tile` rows; `skip_zero` drops slots of weight 0."""
+    routing = empty_routing(index, num_experts)
+    experts = max(16, triton.next_power_of_2(num_experts))
+    chunks = triton.cdiv(index.numel(), CHUNK)
+    counts = torch.empty(chunks, experts, dtype=torch.int32, device=index.device)
+    sizes = {"num_slots": index.numel(), "num_experts": num_experts}
+    shapes = {"SKIP_ZERO": skip_zero, "CHUNK": CHUNK, "EXPERTS": experts, "num_warps": 4}
+    count_kernel[(chunks,)](index, weights, counts, **sizes, **shapes)
+    row_tiles = len(routing.tiles)
+    per_program = max(16, triton.next_power_of_2(triton.cdiv(row_tiles, chunks)))
+    place_kernel[(chunks,)](
+        index, weights, counts, *routing, **sizes, row_tiles=row_tiles, TILE=tile, TILES=per_program, **shapes
+    )
+    return routing
+
+
+@triton.jit
+def expert_of(index, weights, slots, num_slots, num_experts, SKIP_ZERO: tl.constexpr):
+    inside = slots < num_slots
+    expert = tl.load(index + slots, mask=inside, other=num_experts).to(tl.int32)
+    here = (expert >= 0) & (expert < num_experts)
+    if SKIP_ZERO:
+        here = here & (tl.load(weights + slots, mask=inside, other=0.0) != 0)
+    return tl.where(here, expert, num_experts)
+
+
+@triton.jit
+def count_kernel(
+    index,
+    weights,
+    counts,
+    num_slots,
+    num_experts,
+    SKIP_ZERO: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    count = tl.zeros([EXPERTS], tl.int32)
+    for first in range(0, CHUNK, 16):
+        slots = chunk * CHUNK + first + tl.arange(0, 16)
+        chosen = expert_of(index, weights, slots, num_slots, num_experts, SKIP_ZERO)
+        count += tl.sum((chosen[:, None] == experts[None, :]).to(tl.int32), 0)
+    tl.store(counts + chunk * EXPERTS + experts, tl.where(experts < num_experts, count, 0))
+
+
+@triton.jit
+def place_kernel(
+    index,
+    weights,
+    counts,
+    slot_of_row,
+    row_of_slot,
+    offsets,
+    tiles,
+    num_slots,
+    num_experts,
+    row_tiles,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    SKIP_ZERO: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
+    experts = tl.arange(0, EXPERTS)
+    # Every program sums all counts again: that costs less than a launch between.
+    total = tl.zeros([EXPERTS], tl.int32)
+    before = tl.zeros([EXPERTS], tl.int32)
+    for first in range(0, chunks, 16):
+        others = first + tl.arange(0, 16)[:, None]
+        count = tl.load(counts + others * EXPERTS + experts[None, :], mask=others < chunks, other=0)
+        total += tl.sum(count, 0)
+        before += tl.sum(tl.where(others < chunk, count, 0), 0)
+    ends = tl.cumsum(total, 0)
+    starts = ends - total
+    if chunk == 0:
+        tl.store(offsets, 0)
+        tl.store(offsets + 1 + experts, ends, mask=experts < num_experts)
+
+    slots = chunk * CHUNK + tl.arange(0, CHUNK)
+    expert = expert_of(index, weights, slots, num_slots, num_experts, SKIP_ZERO)
+    row = tl.gather(starts + before, tl.minimum(expert, EXPERTS - 1), 0)
+    for first in range(0, CHUNK, 16):
+        earlier = chunk * CHUNK + first + tl.arange(0, 16)
+        chosen = expert_of(index, weights, earlier, num_slots, num_experts, SKIP_ZERO)
+        same = (chosen[None, :] == expert[:, None]) & (earlier[None, :] < slots[:, None])
+        row += tl.sum(same.to(tl.int32), 1)
+    here = expert < num_experts
+    tl.store(row_of_slot + slots, tl.where(here, row, -1), mask=slots < num_slots)
+    tl.store(slot_of_row + row, slots, mask=here)
+
+    tile_count = (total + TILE - 1) // TILE
+    tile_ends = tl.cumsum(tile_count, 0)
+    tile = chunk * TILES + tl.arange(0, TILES)
+    owner = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), 1)
+    known = tl.minimum(owner, EXPERTS - 1)
+    first_row = tl.gather(starts, known, 0) + (tile - tl.gather(tile_ends - tile_count, known, 0)) * TILE
+    tl.store(tiles + 2 * tile, tl.minimum(owner, num_experts), mask=tile < row_tiles)
+    tl.store(tiles + 2 * tile + 1, first_row, mask=tile < row_tiles)

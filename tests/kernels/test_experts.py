@@ -1,0 +1,109 @@
+"""The experts operator against float32 PyTorch: output and every gradient."""
+
+import pytest
+import torch
+
+from hf_moe.kernels.operators import NAMES
+from hf_moe.kernels.operators import experts as operator
+
+from . import reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def problem(device, T, K, D, inner, E, *, index=None, gated=True, bias=False, transposed=False, dtype=torch.float32):
+    """Inputs of the operator; an index of E is "no expert"."""
+    U = 2 * inner if gated else inner
+    shapes = {"x": (T, D), "weights": (T, K), "up": (E, U, D), "down": (E, D, inner)}
+    if transposed:
+        shapes |= {"up": (E, D, U), "down": (E, inner, D)}
+    if bias:
+        shapes |= {"up_bias": (E, U), "down_bias": (E, D)}
+    scale = {"up": D**-0.5, "down": inner**-0.5}
+    tensors = {name: (torch.randn(shape) * scale.get(name, 1)).to(device, dtype) for name, shape in shapes.items()}
+    if index is None:
+        index = torch.rand(T, E).argsort(-1)[:, :K] if K <= E else torch.randint(0, E, (T, K))
+    return tensors | {"index": index.to(device)}
+
+
+def run(function, inputs, *options, dtype=None):
+    """Output and gradients by name, for one random direction."""
+    leaves = {
+        name: tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_()
+        for name, tensor in inputs.items()
+        if name != "index"
+    }
+    arguments = [leaves.get(name) for name in NAMES]
+    output = function(arguments[0], inputs["index"], *arguments[1:], *options)
+    output = output[0] if isinstance(output, tuple) else output
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.device, output.dtype)
+    gradients = torch.autograd.grad(output, list(leaves.values()), direction)
+    return {"output": output} | dict(zip(leaves, gradients, strict=True))
+
+
+def compare(inputs, activation="silu", gated=True, transposed=False):
+    dtype = inputs["x"].dtype
+    actual = run(operator, inputs, activation, gated, transposed, True)
+    expected = run(reference.experts, inputs, activation, gated, transposed, dtype=torch.float32)
+    for name, value in expected.items():
+        assert actual[name].dtype == inputs.get(name, inputs["x"]).dtype, name
+        error = (actual[name].float() - value).norm() / value.norm().clamp(min=1e-6)
+        assert error <= TOLERANCE[dtype], f"{name}: {error:.2e}"
+    return actual
+
+
+SHAPES = {  # T, K, D, I, E
+    "odd": (19, 3, 45, 35, 3),
+    "aligned": (20, 2, 64, 32, 3),
+    "one-token": (1, 2, 33, 17, 5),
+    "one-expert": (21, 1, 24, 40, 1),
+    "every-expert": (5, 4, 20, 12, 4),
+    "many-experts": (6, 2, 16, 16, 67),
+}
+INDICES = {  # of 9 tokens, 2 choices, 4 experts
+    "all-on-one": lambda: torch.full((9, 2), 2),
+    "empty-experts": lambda: torch.randint(1, 3, (9, 2)),
+    "some-elsewhere": lambda: torch.randint(0, 5, (9, 2)),
+    "all-elsewhere": lambda: torch.full((9, 2), 4),
+    "last-alone": lambda: torch.tensor([[4, 4]] * 8 + [[4, 3]]),
+}
+FORMULAS = {
+    "gated": {},
+    "gated-bias": {"bias": True},
+    "gated-transposed": {"transposed": True},
+    "plain": {"gated": False},
+    "plain-bias-transposed": {"gated": False, "bias": True, "transposed": True},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(device, shape):
+    compare(problem(device, *SHAPES[shape]))
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_indices(device, index):
+    compare(problem(device, 9, 2, 40, 24, 4, index=INDICES[index](), bias=index == "some-elsewhere"))
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("size", [33, 32], ids=["odd", "aligned"])
+def test_formulas(device, formula, size):
+    options = FORMULAS[formula]
+    inputs = problem(device, 9, 2, size, size + 8, 3, **options)
+    compare(inputs, gated=options.get("gated", True), transposed=options.get("transposed", False))
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_activations(device, activation, gated):
+    compare(problem(device, 4, 1, 16, 16, 1, gated=gated), activation, gated)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("size", [33, 40], ids=["odd", "aligned"])
+def test_sixteen_bits(device, dtype, size):
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter cannot multiply matrices of bfloat16")
+    inputs = problem(device, 13, 2, size, size, 3, dtype=dtype)
+    compare(inputs | {"weights": inputs["weights"].float().softmax(-1)})
