@@ -30,7 +30,7 @@ class Step:
     """What is known of an optimizer step while its micro-batches pass, one after the other.
 
     `counted` holds the whole step's counts, router by router, of this process; None where one micro-batch is the step.
-    `rows` are the sums for the metrics so far.
+    `rows` are the sums for the metrics so far, `mtp_loss` this process's share of the step's, not weighted.
     """
 
     def __init__(self, batches: list[dict]):
@@ -38,6 +38,7 @@ class Step:
         self.counted: dict[str, Statistics] | None = None
         self.states: list[RandomState] = []
         self.rows: torch.Tensor | None = None
+        self.mtp_loss: torch.Tensor | float = 0.0
 
     def look_ahead(self, model: nn.Module, balance: Balance) -> None:
         """Count the whole step, if it has several micro-batches; to be called before the first one's forward."""

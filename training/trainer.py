@@ -34,6 +34,7 @@ class MoeTrainerMixin:
         self.balance_over = moe_argument(self.args, "balance_over")
         self.step = Step([])
         self.logged = []  # the rows of each optimizer step since the last log
+        self.mtp_losses = []  # not weighted, of the same steps
         self.evaluated = []  # the rows of each evaluation batch
         self.experts = {True: {}, False: {}}  # training or not: router -> E, of the routers that a forward uses
         if self.label_smoother is not None and self._loss_shifts_labels:
@@ -71,25 +72,31 @@ class MoeTrainerMixin:
         self.selection_bias.restore()
         if self.balances_step:
             self.count_step(model)
-        ahead = self.balance.multi_token if training and not self.takes_model_loss else None
+        ahead = self.balance.multi_token if training else None
+        adds_mtp_loss = ahead is not None and self.takes_model_loss  # the model does
         given = {**inputs, **self.balance.quiet}
-        with captured(self.routers, self.balance.top_k) as routings, looking_ahead(ahead) as decoded:
-            result = super().compute_loss(model, given, return_outputs, num_items_in_batch)
+        watched = None if adds_mtp_loss else ahead
+        with captured(self.routers, self.balance.top_k) as routings, looking_ahead(watched) as decoded:
+            result = super().compute_loss(model, given, return_outputs or adds_mtp_loss, num_items_in_batch)
 
         losses = self.see_routing(routings, inputs)
         if not training:
             return result
-        loss, outputs = result if return_outputs else (result, None)
+        loss, outputs = result if return_outputs or adds_mtp_loss else (result, None)
         # Processes average their gradients, and the Trainer may divide by the micro-batches: shares are to add up.
         processes = self.accelerator.num_processes
         scale = processes * (1 if self.scales_loss(num_items_in_batch) else len(self.step.batches) or 1)
         if losses:
             loss = loss + (scale * self.balance.weighted(losses)).to(loss.device)
+        averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        mtp_loss = outputs.mtp_loss if adds_mtp_loss else None
         if decoded:
             mtp_loss = self.moe.mtp_loss(decoded[0], inputs["labels"], num_items_in_batch)
-            averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
             scale = processes // self.get_tp_size() if averaged else 1  # as the Trainer scales cross-entropy
             loss = loss + (scale * self.balance.config.mtp_loss_coef * mtp_loss).to(loss.device)
+        if mtp_loss is not None:
+            whole = 1 if num_items_in_batch is not None else len(self.step.batches) or 1
+            self.step.mtp_loss += mtp_loss.detach().to(self.args.device) / whole / (1 if averaged else processes)
         return (loss, outputs) if return_outputs else loss
 
     @property
@@ -141,14 +148,19 @@ class MoeTrainerMixin:
             self.find_routing()
         self.selection_bias.remember()
         self.logged.clear()
+        self.mtp_losses.clear()
         check_checkpointing(self.moe, self.balance.coefficients)
 
     def end_routing_step(self) -> None:
         """Move the selection biases and keep the step's metrics; called after the optimizer moved."""
+        logs = self.args.logging_strategy != IntervalStrategy.NO
+        if self.balance.multi_token is not None and logs:
+            share = torch.as_tensor(self.step.mtp_loss, device=self.args.device)
+            self.mtp_losses.append(self.accelerator.reduce(share, reduction="sum"))
         if self.step.rows is None:
             return
         flat = self.accelerator.reduce(self.step.rows, reduction="sum")
-        if self.args.logging_strategy != IntervalStrategy.NO:
+        if logs:
             self.logged.append(flat)
         speed = self.bias_speed
         if self.state.global_step >= moe_argument(self.args, "router_bias_update_until") * self.state.max_steps:
@@ -172,6 +184,9 @@ class MoeTrainerMixin:
         if "loss" in logs and self.logged:
             logs |= self.routing_metrics(torch.stack(self.logged), training=True)
             self.logged.clear()
+        if "loss" in logs and self.mtp_losses:
+            logs["mtp_loss"] = torch.stack(self.mtp_losses).mean().item()
+            self.mtp_losses.clear()
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import Trainer
 
 from hf_moe import MoeSFTConfig, MoeSFTTrainer, MoeTrainer
 
@@ -36,13 +37,14 @@ TRAINERS = {
 }
 
 
-def gradient_of_large_batch(main_loss, **coefficients) -> dict[str, torch.Tensor]:
+def large_batch(main_loss, **coefficients) -> tuple[dict[str, torch.Tensor], float]:
+    """The gradient of one large batch, and its MTP loss."""
     model, batch = with_modules(**NONE | coefficients).train(), collate(rows(ROWS))
     outputs = model(**batch)
     loss = main_loss(outputs, batch["labels"]) if main_loss else outputs.loss - 0.5 * outputs.mtp_loss
     extra = sum(value * outputs.router_losses[name] for name, value in coefficients.items() if main_loss)
     (loss + 0.5 * outputs.mtp_loss + extra).backward()
-    return {name: x.grad for name, x in model.named_parameters()}
+    return {name: x.grad for name, x in model.named_parameters()}, outputs.mtp_loss.item()
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -52,5 +54,20 @@ def test_gradient_is_that_of_one_large_batch(trainer, coefficients, accumulation
     trainer_class, arguments, main_loss = TRAINERS[trainer]
     arguments = {"trainer_class": trainer_class, "log_each_router": True, **NONE, **arguments, **coefficients}
     gradient, trainer = train_one_step(with_modules(), accumulation, **arguments)
-    assert difference(gradient, gradient_of_large_batch(main_loss, **coefficients)) < 1e-5
+    expected, mtp_loss = large_batch(main_loss, **coefficients)
+    assert difference(gradient, expected) < 1e-5
     assert "router_load_max/model.mtp_layers.1.block.mlp.gate" in trainer.state.log_history[0]
+    assert trainer.state.log_history[0]["mtp_loss"] == pytest.approx(mtp_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_transformers_own_trainer_gives_the_same_gradient(accumulation):
+    gradient, _ = train_one_step(with_modules(**NONE), accumulation, trainer_class=Trainer)
+    assert difference(gradient, large_batch(None)[0]) < 1e-5
+
+
+def test_a_dense_model_logs_what_its_modules_learn():
+    model = with_modules(**NONE | {"mlp_layer_types": ["dense", "dense"]})
+    _, trainer = train_one_step(model, 2, max_steps=3, learning_rate=1e-2)
+    logged = [entry["mtp_loss"] for entry in trainer.state.log_history if "mtp_loss" in entry]
+    assert len(logged) == 3 and logged[2] < logged[0] - 0.1
