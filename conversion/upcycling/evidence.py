@@ -143,4 +143,9 @@ def read_prompts(path: Path) -> list[list[str]]:
     prompts = [[entry] if isinstance(entry, str) else entry for entry in said] if isinstance(said, list) else []
     if not prompts or not all(isinstance(e, list) and e and all(isinstance(p, str) for p in e) for e in prompts):
         raise ValueError(f"{path} must be a list with the prompts of each expert: a text, or a list of texts.")
+    for expert, own in enumerate(prompts):
+        if own in prompts[:expert]:
+            raise ValueError(
+                f"{path} gives experts {prompts.index(own)} and {expert} the same prompts, so the same router row."
+            )
     return prompts
