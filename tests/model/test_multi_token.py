@@ -177,9 +177,9 @@ DOCUMENTS = [tokens(1, n, seed=n)[0] for n in (2, 9, 1, 5)]
 
 
 @pytest.mark.parametrize("layout", ["packed", "right-padded", "left-padded"])
-@pytest.mark.parametrize("items", [None, 40], ids=["mean", "num_items_in_batch"])
-def test_the_loss_equals_a_slow_one(layout, items):
-    model = mtp_model(3).train()
+@pytest.mark.parametrize(("depth", "items"), [(1, 40), (3, None), (3, 40)], ids=["depth-1", "mean", "depth-3"])
+def test_the_loss_equals_a_slow_one(layout, depth, items):
+    model = mtp_model(depth).train()
     labels = [ids.clone() for ids in DOCUMENTS]
     for i in (2, 5):
         labels[1][i] = -100  # a prompt or a tool's answer
@@ -203,6 +203,17 @@ def test_the_loss_equals_a_slow_one(layout, items):
     plain = model(**inputs, labels=target, num_items_in_batch=items, output_router_logits=False, output_mtp_loss=False)
     assert plain.mtp_loss is None
     torch.testing.assert_close(out.loss, plain.loss + 0.3 * expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_stays_near_float32():
+    """The loss to bfloat16's three digits, and speculation that agrees with the logits it saw itself."""
+    model, ids = mtp_model(2, **VARIANTS["v3-router"], initializer_range=0.1), tokens(2, 21)
+    expected = model(ids, labels=ids, output_mtp_loss=True).mtp_loss
+    model = model.bfloat16()
+    assert model(ids, labels=ids, output_mtp_loss=True).mtp_loss.item() == pytest.approx(expected.item(), rel=0.01)
+    options = {"max_new_tokens": 9, "attention_mask": torch.ones_like(ids), "use_mtp": True, **GREEDY}
+    out = model.generate(ids, return_dict_in_generate=True, output_scores=True, **options)
+    assert torch.equal(torch.stack([scores.argmax(-1) for scores in out.scores], dim=1), out.sequences[:, 21:])
 
 
 def test_outside_training_the_loss_is_cross_entropy_unless_asked():
@@ -471,6 +482,17 @@ def test_goes_on_from_a_cache(drafting_model):
     assert torch.equal(drafting_model.generate(ids, past_key_values=cache, use_mtp=True, **options), expected)
 
 
+@pytest.mark.parametrize("draft", ["gqa", "mla", "window"])
+def test_a_draft_model_beside_the_modules(drafting_model, draft):
+    """Speculation with another hf_moe model, which may have modules of its own, is as if there were no modules."""
+    ids = sequences(1, 7, seed=4)
+    options = {"max_new_tokens": 20, "attention_mask": torch.ones_like(ids), **GREEDY}
+    expected = drafting_model.generate(ids, **options)
+    assistant = tiny_model(num_mtp_layers=1, vocab_size=31, **VARIANTS[draft])
+    assert torch.equal(drafting_model.generate(ids, assistant_model=assistant, **options), expected)
+    assert torch.equal(drafting_model.generate(ids, use_mtp=True, **options), expected)
+
+
 def chi_square_p_value(observed, probabilities):
     expected = probabilities * observed.sum()
     statistic = ((observed - expected).square() / expected).sum()
@@ -496,11 +518,12 @@ def test_verified_tokens_have_the_models_distribution():
     assert shares == pytest.approx([float(overlap[0]), float(overlap[0] * overlap[1])], abs=0.01)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_sampled_text_has_the_models_distribution(batch):
-    model = tiny_model(
-        num_mtp_layers=2, vocab_size=3, num_hidden_layers=1, mlp_layer_types=["dense"], initializer_range=0.1
-    )
+@pytest.mark.parametrize(
+    ("batch", "variant", "cache"), [(1, "gqa", "dynamic"), (3, "mla", "static")], ids=["one", "rows-latent-static"]
+)
+def test_sampled_text_has_the_models_distribution(batch, variant, cache):
+    small = {"vocab_size": 3, "num_hidden_layers": 1, "mlp_layer_types": ["dense"], "initializer_range": 0.1}
+    model = tiny_model(num_mtp_layers=2, **VARIANTS[variant], **small)
     prompt, runs, temperature = torch.tensor([[1, 2]]), 600 // batch, 0.7
     texts = torch.tensor(list(itertools.product(range(3), repeat=3)))
     with torch.no_grad():
@@ -508,6 +531,7 @@ def test_sampled_text_has_the_models_distribution(batch):
     p = log_p[:, 1:4].gather(-1, texts.unsqueeze(-1)).sum(dim=(1, 2)).exp()
     ids = prompt.expand(batch, -1)
     options = {"do_sample": True, "temperature": temperature, "top_k": 0, "max_new_tokens": 3, "use_mtp": True}
+    options |= {"cache_implementation": cache, "disable_compile": True}
     observed, accepted = torch.zeros(27), 0
     for _ in range(runs):
         out = model.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **options)
