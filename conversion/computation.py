@@ -24,6 +24,10 @@ READ_IF: dict[str, Callable[[HfMoeConfig], bool]] = {
     "sliding_window": lambda config: "sliding_attention" in config.layer_types,
     "shared_expert_intermediate_size": lambda config: False,  # only times n_shared_experts
     "shared_expert_gate": lambda config: config.n_shared_experts > 0,
+    "attention_chunk_size": lambda config: "chunked_attention" in config.layer_types,
+    "floor_scale": lambda config: config.attn_temperature_tuning,
+    "attn_scale": lambda config: config.attn_temperature_tuning,
+    "experts_swiglu_alpha": lambda config: config.experts_swiglu_limit is not None,
     "n_group": _limits_groups,
     "topk_group": _limits_groups,
     "provenance": lambda config: False,
@@ -44,6 +48,9 @@ def computation(config: HfMoeConfig) -> dict[str, Any]:
     said = {name: getattr(config, name) for name in HfMoeConfig.__annotations__}
     said = {name: value for name, value in said.items() if name not in READ_IF or READ_IF[name](config)}
     said["n_shared_experts"] = shared_width(config)
+    if config.attention_multiplier is None:
+        said["attention_multiplier"] = config.head_dim**-0.5
+    said["no_rope_layers"] = config.no_rope_layers or [1] * config.num_hidden_layers
     unread = "two_best" if _limits_groups(config) else config.router_args.get("group_score")
     said["router_args"] = {
         name: value

@@ -93,10 +93,14 @@ def family_config(family: Family, config: HfMoeConfig) -> tuple[PreTrainedConfig
     needed = sorted((name for name in unheld if name not in TRAINING_FIELDS), key=lambda name: name in READ_IF)
     if needed:
         others = [other for other in FAMILIES if holds(FAMILIES[other], config)]
-        hint = f"{' and '.join(others)} can" if others else "none that hf_moe writes can"
+        hint = f"{listed(others)} can" if others else "none that hf_moe writes can"
         value = reprlib.repr(unheld[needed[0]])
         raise ValueError(f"{family.model_type} cannot hold this model's {needed[0]}={value}; {hint}.")
     return exported, unheld
+
+
+def listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def nearest(family: Family, config: HfMoeConfig) -> tuple[PreTrainedConfig, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The families that hf_moe reads and writes: one table each."""
 
+from .dbrx import DBRX
 from .deepseek import DEEPSEEK
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
@@ -7,8 +8,11 @@ from .family import Computed, Family
 from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3_TEXT
 from .glm4_moe import GLM4_MOE
+from .gpt_oss import GPT_OSS
 from .granite import GRANITE
+from .granitemoe import GRANITEMOE, GRANITEMOESHARED
 from .llama import LLAMA
+from .llama4 import LLAMA4_TEXT
 from .minimax_m2 import MINIMAX_M2
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
@@ -33,6 +37,11 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": DEEPSEEK_V3,
     "glm4_moe": GLM4_MOE,
     "minimax_m2": MINIMAX_M2,
+    "granitemoe": GRANITEMOE,
+    "granitemoeshared": GRANITEMOESHARED,
+    "dbrx": DBRX,
+    "llama4_text": LLAMA4_TEXT,
+    "gpt_oss": GPT_OSS,
 }
 
 # Dense models, for `upcycle`.

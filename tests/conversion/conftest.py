@@ -218,6 +218,25 @@ GLM4_MOE = {
     **{"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "n_shared_experts": 2},
     **{"head_dim": 12, "first_k_dense_replace": 1, "num_mtp_layers": 0, "routed_scaling_factor": 1.7},
 }
+LLAMA4 = {
+    "initializer_range": 0.2,
+    **{**MOE, "num_local_experts": 5, "num_hidden_layers": 4, "head_dim": 10, "intermediate_size_mlp": 44},
+    **{"attention_chunk_size": 7, "floor_scale": 5, "attn_scale": 0.4},
+}
+GPT_OSS = {**MOE, "num_local_experts": 5, "head_dim": 10, "sliding_window": 5, "swiglu_limit": 0.9}
+
+
+def dbrx(**changes) -> dict:
+    """A config in the parts that DBRX has."""
+    attention = {"kv_n_heads": 2, "rope_theta": 77.0}
+    ffn = {"ffn_hidden_size": 20, "moe_num_experts": 5, "moe_top_k": 3, "moe_loss_weight": 0.03}
+    for name, value in changes.items():
+        (ffn if name.startswith("moe") else attention)[name] = value
+    rope = {"rope_type": "default", "rope_theta": 77.0}
+    sizes = {"d_model": 24, "n_heads": 4, "n_layers": 3, "max_seq_len": 64, "initializer_range": 0.2}
+    return {**sizes, "attn_config": attention, "ffn_config": ffn, "rope_parameters": rope}
+
+
 # Families whose tensors or fields differ further from ours.
 OTHER_CASES = {
     "glm4_moe": ("glm4_moe", GLM4_MOE),
@@ -235,6 +254,40 @@ OTHER_CASES = {
         },
     ),
     "minimax_m2": ("minimax_m2", {**MOE, "num_local_experts": 5, "head_dim": 12, "rope_parameters": HALF_ROPE}),
+    "granitemoe": (
+        "granitemoe",
+        {
+            **{**MOE, "num_local_experts": 5, "attention_multiplier": 0.3, "embedding_multiplier": 3.0},
+            **{"residual_multiplier": 0.7, "logits_scaling": 2.5},
+        },
+    ),
+    "granitemoe-plain-bias-tied": (
+        "granitemoe",
+        {**MOE, "num_local_experts": 5, "attention_bias": True, "tie_word_embeddings": True, "head_dim": 10},
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {**MOE, "num_local_experts": 5, "shared_intermediate_size": 28, "attention_multiplier": 0.3},
+    ),
+    "granitemoeshared-without": ("granitemoeshared", {**MOE, "num_local_experts": 5}),
+    "dbrx": ("dbrx", dbrx(clip_qkv=0.7)),
+    "dbrx-sum-mha": ("dbrx", dbrx(clip_qkv=2.0, kv_n_heads=4, moe_normalize_expert_weights=None, moe_jitter_eps=0.01)),
+    "llama4_text": ("llama4_text", LLAMA4),
+    "llama4_text-maverick": (
+        "llama4_text",
+        {
+            **{**LLAMA4, "interleave_moe_layer_step": 2, "use_qk_norm": False, "no_rope_layer_interval": 2},
+            **{"attention_bias": True, "attn_temperature_tuning": False, "tie_word_embeddings": True},
+        },
+    ),
+    "gpt_oss": ("gpt_oss", GPT_OSS),
+    "gpt_oss-plain": (
+        "gpt_oss",
+        {
+            **{**GPT_OSS, "attention_bias": False, "layer_types": ["full_attention"] * 3, "swiglu_alpha": 1.3},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+        },
+    ),
     "minimax_m2-whole-rope": ("minimax_m2", {**MOE, "num_local_experts": 5, "head_dim": 6}),
 }
 

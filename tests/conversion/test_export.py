@@ -155,7 +155,7 @@ UNHELD = {
     "gated_mlp": ({"gated_mlp": False}, "gated_mlp=False; none"),
     "mlp_bias": ({"mlp_bias": True}, "mlp_bias=True; none"),
     "dense layers": ({"mlp_layer_types": ["dense", "sparse", "sparse"]}, "mlp_layer_types="),
-    "shared experts": ({"n_shared_experts": 2}, "n_shared_experts=2; deepseek can"),
+    "shared experts": ({"n_shared_experts": 2}, "n_shared_experts=2; deepseek and granitemoeshared can"),
     "sum of weights": ({"router_type": "softmax_topk"}, "norm_topk_prob=False; deepseek can"),
     "scores": ({"router_type": "sigmoid_topk", "norm_topk_prob": True}, "router_type='sigmoid_topk'; none"),
     "expert choice": ({"router_type": "expert_choice"}, "router_type='expert_choice'"),
@@ -174,6 +174,22 @@ UNHELD = {
         },
         "attention_type='mla'",
     ),
+    "layer norm": ({"norm_type": "layer_norm"}, "norm_type='layer_norm'; none"),
+    "unit offset": ({"rms_norm_unit_offset": True}, "rms_norm_unit_offset=True"),
+    "post-norm": ({"layer_norm_placement": "post"}, "layer_norm_placement='post'"),
+    "embeddings": ({"embedding_multiplier": 3.0}, "embedding_multiplier=3.0; granitemoe and granitemoeshared can"),
+    "attention scale": ({"attention_multiplier": 0.1}, "attention_multiplier=0.1; granitemoe and granitemoeshared"),
+    "residuals": ({"residual_multiplier": 0.3}, "residual_multiplier=0.3; granitemoe"),
+    "logits": ({"logits_scaling": 8}, "logits_scaling=8; granitemoe"),
+    "sinks": ({"attention_sinks": True}, "attention_sinks=True"),
+    "no RoPE": ({"no_rope_layers": [1, 0, 1]}, r"no_rope_layers=\[1, 0, 1\]"),
+    "chunks": (
+        {"layer_types": ["chunked_attention"] * 3, "attention_chunk_size": 4},
+        "layer_types=.'chunked_attention'",
+    ),
+    "clamped experts": ({"experts_swiglu_limit": 7.0}, "experts_swiglu_limit=7.0"),
+    "weighted inputs": ({"expert_input_scaling": True}, "expert_input_scaling=True"),
+    "router's bias": ({"router_args": {"router_bias": True}}, r"router_args=\{'router_bias': True\}"),
     "multi-token prediction": ({"num_mtp_layers": 1}, "num_mtp_layers=1"),
 }
 
@@ -197,10 +213,17 @@ def test_every_field_is_compared():
     fields = set(HfMoeConfig.__annotations__)
     assert set(READ_IF) <= fields
     assert fields >= TRAINING_FIELDS
-    everything = tiny_config(
-        **{"n_shared_experts": 1, "n_group": 7, "topk_group": 4, "sliding_window": 5},
-    )
-    assert set(computation(everything)) == fields - {"provenance", "shared_expert_intermediate_size"}
+    everything = [
+        tiny_config(n_shared_experts=1, n_group=7, topk_group=4, sliding_window=5, experts_swiglu_limit=7.0),
+        tiny_config(
+            layer_types=["chunked_attention"] * 3,
+            attention_chunk_size=4,
+            no_rope_layers=[1, 0, 1],
+            attn_temperature_tuning=True,
+        ),
+    ]
+    compared = {name for config in everything for name in computation(config)}
+    assert compared == fields - {"provenance", "shared_expert_intermediate_size"}
 
 
 def test_training_fields_without_a_place_are_reported(tmp_path):
@@ -382,6 +405,6 @@ def test_the_command(tmp_path, capsys):
     assert "model.layers.0.mlp.experts.down_proj" in weights_of(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     assert main([*words, "olmoe"]) == 2
-    err = capsys.readouterr().err
-    assert err == "hf-moe: olmoe cannot hold this model's qk_norm=None; mixtral and deepseek can.\n"
+    others = "mixtral, deepseek, granitemoe and granitemoeshared"
+    assert capsys.readouterr().err == f"hf-moe: olmoe cannot hold this model's qk_norm=None; {others} can.\n"
     assert main([*words, "deepseek", "--no-verify"]) == 0
