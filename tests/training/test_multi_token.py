@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from transformers import Trainer
+from hf_moe.conversion import upcycle
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
-from hf_moe import MoeSFTConfig, MoeSFTTrainer, MoeTrainer
+from hf_moe import HfMoeForCausalLM, MoeSFTConfig, MoeSFTTrainer, MoeTrainer
 
 from .balance_worker import NONE, ROWS, difference, train_one_step
 from .conftest import tiny_tokenizer
-from .models import collate, hf_moe, rows
+from .models import SIZES, collate, hf_moe, rows
 
 
 def with_modules(**changes):
@@ -71,3 +72,25 @@ def test_a_dense_model_logs_what_its_modules_learn():
     _, trainer = train_one_step(model, 2, max_steps=3, learning_rate=1e-2)
     logged = [entry["mtp_loss"] for entry in trainer.state.log_history if "mtp_loss" in entry]
     assert len(logged) == 3 and logged[2] < logged[0] - 0.1
+
+
+def test_an_upcycled_model_learns_to_look_ahead(tmp_path):
+    sizes = {
+        name: value for name, value in SIZES.items() if name not in ("num_experts_per_tok", "moe_intermediate_size")
+    }
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "dense")
+    upcycle(tmp_path / "dense", tmp_path / "sparse", experts=3, top_k=2, verify=False, progress=False)
+    model = HfMoeForCausalLM.from_pretrained(tmp_path / "sparse")
+    model.add_mtp_layers(2)
+    _, trainer = train_one_step(model, 2, max_steps=4, learning_rate=1e-2)
+    logged = [entry["mtp_loss"] for entry in trainer.state.log_history if "mtp_loss" in entry]
+    assert logged[3] < logged[0] - 0.1
+    trainer.save_model(tmp_path / "trained")
+    loaded = HfMoeForCausalLM.from_pretrained(tmp_path / "trained")
+    assert loaded.config.num_mtp_layers == 2 and loaded.config.provenance["method"] == "upcycle"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    ids = torch.arange(3, 10).unsqueeze(0)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(loaded.generate(ids, use_mtp=True, **options), loaded.generate(ids, **options))
