@@ -198,6 +198,16 @@ class HfMoeConfig(PreTrainedConfig):
         return self.qk_nope_head_dim + self.qk_rope_head_dim if self.attention_type == "mla" else None
 
     @property
+    def swiglu_limit(self) -> float | None:
+        """experts_swiglu_limit, where Transformers' FP8 experts look for it."""
+        return self.experts_swiglu_limit
+
+    @property
+    def swiglu_alpha(self) -> float | None:
+        """experts_swiglu_alpha, where the experts have a limit."""
+        return None if self.experts_swiglu_limit is None else self.experts_swiglu_alpha
+
+    @property
     def rope_by_layer_type(self) -> bool:
         """Whether rope_parameters hold one dict a layer type."""
         return bool(self.nested_rope_parameter_keys(self.rope_parameters))

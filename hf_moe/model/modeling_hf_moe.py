@@ -6,7 +6,6 @@ interface and must agree with it.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
@@ -66,9 +65,6 @@ class HfMoeExperts(nn.Module):
         if config.mlp_bias:
             setattr(self, f"{self.up_name}_bias", nn.Parameter(torch.empty(self.num_experts, up_size)))
             self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim))
-        if config.experts_swiglu_limit is not None:  # else Transformers' act(gate) * up
-            limit, alpha = config.experts_swiglu_limit, config.experts_swiglu_alpha
-            self._apply_gate = partial(clamped_swiglu, limit=limit, alpha=alpha)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -93,6 +89,13 @@ class HfMoeExperts(nn.Module):
         return nn.functional.linear(hidden, self.down_proj[expert], bias("down_proj"))
 
 
+class HfMoeClampedExperts(HfMoeExperts):
+    """Experts whose gate is `clamped_swiglu`; a class of its own, so that kernels see that it isn't act(gate) * up."""
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return clamped_swiglu(gate_up, self.config.experts_swiglu_limit, self.config.experts_swiglu_alpha)
+
+
 class HfMoeSparseMoeBlock(nn.Module):
     """sum_shared FFN_s(x) + sum_i g_i FFN_i(x) (DeepSeekMoE, https://arxiv.org/abs/2401.06066, eq. 9-11).
 
@@ -103,7 +106,7 @@ class HfMoeSparseMoeBlock(nn.Module):
     def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
         self.gate = HfMoeRouter(config, layer_idx)
-        self.experts = HfMoeExperts(config)
+        self.experts = (HfMoeExperts if config.experts_swiglu_limit is None else HfMoeClampedExperts)(config)
         # The decorator sets one value per class; ours is per configuration.
         self.experts.has_gate, self.experts.has_bias = config.gated_mlp, config.mlp_bias
         self.scales_input = config.expert_input_scaling

@@ -4,6 +4,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import FP8Experts
 
 from hf_moe import HfMoeForCausalLM
 from hf_moe.model.modeling_hf_moe import HfMoeSparseMoeBlock
@@ -225,6 +226,14 @@ def test_input_scaling_weighs_what_an_expert_reads():
             if w > 0:
                 expected[t] += moe.experts.feed_forward((w * x[t])[None], e)[0]
     torch.testing.assert_close(moe.scaled_inputs(x, index, weights), expected)
+
+
+def test_clamped_gate_is_the_one_of_transformers_fp8_experts():
+    x = torch.randn(5, 62) * 3
+    for changes in ({"experts_swiglu_limit": 1.5, "experts_swiglu_alpha": 1.2}, {}):
+        config = tiny_config(**changes)
+        theirs, ours = FP8Experts(config), HfMoeSparseMoeBlock(config, layer_idx=1).experts
+        torch.testing.assert_close(ours._apply_gate(x), theirs._apply_gate(x))
 
 
 def test_embeddings_that_are_given_are_scaled_too():
