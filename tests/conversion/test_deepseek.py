@@ -352,24 +352,27 @@ def test_v1_fields_that_are_not_known_are_refused_by_name(field, value, tmp_path
 # ---- multi-token prediction ----
 
 
-def with_mtp_layer(folder: Path) -> dict[str, torch.Tensor]:
-    """A V3 with two layers and a third one for multi-token prediction, named as in the release."""
-    build("deepseek_v3", **{**DEEPSEEK_V3, "n_group": 1, "topk_group": 1}).save_pretrained(folder)
+def with_mtp_layers(folder: Path, count: int = 1) -> dict[str, torch.Tensor]:
+    """A V3 with two layers and `count` more for multi-token prediction, named as in the release."""
+    fields = {"n_group": 1, "topk_group": 1, "num_hidden_layers": 2 + count}
+    build("deepseek_v3", **{**DEEPSEEK_V3, **fields}).save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     added = {"enorm": (24,), "hnorm": (24,), "eh_proj": (24, 48), "shared_head.norm": (24,)}
-    weights |= {f"model.layers.2.{name}.weight": torch.randn(shape) for name, shape in added.items()}
-    weights["model.layers.2.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
-    weights["model.layers.2.shared_head.head.weight"] = weights["lm_head.weight"].clone()
+    for layer in range(2, 2 + count):
+        weights |= {f"model.layers.{layer}.{name}.weight": torch.randn(shape) for name, shape in added.items()}
+        weights[f"model.layers.{layer}.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+        weights[f"model.layers.{layer}.shared_head.head.weight"] = weights["lm_head.weight"].clone()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    edit_config(folder, num_hidden_layers=2, num_nextn_predict_layers=1)
+    edit_config(folder, num_hidden_layers=2, num_nextn_predict_layers=count)
     return weights
 
 
-def test_mtp_layers_are_carried(tmp_path, monkeypatch):
-    released = with_mtp_layer(tmp_path / "v3")
+@pytest.mark.parametrize("count", [1, 2])
+def test_mtp_layers_are_carried(count, tmp_path, monkeypatch):
+    released = with_mtp_layers(tmp_path / "v3", count)
     import_checkpoint(tmp_path / "v3", tmp_path / "moe", verify=False, progress=False)
     model = load(tmp_path / "moe")
-    assert model.config.num_mtp_layers == 1
+    assert model.config.num_mtp_layers == count
     weights = model.state_dict()
     for ours, theirs in {
         "enorm": "enorm",
@@ -379,10 +382,10 @@ def test_mtp_layers_are_carried(tmp_path, monkeypatch):
         "block.self_attn.kv_b_proj": "self_attn.kv_b_proj",
         "block.mlp.shared_experts.up_proj": "mlp.shared_experts.up_proj",
     }.items():
-        expected = released[f"model.layers.2.{theirs}.weight"]
-        assert torch.equal(weights[f"model.mtp_layers.0.{ours}.weight"], expected), ours
-    down = [released[f"model.layers.2.mlp.experts.{expert}.down_proj.weight"] for expert in range(6)]
-    assert torch.equal(weights["model.mtp_layers.0.block.mlp.experts.down_proj"], torch.stack(down))
+        expected = released[f"model.layers.{1 + count}.{theirs}.weight"]
+        assert torch.equal(weights[f"model.mtp_layers.{count - 1}.{ours}.weight"], expected), ours
+    down = [released[f"model.layers.{1 + count}.mlp.experts.{expert}.down_proj.weight"] for expert in range(6)]
+    assert torch.equal(weights[f"model.mtp_layers.{count - 1}.block.mlp.experts.down_proj"], torch.stack(down))
 
     export_checkpoint(tmp_path / "moe", tmp_path / "back", to="deepseek_v3", progress=False)
     written = load_file(tmp_path / "back" / "model.safetensors")
@@ -390,16 +393,17 @@ def test_mtp_layers_are_carried(tmp_path, monkeypatch):
     for name, weight in written.items():
         assert torch.equal(weight, released[name]), name
     # Transformers finds the layers by the number that they have in the release.
-    monkeypatch.setattr(DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2.*"])
+    monkeypatch.setattr(DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.[23].*"])
     theirs, ids = load(tmp_path / "back"), tokens(batch=1, length=17, vocab_size=61)
     greedy = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
     plain = theirs.generate(ids, **greedy)
     assert torch.equal(theirs.generate(ids, use_mtp=True, **greedy), plain)
     assert torch.equal(model.generate(ids, **greedy), plain)
+    assert torch.equal(model.generate(ids, use_mtp=True, **greedy), plain)
 
 
 def test_mtp_layers_are_left_out_only_where_that_is_asked_for(tmp_path):
-    weights = with_mtp_layer(tmp_path / "v3")
+    weights = with_mtp_layers(tmp_path / "v3")
     import_checkpoint(tmp_path / "v3", tmp_path / "moe", drop_mtp=True, verify=False, progress=False)
     assert load(tmp_path / "moe").config.num_mtp_layers == 0
     edit_config(tmp_path / "v3", num_nextn_predict_layers=0)
@@ -422,7 +426,7 @@ def test_mtp_layers_are_left_out_only_where_that_is_asked_for(tmp_path):
 
 @pytest.mark.parametrize("copy", ["embed_tokens", "shared_head.head"])
 def test_mtp_copies_must_be_copies(copy, tmp_path):
-    weights = with_mtp_layer(tmp_path / "v3")
+    weights = with_mtp_layers(tmp_path / "v3")
     weights[f"model.layers.2.{copy}.weight"][5, 3] += 1
     save_file(weights, tmp_path / "v3" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"model.layers.2.{copy}.weight differs from"):
