@@ -22,7 +22,7 @@ def block_size(quantization: dict[str, Any]) -> tuple[int, int]:
     if method != "fp8" or said_format != "e4m3":
         raise ValueError(
             f"The field quantization_config says quant_method={method!r}, fmt={said_format!r}; hf_moe reads weights "
-            "that are not quantized, or fp8 (e4m3) in blocks."
+            "that are not quantized, fp8 (e4m3) in blocks, or mxfp4."
         )
     block = quantization.get("weight_block_size")
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):

@@ -22,7 +22,7 @@ def import_checkpoint(
 ) -> dict[str, Any]:
     """Turn a checkpoint of one of `FAMILIES` into an hf_moe checkpoint with the same weights, bit for bit.
 
-    Block-FP8 weights become the bfloat16 ones that they stand for.
+    Block-FP8 and MXFP4 weights become the bfloat16 ones that they stand for.
 
     src: a folder with safetensors weights, experts fused or one by one, or a Hub id. dst: a folder that does not exist
     or is empty. drop_mtp: leave out DeepSeek-V3's layers for multi-token prediction. dry_run: plan and report, write

@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint, check_inside, read_json
 from .families import DENSE_FAMILIES, FAMILIES, Family
 from .families.family import mtp_prefix
 from .families.regions import Region
+from .mxfp4 import MXFP4Checkpoint
 from .writer import Output
 
 # Files beside the weights that go along unchanged. A README does not: it describes the other model.
@@ -40,7 +41,7 @@ CARRIED_FILES = (
 )
 DOWNLOADED_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *CARRIED_FILES)
 
-# A weight of another type is a code that its config would have to explain, as `block_fp8.py` reads it.
+# A weight of another type is a code that its config would have to explain, as `block_fp8.py` and `mxfp4.py` read it.
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Keys of a config.json that describe the file or are the older spelling of a field.
@@ -193,9 +194,7 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
     if drop_mtp and mtp_layers:
         ignored_tensors += tuple(re.escape(mtp_prefix(config, index)) + ".+" for index in range(mtp_layers))
         setattr(config, family.mtp.field, 0)
-    quantization = said.get("quantization_config")
-    block = None if quantization is None else block_size(quantization)
-    checkpoint = Checkpoint(folder) if block is None else BlockFP8Checkpoint(folder, block)
+    checkpoint = open_weights(folder, said.get("quantization_config"))
     first = mtp_prefix(config, 0)
     if mtp_layers and not drop_mtp and not any(tensor.startswith(first) for tensor in checkpoint.entries):
         raise ValueError(
@@ -212,6 +211,15 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
         ignored_tensors=ignored_tensors,
         checkpoint=checkpoint,
     )
+
+
+def open_weights(folder: Path, quantization: dict[str, Any] | None) -> Checkpoint:
+    """The weights in `folder`, read as `quantization` says. Raises a ValueError that names another way to quantize."""
+    if quantization is None:
+        return Checkpoint(folder)
+    if quantization.get("quant_method") == "mxfp4":
+        return MXFP4Checkpoint(folder)
+    return BlockFP8Checkpoint(folder, block_size(quantization))
 
 
 def built(make: Callable, what: str, *arguments: Any, **fields: Any) -> Any:

@@ -204,13 +204,6 @@ DECODER_FIELDS = {
     ),
 }
 
-# RoPE on a part of each head. The factor is always said: a config class may have a default of its own.
-PARTIAL_ROPE = Computed(
-    ("rope_parameters",),
-    lambda config: config.rope_parameters,
-    lambda config: {"rope_parameters": {"partial_rotary_factor": 1.0} | config.rope_parameters},
-)
-
 # Fields of every config: what the checkpoint is called and how outputs are handed over.
 COMMON_NEUTRAL = frozenset(
     {"transformers_version", "architectures", "dtype", "output_hidden_states", "return_dict"}

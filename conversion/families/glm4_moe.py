@@ -1,8 +1,9 @@
 """GLM-4.5 to 4.7: arXiv 2508.06471. DeepSeek-V3's routing over grouped-query attention, RoPE on half of each head."""
 
 from .deepseek_rows import SHARED_EXPERTS_FIELDS, groups
-from .family import DECODER_FIELDS, PARTIAL_ROPE, Computed, Family, same
+from .family import DECODER_FIELDS, Computed, Family, same
 from .moe_rows import LAYOUTS, MTP
+from .rope_rows import PARTIAL_ROPE
 
 GLM4_MOE = Family(
     model_type="glm4_moe",

@@ -5,8 +5,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ...model.configuration_hf_moe import HfMoeConfig
-from .family import DECODER_FIELDS, PARTIAL_ROPE, Computed, Family, same
+from .family import DECODER_FIELDS, Computed, Family, same
 from .moe_rows import BLOCK_SPARSE, ROUTING_FIELDS
+from .rope_rows import PARTIAL_ROPE
 
 BIAS = "model.layers.{layer}.mlp.gate.e_score_correction_bias"
 

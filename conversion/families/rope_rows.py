@@ -19,4 +19,10 @@ def by_layer_type(config: PreTrainedConfig) -> dict[str, dict]:
 
 
 ROPE_BY_LAYER_TYPE = Computed(("rope_parameters", "layer_types"), by_layer_type)
-PARTIAL_ROPE = Computed(("rope_parameters",), lambda config: config.rope_parameters)
+
+# RoPE on a part of each head. The factor is always said: a config class may have a default of its own.
+PARTIAL_ROPE = Computed(
+    ("rope_parameters",),
+    lambda config: config.rope_parameters,
+    lambda config: {"rope_parameters": {"partial_rotary_factor": 1.0} | config.rope_parameters},
+)
