@@ -1,7 +1,7 @@
 """carve: shared and routed experts cut out of the dense network without training (CMoE, https://arxiv.org/abs/2502.04416).
 
-The neurons that work on most tokens become the shared experts; the others are grouped by the tokens on which they
-work and routed. Nothing is added and nothing lost, but a token meets only K of the E groups.
+The neurons that add most over all tokens become the shared experts; the others are grouped by the tokens on which they
+work, and routed. Nothing is added and nothing lost, but a token meets only K of the E groups.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from .clusters import activity, balanced_clusters, working_rate
+from .clusters import activity, balanced_clusters, busiest_first
 from .split import Split
 from .strategy import REQUIRED, Request, Sizes, take
 
@@ -42,7 +42,7 @@ class Carve(Split):
         active = activity(self.layer)
         shared = self.request.options["shared"]
         count = self.request.width // (self.request.experts + shared) * shared
-        order = working_rate(active).argsort(descending=True, stable=True)
+        order = busiest_first(active)
         always, others = order[:count].sort().values, order[count:].sort().values
         groups = balanced_clusters(active[:, others].T, self.request.experts, self.layer.generator("carve"))
         return always, others[groups]

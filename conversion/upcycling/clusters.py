@@ -8,8 +8,6 @@ import torch
 from .strategy import Layer
 
 ITERATIONS = 20
-# A neuron works on a token if it is among this share of the neurons, by what it adds to the output.
-WORKING_SHARE = 0.1
 
 
 def activity(layer: Layer) -> torch.Tensor:
@@ -18,10 +16,12 @@ def activity(layer: Layer) -> torch.Tensor:
     return hidden.abs_().mul_(layer.network["down_proj.weight"].float().norm(dim=0))
 
 
-def working_rate(activity: torch.Tensor) -> torch.Tensor:
-    """On how many tokens of the `activity` [T, I] each neuron works: [I]."""
-    working = activity.topk(max(1, round(WORKING_SHARE * activity.shape[-1])), dim=-1).indices
-    return torch.bincount(working.flatten(), minlength=activity.shape[-1])
+def busiest_first(activity: torch.Tensor) -> torch.Tensor:
+    """The neurons by the mean square of their `activity` [T, I], the largest first: [I].
+
+    CMoE counts the tokens on which a neuron is among the largest; perplexity after carving is lower with this.
+    """
+    return activity.square().mean(dim=0).argsort(descending=True, stable=True)
 
 
 def balanced_clusters(features: torch.Tensor, groups: int, generator: torch.Generator) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 from .strategy import REQUIRED, Layer, Strategy
 
 ITERATIONS = 20
+RIDGE = 0.1  # of the mean variance, added to each
 Options = Mapping[str, Any]
 
 
@@ -49,14 +50,19 @@ def cheap_embed(strategy: Strategy, options: Options) -> torch.Tensor:
 
 
 def centroids(strategy: Strategy, options: Options) -> torch.Tensor:
-    """The mean input over each expert's calibration tokens: those for which it does most, or those of a k-means."""
+    """Centroids of the calibration tokens: of a k-means, or for experts that differ those of the tokens they work on.
+
+    There a token counts for an expert as much as the expert adds to it, and the rows are C^-1 (centroid - mean) with
+    the tokens' covariance C, as in a linear discriminant: what varies in all tokens tells no expert apart.
+    """
     inputs = strategy.layer.evidence.inputs(strategy.layer.index)
     if strategy.affinity is None:
         return contrasted(k_means(inputs, strategy.request.experts, strategy.layer), options["router_std"])
-    share = torch.nn.functional.normalize(strategy.affinity, p=1, dim=-1)
-    share = share / share.mean(dim=0)
-    weights = torch.zeros_like(share).scatter(-1, share.topk(strategy.request.top_k, dim=-1).indices, 1.0)
-    return contrasted(weights.T @ inputs / weights.sum(dim=0)[:, None].clamp_min(1.0), options["router_std"])
+    share = torch.nn.functional.normalize(strategy.affinity, p=1, dim=0)
+    inputs = inputs - inputs.mean(dim=0)
+    covariance = inputs.T @ inputs / len(inputs)
+    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
+    return contrasted(torch.linalg.solve(covariance, inputs.T @ share).T, options["router_std"])
 
 
 def contrasted(rows: torch.Tensor, std: float) -> torch.Tensor:

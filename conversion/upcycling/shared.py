@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from .clusters import activity, working_rate
+from .clusters import activity, busiest_first
 from .strategy import Request, Sizes, Strategy, take
 
 
@@ -47,10 +47,7 @@ class Shared(Strategy):
         if not options["carved"]:
             return everything.repeat(options["shared"]), everything
         count = self.request.width // options["granularity"] * options["shared"]
-        if options["calibration"] is None:
-            order = everything
-        else:
-            order = working_rate(activity(self.layer)).argsort(descending=True, stable=True)
+        order = everything if options["calibration"] is None else busiest_first(activity(self.layer))
         return order[:count].sort().values, order[count:].sort().values
 
     @property

@@ -52,5 +52,5 @@ class Split(Strategy):
 
     @cached_property
     def affinity(self) -> torch.Tensor:
-        squares = activity(self.layer).square_()
-        return torch.stack([squares[:, neurons].sum(dim=-1) for neurons in self.neurons], dim=-1)
+        active = activity(self.layer)
+        return torch.stack([active[:, neurons].norm(dim=-1) for neurons in self.neurons], dim=-1)
