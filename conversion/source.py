@@ -15,10 +15,11 @@ from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from .block_fp8 import BlockFP8Checkpoint, block_size
 from .checkpoint import Checkpoint, check_inside, read_json
-from .families import DENSE_FAMILIES, FAMILIES, Family
+from .families import DENSE_FAMILIES, FAMILIES, PARALLEL_BLOCKS, Family
 from .families.family import mtp_prefix
 from .families.regions import Region
 from .mxfp4 import MXFP4Checkpoint
+from .text_part import TEXT_PARTS, TextCheckpoint, text_config
 from .writer import Output
 
 # Files beside the weights that go along unchanged. A README does not: it describes the other model.
@@ -176,13 +177,17 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
     """
     folder, name, revision = locate(src)
     said = read_json(folder / "config.json")
-    model_type = said.get("model_type")
+    model_type, quantization = said.get("model_type"), said.get("quantization_config")
+    is_part = model_type in TEXT_PARTS and TEXT_PARTS[model_type].family in families
+    model_type = TEXT_PARTS[model_type].family if is_part else model_type
     if model_type not in families:
         raise ValueError(_unknown_family(name, model_type, families))
     family = families[model_type]
     read = family.config_class.from_pretrained if family.own_config else AutoConfig.from_pretrained
     invalid = f"{folder / 'config.json'} is no valid {model_type} config"
     config = built(read, invalid, folder, trust_remote_code=False)
+    if is_part:
+        config, said = text_config(config, said), said.get("text_config", {})
     if said.get("per_layer_config"):
         raise ValueError(f"{model_type} field per_layer_config cannot be carried: layers must be alike.")
     known = {f.name for f in fields(type(config))} | set(config.attribute_map) | set(config.attribute_map.values())
@@ -194,7 +199,7 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
     if drop_mtp and mtp_layers:
         ignored_tensors += tuple(re.escape(mtp_prefix(config, index)) + ".+" for index in range(mtp_layers))
         setattr(config, family.mtp.field, 0)
-    checkpoint = open_weights(folder, said.get("quantization_config"))
+    checkpoint = TextCheckpoint(folder, quantization) if is_part else open_weights(folder, quantization)
     first = mtp_prefix(config, 0)
     if mtp_layers and not drop_mtp and not any(tensor.startswith(first) for tensor in checkpoint.entries):
         raise ValueError(
@@ -236,6 +241,11 @@ def _unknown_family(name: str, model_type: Any, families: Mapping[str, Family]) 
         return f"{name} is a {model_type}, not an hf_moe checkpoint; import it, or upcycle it if it is dense."
     if model_type == HfMoeConfig.model_type:
         return f"{name} is an hf_moe checkpoint already; hf_moe converts {known}."
+    if model_type in PARALLEL_BLOCKS:
+        return (
+            f"{name} is a {model_type}, whose attention and MLP read one norm side by side: hf_moe's MLP reads what "
+            f"attention has written. It reads {known}."
+        )
     if model_type in FAMILIES:
         return f"{name} is a {model_type}, already a mixture of experts: import it. Upcycling takes {known}."
     if model_type in DENSE_FAMILIES:

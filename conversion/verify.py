@@ -89,7 +89,8 @@ def opened(model: str | Path) -> tuple[Path, PreTrainedConfig]:
     folder, _, _ = locate(model)
     read_json(folder / "config.json")
     Checkpoint(folder)
-    return folder, built(AutoConfig.from_pretrained, f"{model} cannot be loaded", folder, trust_remote_code=False)
+    config = built(AutoConfig.from_pretrained, f"{model} cannot be loaded", folder, trust_remote_code=False)
+    return folder, config.get_text_config()  # of a model that sees pictures, the language model's
 
 
 def token_ids(folder: Path, data: str | Path | None, vocab_size: int, max_tokens: int, seed: int) -> torch.Tensor:

@@ -59,4 +59,7 @@ DENSE_FAMILIES: dict[str, Family] = {
     "granite": GRANITE,
 }
 
-__all__ = ["DENSE_FAMILIES", "FAMILIES", "Computed", "Family"]
+# Attention and MLP side by side, which no block of hf_moe is.
+PARALLEL_BLOCKS = frozenset({"cohere", "cohere2", "codegen", "gptj", "phi"})
+
+__all__ = ["DENSE_FAMILIES", "FAMILIES", "PARALLEL_BLOCKS", "Computed", "Family"]

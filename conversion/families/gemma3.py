@@ -12,4 +12,5 @@ GEMMA3_TEXT = Family(
     constants={**GEMMA2.constants, "qk_norm": "head"},
     required={"use_bidirectional_attention": False},
     neutral=frozenset({"attn_logit_softcapping"}),  # its code does not read it
+    undeclared=frozenset({"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"}),
 )

@@ -12,7 +12,7 @@ PHI3 = Family(
     required={"resid_pdrop": 0.0},
     # Its code has no dropout on embeddings; the length before scaling is in the RoPE parameters, too.
     neutral=frozenset({"embd_pdrop", "original_max_position_embeddings"}),
-    undeclared=frozenset({"head_dim"}),
+    undeclared=frozenset({"head_dim", "partial_rotary_factor"}),
     tensors={
         **{
             f"model.layers.{{layer}}.self_attn.{part}_proj.weight": ("model.layers.{layer}.self_attn.qkv_proj.weight",)
