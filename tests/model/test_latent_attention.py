@@ -314,6 +314,31 @@ def test_left_padding_changes_nothing(cache, implementation):
     assert torch.equal(generated[:1, 4:], greedy_without_cache(model, ids, 8))
 
 
+@pytest.mark.parametrize("absorb", [False, True], ids=["expanded", "absorbed"])
+@pytest.mark.parametrize("change", ["cropped", "padded"])
+def test_in_bfloat16_too(change, absorb):
+    """Logits after cropping, or of a padded row, beside those of a cache that never held the other tokens."""
+    model, ids = latent_model(q_lora_rank=11, initializer_range=0.1).bfloat16(), tokens(2, 13)
+    set_form(model, absorb)
+
+    def logits(first, rest, mask=None, removed=0):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(first, attention_mask=None if mask is None else mask[:, : first.shape[1]], past_key_values=cache)
+            if removed:
+                cache.crop(-removed)
+            return model(rest, attention_mask=mask, past_key_values=cache).logits.float()
+
+    expected = logits(ids[:, :7], ids[:, 7:])
+    if change == "cropped":
+        actual = logits(ids[:, :11], ids[:, 7:], removed=4)
+    else:
+        padding = torch.zeros(2, 5, dtype=torch.long)
+        padded = torch.cat((padding, ids), dim=1)
+        actual = logits(padded[:, :12], padded[:, 12:], torch.cat((padding, torch.ones_like(ids)), dim=1))
+    assert (actual - expected).abs().mean() < 0.02 * expected.abs().mean()
+
+
 def test_a_padding_mask_of_flash_attention_is_understood():
     model, x = latent_model(), torch.randn(2, 1, 48)
     attention = model.model.layers[0].self_attn
