@@ -154,8 +154,15 @@ def import_(
 
 def export(
     src: Source,
-    dst: Output,
-    to: Annotated[str, typer.Option(metavar="FAMILY", help="The family to write, such as mixtral or deepseek_v3.")],
+    dst: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="The folder to write; not needed with --nearest.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="FAMILY", help="The family to write, such as mixtral or deepseek_v3.")
+    ] = None,
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="Only list the families that can hold the model; write nothing.")
+    ] = False,
     layout: Annotated[
         str | None,
         typer.Option(help="How experts are stored: per-expert or fused; default: as released."),
@@ -170,19 +177,29 @@ def export(
     """Rewrite an hf_moe checkpoint as one of a released family, for every program that reads that."""
     with messages_on_stderr():
         hide_loading_bars()
-        from hf_moe.conversion import export_checkpoint
+        from hf_moe.conversion import export_checkpoint, nearest_families
 
-        report = export_checkpoint(
-            src,
-            dst,
-            to=to,
-            layout=layout,
-            drop_mtp=drop_mtp,
-            max_shard_size=max_shard_size,
-            dry_run=dry_run,
-            resume=resume,
-            verify=not no_verify,
-        )
+        if nearest:
+            report = nearest_families(src, drop_mtp=drop_mtp)
+        elif dst is None or to is None:
+            raise ValueError(
+                f"{'DST' if dst is None else '--to'} is missing: say hf-moe export SRC DST --to FAMILY, or see with "
+                "hf-moe export SRC --nearest which families can hold the model."
+            )
+        else:
+            report = export_checkpoint(
+                src,
+                dst,
+                to=to,
+                layout=layout,
+                drop_mtp=drop_mtp,
+                max_shard_size=max_shard_size,
+                dry_run=dry_run,
+                resume=resume,
+                verify=not no_verify,
+            )
+    if nearest and not json:  # a line a family
+        report = {fit["family"]: fit["reason"] or "can hold this model" for fit in report["nearest"]}
     finish(report, json)
 
 

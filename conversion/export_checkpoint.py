@@ -1,21 +1,18 @@
 """An hf_moe checkpoint to a released family: `export_checkpoint`."""
 
-import math
-import reprlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
 
 from ..model.configuration_hf_moe import HfMoeConfig
-from .computation import READ_IF, TRAINING_FIELDS, computation, respelled
 from .families import FAMILIES, Family
 from .families.family import same
 from .families.regions import Region
+from .nearest_families import family_config, fits
 from .output import convert, count_parameters
-from .source import built, open_source
+from .source import Source, open_source
 from .staging import check_destination
 from .writer import Output
 
@@ -55,11 +52,7 @@ def export_checkpoint(
     layout = layout or next(iter(family.layouts))
     if layout not in family.layouts:
         raise ValueError(f"layout {layout!r} is unknown to {to}; it can be {' or '.join(family.layouts)}.")
-    ignored = (r"model\.mtp_layers\..+",) if drop_mtp else ()
-    source = open_source(src, {HF_MOE.model_type: replace(HF_MOE, ignored_tensors=ignored)})
-    config = source.hf_moe_config()
-    if drop_mtp:
-        config.num_mtp_layers = 0
+    source, config = open_hf_moe(src, drop_mtp)
     exported, training_fields = family_config(family, config)
     outputs = source.outputs(config)
     parts = rearranged(outputs, family.regions({x.name: x.shape for x in outputs.values()}, layout, config))
@@ -83,47 +76,24 @@ def export_checkpoint(
     return report | {"to": to, "layout": layout, "training_fields": training_fields}
 
 
-def family_config(family: Family, config: HfMoeConfig) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The family's config that computes what `config` computes, and the training fields that it has no place for.
+def nearest_families(src: str | Path, *, drop_mtp: bool = False) -> dict[str, Any]:
+    """Which of `FAMILIES` can hold the hf_moe checkpoint `src`, and what keeps the others from it.
 
-    The table is read backwards and then forwards again; where that does not give `config`, the family cannot hold it.
+    Returns `source` and `nearest`, a list of one dict a family, those that can first and then by how much is in the
+    way: family, holds, and of what comes first field, value and reason. Raises a ValueError or OSError of one line.
     """
-    exported, unheld = nearest(family, config)
-    # A field that is always read says more than one that is read because of another.
-    needed = sorted((name for name in unheld if name not in TRAINING_FIELDS), key=lambda name: name in READ_IF)
-    if needed:
-        others = [other for other in FAMILIES if holds(FAMILIES[other], config)]
-        hint = f"{listed(others)} can" if others else "none that hf_moe writes can"
-        value = reprlib.repr(unheld[needed[0]])
-        raise ValueError(f"{family.model_type} cannot hold this model's {needed[0]}={value}; {hint}.")
-    return exported, unheld
+    source, config = open_hf_moe(src, drop_mtp)
+    return {"source": source.name, "nearest": fits(config)}
 
 
-def listed(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def nearest(family: Family, config: HfMoeConfig) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The family's config nearest to `config`, and the fields of `config` that it does not say."""
-    what = f"{family.model_type} cannot hold this model"
-    exported = built(family.config_class, what, **family.family_fields(respelled(config)))
-    again = built(HfMoeConfig, what, **family.hf_moe_fields(exported))
-    exported.architectures = [family.architecture]
-    ours, theirs = computation(config), computation(again)
-    names = [name for name in HfMoeConfig.__annotations__ if name in ours or name in theirs]
-    return exported, {name: getattr(config, name) for name in names if not equal(ours.get(name), theirs.get(name))}
-
-
-def holds(family: Family, config: HfMoeConfig) -> bool:
-    try:
-        return not set(nearest(family, config)[1]) - TRAINING_FIELDS
-    except ValueError:
-        return False
-
-
-def equal(a: Any, b: Any) -> bool:
-    numbers = isinstance(a, float) and isinstance(b, (int, float))
-    return math.isclose(a, b, rel_tol=1e-9) if numbers else a == b  # a coefficient times K, divided by K
+def open_hf_moe(src: str | Path, drop_mtp: bool) -> tuple[Source, HfMoeConfig]:
+    """An hf_moe checkpoint and its config, without multi-token prediction if `drop_mtp`."""
+    ignored = (r"model\.mtp_layers\..+",) if drop_mtp else ()
+    source = open_source(src, {HF_MOE.model_type: replace(HF_MOE, ignored_tensors=ignored)})
+    config = source.hf_moe_config()
+    if drop_mtp:
+        config.num_mtp_layers = 0
+    return source, config
 
 
 class Place(NamedTuple):

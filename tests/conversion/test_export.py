@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_moe.conversion import export_checkpoint, import_checkpoint, upcycle
+from hf_moe.conversion import export_checkpoint, import_checkpoint, nearest_families, upcycle
 from hf_moe.conversion.computation import READ_IF, TRAINING_FIELDS, computation
-from hf_moe.conversion.export_checkpoint import family_config
 from hf_moe.conversion.families import FAMILIES
+from hf_moe.conversion.nearest_families import family_config, fits
 from hf_moe_cli import main
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -208,6 +208,26 @@ def test_the_refusal_names_families_that_can():
         family_config(FAMILIES["mixtral"], config)
 
 
+def test_families_that_can_hold_a_model_come_first():
+    found = fits(tiny_config(**MIXTRAL_LIKE))
+    assert {entry["family"] for entry in found} == set(FAMILIES)
+    holding = [entry["family"] for entry in found if entry["holds"]]
+    assert holding == ["mixtral", "deepseek", "granitemoe", "granitemoeshared"]
+    assert [entry["family"] for entry in found][: len(holding)] == holding
+    for entry in found[len(holding) :]:
+        assert entry["field"] is None or f"{entry['field']}={entry['value']!r}"[:12] in entry["reason"]
+        assert entry["family"] in entry["reason"]
+    fields = {entry["family"]: (entry["field"], entry["value"]) for entry in found}
+    assert fields["olmoe"] == ("qk_norm", None)
+    assert fields["gpt_oss"] == ("attention_sinks", False)
+    for entry in found:  # what is said is what export does
+        if entry["holds"]:
+            family_config(FAMILIES[entry["family"]], tiny_config(**MIXTRAL_LIKE))
+        else:
+            with pytest.raises(ValueError, match=entry["family"]):
+                family_config(FAMILIES[entry["family"]], tiny_config(**MIXTRAL_LIKE))
+
+
 def test_every_field_is_compared():
     """A field that hf_moe gets later is compared too, unless it is named as one that only training reads."""
     fields = set(HfMoeConfig.__annotations__)
@@ -394,6 +414,26 @@ def test_whole_numbers_as_floats(tmp_path):
     model.save_pretrained(tmp_path / "moe")
     report = export_checkpoint(tmp_path / "moe", tmp_path / "out", to="olmoe", progress=False)
     assert report["max_abs_diff"] <= 1e-5
+
+
+def test_the_command_that_lists_families(tmp_path, capsys):
+    tiny_model(**{**MIXTRAL_LIKE, "num_mtp_layers": 1}).save_pretrained(tmp_path / "moe")
+    capsys.readouterr()
+    words = ["export", str(tmp_path / "moe"), "--nearest"]
+    assert main([*words, "--drop-mtp", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == nearest_families(tmp_path / "moe", drop_mtp=True)
+    assert printed["nearest"][0]["family"] == "mixtral"
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(FAMILIES)
+    assert "mixtral cannot hold this model's num_mtp_layers=1." in " ".join(lines)
+    assert "can hold this model" not in " ".join(lines)
+    assert main(words[:2]) == 2
+    assert "DST is missing" in capsys.readouterr().err
+    assert main([*words[:2], str(tmp_path / "out")]) == 2
+    assert "--to is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(tmp_path, capsys):

@@ -58,7 +58,7 @@ def test_exponents_at_the_ends(scale):
 @pytest.fixture
 def quantized(tmp_path) -> Path:
     """A gpt-oss in bfloat16 whose experts are in MXFP4, as released."""
-    sizes = {"hidden_size": 64, "intermediate_size": 32}
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "initializer_range": 0.1}
     build("gpt_oss", torch.bfloat16, **{**GPT_OSS, **sizes}).save_pretrained(tmp_path / "mxfp4")
     path = tmp_path / "mxfp4" / "model.safetensors"
     weights = load_file(path)
