@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..model.configuration_hf_moe import HfMoeConfig
-from .families import FAMILIES, Family
+from .families import ENCODER_DECODERS, FAMILIES, Family
 from .families.family import same
 from .families.regions import Region
 from .nearest_families import family_config, fits
@@ -46,6 +46,8 @@ def export_checkpoint(
     companions. Raises a ValueError that names what the family cannot hold, or an OSError; then there is no output.
     """
     check_destination(Path(dst), resume)
+    if to in ENCODER_DECODERS:
+        raise ValueError(f"to={to!r} is an encoder-decoder: it cannot hold a decoder, which hf_moe's models are.")
     if to not in FAMILIES:
         raise ValueError(f"to={to!r} is no family that hf_moe writes; it writes {', '.join(FAMILIES)}.")
     family = FAMILIES[to]

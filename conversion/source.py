@@ -15,7 +15,7 @@ from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from .block_fp8 import BlockFP8Checkpoint, block_size
 from .checkpoint import Checkpoint, check_inside, read_json
-from .families import DENSE_FAMILIES, FAMILIES, PARALLEL_BLOCKS, Family
+from .families import DENSE_FAMILIES, ENCODER_DECODERS, FAMILIES, PARALLEL_BLOCKS, Family
 from .families.family import mtp_prefix
 from .families.regions import Region
 from .mxfp4 import MXFP4Checkpoint
@@ -237,6 +237,8 @@ def built(make: Callable, what: str, *arguments: Any, **fields: Any) -> Any:
 
 def _unknown_family(name: str, model_type: Any, families: Mapping[str, Family]) -> str:
     known = ", ".join(families)
+    if model_type in ENCODER_DECODERS:
+        return f"{name} is a {model_type}, an encoder-decoder: hf_moe's models are decoders and cannot hold it."
     if HfMoeConfig.model_type in families:
         return f"{name} is a {model_type}, not an hf_moe checkpoint; import it, or upcycle it if it is dense."
     if model_type == HfMoeConfig.model_type:

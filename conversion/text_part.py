@@ -17,11 +17,14 @@ class TextPart(NamedTuple):
 
 
 # By the model_type of the whole.
-TEXT_PARTS = {"gemma3": TextPart("gemma3_text", unread=("final_logit_softcapping",))}
+TEXT_PARTS = {
+    "gemma3": TextPart("gemma3_text", unread=("final_logit_softcapping",)),
+    "llama4": TextPart("llama4_text", unread=()),
+}
 
 # As the Hub has it, and as Transformers 5 has it in memory.
 LANGUAGE_MODEL = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
-OTHER_PARTS = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\..+")
+OTHER_PARTS = re.compile(r"(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector)\..+")
 
 
 class TextCheckpoint(Checkpoint):

@@ -62,4 +62,7 @@ DENSE_FAMILIES: dict[str, Family] = {
 # Attention and MLP side by side, which no block of hf_moe is.
 PARALLEL_BLOCKS = frozenset({"cohere", "cohere2", "codegen", "gptj", "phi"})
 
-__all__ = ["DENSE_FAMILIES", "FAMILIES", "PARALLEL_BLOCKS", "Computed", "Family"]
+# Mixtures of experts that no decoder can hold.
+ENCODER_DECODERS = frozenset({"switch_transformers", "nllb_moe"})
+
+__all__ = ["DENSE_FAMILIES", "ENCODER_DECODERS", "FAMILIES", "PARALLEL_BLOCKS", "Computed", "Family"]

@@ -379,6 +379,7 @@ def test_refuses(checkpoint, tmp_path):
     (damaged / "config.json").write_text(json.dumps(config | {"num_experts": 8}))
     for source, options, match in [
         (tmp_path / "moe", {"to": "llama4"}, "to='llama4'.*mixtral, olmoe"),
+        (tmp_path / "moe", {"to": "switch_transformers"}, "to='switch_transformers' is an encoder-decoder"),
         (tmp_path / "moe", {"to": "mixtral", "layout": "tight"}, "layout 'tight'.*per-expert or fused"),
         (tmp_path / "moe", {"to": "deepseek", "layout": "fused"}, "layout 'fused'"),
         (checkpoint("mixtral"), {"to": "mixtral"}, "is a mixtral.*not an hf_moe"),

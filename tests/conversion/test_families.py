@@ -133,6 +133,13 @@ def test_import_reports_the_comparison(checkpoint, tmp_path):
     assert (report["total_params"], report["disk_bytes"]) == (plan["total_params"], plan["disk_bytes"])
 
 
+def test_an_encoder_decoder_is_refused(tmp_path):
+    (tmp_path / "switch").mkdir()
+    (tmp_path / "switch" / "config.json").write_text(json.dumps({"model_type": "switch_transformers"}))
+    with pytest.raises(ValueError, match="switch_transformers, an encoder-decoder: hf_moe's models are decoders"):
+        import_checkpoint(tmp_path / "switch", tmp_path / "moe")
+
+
 REFUSED = {
     "dense": ("llama", {}, "llama, a dense model: upcycle it"),
     "jitter": ("mixtral", {"router_jitter_noise": 0.1}, "mixtral field router_jitter_noise=0.1.*only 0.0"),

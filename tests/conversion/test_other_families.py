@@ -1,5 +1,7 @@
 """Families whose tensors or fields differ further from ours: the same logits, and back again bit for bit."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,12 +9,12 @@ import torch
 from hf_moe.conversion import export_checkpoint, import_checkpoint
 from hf_moe.conversion.computation import computation
 from hf_moe.conversion.families import FAMILIES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_moe import HfMoeConfig
 from tests.conftest import tokens
-from tests.conversion.conftest import OTHER_CASES
+from tests.conversion.conftest import OTHER_CASES, build, dbrx
 
 SAVED = {"as released": {}, "as in memory": {"save_original_format": False}}
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
@@ -59,3 +61,86 @@ def test_there_and_back(case, saved, checkpoint, tmp_path):
     assert first == second
     with torch.inference_mode():
         assert torch.equal(load(tmp_path / "back")(ids).logits, expected)
+
+
+def test_the_mtp_layer_of_glm_is_carried(tmp_path):
+    """Stored as if it followed the last layer, with its own copies of the embedding and the head."""
+    family, changes = OTHER_CASES["glm4_moe"]
+    build(family, **changes).save_pretrained(tmp_path / "glm")
+    weights = load_file(tmp_path / "glm" / "model.safetensors")
+    added = {"enorm": (24,), "hnorm": (24,), "eh_proj": (24, 48), "shared_head.norm": (24,)}
+    weights |= {f"model.layers.2.{name}.weight": torch.randn(shape) for name, shape in added.items()}
+    weights["model.layers.2.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.layers.2.shared_head.head.weight"] = weights["lm_head.weight"].clone()
+    save_file(weights, tmp_path / "glm" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "glm" / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    (tmp_path / "glm" / "config.json").write_text(json.dumps(config))
+
+    import_checkpoint(tmp_path / "glm", tmp_path / "moe", verify=False, progress=False)
+    model = load(tmp_path / "moe")
+    assert model.config.num_mtp_layers == len(model.model.mtp_layers) == 1
+    export_checkpoint(tmp_path / "moe", tmp_path / "back", to="glm4_moe", verify=False, progress=False)
+    written = weights_of(tmp_path / "back")
+    assert written.keys() == weights.keys()
+    for name, weight in written.items():
+        assert torch.equal(weight, weights[name]), name
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+
+
+def test_the_language_model_of_a_llama_4_that_sees_pictures(checkpoint, tmp_path):
+    """As released: the tensors of the text model behind `language_model.`, beside those of the vision tower."""
+    text = checkpoint("llama4_text")
+    weights = {f"language_model.{name}": x for name, x in load_file(text / "model.safetensors").items()}
+    weights |= {
+        "vision_model.class_embedding": torch.ones(8),
+        "multi_modal_projector.linear_1.weight": torch.ones(8, 8),
+    }
+    (tmp_path / "llama4").mkdir()
+    save_file(weights, tmp_path / "llama4" / "model.safetensors", metadata={"format": "pt"})
+    vision = {"model_type": "llama4_vision_model", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = {"text_config": json.loads((text / "config.json").read_text()), "vision_config": vision}
+    config |= {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"]}
+    (tmp_path / "llama4" / "config.json").write_text(json.dumps(config))
+    import_checkpoint(tmp_path / "llama4", tmp_path / "moe", verify=False, progress=False)
+    import_checkpoint(text, tmp_path / "text", verify=False, progress=False)
+    assert (tmp_path / "moe" / "model.safetensors").read_bytes() == (
+        tmp_path / "text" / "model.safetensors"
+    ).read_bytes()
+    ids = tokens(length=23, vocab_size=61)
+    with torch.inference_mode():
+        assert torch.equal(load(tmp_path / "moe")(ids).logits, load(tmp_path / "text")(ids).logits)
+
+
+REFUSED = {
+    "jitter on the whole block": ("minimax_m2", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+    "lightning attention": ("minimax_m2", {"attn_type_list": [1, 0, 1]}, r"attn_type_list=\[1, 0, 1\]"),
+    "softmax scores": ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    "no bias": ("minimax_m2", {"use_routing_bias": False}, "use_routing_bias=False"),
+    "norm of each head": ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type='per_head'"),
+    "a shared expert": ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size=8"),
+    "no shared experts": ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts=0"),
+    "part of RoPE": (
+        "granitemoe",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor=0.5",
+    ),
+    "another width": ("granitemoeshared", {"shared_intermediate_size": 20}, r"input_linear.* \[56, 24\].* \[40, 24\]"),
+    "dropout": ("dbrx", {"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
+    "another matrix": ("dbrx", {"attn_config": dbrx(kv_n_heads=4, clip_qkv=1.0)["attn_config"]}, r"Wqkv.* \[72, 24\]"),
+    "fewer experts": ("llama4_text", {"num_local_experts": 4}, r"router.* \[5, 24\].* \[4, 24\]"),
+    "a window": ("llama4_text", {"layer_types": ["sliding_attention"] * 4}, "sliding_window is None"),
+    "another activation": ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act 'silu'"),
+    "wider experts": ("gpt_oss", {"intermediate_size": 32}, r"gate_up_proj has shape \[5, 24, 72\].* \[5, 24, 64\]"),
+}
+
+
+@pytest.mark.parametrize(("case", "changes", "match"), REFUSED.values(), ids=REFUSED)
+def test_refuses(case, changes, match, checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint(case), tmp_path / case))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=match) as raised:
+        import_checkpoint(folder, tmp_path / "moe", progress=False)
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == [folder]
