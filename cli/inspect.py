@@ -101,6 +101,8 @@ def summary(config: "HfMoeConfig") -> dict[str, Any]:
         "sparse_layers": sparse,
         "sliding_layers": config.layer_types.count("sliding_attention"),
         "sliding_window": config.sliding_window,
+        "chunked_layers": config.layer_types.count("chunked_attention"),
+        "attention_chunk_size": config.attention_chunk_size,
         "attention_type": config.attention_type,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
@@ -144,6 +146,8 @@ def layers(report: dict[str, Any]) -> str:
         text += f", {report['num_key_value_heads']} for keys and values"
     if report["sliding_layers"]:
         text += f", {report['sliding_layers']} layers within a window of {report['sliding_window']:,}"
+    if report["chunked_layers"]:
+        text += f", {report['chunked_layers']} layers within chunks of {report['attention_chunk_size']:,}"
     return text
 
 
@@ -161,9 +165,10 @@ def cache_rows(report: dict[str, Any], published: dict[str, Any] | None):
     size = report["kv_cache_bytes_per_token"]
     by_dtype = report["kv_cache_bytes_per_token_by_dtype"]
     yield "KV cache per token", ", ".join(f"{each:,} bytes in {dtype}" for dtype, each in by_dtype.items())
-    if report["sliding_layers"]:
+    if report["sliding_layers"] or report["chunked_layers"]:
         beyond = report["kv_cache_bytes_per_token_beyond_window"]
-        yield "", f"{beyond:,} bytes in bfloat16 for each token beyond the window"
+        what = "the window" if report["sliding_layers"] else "a chunk"
+        yield "", f"{beyond:,} bytes in bfloat16 for each token beyond {what}"
     for name, other in report["kv_cache_alternatives"].items():
         yield "", f"{other:,} bytes in bfloat16 as {name}: {change(size, other)}"
     if published:

@@ -30,10 +30,7 @@ ENCODER_DECODER = (
     "The release is an encoder-decoder with other positions; this is one causal decoder with the layers of both "
     "stacks, RoPE, and no cross-attention."
 )
-LLAMA_4 = (
-    "Text only. RoPE in every layer (the release has none in every fourth), a sliding window of 8192 for its chunks "
-    "of 8192, no L2 norm of q and k, no attention temperature; experts weight their output, not their input."
-)
+LLAMA_4 = "Text only: no vision tower, no projector."
 LLAMA_4_VISION = 850_960_896 + 20_971_520  # vision tower and projector: in the published total, not in ours
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40, "beta_fast": 32, "beta_slow": 1}
 YARN |= {"original_max_position_embeddings": 4096}
@@ -121,24 +118,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dbrx": {
         "title": "DBRX",
         "source": ["https://github.com/databricks/dbrx", "https://huggingface.co/databricks/dbrx-base"],
-        "differs": "RMSNorm instead of LayerNorm (which has no bias there either).",
+        "differs": None,
         "published": {"total": "132e9", "active": "36e9", "counts": "all"},
         "fields": {
             "vocab_size": 100352, "hidden_size": 6144, "intermediate_size": 10752, "num_hidden_layers": 40,
             "num_attention_heads": 48, "num_key_value_heads": 8, "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "clip_qkv": 8.0, "num_experts": 16,
-            "num_experts_per_tok": 4, "router_type": "topk_softmax", "router_aux_loss_coef": 0.05,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "clip_qkv": 8.0,
+            "norm_type": "layer_norm", "num_experts": 16, "num_experts_per_tok": 4, "router_type": "topk_softmax",
+            "router_aux_loss_coef": 0.05,
         },
     },
     "grok-1": {
         "title": "Grok-1",
         "source": ["https://github.com/xai-org/grok-1", "https://x.ai/news/grok-os"],
-        "differs": "No second norm after attention and MLP, and no multipliers on embeddings and logits.",
+        "differs": None,
         "published": {
             "total": "314e9",
             "active": None,
             "counts": "all",
-            "absent": dict.fromkeys(("total", "active"), 64 * 2 * 6144),
             "mismatch": {
                 "total": "The dimensions in the release's run.py sum to 316B. It says that 25% of the weights are "
                 "active: 2 of 8 experts; with all that is not an expert it is 27%."
@@ -148,6 +145,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "vocab_size": 131072, "hidden_size": 6144, "intermediate_size": 32768, "num_hidden_layers": 64,
             "num_attention_heads": 48, "num_key_value_heads": 8, "max_position_embeddings": 8192,
             "attn_logit_softcapping": 30.0, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_placement": "sandwich", "embedding_multiplier": 78.38367176906169, "logits_scaling": 3**0.5,
             "num_experts": 8, "num_experts_per_tok": 2, "router_type": "softmax_topk",
         },
     },
@@ -309,13 +307,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fields": {
             "vocab_size": 202048, "hidden_size": 5120, "intermediate_size": 16384, "moe_intermediate_size": 8192,
             "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
-            "layer_types": {"full_every": 4}, "sliding_window": 8192, "max_position_embeddings": 262144,
+            "layer_types": {"full_every": 4}, "attention_chunk_size": 8192, "no_rope_layers": {"no_rope_every": 4},
+            "max_position_embeddings": 262144,
             "rope_interleave": True,
             "rope_parameters": {
                 "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
             },
-            "num_experts": 16, "num_experts_per_tok": 1, "n_shared_experts": 1, "router_type": "sigmoid_topk",
+            "attn_temperature_tuning": True, "qk_norm": "l2", "num_experts": 16, "num_experts_per_tok": 1,
+            "n_shared_experts": 1, "router_type": "sigmoid_topk", "expert_input_scaling": True,
             "router_aux_loss_coef": 0.001,
         },
     },
@@ -335,16 +335,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fields": {
             "vocab_size": 202048, "hidden_size": 5120, "intermediate_size": 16384, "moe_intermediate_size": 8192,
             "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
-            "layer_types": {"full_every": 4}, "sliding_window": 8192, "max_position_embeddings": 262144,
+            "layer_types": {"full_every": 4}, "attention_chunk_size": 8192, "no_rope_layers": {"no_rope_every": 4},
+            "max_position_embeddings": 262144,
             "rope_interleave": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-            "mlp_layer_types": {"sparse_every": 2}, "num_experts": 128, "num_experts_per_tok": 1,
-            "n_shared_experts": 1, "router_type": "sigmoid_topk", "router_aux_loss_coef": 0.001,
+            "attn_temperature_tuning": True, "mlp_layer_types": {"sparse_every": 2}, "num_experts": 128,
+            "num_experts_per_tok": 1, "n_shared_experts": 1, "router_type": "sigmoid_topk",
+            "expert_input_scaling": True, "router_aux_loss_coef": 0.001,
         },
     },
     "minicpm-moe-8x2b": {
         "title": "MiniCPM-MoE-8x2B",
         "source": ["https://arxiv.org/abs/2404.06395", "https://huggingface.co/openbmb/MiniCPM-MoE-8x2B"],
-        "differs": "No multipliers on embeddings (12), residuals (1.4 / sqrt(40)) and logits (256 / 2304).",
+        "differs": None,
         "published": {
             "total": "13.6e9",
             "active": "4.0e9",
@@ -353,8 +355,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "fields": {
             "vocab_size": 122753, "hidden_size": 2304, "intermediate_size": 5760, "num_hidden_layers": 40,
-            "num_attention_heads": 36, "max_position_embeddings": 4096, "tie_word_embeddings": True, "num_experts": 8,
-            "num_experts_per_tok": 2, "router_type": "topk_softmax",
+            "num_attention_heads": 36, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+            "embedding_multiplier": 12.0, "residual_multiplier": 1.4 / 40**0.5, "logits_scaling": 2304 / 256,
+            "num_experts": 8, "num_experts_per_tok": 2, "router_type": "topk_softmax",
         },
     },
     "jetmoe-8b": {
@@ -392,12 +395,22 @@ def sparse_every(layers: int, step: int, stack: int | None = None) -> list[str]:
 
 
 def full_every(layers: int, step: int) -> list[str]:
-    """Every `step`-th layer attends to everything, the others within the window."""
-    return ["sliding_attention" if (layer + 1) % step else "full_attention" for layer in range(layers)]
+    """Every `step`-th layer attends to everything, the others within their chunk."""
+    return ["chunked_attention" if (layer + 1) % step else "full_attention" for layer in range(layers)]
+
+
+def no_rope_every(layers: int, step: int) -> list[int]:
+    """Every `step`-th layer is without RoPE."""
+    return [int((layer + 1) % step != 0) for layer in range(layers)]
 
 
 # How a preset says what its layers are, for any number of layers: the first key names the rule, the rest are its own.
-LAYOUTS = {"first_dense": first_dense, "sparse_every": sparse_every, "full_every": full_every}
+LAYOUTS = {
+    "first_dense": first_dense,
+    "sparse_every": sparse_every,
+    "full_every": full_every,
+    "no_rope_every": no_rope_every,
+}
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -428,7 +441,7 @@ def preset_config(name: str, **changes: Any) -> HfMoeConfig:
     heads, key_value_heads = published["num_attention_heads"], published.get("num_key_value_heads")
     if key_value_heads is not None and "num_key_value_heads" not in changes:
         fields["num_key_value_heads"] = max(1, key_value_heads * fields["num_attention_heads"] // heads)
-    for field in ("mlp_layer_types", "layer_types"):
+    for field in ("mlp_layer_types", "layer_types", "no_rope_layers"):
         if isinstance(fields.get(field), dict):
             (rule, value), *rest = fields[field].items()
             fields[field] = LAYOUTS[rule](fields["num_hidden_layers"], value, **dict(rest))

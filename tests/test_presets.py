@@ -147,7 +147,8 @@ def test_a_change_carries_what_follows_from_it():
     assert (config.num_key_value_heads, config.head_dim) == (2, 8)  # six query heads share one, as in the release
     assert HfMoeConfig.from_preset("dbrx", num_attention_heads=12, num_key_value_heads=4).num_key_value_heads == 4
     config = HfMoeConfig.from_preset("llama-4-scout", num_hidden_layers=5)
-    assert config.layer_types == ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"]
+    assert config.layer_types == ["chunked_attention"] * 3 + ["full_attention", "chunked_attention"]
+    assert config.no_rope_layers == [1, 1, 1, 0, 1]
 
 
 def test_a_change_leaves_the_preset_alone():

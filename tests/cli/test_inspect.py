@@ -49,7 +49,7 @@ def test_the_table_of_a_preset(command):
         ("qwen3-30b-a3b", ["3.353B, which would round to 3.4B", "4 for keys and values"]),
         ("minicpm-moe-8x2b", ["13.6B; counted that way (no embeddings) this is 13.6B", "as MHA: the same"]),
         ("minimax-text-01", ["45.9B; counted that way (no embeddings, with what is left out here) this is 45.9B"]),
-        ("llama-4-scout", ["36 layers within a window of 8,192", "for each token beyond the window", "and 1 shared"]),
+        ("llama-4-scout", ["36 layers within chunks of 8,192", "for each token beyond a chunk", "and 1 shared"]),
     ],
     ids=["mismatch", "counts", "absent", "window"],
 )
