@@ -138,8 +138,7 @@ class RecordedStep:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with ExitStack() as speedups:
-            for speedup in SPEEDUPS:
-                speedups.enter_context(speedup(model, rows))
+            self.held = [speedups.enter_context(speedup(model, rows)) for speedup in SPEEDUPS]
             self.count_on_device(True)
             try:
                 with torch.cuda.stream(stream):

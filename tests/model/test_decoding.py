@@ -62,11 +62,11 @@ def test_recorded_logits_are_those_of_ordinary_decoding(fields, dtype, padding):
     position_ids = (whole.cumsum(-1) - 1).clamp_min(0)
     expected = model(out.sequences, attention_mask=whole, position_ids=position_ids).logits[:, 8:-1].float()
     logits = torch.stack(out.logits, dim=1)
-    scale = float(expected.abs().max())
-    limit = (1e-5 if dtype == torch.float32 else 3e-2) * scale
-    # In bfloat16 a tie between experts may fall the other way: that changes single tokens, not the rule.
-    differs = ((logits - expected).abs().amax(-1) > limit).float().mean()
-    assert differs == 0 if dtype == torch.float32 else differs < 0.2
+    error = (logits - expected).abs().amax(-1) / expected.abs().max()  # [B, N]
+    if dtype == torch.float32:
+        assert error.max() < 1e-4
+    else:  # a tie between experts may fall the other way: that changes single tokens
+        assert error.median() < 2e-2
 
 
 @pytest.mark.gpu

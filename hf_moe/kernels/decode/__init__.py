@@ -13,7 +13,8 @@ from transformers.activations import ACT2FN
 from ...model.decoding import HfMoeReservedLayer
 from ...model.latent_attention import LATENT_NORM_EPS, HfMoeLatentAttention
 from ...model.mlp import HfMoeMLP
-from ...model.modeling_hf_moe import HfMoeSparseMoeBlock
+from ...model.modeling_hf_moe import HfMoeDecoderLayer, HfMoeSparseMoeBlock
+from ...model.norms import PLACEMENTS
 from ...model.rms_norm import HfMoeRMSNorm
 from . import experts, latent, norms, routers
 
@@ -30,28 +31,24 @@ def norm_forward(module: HfMoeRMSNorm, rows: int):
     return lambda hidden_states: norms.rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
 
-def feed_forward(module: HfMoeMLP, rows: int):
-    """FFN(x) [T, D] in float32 as a function of x [T, D], or None."""
-    act = ACTIVATIONS.get(type(module.act_fn))
+def network(module: HfMoeMLP, rows: int) -> experts.Network | None:
+    """The weights of a dense network, or None where the kernels can't take its place."""
     names = ["gate_proj"] * module.gated + ["up_proj", "down_proj"]
-    if rows > experts.MAX_TOKENS or act is None:
+    if rows > experts.MAX_TOKENS or type(module.act_fn) not in ACTIVATIONS:
         return None
     if not all(plain(getattr(module, name)) for name in names):
         return None
     weights = [getattr(module, name).weight.unsqueeze(0) for name in names]
-    gate, up, down = weights if module.gated else (None, *weights)
-    index = torch.zeros(rows, 1, dtype=torch.long, device=up.device)  # all rows take the only expert
-    return lambda x: experts.expert_rows(x, index, gate, up, down, act)
+    return experts.Network(*weights) if module.gated else experts.Network(None, *weights)
 
 
 def mlp_forward(module: HfMoeMLP, rows: int):
-    ffn = feed_forward(module, rows)
+    weights, act = network(module, rows), ACTIVATIONS.get(type(module.act_fn))
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.flatten(0, -2)
-        return experts.combine(ffn(x), None, None, 1, None, x.dtype).view_as(hidden_states)
+        return experts.mixture(hidden_states.flatten(0, -2), None, None, None, weights, act).view_as(hidden_states)
 
-    return ffn and forward
+    return weights and forward
 
 
 def router_forward(gate: nn.Module, config):
@@ -72,18 +69,18 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
     known = known and config.experts_swiglu_limit is None
     shared = None
     if module.shared_experts is not None:
-        shared = feed_forward(module.shared_experts, rows)
+        shared = network(module.shared_experts, rows)
         known = known and shared is not None
     if not known or rows > experts.MAX_TOKENS:
         return None
-    gate, up, biases = None, getattr(routed, routed.up_name), None
+    up, biases = getattr(routed, routed.up_name), None
     if routed.has_bias:
-        up_bias = getattr(routed, f"{routed.up_name}_bias")
-        biases = (None, up_bias, routed.down_proj_bias)
+        biases = (getattr(routed, f"{routed.up_name}_bias"), routed.down_proj_bias)
     if config.gated_mlp:
-        gate, up = up.chunk(2, dim=1)
-        if biases is not None:
-            biases = (*biases[1].chunk(2, dim=1), biases[2])
+        biases = biases and (*biases[0].chunk(2, dim=1), biases[1])
+        weights_of = experts.Network(*up.chunk(2, dim=1), routed.down_proj, biases)
+    else:
+        weights_of = experts.Network(None, up, routed.down_proj, biases and (None, *biases))
     choose = router_forward(module.gate, config)
 
     def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None) -> torch.Tensor:
@@ -94,10 +91,7 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
             ids = None if input_ids is None else input_ids.reshape(-1)
             mask = None if token_mask is None else token_mask.reshape(-1)
             _, weights, index, _, _ = module.gate(x, mask, ids)
-        rows_of_slots = experts.expert_rows(x, index, gate, up, routed.down_proj, act, biases)
-        beside = None if shared is None else shared(x)
-        out = experts.combine(rows_of_slots, weights, index, config.num_experts, beside, x.dtype)
-        return out.view_as(hidden_states)
+        return experts.mixture(x, weights, index, weights_of, shared, act).view_as(hidden_states)
 
     return forward
 
@@ -145,7 +139,23 @@ def latent_forward(module: HfMoeLatentAttention, rows: int):
     return forward
 
 
+def layer_forward(module: HfMoeDecoderLayer, rows: int):
+    norm = getattr(module, "post_attention_layernorm", None)
+    if module.norms != PLACEMENTS["pre"] or module.residual_multiplier != 1 or type(norm) is not HfMoeRMSNorm:
+        return None
+
+    def forward(hidden_states, token_mask=None, input_ids=None, **kwargs) -> torch.Tensor:
+        routing = {"token_mask": token_mask, "input_ids": input_ids}
+        heads_routing, mlp_routing = (routing if x else {} for x in (module.self_attn.routes, module.sparse))
+        attended, _ = module.self_attn(module.input_layernorm(hidden_states), **heads_routing, **kwargs)
+        hidden_states, normed = norms.add_rms_norm(hidden_states, attended, norm.weight, norm.variance_epsilon)
+        return hidden_states + module.mlp(normed, **mlp_routing)
+
+    return forward
+
+
 FORWARDS = {
+    HfMoeDecoderLayer: layer_forward,
     HfMoeRMSNorm: norm_forward,
     HfMoeMLP: mlp_forward,
     HfMoeSparseMoeBlock: moe_forward,
@@ -155,7 +165,10 @@ FORWARDS = {
 
 @contextmanager
 def fused(model: nn.Module, rows: int):
-    """Inside, the modules of `model` that the kernels know compute one token of each of `rows` rows with them."""
+    """Inside, the modules of `model` that the kernels know compute one token of each of `rows` rows with them.
+
+    Gives the functions that do so: what they hold must live as long as what was recorded.
+    """
     changed = []
     try:
         for module in model.modules():
@@ -166,7 +179,7 @@ def fused(model: nn.Module, rows: int):
             if forward is not None:
                 module.forward = forward
                 changed.append(module)
-        yield
+        yield [module.forward for module in changed]
     finally:
         for module in changed:
             del module.forward

@@ -1,16 +1,48 @@
 """Experts for few tokens: each chosen expert's weights are read once, and nothing else of them.
 
-Shapes: T tokens, D hidden size, I expert intermediate size, E experts, K experts per token. Up to 64 tokens fit one
-tile of a matrix product, so nothing is sorted: the program of an expert reads the tokens that chose it and leaves the
-others' rows alone. Sums have a fixed order.
+Shapes: T tokens, D hidden size, I expert intermediate size, E experts, K experts per token, P parts of a shared
+network, each at most I wide. Up to 64 tokens fit one tile of a matrix product, so nothing is sorted: the program of an
+expert reads the tokens that chose it and leaves the others' rows alone. A shared network is P more experts that every
+token takes, in the same launch. Sums have a fixed order.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 MAX_TOKENS = 64  # one tile of rows; with more, sorting by expert is cheaper
+MAX_PART = 1024  # of a dense network: its sum over the width is cut, so that there are programs for the whole card
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}  # by number: Triton has no names at run time
+
+
+class Network(NamedTuple):
+    """Weights of E networks: gate (None where plain) and up [E, I, D] with the same strides, down [E, D, I]."""
+
+    gate: torch.Tensor | None
+    up: torch.Tensor
+    down: torch.Tensor
+    biases: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None  # [E, I], [E, I], [E, D]
+
+
+class Tile(NamedTuple):
+    """How a product is cut: columns of the output a program has, depth of a step, steps in flight, warps."""
+
+    columns: int
+    depth: int
+    stages: int
+    warps: int
+
+
+TILES = {"up": Tile(32, 128, 3, 4), "down": Tile(32, 128, 4, 4)}
+
+
+def tile_arguments(name: str, x: torch.Tensor, columns: str, depth: str) -> dict[str, int]:
+    """The launch's keywords; of four bytes a value half as many fit."""
+    tile = TILES[name]
+    sizes = {columns: tile.columns, depth: tile.depth * 2 // max(2, x.element_size())}
+    return sizes | {"num_stages": tile.stages, "num_warps": tile.warps}
 
 
 @triton.jit
@@ -25,23 +57,43 @@ def activate(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def taken_slots(index_ptr, tokens, top_k, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BY_SLOT: tl.constexpr):
-    """This program's expert, the slot of each token [BLOCK_T] that chose it, whether it did, and if it is ours.
+def work_of(
+    index_ptr,
+    tokens,
+    top_k,
+    parts,
+    num_experts,
+    ROUTED: tl.constexpr,
+    BY_SLOT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """This program's shared part or expert; each token's row of the output [T, K + P]; who takes part; whether any.
 
-    By slot: the expert of slot `program_id(0)`, ours if no earlier slot has it. Otherwise expert `program_id(0)`.
+    The first P programs are the parts of the shared network. Of the others, by slot: program s has the expert of slot
+    s, unless an earlier slot has it already; else program e has expert e.
     """
-    row, slot = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
-    places = row[:, None] * top_k + slot[None, :]
-    index = tl.load(index_ptr + places, mask=(row[:, None] < tokens) & (slot[None, :] < top_k), other=-1)
-    expert = tl.load(index_ptr + tl.program_id(0)) if BY_SLOT else tl.program_id(0).to(tl.int64)
-    hit = index == expert
-    taken = tl.max(hit.to(tl.int32), axis=1) > 0
-    place = tl.max(tl.where(hit, places, 0), axis=1)
-    if BY_SLOT:
-        ours = tl.min(tl.where(hit, places, tokens * top_k)) == tl.program_id(0)
-    else:
-        ours = tl.max(taken.to(tl.int32), axis=0) > 0
-    return expert, place, taken, ours
+    program, row = tl.program_id(0), tl.arange(0, BLOCK_T)
+    is_shared = program < parts
+    place = row * (top_k + parts) + top_k + program
+    taken = is_shared & (row < tokens)
+    ours = is_shared
+    which = program.to(tl.int64)
+    if ROUTED:
+        slot = tl.arange(0, BLOCK_K)
+        slots = row[:, None] * top_k + slot[None, :]
+        index = tl.load(index_ptr + slots, mask=(row[:, None] < tokens) & (slot[None, :] < top_k), other=-1)
+        routed = tl.maximum(program - parts, 0)
+        expert = tl.load(index_ptr + routed) if BY_SLOT else routed.to(tl.int64)
+        hit = (index == expert) & (expert < num_experts)
+        hits = tl.max(hit.to(tl.int32), axis=1) > 0
+        chosen = tl.max(tl.where(hit, slot[None, :], 0), axis=1)
+        first = tl.min(tl.min(tl.where(hit, slots, tokens * top_k), axis=1), axis=0)
+        place = tl.where(is_shared, place, row * (top_k + parts) + chosen)
+        taken = tl.where(is_shared, taken, hits)
+        ours = is_shared | ((first == routed) if BY_SLOT else (first < tokens * top_k))
+        which = tl.where(is_shared, which, expert)
+    return which, is_shared, place, taken, ours
 
 
 @triton.jit
@@ -51,16 +103,21 @@ def up_kernel(
     up_ptr,
     gate_bias_ptr,
     up_bias_ptr,
+    shared_gate_ptr,
+    shared_up_ptr,
     index_ptr,
     out_ptr,
     tokens,
     num_experts,
     expert_stride,
-    row_stride,
     bias_stride,
+    shared_width,
     D,
     I,  # noqa: E741
     K,
+    parts,
+    ROUTED: tl.constexpr,
+    SHARED: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
     ACT: tl.constexpr,
@@ -70,12 +127,23 @@ def up_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    expert, place, taken, ours = taken_slots(index_ptr, tokens, K, BLOCK_T, BLOCK_K, BY_SLOT)
-    if ours & (expert < num_experts):
+    which, is_shared, place, taken, ours = work_of(
+        index_ptr, tokens, K, parts, num_experts, ROUTED, BY_SLOT, BLOCK_T, BLOCK_K
+    )
+    if ours:
         row, column, depth = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D)
         column += tl.program_id(1) * BLOCK_I
-        inside = column < I
-        weight = expert * expert_stride + column[None, :].to(tl.int64) * row_stride + depth[:, None]
+        width, base = I, tl.zeros((), tl.int64)
+        if ROUTED:
+            base += which * expert_stride
+        gate_base, up_base = (gate_ptr if GATED else up_ptr) + base, up_ptr + base
+        if SHARED:  # noqa: SIM102
+            if is_shared:
+                width = tl.minimum(I, shared_width - which.to(tl.int32) * I)
+                up_base = shared_up_ptr + which * I * D
+                gate_base = (shared_gate_ptr if GATED else shared_up_ptr) + which * I * D
+        inside = column < width
+        weight = column[None, :].to(tl.int64) * D + depth[:, None]
         up = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
         gate = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
         for start in range(0, D, BLOCK_D):
@@ -84,19 +152,19 @@ def up_kernel(
             x = tl.load(
                 x_ptr + row[:, None] * D + (depth + start)[None, :], mask=taken[:, None] & here[None, :], other=0.0
             )
-            up = tl.dot(x, tl.load(up_ptr + weight + start, mask=tile, other=0.0), up, input_precision="ieee")
+            up = tl.dot(x, tl.load(up_base + weight + start, mask=tile, other=0.0), up, input_precision="ieee")
             if GATED:
-                gate = tl.dot(
-                    x, tl.load(gate_ptr + weight + start, mask=tile, other=0.0), gate, input_precision="ieee"
-                )
+                part = tl.load(gate_base + weight + start, mask=tile, other=0.0)
+                gate = tl.dot(x, part, gate, input_precision="ieee")
         if BIASED:
-            up += tl.load(up_bias_ptr + expert * bias_stride + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            biased = inside & (not is_shared)
+            up += tl.load(up_bias_ptr + which * bias_stride + column, mask=biased, other=0.0).to(tl.float32)[None, :]
             if GATED:
-                bias = tl.load(gate_bias_ptr + expert * bias_stride + column, mask=inside, other=0.0)
+                bias = tl.load(gate_bias_ptr + which * bias_stride + column, mask=biased, other=0.0)
                 gate += bias.to(tl.float32)[None, :]
         hidden = activate(gate, ACT) * up if GATED else activate(up, ACT)
-        out = out_ptr + place[:, None] * I + column[None, :]
-        tl.store(out, hidden.to(out_ptr.dtype.element_ty), mask=taken[:, None] & inside[None, :])
+        target = out_ptr + place[:, None] * I + column[None, :]
+        tl.store(target, hidden.to(out_ptr.dtype.element_ty), mask=taken[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -104,41 +172,58 @@ def down_kernel(
     hidden_ptr,
     down_ptr,
     bias_ptr,
+    shared_down_ptr,
     index_ptr,
     out_ptr,
     tokens,
     num_experts,
     expert_stride,
-    row_stride,
+    shared_width,
     D,
     I,  # noqa: E741
     K,
+    parts,
+    ROUTED: tl.constexpr,
+    SHARED: tl.constexpr,
     BIASED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BY_SLOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    expert, place, taken, ours = taken_slots(index_ptr, tokens, K, BLOCK_T, BLOCK_K, BY_SLOT)
-    if ours & (expert < num_experts):
+    which, is_shared, place, taken, ours = work_of(
+        index_ptr, tokens, K, parts, num_experts, ROUTED, BY_SLOT, BLOCK_T, BLOCK_K
+    )
+    if ours:
         column, depth = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_I)
         inside = column < D
-        weight = expert * expert_stride + column[None, :].to(tl.int64) * row_stride + depth[:, None]
+        width, row_stride, base = I, I, down_ptr
+        if ROUTED:
+            base = down_ptr + which * expert_stride
+        if SHARED:  # noqa: SIM102
+            if is_shared:
+                width, row_stride = tl.minimum(I, shared_width - which.to(tl.int32) * I), shared_width
+                base = shared_down_ptr + which * I
+        if ALIGNED:
+            row_stride = tl.multiple_of(row_stride, 16)
+        weight = column[None, :].to(tl.int64) * row_stride + depth[:, None]
         out = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        for start in range(0, I, BLOCK_I):
-            here = depth + start < I
+        for start in range(0, width, BLOCK_I):
+            here = depth + start < width
             hidden = tl.load(
                 hidden_ptr + place[:, None] * I + (depth + start)[None, :],
                 mask=taken[:, None] & here[None, :],
                 other=0.0,
             )
-            tile = tl.load(down_ptr + weight + start, mask=here[:, None] & inside[None, :], other=0.0)
+            tile = tl.load(base + weight + start, mask=here[:, None] & inside[None, :], other=0.0)
             out = tl.dot(hidden, tile, out, input_precision="ieee")
         if BIASED:
-            out += tl.load(bias_ptr + expert * D + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-        place = out_ptr + place[:, None] * D + column[None, :]
-        tl.store(place, out, mask=taken[:, None] & inside[None, :])
+            biased = inside & (not is_shared)
+            out += tl.load(bias_ptr + which * D + column, mask=biased, other=0.0).to(tl.float32)[None, :]
+        target = out_ptr + place[:, None] * D + column[None, :]
+        tl.store(target, out, mask=taken[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -146,126 +231,103 @@ def combine_kernel(
     rows_ptr,
     weights_ptr,
     index_ptr,
-    shared_ptr,
     out_ptr,
     num_experts,
     D,
     K,
-    SHARED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    parts,
+    ROUTED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     token, column = tl.program_id(0), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < D
     total = tl.zeros((BLOCK_D,), tl.float32)
-    for slot in range(K):
-        if WEIGHTED:
+    rows_ptr += token * (K + parts) * D + column
+    if ROUTED:
+        for slot in range(K):
             weight = tl.load(weights_ptr + token * K + slot).to(tl.float32)
             here = tl.load(index_ptr + token * K + slot) < num_experts  # an expert of another rank wrote no row
-        else:
-            weight, here = 1.0, True
-        row = tl.load(rows_ptr + (token * K + slot) * D + column, mask=inside & here, other=0.0)
-        total += row * weight
-    if SHARED:
-        total += tl.load(shared_ptr + token * D + column, mask=inside, other=0.0).to(tl.float32)
+            total += weight * tl.load(rows_ptr + slot * D, mask=inside & here, other=0.0)
+    for slot in range(K, K + parts):
+        total += tl.load(rows_ptr + slot * D, mask=inside, other=0.0)
     tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def expert_rows(
+def mixture(
     x: torch.Tensor,
-    index: torch.Tensor,
-    gate: torch.Tensor | None,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    act: str,
-    biases: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """FFN_{index_{t,k}}(x_t) in float32, [T K, D], of x [T, D] and index [T, K].
-
-    gate (None where the network is plain) and up [E, I, D] with the same strides, down [E, D, I]; `biases` are theirs.
-    Rows of an index of E or more are not written.
-    """
-    (tokens, top_k), (experts, size, dim) = index.shape, up.shape
-    by_slot = tokens * top_k < experts
-    programs = tokens * top_k if by_slot else experts
-    shared = {"BY_SLOT": by_slot, "BIASED": biases is not None, "BLOCK_K": triton.next_power_of_2(top_k)}
-    shared |= {"BLOCK_T": max(16, triton.next_power_of_2(tokens)), "num_warps": 4}
-    gate_bias, up_bias, down_bias = biases or (None, None, None)
-
-    hidden = torch.empty(tokens * top_k, size, dtype=x.dtype, device=x.device)
-    wide = x.element_size() > 2
-    block_i, block_d = (32, 64) if wide else (32, 128)
-    up_kernel[(programs, triton.cdiv(size, block_i))](
-        x,
-        gate,
-        up,
-        gate_bias,
-        up_bias,
-        index,
-        hidden,
-        tokens,
-        experts,
-        up.stride(0),
-        up.stride(1),
-        0 if up_bias is None else up_bias.stride(0),
-        dim,
-        size,
-        top_k,
-        GATED=gate is not None,
-        ACT=ACTIVATIONS[act],
-        BLOCK_I=block_i,
-        BLOCK_D=block_d,
-        num_stages=3,
-        **shared,
-    )
-    rows = torch.empty(tokens * top_k, dim, dtype=torch.float32, device=x.device)
-    block_d, block_i = (32, 64) if wide else (32, 128)
-    down_kernel[(programs, triton.cdiv(dim, block_d))](
-        hidden,
-        down,
-        down_bias,
-        index,
-        rows,
-        tokens,
-        experts,
-        down.stride(0),
-        down.stride(1),
-        dim,
-        size,
-        top_k,
-        BLOCK_D=block_d,
-        BLOCK_I=block_i,
-        num_stages=4,
-        **shared,
-    )
-    return rows
-
-
-def combine(
-    rows: torch.Tensor,
     weights: torch.Tensor | None,
     index: torch.Tensor | None,
-    num_experts: int,
-    shared: torch.Tensor | None,
-    dtype: torch.dtype,
+    routed: Network | None,
+    shared: Network | None,
+    act: str,
 ) -> torch.Tensor:
-    """sum_k weight_{t,k} row_{t,k} (+ shared_t): [T, D] in `dtype`; without weights [T, K] the rows are the output."""
-    dim = rows.shape[1]
-    tokens, top_k = (len(rows), 1) if weights is None else weights.shape
-    out = torch.empty(tokens, dim, dtype=dtype, device=rows.device)
+    """sum_k weight_{t,k} FFN_{index_{t,k}}(x_t) + FFN_shared(x_t): [T, D] of x [T, D], weights and index [T, K].
+
+    Either network may be missing; the shared one has E = 1. An index of E or more adds nothing.
+    """
+    (tokens, dim), experts, top_k, parts, width = x.shape, 0, 0, 0, 0
+    size = min(MAX_PART, shared.up.shape[1]) if routed is None else routed.up.shape[1]
+    if routed is not None:
+        experts, top_k = len(routed.up), index.shape[1]
+    if shared is not None:
+        width = shared.up.shape[1]
+        parts = triton.cdiv(width, size)
+    by_slot = tokens * top_k < experts
+    programs = parts + (tokens * top_k if by_slot else experts)
+    one = routed or shared
+    gate_bias, up_bias, down_bias = one.biases or (None, None, None)
+    other = shared or one
+    settings = {"ROUTED": routed is not None, "SHARED": shared is not None, "BIASED": one.biases is not None}
+    settings |= {"BY_SLOT": by_slot, "BLOCK_K": triton.next_power_of_2(max(1, top_k))}
+    settings |= {"BLOCK_T": max(16, triton.next_power_of_2(tokens))}
+    hidden = torch.empty(tokens * (top_k + parts), size, dtype=x.dtype, device=x.device)
+    up_kernel[(programs, triton.cdiv(size, TILES["up"].columns))](
+        x,
+        one.gate,
+        one.up,
+        gate_bias,
+        up_bias,
+        other.gate,
+        other.up,
+        index,
+        hidden,
+        tokens,
+        experts,
+        one.up.stride(0),
+        0 if up_bias is None else up_bias.stride(0),
+        width,
+        dim,
+        size,
+        top_k,
+        parts,
+        GATED=one.gate is not None,
+        ACT=ACTIVATIONS[act],
+        **settings,
+        **tile_arguments("up", x, "BLOCK_I", "BLOCK_D"),
+    )
+    rows = torch.empty(tokens * (top_k + parts), dim, dtype=torch.float32, device=x.device)
+    down_kernel[(programs, triton.cdiv(dim, TILES["down"].columns))](
+        hidden,
+        one.down,
+        down_bias,
+        other.down,
+        index,
+        rows,
+        tokens,
+        experts,
+        one.down.stride(0),
+        width,
+        dim,
+        size,
+        top_k,
+        parts,
+        ALIGNED=size % 16 == 0 and width % 16 == 0,
+        **settings,
+        **tile_arguments("down", x, "BLOCK_D", "BLOCK_I"),
+    )
+    out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
     block = min(512, triton.next_power_of_2(dim))
     combine_kernel[(tokens, triton.cdiv(dim, block))](
-        rows,
-        weights,
-        index,
-        shared,
-        out,
-        num_experts,
-        dim,
-        top_k,
-        SHARED=shared is not None,
-        WEIGHTED=weights is not None,
-        BLOCK_D=block,
-        num_warps=4,
+        rows, weights, index, out, experts, dim, top_k, parts, ROUTED=routed is not None, BLOCK_D=block, num_warps=4
     )
     return out

@@ -177,25 +177,34 @@ def combine_kernel(
 ):
     """The parts' mean by the exponentials of their sums; the first program counts the new token."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    part, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-    real, inside = part < splits, column < rank
+    column = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = column < rank
     first = (row * H + head) * splits
-    lse = tl.load(lse_ptr + first + part, mask=real, other=float("-inf"))
-    best = tl.max(lse, axis=0)
-    weight = tl.exp(lse - tl.where(best == float("-inf"), 0.0, best))
-    weight = weight / tl.maximum(tl.sum(weight, axis=0), 1e-30)
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    for index in range(splits):
-        rows = tl.load(parts_ptr + (first + index) * rank + column, mask=inside, other=0.0)
-        total += rows * tl.sum(tl.where(part == index, weight, 0.0), axis=0)
+    best = float("-inf")
+    for start in range(0, splits, BLOCK_N):
+        part = start + tl.arange(0, BLOCK_N)
+        best = tl.maximum(best, tl.max(tl.load(lse_ptr + first + part, mask=part < splits, other=float("-inf"))))
+    best = tl.where(best == float("-inf"), 0.0, best)
+    total, mass = tl.zeros((BLOCK_R,), tl.float32), 0.0
+    for start in range(0, splits, BLOCK_N):
+        part = start + tl.arange(0, BLOCK_N)
+        weight = tl.exp(tl.load(lse_ptr + first + part, mask=part < splits, other=float("-inf")) - best)
+        place = parts_ptr + (first + part[:, None]) * rank + column[None, :]
+        rows = tl.load(place, mask=(part < splits)[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(rows * weight[:, None], axis=0)
+        mass += tl.sum(weight, axis=0)
+    total = total / tl.maximum(mass, 1e-30)
     tl.store(out_ptr + head * out_head + row * out_row + column, total.to(out_ptr.dtype.element_ty), mask=inside)
-    if (row == 0) & (head == 0):
+    if (row == 0) & (head == 0) & (tl.program_id(2) == 0):
         tl.store(length_ptr, tl.load(length_ptr) + 1)
 
 
+SPLIT = (32, 4, 3, 264)  # positions of a step, warps, steps in flight, programs that fill a card
+
+
 def num_splits(programs: int, positions: int, block: int) -> int:
-    """Parts of the context, so that all parts of all rows fill the card about twice."""
-    return max(1, min(triton.cdiv(264, programs), triton.cdiv(positions, 2 * block), 128))
+    """Parts of the context, so that all parts of all rows fill the card, and each has two steps at least."""
+    return max(1, min(triton.cdiv(SPLIT[3], programs), triton.cdiv(positions, 2 * block)))
 
 
 def latent_attention(
@@ -257,7 +266,9 @@ def latent_attention(
     absorbed = torch.bmm(query[..., :nope].transpose(0, 1), key_up)  # [H, B, r]
 
     block_h = min(64, max(16, triton.next_power_of_2(heads)))
-    block_s = 32 if keys.element_size() == 2 else 16
+    block_s, warps, stages, _ = SPLIT
+    if keys.element_size() > 2:
+        block_s = max(16, block_s // 2)
     blocks_h = triton.cdiv(heads, block_h)
     splits = num_splits(rows * blocks_h, positions, block_s)
     parts = torch.empty(rows, heads, splits, rank, dtype=torch.float32, device=keys.device)
@@ -288,11 +299,12 @@ def latent_attention(
         BLOCK_S=block_s,
         BLOCK_R=block_r,
         BLOCK_P=max(16, block_p),
-        num_warps=8 if block_h > 16 else 4,
-        num_stages=3,
+        num_warps=warps if block_h == 16 else 8,
+        num_stages=stages,
     )
     out = torch.empty_like(absorbed)
-    combine_kernel[(rows, heads)](
+    columns = min(64, block_r)
+    combine_kernel[(rows, heads, triton.cdiv(rank, columns))](
         parts,
         lse,
         out,
@@ -302,8 +314,8 @@ def latent_attention(
         heads,
         splits,
         rank,
-        BLOCK_N=triton.next_power_of_2(splits),
-        BLOCK_R=block_r,
+        BLOCK_N=min(64, triton.next_power_of_2(splits)),
+        BLOCK_R=columns,
         num_warps=4,
     )
     return out

@@ -6,11 +6,18 @@ import triton.language as tl
 
 
 @triton.jit
-def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, size, stride, eps, BLOCK: tl.constexpr):
+def rms_norm_kernel(
+    x_ptr, change_ptr, weight_ptr, sum_ptr, out_ptr, size, stride, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     x = tl.load(x_ptr + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        x += tl.load(change_ptr + row * size + columns, mask=inside, other=0.0).to(tl.float32)
+        x = x.to(x_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * size + columns, x, mask=inside)
+        x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
     # Rounded to the dtype of x before the weight, as the definition does.
     normed = (x * scale).to(x_ptr.dtype.element_ty).to(tl.float32)
@@ -18,11 +25,35 @@ def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, size, stride, eps, BLOCK: tl.con
     tl.store(out_ptr + row * size + columns, (normed * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside: [..., D] to [..., D]."""
+def launch(x: torch.Tensor, change: torch.Tensor | None, weight: torch.Tensor, eps: float):
     rows = x.reshape(-1, x.shape[-1])
     out = torch.empty(rows.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+    total = None if change is None else torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(rows.shape[1])
-    warps = max(1, min(8, block // 256))
-    rms_norm_kernel[(len(rows),)](rows, weight, out, rows.shape[1], rows.stride(0), eps, BLOCK=block, num_warps=warps)
-    return out.view(x.shape)
+    rms_norm_kernel[(len(rows),)](
+        rows,
+        None if change is None else change.contiguous(),
+        weight,
+        total,
+        out,
+        rows.shape[1],
+        rows.stride(0),
+        eps,
+        ADDS=change is not None,
+        BLOCK=block,
+        num_warps=max(1, min(8, block // 256)),
+    )
+    return total, out.view(x.shape)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside: [..., D] to [..., D]."""
+    return launch(x, None, weight, eps)[1]
+
+
+def add_rms_norm(
+    x: torch.Tensor, change: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + change, and its norm."""
+    total, normed = launch(x, change, weight, eps)
+    return total.view(x.shape), normed

@@ -1,4 +1,4 @@
-"""A token's experts in one launch: logits, scores, choice and weights.
+"""A token's experts in two launches: logits in float32; then scores, choice and weights.
 
 Shapes: T tokens, D hidden size, E experts, K experts per token.
 """
@@ -11,26 +11,9 @@ SCORES = {"softmax_topk": 0, "topk_softmax": 1, "sigmoid_topk": 2}
 
 
 @triton.jit
-def router_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    logits_ptr,
-    weights_ptr,
-    index_ptr,
-    D,
-    E,
-    K,
-    scale,
-    SCORE: tl.constexpr,
-    BIASED: tl.constexpr,
-    NORMED: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def logits_kernel(x_ptr, weight_ptr, logits_ptr, D, E, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr):
     token = tl.program_id(0)
-    expert, depth, slot = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
+    expert, depth = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D)
     real = expert < E
     total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -38,9 +21,28 @@ def router_kernel(
         x = tl.load(x_ptr + token * D + start + depth, mask=here, other=0.0).to(tl.float32)
         place = weight_ptr + expert[:, None] * D + start + depth[None, :]
         total += x[None, :] * tl.load(place, mask=real[:, None] & here[None, :], other=0.0).to(tl.float32)
-    logits = tl.sum(total, axis=1)
-    tl.store(logits_ptr + token * E + expert, logits, mask=real)
-    logits = tl.where(real, logits, float("-inf"))
+    tl.store(logits_ptr + token * E + expert, tl.sum(total, axis=1), mask=real)
+
+
+@triton.jit
+def choice_kernel(
+    logits_ptr,
+    bias_ptr,
+    weights_ptr,
+    index_ptr,
+    E,
+    K,
+    scale,
+    SCORE: tl.constexpr,
+    BIASED: tl.constexpr,
+    NORMED: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    token = tl.program_id(0)
+    expert, slot = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
+    real = expert < E
+    logits = tl.load(logits_ptr + token * E + expert, mask=real, other=float("-inf"))
 
     if SCORE == 2:
         scores = tl.sigmoid(logits)
@@ -82,24 +84,23 @@ def route(
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
     index = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
-    block_e = triton.next_power_of_2(experts)
-    router_kernel[(tokens,)](
-        x,
-        weight,
-        bias,
+    block_d = min(1024, triton.next_power_of_2(dim))
+    logits_kernel[(tokens, triton.cdiv(experts, 8))](
+        x, weight, logits, dim, experts, BLOCK_E=8, BLOCK_D=block_d, num_warps=4
+    )
+    choice_kernel[(tokens,)](
         logits,
+        bias,
         weights,
         index,
-        dim,
         experts,
         top_k,
         scale,
         SCORE=SCORES[router_type],
         BIASED=bias is not None,
         NORMED=normed,
-        BLOCK_E=block_e,
-        BLOCK_D=min(max(16, 8192 // block_e), triton.next_power_of_2(dim)),
+        BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_K=triton.next_power_of_2(top_k),
-        num_warps=8,
+        num_warps=1 if experts <= 256 else 4,
     )
     return logits, weights, index
