@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_moe.conversion import upcycle, verify
+from hf_moe.conversion import upcycle, verify, writer
 from hf_moe.conversion.families import DENSE_FAMILIES
 from hf_moe.conversion.upcycling import UPCYCLERS
 from hf_moe.conversion.upcycling.router_init import ROUTER_INITS
@@ -331,6 +331,31 @@ def test_same_input_same_bytes(case, sources, tmp_path):
     assert torch.equal(first[name], other[name]) != draws
     if draws:
         assert not torch.equal(first[name], first[name.replace("1", "0")])
+
+
+@pytest.mark.parametrize("case", ["noise", "carve", "merge-identical"])
+def test_goes_on_to_the_same_bytes(case, sources, tmp_path, monkeypatch):
+    options = {**(EQUAL | REPORTED)[case], "max_shard_size": "15KB"}
+    convert(sources("llama"), tmp_path / "whole", **options)
+    write, written = writer.write_shard, []
+
+    def interrupted(folder, shard, advance):
+        written.append(shard)
+        if len(written) > 3:
+            raise KeyboardInterrupt
+        return write(folder, shard, advance)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_shard", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(sources("llama"), tmp_path / "broken", **options)
+    if "calibration" in options:
+        text = sources("llama") / "other.txt"
+        text.write_text("w5 w6 w7")
+        with pytest.raises(ValueError, match="calibration"):
+            convert(sources("llama"), tmp_path / "broken", **options | {"calibration": "other.txt"}, resume=True)
+    convert(sources("llama"), tmp_path / "broken", **options, resume=True)
+    assert files_of(tmp_path / "broken") == files_of(tmp_path / "whole")
 
 
 BAD = {
