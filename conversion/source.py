@@ -80,6 +80,10 @@ class Source:
             return f"Transformers has no class for {self.family.model_type} to compare logits with"
         if isinstance(self.checkpoint, BlockFP8Checkpoint):
             return "Transformers does not compute with block-FP8 weights on a CPU, so there are no logits to compare"
+        ropes = (self.hf_moe_fields["rope_parameters"], self.config.rope_parameters)
+        trained, read = ((rope or {}).get("rope_theta") for rope in ropes)
+        if trained != read:  # DBRX
+            return f"Transformers reads rope_theta={read} from this config, but the model was trained with {trained}"
         return None
 
     def carried_files(self) -> list[Path]:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hf_moe.conversion import export_checkpoint, import_checkpoint
 from hf_moe.conversion.computation import computation
+from hf_moe.conversion.export_checkpoint import open_hf_moe, rearranged
 from hf_moe.conversion.families import FAMILIES
+from hf_moe.conversion.source import open_source
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -110,6 +112,46 @@ def test_the_language_model_of_a_llama_4_that_sees_pictures(checkpoint, tmp_path
     ids = tokens(length=23, vocab_size=61)
     with torch.inference_mode():
         assert torch.equal(load(tmp_path / "moe")(ids).logits, load(tmp_path / "text")(ids).logits)
+
+
+def test_a_dbrx_as_released_is_not_compared(checkpoint, tmp_path):
+    """Transformers 5 does not find the release's theta, so its logits are not the release's; hf_moe's are."""
+    folder = Path(shutil.copytree(checkpoint("dbrx"), tmp_path / "dbrx"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"rope_theta=10000\.0.*trained with 77\.0.*verify=False"):
+        import_checkpoint(folder, tmp_path / "moe", progress=False)
+    import_checkpoint(folder, tmp_path / "moe", verify=False, progress=False)
+    ids = tokens(length=23, vocab_size=61)
+    with torch.inference_mode():
+        expected = load(checkpoint("dbrx"))(ids).logits
+        torch.testing.assert_close(load(tmp_path / "moe")(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["dbrx", "llama4_text", "gpt_oss"])
+def test_one_expert_at_a_time(family, tmp_path):
+    """What is transposed or interleaved is in memory one expert at a time, in both directions."""
+    sizes = {"vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    experts = {"num_local_experts": 40, "num_experts_per_tok": 1, "intermediate_size": 128}
+    if family == "dbrx":
+        experts = {**dbrx(clip_qkv=1.0), "d_model": 64}
+        experts["ffn_config"] |= {"moe_num_experts": 40, "ffn_hidden_size": 128}
+    build(family, **{**sizes, "intermediate_size_mlp": 64, **experts}).save_pretrained(tmp_path / family)
+    import_checkpoint(tmp_path / family, tmp_path / "moe", verify=False, progress=False)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        source = open_source(tmp_path / family, FAMILIES)
+        there = source.outputs(source.hf_moe_config())
+        back, config = open_hf_moe(tmp_path / "moe", drop_mtp=False)
+        outputs = back.outputs(config)
+        shapes = {output.name: output.shape for output in outputs.values()}
+        moved = rearranged(outputs, FAMILIES[family].regions(shapes, "fused", config))
+        for output in [*there.values(), *moved]:
+            for piece in output.pieces():
+                piece.contiguous()
+    one_expert = 2 * 128 * 64 * 4
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert one_expert // 2 <= largest <= one_expert
 
 
 REFUSED = {
