@@ -10,7 +10,7 @@ from .routing_metadata import Routing
 
 @triton.jit
 def combine_kernel(
-    rows,  # [S, D]
+    rows,  # rows [S, D]
     weights,  # [T, K]
     out,  # [T, D]
     row_of_slot,
@@ -36,7 +36,7 @@ def combine_kernel(
 
 @triton.jit
 def score_kernel(
-    scores,  # [S, parts] float32
+    scores,  # rows [S, parts] float32
     grad,  # [T, D]
     bias,  # [E, D]
     index,  # [T, K]
@@ -71,11 +71,12 @@ def score_kernel(
 
 @triton.jit
 def bias_gradient_kernel(
-    rows,  # [S, N], or [T, N] if GATHER
+    rows,  # rows [S, N], or [T, N] if GATHER
     weights,  # [T, K]
     out,  # [E, N]
     slot_of_row,
     offsets,
+    num_experts,
     N,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
@@ -85,18 +86,16 @@ def bias_gradient_kernel(
     """out_e = the sum of expert e's rows; if GATHER, of w_s rows[t]."""
     expert = tl.program_id(0)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    start = tl.load(offsets + num_experts + 1 + expert) * ROWS
+    end = tl.load(offsets + num_experts + 2 + expert) * ROWS
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for first in range(start, end, ROWS):
         places = first + tl.arange(0, ROWS)
-        inside = places < end
-        sources = places.to(tl.int64)
-        if GATHER:
-            slots = tl.load(slot_of_row + places, mask=inside, other=0)
-            sources = (slots // TOP_K).to(tl.int64)
-        value = tl.load(
-            rows + sources[:, None] * N + cols[None, :], mask=inside[:, None] & (cols < N)[None, :], other=0.0
-        ).to(tl.float32)
+        slots = tl.load(slot_of_row + places)
+        inside = slots >= 0
+        sources = (slots // TOP_K if GATHER else places).to(tl.int64)
+        kept = inside[:, None] & (cols < N)[None, :]
+        value = tl.load(rows + sources[:, None] * N + cols[None, :], mask=kept, other=0.0).to(tl.float32)
         if GATHER:
             value *= tl.load(weights + slots, mask=inside, other=0.0).to(tl.float32)[:, None]
         acc += value
@@ -145,7 +144,7 @@ def score_gradient(scores, grad, bias, index, like, experts: Experts, routing: R
 
 
 def bias_gradient(rows, experts: Experts, routing: Routing, weights=None) -> torch.Tensor:
-    """[E, N]: the sum of each expert's rows [S, N], or of the weighted rows of its tokens [T, N] if `weights`."""
+    """[E, N]: the sum of each expert's rows (N), or of the weighted rows of its tokens [T, N] if `weights`."""
     out = rows.new_empty(experts.num_experts, rows.shape[1])
     bias_gradient_kernel[(experts.num_experts, triton.cdiv(rows.shape[1], 64))](
         rows,
@@ -153,10 +152,11 @@ def bias_gradient(rows, experts: Experts, routing: Routing, weights=None) -> tor
         out,
         routing.slot_of_row,
         routing.offsets,
+        experts.num_experts,
         rows.shape[1],
         TOP_K=experts.top_k,
         GATHER=weights is not None,
-        ROWS=64,
+        ROWS=experts.tile,
         COLS=64,
     )
     return out

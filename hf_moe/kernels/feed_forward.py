@@ -26,9 +26,13 @@ def forward(x, index, weights, up, down, up_bias, down_bias, activation, gated, 
     """Output [T, D], the up-projection [S, U] (no rows unless `save`) and the routing's four tensors."""
     experts = Experts.of(index, down, activation, gated, transposed)
     if index.numel() == 0:
-        return torch.zeros_like(x), x.new_empty(0, experts.width), *empty_routing(index, experts.num_experts)
+        return (
+            torch.zeros_like(x),
+            x.new_empty(0, experts.halves * experts.inner),
+            *empty_routing(index, experts.num_experts),
+        )
     with on(x.device):
-        routing = route(index, weights, experts.num_experts, experts.rows, skip_zero=not save)
+        routing = route(index, weights, experts.num_experts, experts.tile, skip_zero=not save)
         hidden, activated = up_projection(x, up, up_bias, experts, routing, save)
         rows = product("down", activated, down, down_bias, not transposed, experts, routing)
         return combine(rows, weights, routing, experts.top_k), hidden, *routing

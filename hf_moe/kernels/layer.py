@@ -8,7 +8,7 @@ import triton
 from .activations import ACTIVATIONS
 from .routing_metadata import Routing
 from .tile_loads import described, operand
-from .tiles import row_tile, tiles
+from .tiles import processors, row_tile, tiles
 
 
 @dataclass(frozen=True)
@@ -21,36 +21,44 @@ class Experts:
     activation: str
     gated: bool
     transposed: bool
-    rows: int  # of one tile
+    tile: int  # rows of one tile
 
     @classmethod
     def of(cls, index: torch.Tensor, down: torch.Tensor, activation: str, gated: bool, transposed: bool) -> "Experts":
-        rows = row_tile(index.numel(), len(down), down.dtype, down.device)
-        return cls(len(down), down.shape[1 if transposed else 2], index.shape[1], activation, gated, transposed, rows)
+        tile = row_tile(index.numel(), len(down), down.dtype, down.device)
+        return cls(len(down), down.shape[1 if transposed else 2], index.shape[1], activation, gated, transposed, tile)
 
     @property
-    def width(self) -> int:
-        return self.inner * (2 if self.gated else 1)
+    def halves(self) -> int:
+        return 2 if self.gated else 1
 
-    @property
-    def formula(self) -> dict:
-        return {"TOP_K": self.top_k, "ACTIVATION": ACTIVATIONS[self.activation], "GATED": self.gated}
+    def row_tiles(self, routing: Routing) -> int:
+        """No routing has more tiles than this; how many there are, only the device knows."""
+        return routing.row_of_slot.numel() // self.tile + self.num_experts
+
+    def rows(self, routing: Routing, columns: int, like: torch.Tensor) -> torch.Tensor:
+        """Uninitialised rows for every tile."""
+        return like.new_empty(self.row_tiles(routing) * self.tile, columns)
 
     def product(self, name: str, w: torch.Tensor, last: bool, columns: int, routing: Routing):
-        """Grid, weight and options of the grouped product `name` with `w`, summed over w's last axis if `last`."""
-        chosen = tiles(name, self.rows, w.dtype, w.device)
-        block = [1, chosen["COLS"], chosen["DEPTH"]] if last else [1, chosen["DEPTH"], chosen["COLS"]]
-        row_tiles = routing.slot_of_row.numel() // self.rows + self.num_experts
+        """Grid, weight operand and options of the grouped product `name`, summed over w's last axis if `last`."""
+        chosen = tiles(name, self.tile, w.dtype, w.device)
+        block = (chosen["COLS"], chosen["DEPTH"]) if last else (chosen["DEPTH"], chosen["COLS"])
+        per_processor = chosen.pop("per_processor")
+        programs = self.row_tiles(routing) * triton.cdiv(columns, chosen["COLS"])
         options = {
-            "row_tiles": row_tiles,
             "num_experts": self.num_experts,
             "W_LAST": last,
-            "W_TMA": described(w, block),
+            "W_TMA": described(w, block[-1]),
             "EVEN": w.shape[2 if last else 1] % chosen["DEPTH"] == 0,
             "PRECISION": precision(w.dtype),
+            "ROWS": self.tile,
             **chosen,
         }
-        return (row_tiles * triton.cdiv(columns, chosen["COLS"]),), operand(w, block), options
+        return (min(programs, per_processor * processors(w.device)),), operand(w, 1, *block), options
+
+    def formula(self) -> dict:
+        return {"TOP_K": self.top_k, "ACTIVATION": ACTIVATIONS[self.activation], "GATED": self.gated}
 
 
 def precision(dtype: torch.dtype) -> str:

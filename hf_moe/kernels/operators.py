@@ -49,8 +49,8 @@ def _(x, index, weights, up, down, up_bias, down_bias, activation, gated, transp
 
 
 def routing_sizes(slots: int, num_experts: int) -> list[tuple[int, ...]]:
-    """Of slot_of_row, row_of_slot, offsets and tiles; there are never more tiles than with 16 rows each."""
-    return [(slots,), (slots,), (num_experts + 1,), (slots // 16 + num_experts, 2)]
+    """Of slot_of_row, row_of_slot, offsets and tiles, whatever the rows of a tile (16 to 128)."""
+    return [(slots + 128 * num_experts,), (slots,), (2, num_experts + 1), (slots // 16 + num_experts, 2)]
 
 
 def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,7 +1,9 @@
 """Where each (token, expert) slot goes: a stable counting sort by expert, in two launches and without a host sync.
 
-Slot s = t K + k is the k-th choice of token t; a row is a slot's place after the sort. A slot whose index is no expert
-(E: an expert on another rank, or dropped) gets no row, so that no later kernel does anything for it.
+Slot s = t K + k is the k-th choice of token t. Rows are slots in the order of their experts, each expert's filled up
+to whole tiles: tile i has the rows i R to (i + 1) R, so that products need no care at an expert's end. Saved tensors
+do without the filling: there expert e has the places offsets[0, e] to offsets[0, e + 1]. A slot whose index is no
+expert (E: an expert on another rank, or dropped) gets no row, so that no later kernel does anything for it.
 """
 
 from typing import NamedTuple
@@ -16,10 +18,15 @@ CHUNK = 512  # slots that one program counts and places
 
 
 class Routing(NamedTuple):
-    slot_of_row: torch.Tensor  # [S] int32; undefined from row offsets[E] on
-    row_of_slot: torch.Tensor  # [S] int32; -1 where the slot has no row
-    offsets: torch.Tensor  # [E + 1] int32: expert e has the rows offsets[e] to offsets[e + 1]
-    tiles: torch.Tensor  # [M, 2] int32: expert (E beyond the last tile) and first row of each tile of rows
+    """slot_of_row [S + 128 E]: -1 where a row is filling, undefined behind the last tile; row_of_slot [S]: -1 where a
+    slot has no row; offsets [2, E + 1]: the first place and the first tile of each expert, in the end their numbers;
+    tiles [M, 2]: expert and first place of each tile. All int32.
+    """
+
+    slot_of_row: torch.Tensor
+    row_of_slot: torch.Tensor
+    offsets: torch.Tensor
+    tiles: torch.Tensor
 
 
 def empty_routing(index: torch.Tensor, num_experts: int) -> Routing:
@@ -37,11 +44,8 @@ def route(index: torch.Tensor, weights: torch.Tensor, num_experts: int, tile: in
     sizes = {"num_slots": index.numel(), "num_experts": num_experts}
     shapes = {"SKIP_ZERO": skip_zero, "CHUNK": CHUNK, "EXPERTS": experts, "num_warps": 4}
     count_kernel[(chunks,)](index, weights, counts, **sizes, **shapes)
-    row_tiles = len(routing.tiles)
-    per_program = max(16, triton.next_power_of_2(triton.cdiv(row_tiles, chunks)))
-    place_kernel[(chunks,)](
-        index, weights, counts, *routing, **sizes, row_tiles=row_tiles, TILE=tile, TILES=per_program, **shapes
-    )
+    per_program = max(16, triton.next_power_of_2(triton.cdiv(len(routing.tiles), chunks)))
+    place_kernel[(chunks,)](index, weights, counts, *routing, **sizes, TILE=tile, TILES=per_program, **shapes)
     return routing
 
 
@@ -69,8 +73,8 @@ def count_kernel(
     chunk = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     count = tl.zeros([EXPERTS], tl.int32)
-    for first in range(0, CHUNK, 16):
-        slots = chunk * CHUNK + first + tl.arange(0, 16)
+    for first in range(0, CHUNK, 32):
+        slots = chunk * CHUNK + first + tl.arange(0, 32)
         chosen = expert_of(index, weights, slots, num_slots, num_experts, SKIP_ZERO)
         count += tl.sum((chosen[:, None] == experts[None, :]).to(tl.int32), 0)
     tl.store(counts + chunk * EXPERTS + experts, tl.where(experts < num_experts, count, 0))
@@ -87,7 +91,6 @@ def place_kernel(
     tiles,
     num_slots,
     num_experts,
-    row_tiles,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
     SKIP_ZERO: tl.constexpr,
@@ -106,15 +109,20 @@ def place_kernel(
         before += tl.sum(tl.where(others < chunk, count, 0), 0)
     ends = tl.cumsum(total, 0)
     starts = ends - total
+    tile_count = (total + TILE - 1) // TILE
+    tile_ends = tl.cumsum(tile_count, 0)
+    tile_starts = tile_ends - tile_count
     if chunk == 0:
         tl.store(offsets, 0)
+        tl.store(offsets + num_experts + 1, 0)
         tl.store(offsets + 1 + experts, ends, mask=experts < num_experts)
+        tl.store(offsets + num_experts + 2 + experts, tile_ends, mask=experts < num_experts)
 
     slots = chunk * CHUNK + tl.arange(0, CHUNK)
     expert = expert_of(index, weights, slots, num_slots, num_experts, SKIP_ZERO)
-    row = tl.gather(starts + before, tl.minimum(expert, EXPERTS - 1), 0)
-    for first in range(0, CHUNK, 16):
-        earlier = chunk * CHUNK + first + tl.arange(0, 16)
+    row = tl.gather(tile_starts * TILE + before, tl.minimum(expert, EXPERTS - 1), 0)
+    for first in range(0, CHUNK, 32):
+        earlier = chunk * CHUNK + first + tl.arange(0, 32)
         chosen = expert_of(index, weights, earlier, num_slots, num_experts, SKIP_ZERO)
         same = (chosen[None, :] == expert[:, None]) & (earlier[None, :] < slots[:, None])
         row += tl.sum(same.to(tl.int32), 1)
@@ -122,11 +130,15 @@ def place_kernel(
     tl.store(row_of_slot + slots, tl.where(here, row, -1), mask=slots < num_slots)
     tl.store(slot_of_row + row, slots, mask=here)
 
-    tile_count = (total + TILE - 1) // TILE
-    tile_ends = tl.cumsum(tile_count, 0)
     tile = chunk * TILES + tl.arange(0, TILES)
     owner = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), 1)
     known = tl.minimum(owner, EXPERTS - 1)
-    first_row = tl.gather(starts, known, 0) + (tile - tl.gather(tile_ends - tile_count, known, 0)) * TILE
-    tl.store(tiles + 2 * tile, tl.minimum(owner, num_experts), mask=tile < row_tiles)
-    tl.store(tiles + 2 * tile + 1, first_row, mask=tile < row_tiles)
+    within = (tile - tl.gather(tile_starts, known, 0)) * TILE
+    real = owner < num_experts
+    tl.store(tiles + 2 * tile, owner, mask=real)
+    tl.store(tiles + 2 * tile + 1, tl.gather(starts, known, 0) + within, mask=real)
+    left = tl.gather(total, known, 0) - within
+    for first in range(0, TILE, 16):
+        places = first + tl.arange(0, 16)[None, :]
+        filling = real[:, None] & (places >= left[:, None])
+        tl.store(slot_of_row + tile[:, None] * TILE + places, tl.full([TILES, 16], -1, tl.int32), mask=filling)

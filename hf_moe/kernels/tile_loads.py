@@ -1,4 +1,5 @@
-"""What the grouped products share: which tile a program computes, and its loads, by descriptor (TMA) or by pointer."""
+"""What the grouped products share: which tile a program computes, and its loads and stores, by descriptor (TMA) or by
+pointer. By descriptor, what lies outside a tensor reads as zero and is not written."""
 
 import torch
 import triton
@@ -6,18 +7,18 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-def described(tensor: torch.Tensor, block: list[int]) -> bool:
-    """Whether TMA can load blocks of `tensor`: a Hopper card, 16-byte alignment throughout, contiguous last axis."""
+def described(tensor: torch.Tensor, columns: int) -> bool:
+    """Whether TMA can move tiles of `columns` of a contiguous `tensor`: a Hopper card, rows aligned to 16 bytes."""
     if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] < 9:
         return False
     size = tensor.element_size()
-    aligned = tensor.data_ptr() % 16 == 0 and all(step * size % 16 == 0 for step in tensor.stride()[:-1])
-    return aligned and tensor.stride(-1) == 1 and tensor.numel() > 0 and block[-1] * size >= 16
+    aligned = tensor.data_ptr() % 16 == 0 and tensor.shape[-1] * size % 16 == 0
+    return aligned and tensor.numel() > 0 and columns * size >= 16
 
 
-def operand(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor | torch.Tensor:
-    """`tensor` as a kernel takes it: a descriptor of its blocks where TMA can load them, else the tensor itself."""
-    return TensorDescriptor.from_tensor(tensor, block) if described(tensor, block) else tensor
+def operand(tensor: torch.Tensor, *block: int) -> TensorDescriptor | torch.Tensor:
+    """`tensor` as a kernel takes it: a descriptor of its blocks where TMA can move them, else the tensor itself."""
+    return TensorDescriptor.from_tensor(tensor, list(block)) if described(tensor, block[-1]) else tensor
 
 
 @triton.jit
@@ -30,25 +31,25 @@ def locate(program, rows, cols, GROUP: tl.constexpr):
 
 
 @triton.jit
-def rows_tile(a, rows, first, depth, size, stride, TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns depth to depth + BLOCK of a [., size]: its rows `first` onward by descriptor, or `rows` by pointer."""
+def rows_tile(a, row, sources, depth, size, TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns depth to depth + BLOCK of a [., size]: its rows from `row` on by descriptor, or `sources` by pointer."""
     if TMA:
-        tile = a.load([first, depth])
+        tile = a.load([row, depth])
     else:
         columns = depth + tl.arange(0, BLOCK)
-        pointers = a + rows[:, None] * stride + columns[None, :]
+        pointers = a + sources[:, None] * size + columns[None, :]
         tile = tl.load(pointers) if EVEN else tl.load(pointers, mask=columns[None, :] < size, other=0.0)
     return tile
 
 
 @triton.jit
-def matrix_tile(w, expert, row, col, rows, cols, TMA: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The tile of w [E, rows, cols] at (expert, row, col); zero outside the matrix."""
+def matrix_tile(w, matrix, row, col, rows, cols, TMA: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The tile of w [E, rows, cols] at (matrix, row, col)."""
     if TMA:
-        tile = w.load([expert, row, col]).reshape(ROWS, COLS)
+        tile = w.load([matrix, row, col]).reshape(ROWS, COLS)
     else:
         r, c = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
-        start = w + expert.to(tl.int64) * rows * cols
+        start = w + matrix.to(tl.int64) * rows * cols
         pointers = start + r[:, None].to(tl.int64) * cols + c[None, :]
         tile = tl.load(pointers, mask=(r[:, None] < rows) & (c[None, :] < cols), other=0.0)
     return tile
@@ -73,3 +74,25 @@ def weight_tile(
     else:
         tile = matrix_tile(w, expert, depth, col, depth_size, col_size, TMA, DEPTH, COLS)
     return tile
+
+
+@triton.jit
+def store_tile(out, tile, row, col, size, TMA: tl.constexpr):
+    """Write `tile` to out [., size] at (row, col)."""
+    if TMA:
+        out.store([row, col], tile)
+    else:
+        rows, cols = tl.arange(0, tile.shape[0])[:, None], (col + tl.arange(0, tile.shape[1]))[None, :]
+        # The tile's first row goes into the base, so that the other numbers stay narrow.
+        tl.store(out + row.to(tl.int64) * size + rows * size + cols, tile, mask=cols < size)
+
+
+@triton.jit
+def split_columns(tile, PARTS: tl.constexpr):
+    """A tuple of PARTS (a power of two) tiles side by side."""
+    if PARTS == 1:
+        parts = (tile,)
+    else:
+        left, right = tl.split(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1))
+        parts = split_columns(left, PARTS // 2) + split_columns(right, PARTS // 2)
+    return parts

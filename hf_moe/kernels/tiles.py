@@ -1,18 +1,20 @@
-"""Tile sizes, warps and pipeline stages of each kernel, as measured by benchmarks/moe_layer.py --sweep."""
+"""Tile sizes, warps and pipeline stages of each kernel, as measured by benchmarks/moe_layer.py."""
 
 import torch
 
+BASE = {"COLS": 128, "DEPTH": 64, "GROUP": 16, "FLATTEN": False, "SPECIALIZE": False, "per_processor": 1 << 20}
+BASE |= {"STORE_TMA": True, "num_warps": 8, "num_stages": 3}
 # For 16-bit numbers and many rows an expert, on Hopper.
 LARGE = {
-    "up": {"COLS": 128, "DEPTH": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3},
-    "down": {"COLS": 256, "DEPTH": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3},
-    "down_backward": {"COLS": 128, "DEPTH": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3},
-    "input_gradient": {"COLS": 256, "DEPTH": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3},
-    "weight_gradient": {"ROWS": 128, "COLS": 256, "DEPTH": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3},
+    "up": BASE,
+    "down": BASE | {"COLS": 256, "PARTS": 1},
+    "down_backward": BASE | {"PARTS": 4},
+    "input_gradient": BASE | {"COLS": 256, "PARTS": 1},
+    "weight_gradient": BASE | {"ROWS": 128, "COLS": 256},
 }
-SMALL = {"COLS": 64, "DEPTH": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3}
-FLOAT32 = {"COLS": 64, "DEPTH": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2}
-INTERPRETED = {"COLS": 32, "DEPTH": 32, "GROUP": 2, "num_warps": 4, "num_stages": 2}
+SMALL = {"COLS": 64, "num_warps": 4}
+FLOAT32 = {"COLS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 2}
+INTERPRETED = {"COLS": 32, "DEPTH": 32, "GROUP": 2}
 
 
 def row_tile(slots: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -24,12 +26,18 @@ def row_tile(slots: int, num_experts: int, dtype: torch.dtype, device: torch.dev
 
 
 def tiles(kernel: str, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """Launch options of `kernel` for tiles of `rows` rows; a weight's gradient chooses its rows itself."""
+    """Launch options of `kernel` for tiles of `rows` rows; a weight's gradient has tiles of its own."""
+    chosen = dict(LARGE[kernel])
     if device.type == "cpu":
-        chosen = INTERPRETED
+        chosen |= INTERPRETED
     elif dtype == torch.float32:
-        chosen = FLOAT32
-    else:
-        chosen = SMALL if rows < 128 else LARGE[kernel]
-    side = chosen["COLS"] if kernel == "weight_gradient" else rows
-    return {"ROWS": side, **chosen}
+        chosen |= FLOAT32
+    elif rows < 128:
+        chosen |= SMALL
+    if "ROWS" in chosen and chosen["COLS"] < 128:
+        chosen["ROWS"] = chosen["COLS"]
+    return chosen
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -6,20 +6,19 @@ import triton.language as tl
 
 from .layer import Experts
 from .routing_metadata import Routing
-from .tile_loads import locate, rows_tile, weight_tile
+from .tile_loads import described, locate, operand, rows_tile, store_tile, weight_tile
 
 
 @triton.jit
 def up_kernel(
-    x,  # [T, D]
+    x,  # [T, D], or rows [S, D] if X_TMA
     w,  # [E, U, D] if W_LAST, else [E, D, U]; U = 2I (gate, then up) if GATED, else I
     bias,  # [E, U]
-    hidden,  # [S, U]: before the activation
-    activated,  # [S, I]
+    hidden,  # places [S, U]: before the activation
+    activated,  # rows [S, I]
     slot_of_row,
     offsets,
     tiles,
-    row_tiles,
     num_experts,
     D,
     INNER,  # I
@@ -28,67 +27,74 @@ def up_kernel(
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAVE: tl.constexpr,
+    X_TMA: tl.constexpr,
     W_LAST: tl.constexpr,
     W_TMA: tl.constexpr,
+    OUT_TMA: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):
-    row_tile, col_tile = locate(tl.program_id(0), row_tiles, tl.cdiv(INNER, COLS), GROUP)
-    expert = tl.load(tiles + 2 * row_tile)
-    if expert >= num_experts:
-        return
-    first = tl.load(tiles + 2 * row_tile + 1)
-    end = tl.load(offsets + expert + 1)
-    rows = first + tl.arange(0, ROWS)
-    inside = rows < end
-    tokens = (tl.load(slot_of_row + rows, mask=inside, other=0) // TOP_K).to(tl.int64)
-    col = col_tile * COLS
-    up_size = 2 * INNER if GATED else INNER
+    row_tiles, col_tiles = tl.load(offsets + 2 * num_experts + 1), tl.cdiv(INNER, COLS)
+    U = 2 * INNER if GATED else INNER
+    for program in tl.range(
+        tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE
+    ):
+        row_tile, col_tile = locate(program, row_tiles, col_tiles, GROUP)
+        expert, place = tl.load(tiles + 2 * row_tile), tl.load(tiles + 2 * row_tile + 1)
+        row, col = row_tile * ROWS, col_tile * COLS
+        tokens = tl.arange(0, ROWS)
+        if not X_TMA:
+            tokens = (tl.maximum(tl.load(slot_of_row + row + tokens), 0) // TOP_K).to(tl.int64)
 
-    gate = tl.zeros([ROWS, COLS], tl.float32)
-    up = tl.zeros([ROWS, COLS], tl.float32)
-    for depth in range(0, D, DEPTH):
-        a = rows_tile(x, tokens, 0, depth, D, D, False, EVEN, DEPTH)
-        b = weight_tile(w, expert, depth, col, D, up_size, W_LAST, W_TMA, DEPTH, COLS)
-        gate = tl.dot(a, b, gate, input_precision=PRECISION)
+        gate = tl.zeros([ROWS, COLS], tl.float32)
+        up = tl.zeros([ROWS, COLS], tl.float32)
+        for depth in range(0, D, DEPTH):
+            a = rows_tile(x, row, tokens, depth, D, X_TMA, EVEN, DEPTH)
+            b = weight_tile(w, expert, depth, col, D, U, W_LAST, W_TMA, DEPTH, COLS)
+            gate = tl.dot(a, b, gate, input_precision=PRECISION)
+            if GATED:
+                b = weight_tile(w, expert, depth, INNER + col, D, U, W_LAST, W_TMA, DEPTH, COLS)
+                up = tl.dot(a, b, up, input_precision=PRECISION)
+
+        cols = col + tl.arange(0, COLS)
+        if HAS_BIAS:
+            at = bias + expert * U + cols
+            gate += tl.load(at, mask=cols < INNER, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                up += tl.load(at + INNER, mask=cols < INNER, other=0.0).to(tl.float32)[None, :]
+        if SAVE:
+            within = tl.arange(0, ROWS)
+            kept = (within < tl.load(offsets + expert + 1) - place)[:, None] & (cols < INNER)[None, :]
+            saved = hidden + place.to(tl.int64) * U + within[:, None] * U + cols[None, :]
+            tl.store(saved, gate.to(hidden.dtype.element_ty), mask=kept)
+            if GATED:
+                tl.store(saved + INNER, up.to(hidden.dtype.element_ty), mask=kept)
+        value, _ = ACTIVATION(gate)
         if GATED:
-            b = weight_tile(w, expert, depth, INNER + col, D, up_size, W_LAST, W_TMA, DEPTH, COLS)
-            up = tl.dot(a, b, up, input_precision=PRECISION)
-
-    cols = col + tl.arange(0, COLS)
-    kept = inside[:, None] & (cols < INNER)[None, :]
-    if HAS_BIAS:
-        gate += tl.load(bias + expert * up_size + cols, mask=cols < INNER, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(bias + expert * up_size + INNER + cols, mask=cols < INNER, other=0.0).to(tl.float32)[None, :]
-    places = rows.to(tl.int64)[:, None]
-    if SAVE:
-        saved = hidden + places * up_size + cols[None, :]
-        tl.store(saved, gate.to(hidden.dtype.element_ty), mask=kept)
-        if GATED:
-            tl.store(saved + INNER, up.to(hidden.dtype.element_ty), mask=kept)
-    value, _ = ACTIVATION(gate)
-    if GATED:
-        value *= up
-    tl.store(activated + places * INNER + cols[None, :], value.to(activated.dtype.element_ty), mask=kept)
+            value *= up
+        store_tile(activated, value.to(hidden.dtype.element_ty), row, col, INNER, OUT_TMA)
 
 
-def up_projection(x, up, bias, experts: Experts, routing: Routing, save: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The up-projection [S, U] (no rows unless `save`) and the activations [S, I]."""
-    slots = routing.slot_of_row.numel()
-    hidden = x.new_empty(slots if save else 0, experts.width)
-    activated = x.new_empty(slots, experts.inner)
+def up_projection(
+    x, up, bias, experts: Experts, routing: Routing, save: bool, gathered: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The up-projection [S, U] (no rows unless `save`) and the activations in rows of I; x in rows if `gathered`."""
+    hidden = x.new_empty(routing.row_of_slot.numel() if save else 0, experts.halves * experts.inner)
+    activated = experts.rows(routing, experts.inner, x)
     grid, w, options = experts.product("up", up, not experts.transposed, experts.inner, routing)
+    store_tma = options.pop("STORE_TMA")
     up_kernel[grid](
-        x,
+        operand(x, options["ROWS"], options["DEPTH"]) if gathered else x,
         w,
         bias,
         hidden,
-        activated,
+        operand(activated, options["ROWS"], options["COLS"]) if store_tma else activated,
         routing.slot_of_row,
         routing.offsets,
         routing.tiles,
@@ -96,7 +102,9 @@ def up_projection(x, up, bias, experts: Experts, routing: Routing, save: bool) -
         INNER=experts.inner,
         SAVE=save,
         HAS_BIAS=bias is not None,
-        **experts.formula,
+        X_TMA=gathered and described(x, options["DEPTH"]),
+        OUT_TMA=store_tma and described(activated, options["COLS"]),
+        **experts.formula(),
         **options,
     )
     return hidden, activated
