@@ -69,9 +69,12 @@ class BlockFP8Checkpoint(Checkpoint):
                 )
             self.entries[name] = entry._replace(dtype=torch.bfloat16, nbytes=2 * entry.nbytes)
 
+    def computes(self, name: str) -> bool:
+        return self.entries[name] != self._stored[name]
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as a view of the mapped file, or what its codes stand for."""
-        if self.entries[name] == self._stored[name]:
+        if not self.computes(name):
             return super().tensor(name)
         return dequantized(self._raw(name), self._raw(name + SCALE), self.block)
 

@@ -32,6 +32,9 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 
+# A weight of another type is a code that its config would have to explain, as `block_fp8.py` and `mxfp4.py` read it.
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 class Entry(NamedTuple):
     """One tensor of a file: where its bytes lie, counted from the start of the file."""
@@ -185,6 +188,10 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as a read-only view of the mapped file: read when touched, never copied, not to be written to."""
         return self.view(self.entries[name], self.file_of[name])
+
+    def computes(self, name: str) -> bool:
+        """Whether the tensor takes memory, not being a view of the file."""
+        return False
 
     def part(self, name: str, index: int, count: int) -> torch.Tensor:
         """Part `index` of the tensor, cut along its first axis into `count` equal ones."""

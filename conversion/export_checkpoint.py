@@ -1,5 +1,6 @@
 """An hf_moe checkpoint to a released family: `export_checkpoint`."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from .families import ENCODER_DECODERS, FAMILIES, Family
 from .families.family import same
 from .families.regions import Region
 from .nearest_families import family_config, fits
-from .output import convert, count_parameters
+from .output import convert, costs
 from .source import Source, open_source
 from .staging import check_destination
 from .writer import Output
@@ -68,11 +69,11 @@ def export_checkpoint(
         exported,
         [*parts, *copies],
         dst,
-        counts=count_parameters(list(outputs.values()), config),
+        counts=costs(config),
         max_shard_size=max_shard_size,
         dry_run=dry_run,
         resume=resume,
-        check=verify,
+        check=verify and not family.own_config,
         progress=progress,
     )
     return report | {"to": to, "layout": layout, "training_fields": training_fields}
@@ -129,12 +130,19 @@ def rearranged_tensor(name: str, blocks: list[list[Place]]) -> Output:
                 f"{place.output.name} is {place.output.dtype}, but {first.output.name} is {first.output.dtype}; they "
                 f"become one tensor, {name}."
             )
-    return Output(name, first.output.dtype, first.region.shape, lambda: map(filled, blocks))
+    dtype, region = first.output.dtype, first.region
+    held = 0 if is_view(blocks[0]) else math.prod(region.block_shape) * dtype.itemsize
+    return Output(name, dtype, region.shape, lambda: map(filled, blocks), held)
+
+
+def is_view(places: list[Place]) -> bool:
+    """Whether a block is a part of the file as it lies there."""
+    return len(places) == 1 and places[0].region.is_block
 
 
 def filled(places: list[Place]) -> torch.Tensor:
     """One block: a view of the file where that will do."""
-    if len(places) == 1 and places[0].region.is_block:
+    if is_view(places):
         return places[0].read()
     block = torch.empty(places[0].region.block_shape, dtype=places[0].output.dtype)
     for place in places:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint
 
+BUFFER = 1 << 22  # bytes that are read at a time
 BEGINNING = 4096  # bytes of each tensor that go into a fingerprint
 
 
 def file_digest(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
-    buffer, digest = memoryview(bytearray(1 << 22)), hashlib.sha256()
+    buffer, digest = memoryview(bytearray(BUFFER)), hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while not stopped() and (count := file.readinto(buffer)):
             digest.update(buffer[:count])

@@ -53,6 +53,9 @@ class MXFP4Checkpoint(Checkpoint):
                 dtype=torch.bfloat16, shape=(experts, 2 * BLOCK_BYTES * groups, rows), nbytes=4 * entry.nbytes
             )
 
+    def computes(self, name: str) -> bool:
+        return name not in self._stored
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as a view of the mapped file, or what its blocks stand for."""
         if name in self._stored:

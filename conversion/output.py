@@ -1,23 +1,24 @@
 """Writing a converted model: weights, config, remote code and the files that go along, in one atomic step."""
 
 import hashlib
-import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
+from ..sizes import sizes
 from ..version import __version__
-from .hashing import Hashing, fingerprint
+from .hashing import BUFFER, Hashing, fingerprint
 from .source import Source
 from .staging import check_destination, resumable
 from .tokenizer import keep_class, load_tokenizer
-from .verify import verify
+from .verify import check_memory, memory_needed, verify
 from .writer import Output, Shard, check_space, plan_shards, write_shards
 
 
@@ -34,15 +35,16 @@ def convert(
     check: bool,
     progress: bool,
     resume: bool = False,
+    memory: int = 0,
 ) -> dict[str, Any]:
     """Write the model that `outputs` and `config` describe to `dst`, and report on it.
 
     `counts` go into the report. With `provenance` (what was done, with which arguments) the model is an hf_moe one: it
     is completed with where the source came from, and the model's code goes along. Another family's has neither.
-    `resume` goes on with what an interrupted call has written.
+    `resume` goes on with what an interrupted call has written. `memory`: bytes that are needed before any is written.
     """
     dst = check_destination(Path(dst), resume)
-    if check and not dry_run and source.incomparable:
+    if check and source.incomparable and not dry_run:
         raise ValueError(f"{source.incomparable}; pass verify=False (--no-verify).")
     shards = plan_shards(outputs, max_shard_size)
     nbytes = sum(shard.nbytes for shard in shards)
@@ -58,8 +60,15 @@ def convert(
         "ignored_config_keys": source.ignored_config_keys,
         "dry_run": dry_run,
     }
+    models = [(source.config, source.checkpoint.entries), (config, {output.name: output for output in outputs})]
+    verify_memory = memory_needed(models) if check and not source.incomparable else None
     if dry_run:
+        here = anonymous_memory()
+        report["peak_memory_bytes"] = here + max(memory, 2 * BUFFER + max(output.held for output in outputs))
+        report["verify_memory_bytes"] = None if verify_memory is None else here + verify_memory
         return report
+    if check:
+        check_memory(verify_memory)
     check_space(dst, nbytes)
     tokenizer = load_tokenizer(source.checkpoint.folder)
     plan = plan_of(source, config, shards, provenance or {}, max_shard_size)
@@ -113,14 +122,13 @@ def plan_of(
     }
 
 
-def count_parameters(outputs: list[Output], config: HfMoeConfig) -> dict[str, int]:
-    """All parameters, and those that one token meets: K of E routed experts, everything else whole."""
-    total = active = 0
-    for output in outputs:
-        if output.name.endswith("e_score_correction_bias"):
-            continue  # a buffer, moved by balancing
-        size = math.prod(output.shape)
-        total += size
-        routed = ".mlp.experts." in output.name
-        active += size // config.num_experts * config.num_experts_per_tok if routed else size
-    return {"total_params": total, "active_params": active}
+def costs(config: HfMoeConfig) -> dict[str, int]:
+    """What the model is and what a token costs, as `hf-moe inspect` counts it."""
+    said = sizes(config)
+    return {name: said[name] for name in ("total_params", "active_params", "flops_per_token", "context")}
+
+
+def anonymous_memory() -> int:
+    """Bytes of memory that this process has and that no file backs."""
+    used = psutil.Process().memory_info()
+    return used.rss - getattr(used, "shared", 0)

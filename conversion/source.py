@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from .block_fp8 import BlockFP8Checkpoint, block_size
-from .checkpoint import Checkpoint, check_inside, read_json
+from .checkpoint import WEIGHT_DTYPES, Checkpoint, check_inside, read_json
 from .families import DENSE_FAMILIES, ENCODER_DECODERS, FAMILIES, PARALLEL_BLOCKS, Family
 from .families.family import mtp_prefix
 from .families.regions import Region
@@ -41,9 +41,6 @@ CARRIED_FILES = (
     "USE_POLICY*",
 )
 DOWNLOADED_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *CARRIED_FILES)
-
-# A weight of another type is a code that its config would have to explain, as `block_fp8.py` and `mxfp4.py` read it.
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Keys of a config.json that describe the file or are the older spelling of a field.
 BOOKKEEPING_KEYS = frozenset(
@@ -144,7 +141,13 @@ class Source:
                 raise ValueError(
                     f"{region.name} has shape {list(entry.shape)}, but the config calls for {list(region.shape)}."
                 )
-        return Output(name, dtype, shape, lambda: map(self._read, regions))
+        return Output(name, dtype, shape, lambda: map(self._read, regions), max(map(self._held, regions)))
+
+    def _held(self, region: Region) -> int:
+        """Bytes of memory that reading a region takes: a block that is computed, and what is not as it lies in it."""
+        entry = self.checkpoint.entries[region.name]
+        copied = region.transposed or region.rows.step not in (None, 1)
+        return (self.checkpoint.computes(region.name) + copied) * entry.nbytes // region.blocks
 
     def _read(self, region: Region) -> torch.Tensor:
         return region.of(self.checkpoint.part(region.name, region.block, region.blocks))

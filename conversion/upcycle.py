@@ -10,7 +10,7 @@ import torch
 
 from .families import DENSE_FAMILIES
 from .hashing import Hashing
-from .output import convert, count_parameters
+from .output import convert, costs
 from .source import Source, open_source, tensor_shapes
 from .staging import check_destination
 from .upcycling.plan import Plan
@@ -99,13 +99,14 @@ def upcycle(
         config,
         outputs,
         dst,
-        counts=count_parameters(outputs, config) | {"equal_at_step_0": plan.exact},
+        counts=costs(config) | {"equal_at_step_0": plan.exact},
         provenance=provenance,
         max_shard_size=max_shard_size,
         dry_run=dry_run,
         resume=resume,
         check=verify,
         progress=progress,
+        memory=plan.memory,
     )
     if len(sources) > 1 and verify and not dry_run:
         texts = options.get("domain_texts") or [None] * len(sources)
@@ -128,7 +129,7 @@ def plan_output(plan: Plan, name: str, shape: tuple[int, ...]) -> Output:
         pieces = partial(shared_rows, made, kind.removeprefix("shared_experts."))
     else:
         pieces = partial(made.experts, EXPERT_PARTS[kind.removeprefix("experts.")])
-    return Output(name, made.request.dtype, shape, pieces)
+    return Output(name, made.request.dtype, shape, pieces, made.held)
 
 
 def router_rows(plan: Plan, strategy: Strategy) -> Iterator[torch.Tensor]:

@@ -1,17 +1,22 @@
 """Two models side by side on one text: `verify`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from .checkpoint import Checkpoint, read_json
+from . import file_backed
+from .checkpoint import Checkpoint, Entry, read_json
 from .source import built, locate
 from .tokenizer import load_tokenizer
+from .writer import Output
 
+MAX_TOKENS = 512  # that are compared unless told otherwise
 WINDOW = 256  # tokens that are read together
+ROWS = 16  # tokens whose logits are compared at a time, in float64
 TEXT = """\
 The river was low that summer, and the children walked across it on flat grey stones. "If you count them," said the \
 oldest, "there are always twenty-three on the way over and twenty-two on the way back." Nobody believed her, so they \
@@ -32,17 +37,18 @@ The train leaves at 9:40 and arrives before noon. We could walk to the lake, as 
 
 @torch.inference_mode()
 def verify(
-    a: str | Path, b: str | Path, *, data: str | Path | None = None, max_tokens: int = 512, seed: int = 0
+    a: str | Path, b: str | Path, *, data: str | Path | None = None, max_tokens: int = MAX_TOKENS, seed: int = 0
 ) -> dict[str, Any]:
     """Compare the next-token logits of models `a` (the reference) and `b` on a text, in float32 on the CPU.
 
     a, b: folders with safetensors weights, or Hub ids. data: a text file; without one, a short text of our own, or
     random token ids (from `seed`) where `a` has no tokenizer. The first `max_tokens` tokens are read in windows of
-    256. The models are loaded one after the other.
+    256. One model follows the other, and of each only one layer's weights are in memory at a time, if its files hold
+    them under the names that they have in Transformers; else all.
 
     Returns max_abs_diff and mean_abs_diff of the logits, kl (mean KL(a || b) per token, nats), top1_agreement (share
     of tokens where both put the same token first), perplexity_a, perplexity_b and tokens. Raises a ValueError where
-    the models cannot be compared.
+    the models cannot be compared, or not in the memory that is free.
     """
     (folder_a, config_a), (folder_b, config_b) = opened(a), opened(b)
     if config_a.vocab_size != config_b.vocab_size:
@@ -56,23 +62,28 @@ def verify(
         raise ValueError(f"The tokenizer of {a} gives token {ids.max()}, the model knows {config_a.vocab_size}.")
     window = min(WINDOW, config_a.max_position_embeddings, config_b.max_position_embeddings)
     windows = [part for part in ids.split(window) if len(part) > 1]
-    reference = list(logits_of(folder_a, windows))
+    models = [(config_a, Checkpoint(folder_a).entries), (config_b, Checkpoint(folder_b).entries)]
+    check_memory(memory_needed(models, len(ids)))
+    reference = list(logits_of(folder_a, config_a, windows))
 
     largest, absolute, divergence, agreed, entries, tokens = 0.0, 0.0, 0.0, 0, 0, 0
     nll_a = nll_b = predicted = 0.0
-    for part, logits_a, logits_b in zip(windows, reference, logits_of(folder_b, windows), strict=True):
-        difference = (logits_a.double() - logits_b.double()).abs()
-        # max() of Python would pass over a NaN
-        largest = torch.maximum(torch.tensor(largest, dtype=torch.double), difference.max()).item()
-        absolute += difference.sum().item()
-        entries += difference.numel()
+    for part, all_a, all_b in zip(windows, reference, logits_of(folder_b, config_b, windows), strict=True):
         tokens += len(part)
-        log_a, log_b = logits_a.double().log_softmax(-1), logits_b.double().log_softmax(-1)
-        divergence += (log_a.exp() * (log_a - log_b)).sum().item()
-        agreed += (logits_a.argmax(-1) == logits_b.argmax(-1)).sum().item()
-        nll_a -= log_a[:-1].gather(-1, part[1:, None]).sum().item()
-        nll_b -= log_b[:-1].gather(-1, part[1:, None]).sum().item()
         predicted += len(part) - 1
+        entries += all_a.numel()
+        for start in range(0, len(part), ROWS):
+            rows = slice(start, start + ROWS)
+            logits_a, logits_b, following = all_a[rows].double(), all_b[rows].double(), part[1:][rows]
+            difference = (logits_a - logits_b).abs()
+            # max() of Python would pass over a NaN
+            largest = torch.maximum(torch.tensor(largest, dtype=torch.double), difference.max()).item()
+            absolute += difference.sum().item()
+            log_a, log_b = logits_a.log_softmax(-1), logits_b.log_softmax(-1)
+            divergence += (log_a.exp() * (log_a - log_b)).sum().item()
+            agreed += (logits_a.argmax(-1) == logits_b.argmax(-1)).sum().item()
+            nll_a -= log_a[: len(following)].gather(-1, following[:, None]).sum().item()
+            nll_b -= log_b[: len(following)].gather(-1, following[:, None]).sum().item()
     return {
         "max_abs_diff": largest,
         "mean_abs_diff": absolute / entries,
@@ -104,10 +115,27 @@ def token_ids(folder: Path, data: str | Path | None, vocab_size: int, max_tokens
     return tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
 
 
-def logits_of(folder: Path, windows: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+def logits_of(folder: Path, config: PreTrainedConfig, windows: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Logits [T, V] of each window [T]. The model lives as long as the iteration."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-    ).eval()
+    model = file_backed.load(folder, config)
     for part in windows:
         yield model(input_ids=part[None], use_cache=False).logits[0]
+
+
+def memory_needed(
+    models: list[tuple[PreTrainedConfig, Mapping[str, Entry | Output]]], tokens: int = MAX_TOKENS
+) -> int:
+    """Bytes that comparing two models takes, given the config of each and the tensors in its files."""
+    weights = max(file_backed.memory(config, tensors) for config, tensors in models)
+    vocab_size = models[0][0].vocab_size
+    return weights + 4 * vocab_size * (tokens + WINDOW) + 8 * vocab_size * ROWS * 6
+
+
+def check_memory(needed: int) -> None:
+    """Raise a ValueError where so many bytes of memory are not free."""
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"Comparing the models takes {needed / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free; convert "
+            "without verify (--no-verify) and compare on a larger machine."
+        )

@@ -19,12 +19,16 @@ CHUNK_BYTES = 1 << 24  # how much is written between two looks at the clock (and
 
 
 class Output(NamedTuple):
-    """One tensor to write: `pieces()` yields tensors whose values, one after the other, are its rows."""
+    """One tensor to write: `pieces()` yields tensors whose values, one after the other, are its rows.
+
+    held: about how many bytes of memory a piece takes, with what it is made of; none if it is a view of a file.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: Callable[[], Iterable[torch.Tensor]]
+    held: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -3,6 +3,7 @@
 Shapes: T tokens, D hidden size, E experts.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,12 @@ class Evidence:
             raise ValueError(f"{folder.name} has no tokenizer to read {calibration or prompts} with.")
         self._windows = [] if calibration is None else self._cut(read_texts(Path(calibration)))
         self.prompts = [] if prompts is None else read_prompts(Path(prompts))
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the dense model takes while it reads."""
+        reads = self._windows or self.prompts
+        return sum(4 * math.prod(output.shape) for output in self._outputs.values()) if reads else 0
 
     def inputs(self, layer: int) -> torch.Tensor:
         """The inputs of the layer's feed-forward network at the calibration tokens: [T, D], float32."""

@@ -16,6 +16,7 @@ class Merge(Whole):
     options = {"granularity": 1, "rest": "average", "domain_texts": None}
     exact = False
     takes_siblings = True
+    held_matrices = 0
 
     @classmethod
     def sizes(cls, request: Request) -> Sizes:

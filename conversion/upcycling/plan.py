@@ -83,6 +83,7 @@ class Plan:
         if evidence.prompts and len(evidence.prompts) != experts:
             raise ValueError(f"prompts ({len(evidence.prompts)}) must be as many as experts ({experts}).")
         act_fn = ACT2FN[dense_config.hidden_act]
+        self.memory = evidence.memory  # bytes that are needed before the first tensor is made
         self.layers: dict[int, Strategy] = {}
         for index, name in sorted(names.items()):
             networks = [feed_forward(outputs, index) for outputs in self._dense]

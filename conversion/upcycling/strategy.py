@@ -22,7 +22,7 @@ NEURON_AXIS = {
     **{"gate_proj.weight": 0, "gate_proj.bias": 0, "up_proj.weight": 0, "up_proj.bias": 0},
     **{"down_proj.weight": 1, "down_proj.bias": None},
 }
-CHUNK = 1 << 22  # numbers that are worked on in float32 at a time
+CHUNK = 1 << 20  # numbers that are worked on in float32 or float64 at a time
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class Strategy:
 
     options: ClassVar[Mapping[str, Any]] = {}
     takes_siblings: ClassVar[bool] = False  # of one model, each fine-tuned on its own
+    held_matrices: ClassVar[int] = 4  # of the dense network's size, at most, while a piece is made; 0: views of files
 
     def __init__(self, request: Request, layer: Layer):
         self.request, self.layer = request, layer
@@ -154,6 +155,12 @@ class Strategy:
     def experts(self, parts: Sequence[str]) -> Iterator[torch.Tensor]:
         """The named parts of expert 0, then of expert 1, and so on."""
         raise NotImplementedError
+
+    @property
+    def held(self) -> int:
+        """About how many bytes of memory making a piece takes: such matrices, and chunks in float64 and afterwards."""
+        matrix = self.request.width * self.layer.hidden_size * self.request.dtype.itemsize
+        return self.held_matrices * matrix + (8 * 8 * CHUNK if self.held_matrices else 0)
 
     def shared(self, part: str) -> torch.Tensor:
         """A part of the shared experts, which are one network. Asked only if `sizes` says that there are some."""

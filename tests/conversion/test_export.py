@@ -367,6 +367,7 @@ def test_dry_run_says_and_writes_nothing(tmp_path):
     plan = export_checkpoint(tmp_path / "moe", tmp_path / "out", to="mixtral", dry_run=True)
     assert not (tmp_path / "out").exists()
     report = export_checkpoint(tmp_path / "moe", tmp_path / "out", to="mixtral", verify=False, progress=False)
+    assert min(plan.pop("peak_memory_bytes"), plan.pop("verify_memory_bytes")) > 0
     assert report == plan | {"dry_run": False}
     json.dumps(report)
     assert report["disk_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size

@@ -100,7 +100,7 @@ def test_import_dequantizes(quantized, tmp_path):
 
 
 def test_import_compares_the_logits(quantized, tmp_path):
-    assert import_checkpoint(quantized, tmp_path / "moe", progress=False)["max_abs_diff"] <= 1e-5
+    assert import_checkpoint(quantized, tmp_path / "moe", progress=False)["max_abs_diff"] <= 1e-4
 
 
 def test_one_expert_at_a_time(quantized):

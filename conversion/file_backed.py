@@ -1,0 +1,89 @@
+"""Models whose weights stay in their files: each layer is in memory, in float32, only while it computes.
+
+So two models can be compared on a machine that could hold neither.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry
+from .writer import Output
+
+
+def load(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model in `folder`, computing in float32.
+
+    Where the files do not hold the parameters under their names, as when experts lie one by one, Transformers puts the
+    whole model together in memory.
+    """
+    model, checkpoint = empty(config), Checkpoint(folder)
+    if not is_file_backed(model, checkpoint.entries):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        ).eval()
+    state = {name: checkpoint.tensor(name) for name in stored_names(model)}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for group in groups(model):
+        group.register_forward_pre_hook(in_float32)
+        group.register_forward_hook(back_to_the_file)
+    return model.eval()
+
+
+def memory(config: PreTrainedConfig, tensors: Mapping[str, Entry | Output]) -> int:
+    """Bytes that the weights of a `load`ed model take at a time, its files holding `tensors`."""
+    model = empty(config)
+    if not is_file_backed(model, tensors):
+        return 4 * sum(parameter.numel() for parameter in model.parameters())
+    return 4 * max(sum(parameter.numel() for parameter in group.parameters()) for group in groups(model))
+
+
+def empty(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model with parameters that have no memory, and with real buffers."""
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def stored_names(model: PreTrainedModel) -> list[str]:
+    return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
+
+
+def is_file_backed(model: PreTrainedModel, tensors: Mapping[str, Entry | Output]) -> bool:
+    """Whether the tensors are the model's parameters, name by name, and floats that stand for themselves."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return False
+    state = model.state_dict()
+    return all(
+        name in tensors and tensors[name].shape == tuple(state[name].shape) and tensors[name].dtype in WEIGHT_DTYPES
+        for name in stored_names(model)
+    )
+
+
+def groups(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that compute with no parameters but their own: the layers of a list, and what lies outside of lists."""
+    for module in model.children():
+        if isinstance(module, nn.ModuleList):
+            yield from module
+        elif any(True for _ in module.parameters(recurse=False)):
+            yield module
+        else:
+            yield from groups(module)
+
+
+def in_float32(module: nn.Module, args: tuple) -> None:
+    module.in_file = {}
+    for name, parameter in module.named_parameters():
+        module.in_file[name] = parameter.data
+        parameter.data = parameter.data.float()
+
+
+def back_to_the_file(module: nn.Module, args: tuple, output: object) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.data = module.in_file[name]
