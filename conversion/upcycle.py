@@ -73,6 +73,8 @@ def upcycle(
     check_destination(Path(dst), resume)
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k ({top_k}) must be between 1 and the number of experts ({experts}).")
+    if options.get("domain_texts") and not verify:
+        raise ValueError("domain_texts has no effect with verify=False (--no-verify).")
     sources = [open_source(name, DENSE_FAMILIES) for name in ([src] if isinstance(src, (str, Path)) else src)]
     given = {"granularity": granularity if granularity != 1 else None, "shared": shared or None, **options}
     plan = Plan(

@@ -20,6 +20,7 @@ from ..writer import Output
 
 MAX_TOKENS = 4096  # of the calibration text
 WINDOW = 256  # tokens that are read together
+CHARACTERS = 32  # of a token at most, on average
 # Suffixes of row files, and what `datasets` calls them. Any other file is plain text.
 ROW_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -126,7 +127,8 @@ def read_texts(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no calibration text {path}.")
     if path.suffix not in ROW_FILES:
-        return [path.read_text(encoding="utf-8")]
+        with path.open(encoding="utf-8") as file:
+            return [file.read(MAX_TOKENS * CHARACTERS)]
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 

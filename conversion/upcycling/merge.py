@@ -4,6 +4,7 @@ The tensors outside the experts are the siblings' mean, in float32, or those of 
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -31,6 +32,9 @@ class Merge(Whole):
             )
         if texts is not None and len(texts) != request.sources:
             raise ValueError(f"domain_texts ({len(texts)}) must be a file for each of the {request.sources} sources.")
+        for text in texts or ():
+            if not Path(text).is_file():
+                raise FileNotFoundError(f"There is no domain text {text}.")
         return super().sizes(request)
 
     @classmethod

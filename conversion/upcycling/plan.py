@@ -1,6 +1,5 @@
 """What an upcycling is going to do, checked as a whole before anything is written."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
+from ..hashing import file_digest
 from ..source import Source
 from ..writer import Output
 from . import UPCYCLERS
@@ -61,9 +61,8 @@ class Plan:
             own = complete(made.options, given, f"strategy {name!r}")
             request = Request(experts, top_k, down.shape[1], down.dtype, len(sources), own)
             self._requests[name] = request
-            self._router_inits[name] = router_init or made.router_init(request)
-            readers |= {f"strategy {name!r}": made.options}
-            readers |= {f"router_init {start!r}": ROUTER_INITS[start].options for start in [self._router_inits[name]]}
+            self._router_inits[name] = start = router_init or made.router_init(request)
+            readers |= {f"strategy {name!r}": made.options, f"router_init {start!r}": ROUTER_INITS[start].options}
         everyone = {f"strategy {name!r}": made.options for name, made in UPCYCLERS.items()}
         everyone |= {f"router_init {name!r}": made.options for name, made in ROUTER_INITS.items()}
         refuse_unread(given, readers, everyone)
@@ -122,7 +121,7 @@ class Plan:
         for name in FILES:
             if name in said:
                 path = Path(said[name])
-                said[name] = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+                said[name] = {"file": path.name, "sha256": file_digest(path)}
         if "domain_texts" in said:
             said["domain_texts"] = [Path(text).name for text in said["domain_texts"]]
         return said

@@ -385,7 +385,14 @@ BAD = {
     "several for copy": ({"sources": 2}, "takes 1 source, not 2"),
     "merge and experts": ({"strategy": "merge", "sources": 3}, r"experts \(4\).*\(3\)"),
     "rest": ({"strategy": "merge", "sources": 4, "rest": "4"}, "'4'.*0 to 3"),
-    "domain texts": ({"strategy": "merge", "sources": 4, "domain_texts": ["a"]}, r"domain_texts \(1\)"),
+    "domain texts": (
+        {"strategy": "merge", "sources": 4, "domain_texts": ["a"], "verify": True},
+        r"domain_texts \(1\)",
+    ),
+    "domain texts unread": (
+        {"strategy": "merge", "sources": 4, "domain_texts": ["a", "b", "c", "d"]},
+        "domain_texts has no effect with verify=False",
+    ),
     "layer twice": ({"layers": "0-1,1"}, "layer 1 twice"),
     "strategy of a layer": ({"layers": "all=magic"}, "'magic'.*copy"),
     "unlike layers": ({"layers": "0=split,1=copy"}, "'copy' and 'split' cannot share"),
@@ -436,6 +443,9 @@ def test_refuses_sources_that_are_no_siblings(sources, siblings, tmp_path):
     half = {name: weight.half() for name, weight in load_file(siblings[1] / "model.safetensors").items()}
     save_file(half, siblings[1] / "model.safetensors", metadata={"format": "pt"})
     refused("float16", siblings[0], siblings[1])
+    texts = [siblings[0] / "text.txt", tmp_path / "nowhere"]
+    with pytest.raises(FileNotFoundError, match=r"no domain text .*nowhere"):
+        upcycle([siblings[0]] * 2, tmp_path / "moe", experts=2, top_k=1, strategy="merge", domain_texts=texts)
 
 
 def test_needs_a_tokenizer_only_to_read(checkpoint, sources, tmp_path, monkeypatch):
