@@ -181,7 +181,7 @@ def train(model: HfMoeForCausalLM, text: torch.Tensor, args: argparse.Namespace)
             callbacks=[Deadline(60 * args.core_minutes)],
         )
         trainer.train()
-    names = {"step", "loss", "router_max_violation", "router_dead_experts", "router_bias_range"}
+    names = {"step", "loss", "mtp_loss", "router_max_violation", "router_dead_experts", "router_bias_range"}
     log = [{key: value for key, value in x.items() if key in names} for x in trainer.state.log_history if "loss" in x]
     seconds = {"wall_seconds": time.monotonic() - wall, "core_seconds": time.process_time() - cores}
     return {**seconds, "steps": trainer.state.global_step, "log": log}
@@ -234,8 +234,8 @@ def table(report: dict) -> str:
         f"{drafts['identical']} of {drafts['prompts']} texts are identical, {drafts['tokens']} tokens after "
         f"{setting['prompt']} of the story.",
         "",
-        f"- {report['device']}, {report['threads']} threads on {report['cores']} cores; training took "
-        f"{training['wall_seconds'] / 60:.0f} minutes by the clock, load average {report['load_average']:.1f} at the end.",
+        f"- {report['device']}, {report['cores']} cores, threads: {report['threads']}; training took "
+        f"{training['wall_seconds'] / 60:.0f} minutes by the clock at a load average of {report['load_average']:.1f}.",
         f"- {', '.join(f'{name} {version}' for name, version in report['versions'].items())}.",
     ]
     return "\n".join(lines) + "\n"
