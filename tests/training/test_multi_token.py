@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from hf_moe.conversion import upcycle
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_moe import HfMoeForCausalLM, MoeSFTConfig, MoeSFTTrainer, MoeTrainer
 
 from .balance_worker import NONE, ROWS, difference, train_one_step
-from .conftest import tiny_tokenizer
+from .conftest import tiny_hf_moe, tiny_tokenizer
 from .models import SIZES, collate, hf_moe, rows
 
 
@@ -72,6 +73,26 @@ def test_a_dense_model_logs_what_its_modules_learn():
     _, trainer = train_one_step(model, 2, max_steps=3, learning_rate=1e-2)
     logged = [entry["mtp_loss"] for entry in trainer.state.log_history if "mtp_loss" in entry]
     assert len(logged) == 3 and logged[2] < logged[0] - 0.1
+
+
+def test_packed_documents_end_the_targets(tmp_path):
+    """As TRL packs them: the masks that the decoder reports know where each document ends."""
+    rows = Dataset.from_list([{"text": "red " * count} for count in (1, 2, 3, 4, 5)])
+    packed = {"packing": True, "max_length": 40, "per_device_train_batch_size": 2, "max_steps": 1}
+    plain = {"bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    model, seen = tiny_hf_moe(), []
+    model.add_mtp_layers(2)
+    model.model.register_forward_hook(lambda module, args, kwargs, out: seen.append((kwargs, out)), with_kwargs=True)
+    args = MoeSFTConfig(output_dir=str(tmp_path), **packed, **plain)
+    MoeSFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tiny_tokenizer()).train()
+    kwargs, outputs = seen[0]
+    positions = kwargs["position_ids"][0].tolist()
+    starts = [i for i, position in enumerate(positions) if position == 0]
+    assert len(starts) > 1
+    ends = [*starts[1:], len(positions)]
+    for places, mask in enumerate(outputs.mtp_masks, start=1):
+        expected = [i + places < min(end for end in ends if end > i) for i in range(len(positions))]
+        assert mask[0].tolist() == expected
 
 
 def test_an_upcycled_model_learns_to_look_ahead(tmp_path):
