@@ -117,10 +117,10 @@ def verify(
 def take_back(cache: Cache, count: int) -> None:
     """Remove the last `count` tokens from every layer of `cache`."""
     for layer in cache.layers:
-        if isinstance(layer, StaticLayer):  # what is beyond its length is masked, and written over
-            layer.cumulative_length.sub_(count)
-        else:
+        if layer.is_croppable:
             layer.crop(-count)
+        else:  # a static one: what is beyond its length is masked, and written over
+            layer.cumulative_length.sub_(count)
 
 
 def check_speculation(model: nn.Module, mode: str, config: GenerationConfig, mode_kwargs: dict) -> None:

@@ -6,11 +6,19 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import MtpCache
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 from transformers.modeling_layers import MtpModel
 
+from hf_moe.model.decoding import HfMoeReservedCache
 from hf_moe.model.speculation import Drafter, HfMoeSpeculativeOutput, verify
 from tests.conftest import tiny_model, tokens
 
@@ -500,11 +508,19 @@ def test_stops_and_processors_act_as_in_plain_decoding(drafting_model, options, 
     assert torch.equal(drafting_model.generate(ids, use_mtp=True, **options), expected)
 
 
-def test_goes_on_from_a_cache(drafting_model):
+CACHES = {
+    "dynamic": lambda model: DynamicCache(config=model.config),
+    "static": lambda model: StaticCache(config=model.config, max_cache_len=24),
+    "reserved": lambda model: HfMoeReservedCache(model.config.num_hidden_layers, 24),  # of a recorded decoding
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_goes_on_from_a_cache(drafting_model, cache):
     ids = sequences(2, 12, seed=8)
     options = {"max_new_tokens": 12, "attention_mask": torch.ones_like(ids), **GREEDY}
     expected = drafting_model.generate(ids, **options)
-    cache = DynamicCache(config=drafting_model.config)
+    cache = CACHES[cache](drafting_model)
     with torch.no_grad():
         drafting_model(ids[:, :8], past_key_values=cache)
     assert torch.equal(drafting_model.generate(ids, past_key_values=cache, use_mtp=True, **options), expected)
