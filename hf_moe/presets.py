@@ -10,7 +10,8 @@ does not), and what was published about its size (`published`), so that a test c
 - absent: parameters of the release that the preset does not build.
 - mismatch: for each figure that does not follow from the release's own dimensions, how far off it is.
 
-A preset holds no token ids: they belong to a tokenizer.
+A loss coefficient stands as published, and says what it multiplied there, a key of `COEFFICIENTS`: HfMoeConfig has one
+convention for all, see its docstring. A preset holds no token ids: they belong to a tokenizer.
 """
 
 import copy
@@ -53,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "tie_word_embeddings": True, "hidden_act": "relu", "gated_mlp": False,
             "mlp_layer_types": {"sparse_every": 2}, "num_experts": 64, "num_experts_per_tok": 1,
             "router_type": "softmax_topk", "router_args": {"jitter": 0.01, "eval_capacity_factor": 2.0},
-            "expert_capacity_factor": 1.25, "router_aux_loss_coef": 0.01,
+            "expert_capacity_factor": 1.25, "router_aux_loss_coef": {"per_layer": 0.01},
         },
     },
     "gshard-600b": {
@@ -87,8 +88,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_attention_heads": 64, "head_dim": 128, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
             "hidden_act": "gelu_pytorch_tanh", "mlp_layer_types": {"sparse_every": 4, "stack": 27}, "num_experts": 64,
             "num_experts_per_tok": 2, "router_type": "softmax_topk", "norm_topk_prob": True,
-            "router_args": {"eval_capacity_factor": 2.0}, "expert_capacity_factor": 1.25, "router_aux_loss_coef": 0.01,
-            "router_z_loss_coef": 0.001,
+            "router_args": {"eval_capacity_factor": 2.0}, "expert_capacity_factor": 1.25,
+            "router_aux_loss_coef": {"per_layer": 0.01}, "router_z_loss_coef": {"per_layer": 0.001},
         },
     },
     "mixtral-8x7b": {
@@ -100,7 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
             "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "num_experts": 8, "num_experts_per_tok": 2,
-            "router_type": "topk_softmax", "router_aux_loss_coef": 0.02,
+            "router_type": "topk_softmax", "router_aux_loss_coef": {"times_top_k": 0.02},
         },
     },
     "mixtral-8x22b": {
@@ -112,7 +113,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "vocab_size": 32000, "hidden_size": 6144, "intermediate_size": 16384, "num_hidden_layers": 56,
             "num_attention_heads": 48, "num_key_value_heads": 8, "max_position_embeddings": 65536,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "num_experts": 8, "num_experts_per_tok": 2,
-            "router_type": "topk_softmax", "router_aux_loss_coef": 0.001,
+            "router_type": "topk_softmax", "router_aux_loss_coef": {"times_top_k": 0.001},
         },
     },
     "dbrx": {
@@ -125,7 +126,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_attention_heads": 48, "num_key_value_heads": 8, "max_position_embeddings": 32768,
             "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "clip_qkv": 8.0,
             "norm_type": "layer_norm", "num_experts": 16, "num_experts_per_tok": 4, "router_type": "topk_softmax",
-            "router_aux_loss_coef": 0.05,
+            "router_aux_loss_coef": {"times_top_k": 0.05},
         },
     },
     "grok-1": {
@@ -158,7 +159,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
             "num_hidden_layers": 28, "num_attention_heads": 16, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
             "mlp_layer_types": {"first_dense": 1}, "num_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2,
-            "router_type": "softmax_topk", "router_aux_loss_coef": 0.001, "initializer_range": 0.006,
+            "router_type": "softmax_topk", "router_aux_loss_coef": {"per_layer": 0.001}, "initializer_range": 0.006,
         },
     },
     "deepseek-v2": {
@@ -184,8 +185,9 @@ PRESETS: dict[str, dict[str, Any]] = {
             "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}, "rms_norm_eps": 1e-6,
             "mlp_layer_types": {"first_dense": 1}, "num_experts": 160, "num_experts_per_tok": 6, "n_shared_experts": 2,
             "router_type": "softmax_topk", "router_args": {"group_score": "best"}, "n_group": 8, "topk_group": 3,
-            "routed_scaling_factor": 16.0, "router_aux_loss_coef": 0.003, "device_aux_loss_coef": 0.05,
-            "comm_aux_loss_coef": 0.02, "initializer_range": 0.006,
+            "routed_scaling_factor": 16.0, "router_aux_loss_coef": {"per_layer": 0.003},
+            "device_aux_loss_coef": {"per_layer": 0.05}, "comm_aux_loss_coef": {"per_layer": 0.02},
+            "initializer_range": 0.006,
         },
     },
     "deepseek-v2-lite": {
@@ -205,7 +207,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "rope_interleave": True, "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
             "rms_norm_eps": 1e-6, "mlp_layer_types": {"first_dense": 1}, "num_experts": 64, "num_experts_per_tok": 6,
             "n_shared_experts": 2, "router_type": "softmax_topk", "router_aux_loss_coef": 0.0,
-            "seq_aux_loss_coef": 0.001, "initializer_range": 0.006,
+            "seq_aux_loss_coef": {"per_layer": 0.001}, "initializer_range": 0.006,
         },
     },
     "deepseek-v3": {
@@ -222,7 +224,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "mlp_layer_types": {"first_dense": 3}, "num_experts": 256, "num_experts_per_tok": 8, "n_shared_experts": 1,
             "router_type": "sigmoid_topk", "router_args": {"selection_bias": True, "group_score": "two_best"},
             "norm_topk_prob": True, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
-            "router_aux_loss_coef": 0.0, "seq_aux_loss_coef": 0.0001, "router_bias_update_speed": 0.001,
+            "router_aux_loss_coef": 0.0, "seq_aux_loss_coef": {"per_layer": 0.0001}, "router_bias_update_speed": 0.001,
             "initializer_range": 0.006,
         },
     },
@@ -236,7 +238,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_hidden_layers": 24, "num_attention_heads": 16, "attention_bias": True,
             "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
             "rms_norm_eps": 1e-6, "num_experts": 60, "num_experts_per_tok": 4, "n_shared_experts": 4,
-            "shared_expert_gate": True, "router_type": "softmax_topk", "router_aux_loss_coef": 0.001,
+            "shared_expert_gate": True, "router_type": "softmax_topk", "router_aux_loss_coef": {"times_top_k": 0.001},
         },
     },
     "qwen3-30b-a3b": {
@@ -255,7 +257,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "qk_norm": "head", "max_position_embeddings": 40960,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rms_norm_eps": 1e-6, "num_experts": 128,
             "num_experts_per_tok": 8, "router_type": "softmax_topk", "norm_topk_prob": True,
-            "router_aux_loss_coef": 0.001,
+            "router_aux_loss_coef": {"times_top_k": 0.001},
         },
     },
     "olmoe-1b-7b": {
@@ -266,7 +268,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fields": {
             "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
             "num_attention_heads": 16, "qk_norm": "projection", "max_position_embeddings": 4096, "num_experts": 64,
-            "num_experts_per_tok": 8, "router_type": "softmax_topk", "router_aux_loss_coef": 0.01,
+            "num_experts_per_tok": 8, "router_type": "softmax_topk", "router_aux_loss_coef": {"times_top_k": 0.01},
             "router_z_loss_coef": 0.001,
         },
     },
@@ -288,7 +290,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "vocab_size": 200064, "hidden_size": 6144, "intermediate_size": 9216, "num_hidden_layers": 80,
             "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 10240000,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5},
-            "num_experts": 32, "num_experts_per_tok": 2, "router_type": "topk_softmax", "router_aux_loss_coef": 0.001,
+            "num_experts": 32, "num_experts_per_tok": 2, "router_type": "topk_softmax",
+            "router_aux_loss_coef": {"times_top_k": 0.001},
         },
     },
     "llama-4-scout": {
@@ -316,7 +319,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
             "attn_temperature_tuning": True, "qk_norm": "l2", "num_experts": 16, "num_experts_per_tok": 1,
             "n_shared_experts": 1, "router_type": "sigmoid_topk", "expert_input_scaling": True,
-            "router_aux_loss_coef": 0.001,
+            "router_aux_loss_coef": {"times_top_k": 0.001},
         },
     },
     "llama-4-maverick": {
@@ -340,7 +343,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "rope_interleave": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
             "attn_temperature_tuning": True, "mlp_layer_types": {"sparse_every": 2}, "num_experts": 128,
             "num_experts_per_tok": 1, "n_shared_experts": 1, "router_type": "sigmoid_topk",
-            "expert_input_scaling": True, "router_aux_loss_coef": 0.001,
+            "expert_input_scaling": True, "router_aux_loss_coef": {"times_top_k": 0.001},
         },
     },
     "minicpm-moe-8x2b": {
@@ -375,7 +378,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
             "attention_type": "moa", "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128,
             "attention_output_bias": True, "max_position_embeddings": 4096, "tie_word_embeddings": True,
-            "num_experts": 8, "num_experts_per_tok": 2, "router_type": "topk_softmax", "router_aux_loss_coef": 0.01,
+            "num_experts": 8, "num_experts_per_tok": 2, "router_type": "topk_softmax",
+            "router_aux_loss_coef": {"times_top_k": 0.01},
         },
     },
 }
@@ -413,6 +417,15 @@ LAYOUTS = {
 }
 
 
+def sparse_layers(fields: dict[str, Any]) -> int:
+    return fields.get("mlp_layer_types", ["sparse"] * fields["num_hidden_layers"]).count("sparse")
+
+
+# How many times HfMoeConfig's loss, a mean over the sparse layers and 1 at perfect balance, a release's is: one that
+# is added in each layer (Switch, DeepSeek), and that of Transformers, which is K at perfect balance.
+COEFFICIENTS = {"per_layer": sparse_layers, "times_top_k": lambda fields: fields["num_experts_per_tok"]}
+
+
 def preset(name: str) -> dict[str, Any]:
     """The entry of PRESETS. Raises a ValueError of one line that names the nearest ones."""
     if name not in PRESETS:
@@ -445,4 +458,8 @@ def preset_config(name: str, **changes: Any) -> HfMoeConfig:
         if isinstance(fields.get(field), dict):
             (rule, value), *rest = fields[field].items()
             fields[field] = LAYOUTS[rule](fields["num_hidden_layers"], value, **dict(rest))
+    for field, value in fields.items():
+        if field.endswith("_loss_coef") and isinstance(value, dict):
+            ((rule, coefficient),) = value.items()
+            fields[field] = coefficient * COEFFICIENTS[rule](fields)
     return HfMoeConfig(**fields)

@@ -171,3 +171,23 @@ def test_an_unknown_name_is_told_the_nearest(name, hint):
         HfMoeConfig.from_preset(name)
     assert repr(name) in str(caught.value) and hint in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("mixtral-8x7b", {}, {"router_aux_loss_coef": 2 * 0.02}),
+        ("olmoe-1b-7b", {}, {"router_aux_loss_coef": 8 * 0.01, "router_z_loss_coef": 0.001}),
+        ("olmoe-1b-7b", {"num_experts_per_tok": 3}, {"router_aux_loss_coef": 3 * 0.01}),
+        ("olmoe-1b-7b", {"router_aux_loss_coef": 0.5}, {"router_aux_loss_coef": 0.5}),
+        ("switch-base-64", {}, {"router_aux_loss_coef": 12 * 0.01}),
+        ("deepseek-v2", {}, {"device_aux_loss_coef": 59 * 0.05, "comm_aux_loss_coef": 59 * 0.02}),
+        ("deepseek-v3", {}, {"seq_aux_loss_coef": 58 * 0.0001, "router_aux_loss_coef": 0.0}),
+        ("deepseek-v3", {"num_hidden_layers": 5}, {"seq_aux_loss_coef": 2 * 0.0001}),
+    ],
+)
+def test_coefficients_multiply_our_losses(name, changes, expected):
+    """The mean over sparse layers of a loss that is 1 at perfect balance, whatever the publication's was."""
+    config = HfMoeConfig.from_preset(name, **changes)
+    for field, value in expected.items():
+        assert getattr(config, field) == pytest.approx(value), field

@@ -72,7 +72,12 @@ class HfMoeConfig(PreTrainedConfig):
         and their residual carries them; None drops nothing).
     Training
         router_aux_loss_coef (load-balance loss; 0 turns it off), device_aux_loss_coef and comm_aux_loss_coef (the same
-        over n_group groups), seq_aux_loss_coef (within each sequence), router_z_loss_coef, router_bias_update_speed
+        over n_group groups), seq_aux_loss_coef (within each sequence), router_z_loss_coef. Each multiplies the mean
+        over the sparse layers of a loss that, but for z, is 1 at perfect balance, whatever K and the number of layers.
+        Elsewhere the same training has other numbers: the loss of Mixtral, OLMoE or Qwen-MoE in Transformers is K at
+        perfect balance, so its coefficient is K times larger here; Switch and DeepSeek add theirs once a sparse layer,
+        so that it is as many times larger as there are sparse layers. Import, export and presets convert.
+        router_bias_update_speed
         (of router_args["selection_bias"], moved by hf_moe's trainers once per optimizer step), output_router_logits
         (return router logits and `aux_loss` outside training too), attention_dropout, classifier_dropout (token
         classification), initializer_range.

@@ -278,6 +278,7 @@ def test_shared_experts_count_by_their_width(to, changes, tmp_path):
 
 
 PRESETS = {
+    "mixtral-8x7b": "mixtral",
     "mixtral-8x22b": "mixtral",
     "olmoe-1b-7b": "olmoe",
     "qwen1.5-moe-a2.7b": "qwen2_moe",
@@ -286,6 +287,9 @@ PRESETS = {
     "deepseek-v2": "deepseek_v2",
     "deepseek-v2-lite": "deepseek_v2",
     "deepseek-v3": "deepseek_v3",
+    "dbrx": "dbrx",
+    "llama-4-scout": "llama4_text",
+    "llama-4-maverick": "llama4_text",
 }
 
 
@@ -293,6 +297,32 @@ PRESETS = {
 def test_published_architectures_go_to_their_family(name, family):
     exported, _ = family_config(FAMILIES[family], HfMoeConfig.from_preset(name))
     assert exported.model_type == family
+
+
+# What the releases' own configs say of their balance losses.
+V2_LITE = {"num_hidden_layers": 27, "first_k_dense_replace": 1, "aux_loss_alpha": 0.001, "seq_aux": True}
+V3 = {"num_hidden_layers": 61, "first_k_dense_replace": 3, "aux_loss_alpha": 0.0001, "seq_aux": True}
+DBRX_FFN = {"moe_num_experts": 16, "moe_top_k": 4, "moe_loss_weight": 0.05}
+BALANCE = {
+    "mixtral-8x7b": {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.02},
+    "mixtral-8x22b": {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.001},
+    "olmoe-1b-7b": {"num_experts_per_tok": 8, "router_aux_loss_coef": 0.01},
+    "qwen1.5-moe-a2.7b": {"num_experts_per_tok": 4, "router_aux_loss_coef": 0.001},
+    "qwen3-30b-a3b": {"num_experts_per_tok": 8, "router_aux_loss_coef": 0.001},
+    "llama-4-scout": {"num_experts_per_tok": 1, "router_aux_loss_coef": 0.001},
+    "dbrx": {"attn_config": {"clip_qkv": 8}, "ffn_config": DBRX_FFN},
+    "deepseek-v2-lite": V2_LITE,
+    "deepseek-v3": {**V3, "num_mtp_layers": 0},
+}
+
+
+@pytest.mark.parametrize("name", BALANCE)
+def test_presets_and_imports_agree_on_the_balance_loss(name):
+    family = FAMILIES[PRESETS[name]]
+    imported, preset = family.hf_moe_fields(family.config_class(**BALANCE[name])), HfMoeConfig.from_preset(name)
+    for field in ("router_aux_loss_coef", "seq_aux_loss_coef"):
+        assert getattr(preset, field) == pytest.approx(imported.get(field, 0.0)), field
+    assert preset.router_aux_loss_coef or preset.seq_aux_loss_coef
 
 
 def test_normalised_softmax_is_mixtral_too(tmp_path):
