@@ -518,12 +518,14 @@ CACHES = {
 @pytest.mark.parametrize("cache", CACHES)
 def test_goes_on_from_a_cache(drafting_model, cache):
     ids = sequences(2, 12, seed=8)
-    options = {"max_new_tokens": 12, "attention_mask": torch.ones_like(ids), **GREEDY}
+    options = {"max_new_tokens": 12, "attention_mask": torch.ones_like(ids), "repetition_penalty": 1.5, **GREEDY}
     expected = drafting_model.generate(ids, **options)
     cache = CACHES[cache](drafting_model)
     with torch.no_grad():
         drafting_model(ids[:, :8], past_key_values=cache)
-    assert torch.equal(drafting_model.generate(ids, past_key_values=cache, use_mtp=True, **options), expected)
+    out = drafting_model.generate(ids, past_key_values=cache, use_mtp=True, return_dict_in_generate=True, **options)
+    assert torch.equal(out.sequences, expected)
+    assert 0 < out.acceptance_rate < 1 and int(cache.get_seq_length()) == 23
 
 
 @pytest.mark.parametrize("draft", ["gqa", "mla", "window"])
