@@ -21,6 +21,7 @@ BOOKKEEPING = COMMON_NEUTRAL | {
     "output_attentions",
     "is_encoder_decoder",
 }
+CLIP = 8.0  # there must be one; this is the release's
 THETA = 10000.0  # of RoPE, where Transformers is told nothing
 
 
@@ -44,7 +45,7 @@ def ffn(name: str) -> Computed:
 
 
 def attn_config(config: HfMoeConfig) -> dict[str, Any]:
-    said = {"attn_pdrop": config.attention_dropout, "clip_qkv": config.clip_qkv}
+    said = {"attn_pdrop": config.attention_dropout, "clip_qkv": config.clip_qkv or CLIP}
     theta = (config.rope_parameters or {}).get("rope_theta", THETA)
     return {"attn_config": said | {"kv_n_heads": config.num_key_value_heads, "rope_theta": theta}}
 

@@ -6,9 +6,9 @@ Transformers has no class for it: its config comes with the checkpoint, as code 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .deepseek_rows import DEEPSEEK_FIELDS, mlp_layer_types, shared_experts_of_width
+from .deepseek_rows import DEEPSEEK_FIELDS, mlp_layer_types
 from .family import Computed, Family
-from .moe_rows import LAYOUTS
+from .moe_rows import LAYOUTS, shared_width
 
 
 @strict
@@ -60,7 +60,7 @@ DEEPSEEK = Family(
         "n_shared_experts": Computed(
             ("n_shared_experts",),
             lambda config: config.n_shared_experts or 0,
-            lambda config: {"n_shared_experts": shared_experts_of_width(config)["n_shared_experts"] or None},
+            lambda config: {"n_shared_experts": shared_width(config) // config.moe_intermediate_size or None},
         ),
         "mlp_layer_types": Computed(
             ("first_k_dense_replace", "moe_layer_freq"), mlp_layer_types, DEEPSEEK_FIELDS["mlp_layer_types"].inverse

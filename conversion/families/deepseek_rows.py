@@ -44,8 +44,8 @@ def shared_experts(config: PreTrainedConfig) -> int:
 
 
 def shared_experts_of_width(config: HfMoeConfig) -> dict[str, int]:
-    """As many as make up the width; each is as wide as a routed expert."""
-    return {"n_shared_experts": shared_width(config) // config.moe_intermediate_size}
+    """As many as make up the width, and at least the one that there must be; each is as wide as a routed expert."""
+    return {"n_shared_experts": max(1, shared_width(config) // config.moe_intermediate_size)}
 
 
 SHARED_EXPERTS_FIELDS = {

@@ -1,10 +1,11 @@
 """gpt-oss: arXiv 2508.10925. Attention sinks, biases everywhere, clamped experts whose gate and up rows alternate."""
 
-from .family import DECODER_FIELDS, Family, same
+from .family import DECODER_FIELDS, Computed, Family, same
 from .moe_rows import ROUTING_FIELDS
 from .regions import Stacked
 
 _MLP = "model.layers.{layer}.mlp."
+LIMIT = 7.0  # there must be one; this is the release's
 GATE, UP = slice(0, None, 2), slice(1, None, 2)
 
 GPT_OSS = Family(
@@ -16,7 +17,11 @@ GPT_OSS = Family(
         "attention_output_bias": "attention_bias",
         "num_experts": "num_local_experts",
         "moe_intermediate_size": "intermediate_size",
-        "experts_swiglu_limit": "swiglu_limit",
+        "experts_swiglu_limit": Computed(
+            ("swiglu_limit",),
+            lambda config: config.swiglu_limit,
+            lambda config: {"swiglu_limit": float(config.experts_swiglu_limit or LIMIT)},
+        ),
         "experts_swiglu_alpha": "swiglu_alpha",
     },
     constants={

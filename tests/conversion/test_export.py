@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe import HfMoeConfig
 from tests.conftest import tiny_config, tiny_model, tokens
-from tests.conversion.conftest import DEEPSEEK_CASES, MOE_CASES
+from tests.conversion.conftest import DEEPSEEK_CASES, MOE_CASES, build
 from tests.conversion.test_deepseek import V1, V1_CASES, v1_checkpoint
 
 CASES = {**MOE_CASES, **DEEPSEEK_CASES}
@@ -130,6 +130,15 @@ def test_upcycled_models_in_transformers_own_class(case, to, layout, checkpoint,
     assert coefficient == pytest.approx(model.config.router_aux_loss_coef)
 
 
+def test_an_upcycled_granite_is_a_granitemoe(tmp_path):
+    multipliers = {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.7}
+    build("granite", **multipliers, logits_scaling=2.5).save_pretrained(tmp_path / "dense")
+    upcycle(tmp_path / "dense", tmp_path / "moe", experts=5, top_k=2, verify=False, progress=False)
+    report = export_checkpoint(tmp_path / "moe", tmp_path / "out", to="granitemoe", progress=False)
+    assert report["max_abs_diff"] <= 1e-5
+    assert type(load(tmp_path / "out")).__name__ == "GraniteMoeForCausalLM"
+
+
 def test_some_layers_dense_is_not_mixtral_but_qwen3_moe(checkpoint, tmp_path):
     upcycle(checkpoint("qwen3"), tmp_path / "moe", experts=3, top_k=2, layers="1", verify=False, progress=False)
     with pytest.raises(ValueError, match=r"mixtral cannot hold this model's qk_norm='head'; qwen3_moe can\."):
@@ -226,6 +235,27 @@ def test_families_that_can_hold_a_model_come_first():
         else:
             with pytest.raises(ValueError, match=entry["family"]):
                 family_config(FAMILIES[entry["family"]], tiny_config(**MIXTRAL_LIKE))
+
+
+SINKS_AND_BIASES = {"attention_sinks": True, "mlp_bias": True, "router_args": {"router_bias": True}}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "field"),
+    [
+        ("dbrx", {"norm_type": "layer_norm"}, "clip_qkv"),
+        ("gpt_oss", SINKS_AND_BIASES, "experts_swiglu_limit"),
+        ("glm4_moe", {"router_type": "sigmoid_topk", "router_args": {"selection_bias": True}}, "n_shared_experts"),
+        ("deepseek_v3", {}, "attention_type"),
+        ("llama4_text", {}, "rope_interleave"),
+        ("minimax_m2", {"qk_norm": "projection"}, "router_type"),
+    ],
+)
+def test_the_first_field_in_the_way_is_named(family, changes, field):
+    config = tiny_config(**{**MIXTRAL_LIKE, **changes})
+    (found,) = [fit for fit in fits(config) if fit["family"] == family]
+    assert (found["holds"], found["field"]) == (False, field)
+    assert found["reason"] == f"{family} cannot hold this model's {field}={getattr(config, field)!r}."
 
 
 def test_every_field_is_compared():
