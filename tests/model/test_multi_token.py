@@ -397,17 +397,17 @@ def test_greedy_text_is_that_of_plain_decoding(half_learned, cache, batch):
         mask[0, :3] = 0
     options = {"attention_mask": mask, "max_new_tokens": 23, "cache_implementation": cache, **GREEDY}
     options["repetition_penalty"] = 1.5  # a text that does not end in a loop
+    options |= {"return_dict_in_generate": True, "output_scores": True}
     expected = half_learned.generate(ids, **options)
-    out = half_learned.generate(ids, use_mtp=True, return_dict_in_generate=True, output_scores=True, **options)
-    assert torch.equal(out.sequences, expected)
+    out = half_learned.generate(ids, use_mtp=True, **options)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(out.scores), torch.stack(expected.scores), rtol=1e-3, atol=1e-3)
     assert isinstance(out, HfMoeSpeculativeOutput)
     if batch == 1:
         assert out.forward_passes + out.accepted_tokens == 23
     else:  # the test means little where drafts are all wrong or all right
         assert 0 < out.acceptance_rate < 1
     assert int(out.past_key_values.get_seq_length()) == 29
-    chosen = torch.stack([scores.argmax(-1) for scores in out.scores], dim=1)
-    assert torch.equal(chosen, expected[:, 7:])
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -519,12 +519,14 @@ CACHES = {
 def test_goes_on_from_a_cache(drafting_model, cache):
     ids = sequences(2, 12, seed=8)
     options = {"max_new_tokens": 12, "attention_mask": torch.ones_like(ids), "repetition_penalty": 1.5, **GREEDY}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
     expected = drafting_model.generate(ids, **options)
     cache = CACHES[cache](drafting_model)
     with torch.no_grad():
         drafting_model(ids[:, :8], past_key_values=cache)
-    out = drafting_model.generate(ids, past_key_values=cache, use_mtp=True, return_dict_in_generate=True, **options)
-    assert torch.equal(out.sequences, expected)
+    out = drafting_model.generate(ids, past_key_values=cache, use_mtp=True, **options)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(out.scores), torch.stack(expected.scores), rtol=1e-3, atol=1e-3)
     assert 0 < out.acceptance_rate < 1 and int(cache.get_seq_length()) == 23
 
 
