@@ -122,7 +122,8 @@ class HfMoeAttention(nn.Module):
             per_head = config.qk_norm == "head"
             self.q_norm = make_norm(config, config.head_dim if per_head else query_size)
             self.k_norm = make_norm(config, config.head_dim if per_head else key_size)
-        self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
+        if config.attention_sinks:  # paged attention goes by the attribute
+            self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads))
 
     def forward(
         self,
@@ -153,7 +154,7 @@ class HfMoeAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        if self.sinks is not None:
+        if self.config.attention_sinks:
             kwargs["s_aux"] = self.sinks
         output, probabilities = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.flatten(-2).contiguous()), probabilities

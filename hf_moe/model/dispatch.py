@@ -50,3 +50,16 @@ class HfMoeDispatch:
                     'experts_implementation="eager" or "batched_mm".'
                 )
         return super()._grouped_mm_can_dispatch()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        config, capped = self.config, self.config.attn_logit_softcapping
+        lacks = {
+            "no paged cache for latents (attention_type 'mla')": config.attention_type == "mla",
+            "no chunks (layer_types has chunked_attention)": "chunked_attention" in config.layer_types,
+            f"no cap on logits (attn_logit_softcapping {capped}) without flash attention": capped is not None
+            and "flash" not in config._attn_implementation,
+        }
+        for what, needed in lacks.items():
+            if needed:
+                raise ValueError(f"Continuous batching has {what}: use generate().")
+        return super().init_continuous_batching(*args, **kwargs)

@@ -233,7 +233,7 @@ class HfMoePreTrainedModel(HfMoeDispatch, PreTrainedModel):
                 init.copy_(module.hash_table, spread(first, self.config.num_experts_per_tok, self.config.num_experts))
         elif isinstance(module, HfMoeUnitOffsetRMSNorm):
             init.zeros_(module.weight)
-        elif isinstance(module, HfMoeAttention) and module.sinks is not None:
+        elif isinstance(module, HfMoeAttention) and self.config.attention_sinks:
             init.normal_(module.sinks, mean=0.0, std=std)
 
     @torch.no_grad()
@@ -367,13 +367,6 @@ class HfMoeForCausalLM(
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def init_continuous_batching(self, *args, **kwargs):
-        if self.config.attention_type == "mla":
-            raise ValueError(
-                "Continuous batching has no paged cache for latents (attention_type 'mla'): use generate()."
-            )
-        return super().init_continuous_batching(*args, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations.finegrained_fp8 import FP8Experts
 
 from hf_moe import HfMoeForCausalLM
@@ -272,6 +272,69 @@ def test_implementations_that_cannot_are_refused():
         sinks.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="chunked_attention, which needs attn_implementation eager"):
         chunks.set_attn_implementation("flash_attention_2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"attn_logit_softcapping": 3.0}, r"no cap on logits \(attn_logit_softcapping 3\.0\) without flash attention"),
+        ({"layer_types": CHUNKED[:3], "attention_chunk_size": 4}, "no chunks"),
+    ],
+    ids=["cap", "chunks"],
+)
+def test_continuous_batching_refuses_what_its_attention_leaves_out(changes, match):
+    with pytest.raises(ValueError, match=f"Continuous batching has {match}"):
+        tiny_model(**changes).generate_batch([[1, 2, 3]], progress_bar=False)
+
+
+def test_continuous_batching_with_sinks():
+    model, prompt = tiny_model(attention_sinks=True), tokens(1, 7)
+    torch.nn.init.normal_(model.model.layers[0].self_attn.sinks)
+    greedy = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    (result,) = model.generate_batch(prompt.tolist(), generation_config=greedy, progress_bar=False).values()
+    assert torch.equal(torch.tensor([result.generated_tokens]), model.generate(prompt, greedy)[:, 7:])
+
+
+VARIANTS = {
+    "gemma": {
+        **GEMMA,
+        **{"mlp_layer_types": ["dense", "sparse", "sparse"], "qk_norm": "head", "rope_parameters": ROPES},
+        **{"sliding_window": 5, "layer_types": MIXED[:3]},
+    },
+    "llama4": {
+        **{"no_rope_layers": [1, 0, 1], "layer_types": CHUNKED[:3], "attention_chunk_size": 5, "qk_norm": "l2"},
+        **{"attn_temperature_tuning": True, "floor_scale": 3, "rope_interleave": True, "expert_input_scaling": True},
+    },
+    "gpt_oss": {
+        **{"attention_sinks": True, "experts_swiglu_limit": 0.8, "mlp_bias": True, "router_type": "topk_softmax"},
+        **{"router_args": {"router_bias": True}, "sliding_window": 5, "layer_types": MIXED[:3]},
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_static_caches_and_compilation_change_nothing(variant):
+    model, ids = tiny_model(**VARIANTS[variant]), tokens(2, 17)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    padded = torch.cat((torch.zeros(2, 4, dtype=torch.long), ids), dim=1)
+    mask = (torch.arange(21) >= 4).long().expand(2, -1)
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    expected = ids
+    with torch.no_grad():
+        for _ in range(8):
+            following = model(expected, use_cache=False).logits[:, -1:].argmax(-1)
+            expected = torch.cat((expected, following), dim=1)
+        logits = model(ids).logits
+    assert torch.equal(model.generate(ids, **greedy), expected)
+    assert torch.equal(model.generate(padded, attention_mask=mask, **greedy)[:, 4:], expected)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(ids, **static, **greedy), expected)
+    model.set_experts_implementation("grouped_mm")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 MLA = {"attention_type": "mla", "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
