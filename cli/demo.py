@@ -62,18 +62,18 @@ def run_demo(out: Path, steps: int = 120) -> None:
     hide_loading_bars()
     start = time.perf_counter()
     with staged(out) as folder:
-        upcycled = upcycle_step(folder, out)
+        upcycle_step(folder, out)
         before = postcard_text(folder / "upcycled")
         losses = train_step(folder, out, steps)
         result_step(before, postcard_text(folder / "tuned"), losses)
-        card_step(folder, out, upcycled)
+        card_step(folder, out)
     print(f"\nDone in {time.perf_counter() - start:.0f} s. To load the result anywhere:\n")
     print("    from transformers import AutoModelForCausalLM, AutoTokenizer")
     print(f'    tokenizer = AutoTokenizer.from_pretrained("{out}/tuned", trust_remote_code=True)')
     print(f'    model = AutoModelForCausalLM.from_pretrained("{out}/tuned", trust_remote_code=True)')
 
 
-def upcycle_step(folder: Path, out: Path) -> dict:
+def upcycle_step(folder: Path, out: Path) -> None:
     """Dense model to mixture of experts; both tell the same story."""
     from hf_moe.conversion import upcycle
 
@@ -96,7 +96,6 @@ def upcycle_step(folder: Path, out: Path) -> dict:
     command("generate", f"{out}/upcycled", "--prompt", STORY)
     print(STORY + sparse)
     print("(The dense model tells the same story.)" if dense == sparse else f"(The dense model:) {STORY}{dense}")
-    return report
 
 
 def train_step(folder: Path, out: Path, steps: int) -> dict:
@@ -127,13 +126,13 @@ def result_step(before: str, after: str, losses: dict) -> None:
     print(f"\nPrompt: {held_out_prompt()}\n\nBefore:\n{indented(before)}\n\nAfter:\n{indented(after)}")
 
 
-def card_step(folder: Path, out: Path, upcycled: dict) -> None:
+def card_step(folder: Path, out: Path) -> None:
     from hf_moe.hub import write_model_card
 
     heading(5, "Save it ready for the Hub: weights, model code, tokenizer, model card")
     for name in ("upcycled", "tuned"):
         command("card", f"{out}/{name}")
-        write_model_card(folder / name, check=upcycled)
+        write_model_card(folder / name)
     for file in sorted((folder / "tuned").iterdir()):
         print(f"{file.stat().st_size:>12,}  {out}/tuned/{file.name}")
 

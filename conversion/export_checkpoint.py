@@ -12,7 +12,7 @@ from .families import ENCODER_DECODERS, FAMILIES, Family
 from .families.family import same
 from .families.regions import Region
 from .nearest_families import family_config, fits
-from .output import convert, costs
+from .output import convert
 from .source import Source, open_source
 from .staging import check_destination
 from .writer import Output
@@ -66,10 +66,11 @@ def export_checkpoint(
         )
     report = convert(
         source,
-        exported,
+        config,
         [*parts, *copies],
         dst,
-        counts=costs(config),
+        provenance={"method": "export", "to": to, "layout": layout},
+        exported=exported,
         max_shard_size=max_shard_size,
         dry_run=dry_run,
         resume=resume,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .families import FAMILIES
-from .output import convert, costs
+from .output import convert
 from .source import open_source
 from .staging import check_destination
 
@@ -40,7 +40,6 @@ def import_checkpoint(
         config,
         outputs,
         dst,
-        counts=costs(config),
         provenance={"method": "import"},
         max_shard_size=max_shard_size,
         dry_run=dry_run,

@@ -7,9 +7,10 @@ from typing import Any
 
 import psutil
 from tqdm import tqdm
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
+from ..hub import write_card
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from ..sizes import sizes
@@ -24,12 +25,12 @@ from .writer import Output, Shard, check_space, plan_shards, write_shards
 
 def convert(
     source: Source,
-    config: PreTrainedConfig,
+    model: HfMoeConfig,
     outputs: list[Output],
     dst: str | Path,
     *,
-    counts: dict[str, int],
-    provenance: dict[str, Any] | None = None,
+    provenance: dict[str, Any],
+    exported: PreTrainedConfig | None = None,
     max_shard_size: int | str,
     dry_run: bool,
     check: bool,
@@ -37,12 +38,13 @@ def convert(
     resume: bool = False,
     memory: int = 0,
 ) -> dict[str, Any]:
-    """Write the model that `outputs` and `config` describe to `dst`, and report on it.
+    """Write the model that `model` and `outputs` describe to `dst`, and report on it.
 
-    `counts` go into the report. With `provenance` (what was done, with which arguments) the model is an hf_moe one: it
-    is completed with where the source came from, and the model's code goes along. Another family's has neither.
-    `resume` goes on with what an interrupted call has written. `memory`: bytes that are needed before any is written.
+    provenance: what is done, with which arguments; it is completed with where the source came from, and stands in the
+    model card and in an hf_moe model's config. exported: the config of another family, in whose names `outputs` are.
+    resume: go on with what an interrupted call has written. memory: bytes that are needed before any is written.
     """
+    config = exported or model
     dst = check_destination(Path(dst), resume)
     if check and source.incomparable and not dry_run:
         raise ValueError(f"{source.incomparable}; pass verify=False (--no-verify).")
@@ -52,7 +54,7 @@ def convert(
         "output": str(dst),
         "source": source.name,
         "model_type": source.family.model_type,
-        **counts,
+        **costs(model),
         "dtype": str(source.checkpoint.dtype).removeprefix("torch."),
         "disk_bytes": nbytes,
         "shards": len(shards),
@@ -71,31 +73,46 @@ def convert(
         check_memory(verify_memory)
     check_space(dst, nbytes)
     tokenizer = load_tokenizer(source.checkpoint.folder)
-    plan = plan_of(source, config, shards, provenance or {}, max_shard_size)
+    plan = plan_of(source, config, shards, provenance, max_shard_size)
     with resumable(dst, plan, resume) as (folder, journal):
         bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc=dst.name, disable=not progress)
-        if provenance is None:
-            with bar:
-                write_shards(folder, shards, bar.update, journal)
-        else:
-            with Hashing(source.checkpoint) as hashing, bar:
-                write_shards(folder, shards, bar.update, journal)
-                origin = {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
-                config.provenance = provenance | origin | {"sha256": hashing.digests(), "hf_moe_version": __version__}
-            config.architectures = [HfMoeForCausalLM.__name__]
-        config.dtype = source.config.dtype or source.checkpoint.dtype
-        config.save_pretrained(folder)
-        if provenance is not None:
-            custom_object_save(HfMoeForCausalLM, folder)  # its module and what that imports
+        with Hashing(source.checkpoint) as hashing, bar:
+            write_shards(folder, shards, bar.update, journal)
+            origin = {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
+            provenance = provenance | origin | {"sha256": hashing.digests(), "hf_moe_version": __version__}
         for path in source.carried_files():
             (folder / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.checkpoint.folder / path, folder / path)
         if tokenizer is not None:
             keep_class(tokenizer, folder)
+        config.dtype = source.config.dtype or source.checkpoint.dtype
+        write_config(config, folder, provenance)
         journal.complete = True
         if check:
-            report |= verify(source.checkpoint.folder, folder)
+            provenance["check"] = verify(source.checkpoint.folder, folder)
+            report |= provenance["check"]
+            write_config(config, folder, provenance)
+        write_card(
+            folder,
+            model,
+            name=dst.name,
+            total=report["total_params"],
+            active=report["active_params"],
+            provenance=provenance,
+            auto_class=AutoModelForCausalLM.__name__ if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None,
+            family=config.model_type,
+        )
     return report
+
+
+def write_config(config: PreTrainedConfig, folder: Path, provenance: dict[str, Any]) -> None:
+    """Write config.json; an hf_moe model's says where it comes from, and the model's code lies beside it."""
+    if isinstance(config, HfMoeConfig):
+        config.provenance = provenance
+        config.architectures = [HfMoeForCausalLM.__name__]
+    config.save_pretrained(folder)
+    if isinstance(config, HfMoeConfig):
+        custom_object_save(HfMoeForCausalLM, folder)  # its module and what that imports
 
 
 def plan_of(

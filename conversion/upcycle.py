@@ -10,7 +10,7 @@ import torch
 
 from .families import DENSE_FAMILIES
 from .hashing import Hashing
-from .output import convert, costs
+from .output import convert
 from .source import Source, open_source, tensor_shapes
 from .staging import check_destination
 from .upcycling.plan import Plan
@@ -101,7 +101,6 @@ def upcycle(
         config,
         outputs,
         dst,
-        counts=costs(config) | {"equal_at_step_0": plan.exact},
         provenance=provenance,
         max_shard_size=max_shard_size,
         dry_run=dry_run,
@@ -110,6 +109,7 @@ def upcycle(
         progress=progress,
         memory=plan.memory,
     )
+    report["equal_at_step_0"] = plan.exact
     if len(sources) > 1 and verify and not dry_run:
         texts = options.get("domain_texts") or [None] * len(sources)
         report["domains"] = [

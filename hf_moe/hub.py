@@ -36,6 +36,8 @@ CHECK = {
     "mean_abs_diff": "Mean difference",
     "kl": "KL divergence per token, nats",
     "top1_agreement": "Share of tokens with the same likeliest successor",
+    "perplexity_a": "Perplexity of the source",
+    "perplexity_b": "Perplexity of this model",
     "tokens": "Tokens compared",
 }
 PROVENANCE = {
@@ -45,37 +47,67 @@ PROVENANCE = {
     "method": "Method",
     "strategy": "Strategy",
     "seed": "Seed",
+    "to": "Written as",
+    "layout": "Layout of the experts",
     "hf_moe_version": "hf_moe version",
 }
 
 
-def write_model_card(folder: str | Path, check: dict[str, Any] | None = None) -> Path:
+def write_model_card(folder: str | Path) -> Path:
     """Write `folder`/README.md from its config, weights and training results, and return its path.
 
-    check: figures of the conversion, as `hf_moe.conversion.upcycle` reports them. What is not known is left out.
-    Raises FileNotFoundError where there is no saved model and ValueError where it isn't an hf_moe one, or where
-    README.md was written by someone else.
+    What is not known is left out. Raises FileNotFoundError where there is no saved model and ValueError where it isn't
+    an hf_moe one, or where README.md was written by someone else.
     """
     folder = Path(folder)
     config = _read_config(folder)
+    total, active = count_parameters(folder, config)
+    auto_class, task = TASKS[config.architectures[0]]
+    return write_card(
+        folder,
+        config,
+        name=folder.resolve().name,
+        total=total,
+        active=active,
+        provenance=config.provenance or {},
+        auto_class=auto_class,
+        task=task,
+    )
+
+
+def write_card(
+    folder: Path,
+    config: HfMoeConfig,
+    *,
+    name: str,
+    total: int,
+    active: int,
+    provenance: dict[str, Any],
+    auto_class: str | None,
+    task: str = "text-generation",
+    family: str = HfMoeConfig.model_type,
+) -> Path:
+    """Write `folder`/README.md for a model that computes what `config` says, stored as one of `family`.
+
+    auto_class: what loads it, None if Transformers has no class for the family.
+    """
     target = folder / "README.md"
     if target.exists() and MARKER not in target.read_text(encoding="utf-8"):
         raise ValueError(f"{target} was not written by hf-moe; move it away to have a model card written.")
-    total, active = count_parameters(folder, config)
-    provenance = config.provenance or {}
-    auto_class, task = TASKS[config.architectures[0]]
     template = resources.files("hf_moe.model_cards").joinpath("model.md.jinja").read_text(encoding="utf-8")
     card = ModelCard.from_template(
-        _metadata(provenance, task),
+        _metadata(provenance, task, family),
         template_str=template,
-        name=folder.resolve().name,
+        name=name,
+        family=family,
         total=_compact(total),
         active=_compact(active),
         architecture=_architecture(config, total, active),
-        provenance=_rows(provenance, PROVENANCE),
-        check=_rows(check or {}, CHECK),
+        provenance=[*_rows(provenance, PROVENANCE), *_details(provenance)],
+        check=_rows(provenance.get("check") or {}, CHECK),
         training=_rows(_training_results(folder), RESULTS),
         auto_class=auto_class,
+        remote_code=family == HfMoeConfig.model_type,
         marker=MARKER,
     )
     partial = target.with_name(".README.md.partial")
@@ -114,7 +146,7 @@ def _read_config(folder: Path) -> HfMoeConfig:
     return HfMoeConfig.from_pretrained(folder)
 
 
-def _metadata(provenance: dict[str, Any], task: str) -> ModelCardData:
+def _metadata(provenance: dict[str, Any], task: str, family: str) -> ModelCardData:
     # A source with a revision came from the Hub, which knows a base model by its id; a local folder is none.
     on_hub = provenance.get("revision") is not None
     return ModelCardData(
@@ -123,7 +155,7 @@ def _metadata(provenance: dict[str, Any], task: str) -> ModelCardData:
         base_model_relation="finetune" if on_hub and provenance["method"] == "upcycle" else None,
         library_name="transformers",
         pipeline_tag=task,
-        tags=["hf_moe", "mixture-of-experts", *([provenance["method"]] if "method" in provenance else [])],
+        tags=[family, "mixture-of-experts", *([provenance["method"]] if "method" in provenance else [])],
     )
 
 
@@ -163,6 +195,16 @@ def _rows(facts: dict[str, Any], titles: dict[str, str]) -> list[tuple[str, str]
     return [
         (titles[name], f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in known.items()
     ]
+
+
+def _details(provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    """Table rows of a conversion's arguments and, where no revision on the Hub names its sources, their digests."""
+    rows = [(f"`{name}`", f"`{value}`") for name, value in provenance.get("arguments", {}).items()]
+    for origin in [provenance, *provenance.get("siblings", [])]:
+        if origin.get("revision") is None:
+            where = f" of {origin['source']}" if origin is not provenance else ""
+            rows += [(f"SHA-256 of {file}{where}", digest) for file, digest in origin.get("sha256", {}).items()]
+    return rows
 
 
 def _compact(count: int) -> str:

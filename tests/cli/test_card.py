@@ -40,9 +40,13 @@ def test_a_source_on_the_hub_becomes_the_base_model(folder):
 
 
 def test_figures_of_the_conversion_are_shown_when_known(folder):
-    text = write_model_card(folder, check={"max_abs_diff": 1.25e-5, "kl": 0.0, "output": "/somewhere"}).read_text()
+    config = hf_moe.HfMoeConfig.from_pretrained(folder)
+    config.provenance["check"] = {"max_abs_diff": 1.25e-5, "kl": 0.0, "perplexity_b": 3.25}
+    config.save_pretrained(folder)
+    text = write_model_card(folder).read_text()
     assert "| Largest difference between two logits | 1.25e-05 |" in text
-    assert "/somewhere" not in text
+    assert "| Perplexity of this model | 3.25 |" in text
+    assert "Perplexity of the source" not in text
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -414,7 +414,8 @@ def test_what_goes_along(folder, tmp_path):
     for name, text in carried.items():
         assert (tmp_path / "out" / name).read_text() == text
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {*carried, "config.json", "model.safetensors"}
+    assert names == {*carried, "README.md", "config.json", "model.safetensors"}
+    assert "about hf_moe" not in (tmp_path / "out" / "README.md").read_text()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == ("bfloat16" if folder == "bfloat16" else "float32")
     assert config["architectures"] == ["MixtralForCausalLM"]

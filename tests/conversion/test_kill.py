@@ -175,8 +175,8 @@ def test_a_file_that_changed_is_written_again(unfinished, tmp_path):
     first.write_bytes(content)
     second.unlink()
     upcycle(**unfinished, resume=True)
-    upcycle(**unfinished | {"dst": tmp_path / "again"})
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
+    upcycle(**unfinished | {"dst": tmp_path / "again" / "out"})
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "again" / "out")
 
 
 def test_only_one_process_writes(unfinished, processes, tmp_path):
@@ -199,10 +199,10 @@ def test_a_folder_without_its_journal_is_refused(unfinished, tmp_path):
 def test_resume_starts_where_nothing_is_begun(sources, tmp_path):
     arguments = {**sources["upcycle"], **ARGUMENTS}
     for name, resume in [("a", True), ("b", False)]:
-        upcycle(**arguments, dst=tmp_path / name, resume=resume)
+        upcycle(**arguments, dst=tmp_path / name / "out", resume=resume)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     with pytest.raises(FileExistsError, match="not empty"):
-        upcycle(**arguments, dst=tmp_path / "a", resume=True)
+        upcycle(**arguments, dst=tmp_path / "a" / "out", resume=True)
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), Stop()], ids=["full disk", "fault"])

@@ -108,26 +108,26 @@ def test_same_input_same_bytes(checkpoint, tmp_path):
     for name in ("a", "b"):
         upcycle(
             checkpoint("qwen3"),
-            tmp_path / name,
+            tmp_path / name / "moe",
             experts=3,
             top_k=2,
             max_shard_size="30KB",
             verify=False,
             progress=False,
         )
-    first = files_of(tmp_path / "a")
-    assert first == files_of(tmp_path / "b")
+    first = files_of(tmp_path / "a" / "moe")
+    assert first == files_of(tmp_path / "b" / "moe")
     shards = sorted(name for name in first if name.endswith(".safetensors"))
     assert len(shards) > 2
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     index = json.loads(first["model.safetensors.index.json"])
     held = {}
     for shard in shards:
-        with safe_open(tmp_path / "a" / shard, "pt") as file:
+        with safe_open(tmp_path / "a" / "moe" / shard, "pt") as file:
             assert file.metadata() == {"format": "pt"}
             held |= dict.fromkeys(file.keys(), shard)
     assert index["weight_map"] == held
-    assert load(tmp_path / "a").config.num_experts == 3
+    assert load(tmp_path / "a" / "moe").config.num_experts == 3
 
 
 def test_what_goes_along(llama, tmp_path):
@@ -148,7 +148,7 @@ def test_what_goes_along(llama, tmp_path):
     assert report["carried_files"] == sorted(carried)
     for name, text in carried.items():
         assert (tmp_path / "moe" / name).read_text() == text
-    assert not (tmp_path / "moe" / "README.md").exists()
+    assert "about the dense model" not in (tmp_path / "moe" / "README.md").read_text()
     config = json.loads((tmp_path / "moe" / "config.json").read_text())
     for target in config["auto_map"].values():
         assert (tmp_path / "moe" / f"{target.split('.')[0]}.py").exists()
