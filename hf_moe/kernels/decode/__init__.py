@@ -16,7 +16,7 @@ from ...model.mlp import HfMoeMLP
 from ...model.modeling_hf_moe import HfMoeDecoderLayer, HfMoeSparseMoeBlock
 from ...model.norms import PLACEMENTS
 from ...model.rms_norm import HfMoeRMSNorm
-from . import experts, latent, norms, routers
+from . import experts, latent, norms, products, routers
 
 # Modules hold the function, not its name.
 ACTIVATIONS = {type(ACT2FN[name]): name for name in experts.ACTIVATIONS}
@@ -45,8 +45,9 @@ def network(module: HfMoeMLP, rows: int) -> experts.Network | None:
 def mlp_forward(module: HfMoeMLP, rows: int):
     weights, act = network(module, rows), ACTIVATIONS.get(type(module.act_fn))
 
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        return experts.mixture(hidden_states.flatten(0, -2), None, None, None, weights, act).view_as(hidden_states)
+    def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        x = hidden_states.flatten(0, -2)
+        return experts.mixture(x, None, None, None, weights, act, residual).view_as(hidden_states)
 
     return weights and forward
 
@@ -83,7 +84,7 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
         weights_of = experts.Network(None, up, routed.down_proj, biases and (None, *biases))
     choose = router_forward(module.gate, config)
 
-    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None) -> torch.Tensor:
+    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None) -> torch.Tensor:
         x = hidden_states.flatten(0, -2)
         if choose is not None:
             weights, index = choose(x)
@@ -91,14 +92,18 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
             ids = None if input_ids is None else input_ids.reshape(-1)
             mask = None if token_mask is None else token_mask.reshape(-1)
             _, weights, index, _, _ = module.gate(x, mask, ids)
-        return experts.mixture(x, weights, index, weights_of, shared, act).view_as(hidden_states)
+        return experts.mixture(x, weights, index, weights_of, shared, act, residual).view_as(hidden_states)
 
     return forward
 
 
 def latent_forward(module: HfMoeLatentAttention, rows: int):
     config, up = module.config, module.up_projections()
-    if up is None or module.absorb is False:
+    names = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
+    first = getattr(module, names[0])
+    linears = [getattr(module, name) for name in (*names, "kv_a_proj_with_mqa", "o_proj")]
+    simple = all(plain(linear) for linear in linears) and rows <= experts.MAX_TOKENS
+    if up is None or module.absorb is False or not simple:
         return None
     sizes = [config.qk_nope_head_dim, config.v_head_dim]
     key_up, value_up = up.view(-1, sum(sizes), config.kv_lora_rank).split(sizes, dim=1)  # [H, d, r]
@@ -112,14 +117,13 @@ def latent_forward(module: HfMoeLatentAttention, rows: int):
         if attention_mask is not None and attention_mask.dtype != torch.bool:  # eager attention adds it
             attention_mask = attention_mask == 0
         x = hidden_states.squeeze(1)
-        if config.q_lora_rank is None:
-            query = module.q_proj(x)
-        else:
-            query = module.q_b_proj(module.q_a_layernorm(module.q_a_proj(x)))
+        query, new_latent = products.linear(x, first.weight, module.kv_a_proj_with_mqa.weight)
+        if config.q_lora_rank is not None:
+            query = products.linear(module.q_a_layernorm(query), module.q_b_proj.weight)
         cos, sin = (part.squeeze(1) for part in position_embeddings)
         out = latent.latent_attention(
             query.view(len(x), len(key_up), -1),
-            module.kv_a_proj_with_mqa(x),
+            new_latent,
             module.kv_a_layernorm.weight,
             key_up,
             cos,
@@ -133,8 +137,9 @@ def latent_forward(module: HfMoeLatentAttention, rows: int):
             interleaved=config.rope_interleave,
             softcap=softcap,
         )
-        values = torch.bmm(out, value_up.transpose(1, 2))  # [H, B, d_v]
-        return module.o_proj(values.transpose(0, 1).reshape(len(x), 1, -1)), None
+        values = x.new_empty(len(x), *value_up.shape[:2])  # [B, H, d_v]
+        products.per_head(out, value_up.transpose(1, 2), values.transpose(0, 1))
+        return products.linear(values.flatten(1), module.o_proj.weight).unsqueeze(1), None
 
     return forward
 
@@ -149,6 +154,8 @@ def layer_forward(module: HfMoeDecoderLayer, rows: int):
         heads_routing, mlp_routing = (routing if x else {} for x in (module.self_attn.routes, module.sparse))
         attended, _ = module.self_attn(module.input_layernorm(hidden_states), **heads_routing, **kwargs)
         hidden_states, normed = norms.add_rms_norm(hidden_states, attended, norm.weight, norm.variance_epsilon)
+        if "forward" in vars(module.mlp):  # one of ours: it adds, too
+            return module.mlp(normed, residual=hidden_states, **mlp_routing)
         return hidden_states + module.mlp(normed, **mlp_routing)
 
     return forward

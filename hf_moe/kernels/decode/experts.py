@@ -35,7 +35,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-TILES = {"up": Tile(32, 128, 3, 4), "down": Tile(32, 128, 4, 4)}
+TILES = {"up": Tile(64, 128, 4, 4), "down": Tile(64, 128, 4, 4)}
 
 
 def tile_arguments(name: str, x: torch.Tensor, columns: str, depth: str) -> dict[str, int]:
@@ -236,7 +236,9 @@ def combine_kernel(
     D,
     K,
     parts,
+    residual_ptr,
     ROUTED: tl.constexpr,
+    ADDS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     token, column = tl.program_id(0), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -250,7 +252,11 @@ def combine_kernel(
             total += weight * tl.load(rows_ptr + slot * D, mask=inside & here, other=0.0)
     for slot in range(K, K + parts):
         total += tl.load(rows_ptr + slot * D, mask=inside, other=0.0)
-    tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+    total = total.to(out_ptr.dtype.element_ty)
+    if ADDS:
+        residual = tl.load(residual_ptr + token * D + column, mask=inside, other=0.0).to(tl.float32)
+        total = (total.to(tl.float32) + residual).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * D + column, total, mask=inside)
 
 
 def mixture(
@@ -260,10 +266,12 @@ def mixture(
     routed: Network | None,
     shared: Network | None,
     act: str,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """sum_k weight_{t,k} FFN_{index_{t,k}}(x_t) + FFN_shared(x_t): [T, D] of x [T, D], weights and index [T, K].
 
-    Either network may be missing; the shared one has E = 1. An index of E or more adds nothing.
+    Either network may be missing; the shared one has E = 1. An index of E or more adds nothing. `residual` [T, D] is
+    added to the sum, once that has x's dtype.
     """
     (tokens, dim), experts, top_k, parts, width = x.shape, 0, 0, 0, 0
     size = min(MAX_PART, shared.up.shape[1]) if routed is None else routed.up.shape[1]
@@ -328,6 +336,18 @@ def mixture(
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
     block = min(512, triton.next_power_of_2(dim))
     combine_kernel[(tokens, triton.cdiv(dim, block))](
-        rows, weights, index, out, experts, dim, top_k, parts, ROUTED=routed is not None, BLOCK_D=block, num_warps=4
+        rows,
+        weights,
+        index,
+        out,
+        experts,
+        dim,
+        top_k,
+        parts,
+        None if residual is None else residual.contiguous(),
+        ROUTED=routed is not None,
+        ADDS=residual is not None,
+        BLOCK_D=block,
+        num_warps=4,
     )
     return out

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .products import per_head
+
 
 @triton.jit
 def prepare_kernel(
@@ -199,12 +201,12 @@ def combine_kernel(
         tl.store(length_ptr, tl.load(length_ptr) + 1)
 
 
-SPLIT = (32, 4, 3, 264)  # positions of a step, warps, steps in flight, programs that fill a card
+SPLIT = (64, 4, 2, 264)  # positions of a step, warps, steps in flight, programs that run at once (132 times two)
 
 
 def num_splits(programs: int, positions: int, block: int) -> int:
     """Parts of the context, so that all parts of all rows fill the card, and each has two steps at least."""
-    return max(1, min(triton.cdiv(SPLIT[3], programs), triton.cdiv(positions, 2 * block)))
+    return max(1, min(SPLIT[3] // programs, triton.cdiv(positions, 2 * block)))
 
 
 def latent_attention(
@@ -263,7 +265,8 @@ def latent_attention(
         num_warps=4,
     )
     # q·(W_UK c) = (W_UK^T q)·c: one small product a head moves the up-projection to the query.
-    absorbed = torch.bmm(query[..., :nope].transpose(0, 1), key_up)  # [H, B, r]
+    absorbed = torch.empty(heads, rows, rank, dtype=keys.dtype, device=keys.device)
+    per_head(query[..., :nope].transpose(0, 1), key_up, absorbed)
 
     block_h = min(64, max(16, triton.next_power_of_2(heads)))
     block_s, warps, stages, _ = SPLIT
