@@ -198,8 +198,10 @@ def export(
                 resume=resume,
                 verify=not no_verify,
             )
-    if nearest and not json:  # a line a family
-        report = {fit["family"]: fit["reason"] or "can hold this model" for fit in report["nearest"]}
+    if nearest and not json:
+        for fit in report["nearest"]:
+            print(fit["reason"] or f"{fit['family']} can hold this model.")
+        return
     finish(report, json)
 
 

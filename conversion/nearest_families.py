@@ -29,18 +29,21 @@ def family_config(family: Family, config: HfMoeConfig) -> tuple[PreTrainedConfig
 
 
 def fits(config: HfMoeConfig) -> list[dict[str, Any]]:
-    """For each family whether it holds the model, and if not, what comes first of what is in the way."""
+    """For each family whether it holds the model, and if not, what comes first of what is in the way.
+
+    Those that hold it come first, then those with the fewest fields in the way, then models of another kind.
+    """
     found = []
     for name, family in FAMILIES.items():
         try:
-            needed = in_the_way(nearest(family, config)[1])
-        except ValueError as error:  # the family's class or table refuses a value
-            found.append((len(HfMoeConfig.__annotations__), fit(name, reason=str(error))))
+            exported, unheld = nearest(family, config)
+        except ValueError as error:  # of no field of ours alone
+            found.append((True, 0, fit(name, reason=str(error))))
             continue
-        first = needed[0] if needed else None
-        reason = f"{said(family, config, first)}." if needed else None
-        found.append((len(needed), fit(name, first, getattr(config, first or "", None), reason)))
-    return [entry for _, entry in sorted(found, key=lambda entry: entry[0])]
+        needed = in_the_way(unheld)
+        first = (needed[0], getattr(config, needed[0]), f"{said(family, config, needed[0])}.") if needed else ()
+        found.append((exported is None, len(needed), fit(name, *first)))
+    return [entry for *_, entry in sorted(found, key=lambda entry: entry[:2])]
 
 
 def fit(family: str, field: str | None = None, value: Any = None, reason: str | None = None) -> dict[str, Any]:

@@ -223,7 +223,13 @@ LLAMA4 = {
     **{**MOE, "num_local_experts": 5, "num_hidden_layers": 4, "head_dim": 10, "intermediate_size_mlp": 44},
     **{"attention_chunk_size": 7, "floor_scale": 5, "attn_scale": 0.4},
 }
-GPT_OSS = {**MOE, "num_local_experts": 5, "head_dim": 10, "sliding_window": 5, "swiglu_limit": 0.9}
+GPT_OSS = {"initializer_range": 0.2} | {
+    **MOE,
+    "num_local_experts": 5,
+    "head_dim": 10,
+    "sliding_window": 5,
+    "swiglu_limit": 0.9,
+}
 
 
 def dbrx(**changes) -> dict:

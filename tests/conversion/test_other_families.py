@@ -114,6 +114,30 @@ def test_the_language_model_of_a_llama_4_that_sees_pictures(checkpoint, tmp_path
         assert torch.equal(load(tmp_path / "moe")(ids).logits, load(tmp_path / "text")(ids).logits)
 
 
+def test_a_minimax_says_how_much_it_rotates_as_in_the_release(checkpoint, tmp_path):
+    """`rotary_dim` of the release is read, and written for programs that read it."""
+    folder = Path(shutil.copytree(checkpoint("minimax_m2"), tmp_path / "minimax"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rotary_dim": 6, "rope_theta": 100.0, "scoring_func": "sigmoid", "attn_type_list": [1, 1, 1]}
+    (folder / "config.json").write_text(json.dumps(config))
+    report = import_checkpoint(folder, tmp_path / "moe", progress=False)
+    assert report["max_abs_diff"] <= 1e-5
+    assert report["ignored_config_keys"] == []
+    export_checkpoint(tmp_path / "moe", tmp_path / "back", to="minimax_m2", verify=False, progress=False)
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {name: written[name] for name in ("rotary_dim", "scoring_func", "use_routing_bias", "attn_type_list")} == {
+        "rotary_dim": 6,
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+        "attn_type_list": [1, 1, 1],
+    }
+    ids = tokens(length=23, vocab_size=61)
+    with torch.inference_mode():
+        expected = load(checkpoint("minimax_m2"))(ids).logits
+        torch.testing.assert_close(load(tmp_path / "back")(ids).logits, expected, rtol=0, atol=1e-5)
+
+
 def test_a_dbrx_as_released_is_not_compared(checkpoint, tmp_path):
     """Transformers 5 does not find the release's theta, so its logits are not the release's; hf_moe's are."""
     folder = Path(shutil.copytree(checkpoint("dbrx"), tmp_path / "dbrx"))
