@@ -243,7 +243,8 @@ def built(make: Callable, what: str, *arguments: Any, **fields: Any) -> Any:
 
 
 def _unknown_family(name: str, model_type: Any, families: Mapping[str, Family]) -> str:
-    known = ", ".join(families)
+    known = ", ".join([*families, *(whole for whole, part in TEXT_PARTS.items() if part.family in families)])
+    part = TEXT_PARTS[model_type].family if model_type in TEXT_PARTS else model_type
     if model_type in ENCODER_DECODERS:
         return f"{name} is a {model_type}, an encoder-decoder: hf_moe's models are decoders and cannot hold it."
     if HfMoeConfig.model_type in families:
@@ -255,8 +256,8 @@ def _unknown_family(name: str, model_type: Any, families: Mapping[str, Family]) 
             f"{name} is a {model_type}, whose attention and MLP read one norm side by side: hf_moe's MLP reads what "
             f"attention has written. It reads {known}."
         )
-    if model_type in FAMILIES:
+    if part in FAMILIES:
         return f"{name} is a {model_type}, already a mixture of experts: import it. Upcycling takes {known}."
-    if model_type in DENSE_FAMILIES:
+    if part in DENSE_FAMILIES:
         return f"{name} is a {model_type}, a dense model: upcycle it. Importing takes {known}."
     return f"{name} has model_type {model_type!r}, which hf_moe does not read; it reads {known}."

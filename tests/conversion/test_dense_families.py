@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_moe.conversion import upcycle
+from hf_moe.conversion import import_checkpoint, upcycle
 from hf_moe.conversion.families import DENSE_FAMILIES, PARALLEL_BLOCKS
 from hf_moe.conversion.source import open_source
 from safetensors.torch import load_file, save_file
@@ -78,6 +78,11 @@ def test_the_language_model_of_a_gemma_that_sees_pictures(pictures, tmp_path):
     assert report["max_abs_diff"] <= 1e-4
     assert report["ignored_config_keys"] == []
     assert load(tmp_path / "moe").config.provenance["model_type"] == "gemma3_text"
+
+
+def test_import_says_that_it_is_dense(pictures, tmp_path):
+    with pytest.raises(ValueError, match=r"is a gemma3, a dense model: upcycle it\. Importing takes .*, llama4\."):
+        import_checkpoint(pictures, tmp_path / "moe", progress=False)
 
 
 def test_a_tensor_beside_the_parts_that_are_known_is_refused(pictures, tmp_path):
