@@ -1,12 +1,15 @@
 """The families that hf_moe reads and writes: one table each."""
 
+from .arcee import ARCEE
 from .dbrx import DBRX
 from .deepseek import DEEPSEEK
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
 from .family import Computed, Family
+from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3_TEXT
+from .glm import GLM, GLM4
 from .glm4_moe import GLM4_MOE
 from .gpt_oss import GPT_OSS
 from .granite import GRANITE
@@ -50,6 +53,7 @@ DENSE_FAMILIES: dict[str, Family] = {
     "mistral": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
     "phi3": PHI3,
@@ -57,6 +61,9 @@ DENSE_FAMILIES: dict[str, Family] = {
     "olmo3": OLMO3,
     "smollm3": SMOLLM3,
     "granite": GRANITE,
+    "glm": GLM,
+    "glm4": GLM4,
+    "arcee": ARCEE,
 }
 
 # Attention and MLP side by side, which no block of hf_moe is.

@@ -6,6 +6,11 @@ Phi-4-mini rotates only part of a head. The sliding window, if there is one, hol
 from .family import DECODER_FIELDS, Family, same
 from .rope_rows import PARTIAL_ROPE
 
+FUSED_GATE_UP = {
+    f"model.layers.{{layer}}.mlp.{part}_proj.weight": ("model.layers.{layer}.mlp.gate_up_proj.weight",)
+    for part in ("gate", "up")
+}
+
 PHI3 = Family(
     model_type="phi3",
     fields={**DECODER_FIELDS, **same("head_dim", "sliding_window"), "rope_parameters": PARTIAL_ROPE},
@@ -18,9 +23,6 @@ PHI3 = Family(
             f"model.layers.{{layer}}.self_attn.{part}_proj.weight": ("model.layers.{layer}.self_attn.qkv_proj.weight",)
             for part in "qkv"
         },
-        **{
-            f"model.layers.{{layer}}.mlp.{part}_proj.weight": ("model.layers.{layer}.mlp.gate_up_proj.weight",)
-            for part in ("gate", "up")
-        },
+        **FUSED_GATE_UP,
     },
 )
