@@ -4,7 +4,11 @@
 
 The shape of DeepSeek-V2-Lite (15.7B parameters) in bf16 with random weights, the same for both models, one model at a
 time. Decoding speed is that of `new` tokens after a prefill: the time of generating 1 + new tokens less the time of
-generating 1, medians of several rounds.
+generating 1, medians of several rounds, after a first text that loads and records what is needed. Both models decode
+the way `generate()` does by itself.
+
+`floor` is what the card's memory allows hf_moe's model: the bytes that a step can't but read (the weights of the experts
+that the rows chose, counted; all other weights; the cache) at the speed of a large copy in the same run.
 """
 
 import argparse
@@ -19,6 +23,8 @@ import transformers
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
+from hf_moe.model.modeling_hf_moe import HfMoeExperts
+from hf_moe.model.router import HfMoeRouter
 from hf_moe.version import __version__
 
 CASES = [(1, 128), (1, 4096), (1, 32768), (16, 128), (16, 4096)]  # batch, context
@@ -78,6 +84,44 @@ def decode_speed(model, batch: int, context: int, new: int, rounds: int, **optio
     }
 
 
+def copy_speed() -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    target.copy_(source)
+    start.record()
+    for _ in range(10):
+        target.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    return 20 * source.numel() / (start.elapsed_time(end) / 1000)
+
+
+def bytes_of_a_step(model, batch: int, context: int, new: int) -> float:
+    """Bytes that a decoding step of hf_moe's `model` can't but read, experts as chosen on the way."""
+    distinct = []
+
+    def count(router, inputs, outputs):
+        if len(inputs[0]) == batch:  # a step, not the prompt
+            distinct.append(outputs[2].unique().numel())
+
+    routers = [module for module in model.modules() if isinstance(module, HfMoeRouter)]
+    hooks = [router.register_forward_hook(count) for router in routers]
+    ids = torch.randint(3, model.config.vocab_size, (batch, context), device="cuda")
+    seconds(model, ids, 9, disable_compile=True)
+    for hook in hooks:
+        hook.remove()
+    experts = [module for module in model.modules() if isinstance(module, HfMoeExperts)]
+    one = sum(x.nbytes for x in experts[0].parameters()) / model.config.num_experts
+    routed = sum(x.nbytes for module in experts for x in module.parameters())
+    others = sum(x.nbytes for x in model.parameters()) - routed - model.get_input_embeddings().weight.nbytes
+    config = model.config
+    cached = 2 * config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
+    chosen = statistics.mean(distinct) * len(experts)
+    return chosen * one + others + batch * (context + new / 2) * cached
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -85,13 +129,16 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=27)
     args = parser.parse_args()
-    results = {}
+    results, bandwidth = {}, copy_speed()
     for name in MODELS:
         model = build(name, args.layers)
         for batch, context in CASES:
             results[f"{name}, batch {batch}, context {context}"] = row = decode_speed(
                 model, batch, context, args.new, args.rounds
             )
+            if name == "hf_moe":
+                bound = bandwidth / bytes_of_a_step(model, batch, context, args.new) * batch
+                row["floor_tokens_per_second"] = round(bound, 1)
             print(f"{name:14s} batch {batch:3d} context {context:6d}: {row}", flush=True)
         del model
         gc.collect()
@@ -103,6 +150,7 @@ def main():
         ratios[key] = round(ours / theirs, 2)
     versions = {"hf_moe": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     report = {"device": torch.cuda.get_device_name(), "versions": versions, "layers": args.layers, "new": args.new}
+    report["copy_terabytes_per_second"] = round(bandwidth / 1e12, 2)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report | {"results": results, "ratios": ratios}, indent=2) + "\n")
     print(ratios)

@@ -9,7 +9,7 @@ Shapes: B rows, N tokens of the text, S positions that the cache has room for, V
 
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import nn
@@ -246,6 +246,10 @@ class HfMoeDecoding:
             return
         rows = batch_size * generation_config.num_return_sequences
         model_kwargs["past_key_values"] = reserve_cache(self, rows, positions)
+
+    def _optimize_model_for_decode(self):
+        """Nothing: Transformers would switch to batched_mm here, which copies the weights of each token's experts."""
+        return nullcontext()
 
     def _recorded_step(self, cache: HfMoeReservedCache, rows: int, attention_mask: torch.Tensor | None, steps: int):
         """The step to replay, or None where it isn't worth it or can't be recorded."""
