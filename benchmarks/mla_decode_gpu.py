@@ -7,7 +7,7 @@ time. Decoding speed is that of `new` tokens after a prefill: the time of genera
 generating 1, medians of several rounds, after a first text that loads and records what is needed. Both models decode
 the way `generate()` does by itself.
 
-`floor` is what the card's memory allows hf_moe's model: the bytes that a step can't but read (the weights of the experts
+`floor` is what the card's memory allows hf_moe's model: the bytes that a step must read (the weights of the experts
 that the rows chose, counted; all other weights; the cache) at the speed of a large copy in the same run.
 """
 
