@@ -74,19 +74,25 @@ def folder_config(folder: Path) -> "HfMoeConfig":
     from hf_moe.conversion.checkpoint import read_json
     from hf_moe.conversion.families import DENSE_FAMILIES, FAMILIES
     from hf_moe.conversion.source import built
+    from hf_moe.conversion.text_part import TEXT_PARTS, text_config
     from transformers import AutoConfig
 
     from hf_moe import HfMoeConfig
 
-    model_type = read_json(folder / "config.json").get("model_type")
-    families = {**DENSE_FAMILIES, **FAMILIES}
+    said = read_json(folder / "config.json")
+    model_type, families = said.get("model_type"), {**DENSE_FAMILIES, **FAMILIES}
+    is_part = model_type in TEXT_PARTS  # of a model that sees pictures, the language model is inspected
+    if is_part:
+        model_type = TEXT_PARTS[model_type].family
     if model_type != HfMoeConfig.model_type and model_type not in families:
-        known = ", ".join([HfMoeConfig.model_type, *families])
+        known = ", ".join([HfMoeConfig.model_type, *families, *TEXT_PARTS])
         raise ValueError(f"{folder} has model_type {model_type!r}, which hf_moe does not read; it reads {known}.")
     invalid = f"{folder / 'config.json'} is no valid {model_type} config"
     if model_type == HfMoeConfig.model_type:
         return built(HfMoeConfig.from_pretrained, invalid, folder)
     original = built(AutoConfig.from_pretrained, invalid, folder)
+    if is_part:
+        original = text_config(original, said)
     fields = families[model_type].hf_moe_fields(original)
     if model_type in DENSE_FAMILIES:
         fields["mlp_layer_types"] = ["dense"] * original.num_hidden_layers

@@ -3,7 +3,15 @@
 import json
 
 import pytest
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+import torch
+from transformers import (
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from hf_moe import HfMoeForCausalLM
 from hf_moe.demo import DEMO_MODEL
@@ -95,6 +103,16 @@ def test_folders_are_counted_as_they_load(command, upcycled, tmp_path):
         report = inspected(command, folder)
         assert report["total_params"] == sum(parameter.numel() for parameter in model.parameters())
     assert report["active_params"] == report["total_params"] - 2 * 3 * 24 * 20  # 2 of 3 experts in 2 layers
+
+
+def test_of_a_model_that_sees_pictures_the_language_model_counts(command, tmp_path):
+    text = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "head_dim": 6}
+    Gemma3Config(text_config=text).save_pretrained(tmp_path)
+    with torch.device("meta"):
+        alone = Gemma3ForCausalLM(Gemma3TextConfig(**text))
+    report = inspected(command, tmp_path)
+    assert report["total_params"] == alone.num_parameters()
+    assert report["sliding_layers"] == 2
 
 
 def test_a_dense_model_is_called_one(command):
