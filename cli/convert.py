@@ -10,6 +10,8 @@ from .output import hide_loading_bars, messages_on_stderr, print_report
 
 # The largest difference between two logits, in float32, at which two models count as equal.
 TOLERANCE = 1e-4
+# Experts add up a network in another order, and the activations of large models reach thousands.
+UPCYCLE_TOLERANCE = 1e-3
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or a model id on the Hub.")]
 Output = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must be new or empty.")]
@@ -122,7 +124,7 @@ def upcycle(
             verify=not no_verify,
             **read_by_some,
         )
-    finish(report, json)
+    finish(report, json, UPCYCLE_TOLERANCE)
 
 
 def import_(

@@ -6,7 +6,7 @@ from a normal distribution with the mean and standard deviation of the weights t
 
 import torch
 
-from .strategy import NEURON_AXIS, Request, Sizes, mean_and_std
+from .strategy import CHUNK, NEURON_AXIS, Request, Sizes, mean_and_std
 from .whole import Whole
 
 
@@ -25,11 +25,13 @@ class Drop(Whole):
         dense, axis = self.layer.network[part], NEURON_AXIS[part]
         if axis is None:
             return dense
-        count = round(self.request.options["drop_ratio"] * self.request.width)
+        count = max(1, round(self.request.options["drop_ratio"] * self.request.width))
         dropped = torch.randperm(self.request.width, generator=self.layer.generator("drop", index))[:count]
-        replaced = dense.index_select(axis, dropped)
-        if not replaced.numel():
-            return dense
-        mean, std = mean_and_std(replaced)
-        drawn = torch.empty(replaced.shape).normal_(mean, std, generator=self.layer.generator("drop", index, part))
-        return dense.index_copy(axis, dropped, drawn.to(dense.dtype))
+        anew = dense.clone()
+        before, after = dense.movedim(axis, 0), anew.movedim(axis, 0)  # one row a neuron
+        mean, std = mean_and_std(before[dropped])
+        generator = self.layer.generator("drop", index, part)
+        for neurons in dropped.split(max(1, CHUNK // before[0].numel())):
+            drawn = torch.empty(len(neurons), *before.shape[1:]).normal_(mean, std, generator=generator)
+            after[neurons] = drawn.to(dense.dtype)
+        return anew

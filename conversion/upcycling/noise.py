@@ -3,6 +3,8 @@
 Equal experts get equal gradients wherever the router weighs them alike; a little noise sets them apart.
 """
 
+from functools import cached_property
+
 import torch
 
 from .strategy import Request, Sizes, chunks, mean_and_std
@@ -19,9 +21,14 @@ class Noise(Whole):
             raise ValueError(f"noise_scale ({request.options['noise_scale']}) must be above 0; without it use copy.")
         return super().sizes(request)
 
+    @cached_property
+    def deviations(self) -> dict[str, float]:
+        """The standard deviation of each tensor."""
+        return {part: mean_and_std(tensor)[1] for part, tensor in self.layer.network.items()}
+
     def expert(self, index: int, part: str) -> torch.Tensor:
         dense = self.layer.network[part]
-        std = self.request.options["noise_scale"] * mean_and_std(dense)[1]
+        std = self.request.options["noise_scale"] * self.deviations[part]
         generator, noisy = self.layer.generator("noise", index, part), torch.empty_like(dense)
         for source, target in zip(chunks(dense), chunks(noisy), strict=True):
             target.copy_(source.float() + torch.empty(source.shape).normal_(std=std, generator=generator))

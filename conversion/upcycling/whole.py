@@ -39,10 +39,13 @@ class Whole(Strategy):
 
     def experts(self, parts: Sequence[str]) -> Iterator[torch.Tensor]:
         pieces = self.request.options["granularity"]
+        if pieces == 1:  # one tensor in memory at a time
+            yield from (self.expert(index, part) for index in range(self.request.experts) for part in parts)
+            return
         width = self.request.width // pieces
         for index in range(self.request.experts):
             whole = {part: self.expert(index, part) for part in parts}
             for piece in range(pieces):
                 for part, tensor in whole.items():
                     cut = take(part, tensor, slice(piece * width, (piece + 1) * width))
-                    yield cut * pieces if part == "down_proj.weight" and pieces > 1 else cut
+                    yield cut * pieces if part == "down_proj.weight" else cut

@@ -320,7 +320,7 @@ def test_layers_and_their_strategies(sources, tmp_path):
 @pytest.mark.parametrize("case", ["noise", "drop", "split", "carve", "shared-carved", "copy-hidden"])
 def test_same_input_same_bytes(case, sources, tmp_path):
     options = (EQUAL | REPORTED)[case]
-    folders = [tmp_path / "a", tmp_path / "b"]
+    folders = [tmp_path / name / "moe" for name in "ab"]
     for folder in folders:
         convert(sources("llama"), folder, **options)
     assert files_of(folders[0]) == files_of(folders[1])
@@ -336,7 +336,8 @@ def test_same_input_same_bytes(case, sources, tmp_path):
 @pytest.mark.parametrize("case", ["noise", "carve", "merge-identical"])
 def test_goes_on_to_the_same_bytes(case, sources, tmp_path, monkeypatch):
     options = {**(EQUAL | REPORTED)[case], "max_shard_size": "15KB"}
-    convert(sources("llama"), tmp_path / "whole", **options)
+    whole, broken = (tmp_path / name / "moe" for name in ("whole", "broken"))
+    convert(sources("llama"), whole, **options)
     write, written = writer.write_shard, []
 
     def interrupted(folder, shard, advance):
@@ -348,14 +349,14 @@ def test_goes_on_to_the_same_bytes(case, sources, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(writer, "write_shard", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            convert(sources("llama"), tmp_path / "broken", **options)
+            convert(sources("llama"), broken, **options)
     if "calibration" in options:
         text = sources("llama") / "other.txt"
         text.write_text("w5 w6 w7")
         with pytest.raises(ValueError, match="calibration"):
-            convert(sources("llama"), tmp_path / "broken", **options | {"calibration": "other.txt"}, resume=True)
-    convert(sources("llama"), tmp_path / "broken", **options, resume=True)
-    assert files_of(tmp_path / "broken") == files_of(tmp_path / "whole")
+            convert(sources("llama"), broken, **options | {"calibration": "other.txt"}, resume=True)
+    convert(sources("llama"), broken, **options, resume=True)
+    assert files_of(broken) == files_of(whole)
 
 
 BAD = {
