@@ -38,9 +38,10 @@ def export_checkpoint(
 
     src: a folder with an hf_moe checkpoint, or a Hub id. dst: a folder that does not exist or is empty. to: a key of
     `FAMILIES`. layout: "per-expert" (a tensor for each expert and projection) or "fused" (tensors of all experts),
-    where the family has both; None: as its models were released. drop_mtp: leave out the layers for multi-token
-    prediction. dry_run: plan and report, write nothing. verify: compare the logits of Transformers' own class with
-    hf_moe's; refused where there is none.
+    where the family has both; None: as its models were released, which vLLM's loaders and llama.cpp's converter read.
+    drop_mtp: leave out the layers for multi-token prediction. dry_run: plan and report, write nothing. resume: go on
+    with what an interrupted call has written. verify: compare the logits of Transformers' own class with hf_moe's;
+    refused where there is none.
 
     Returns a report that can be written as JSON: total_params, active_params, disk_bytes, output, training_fields
     (those that only training reads and the family has no place for) and, from `verify`, max_abs_diff and its

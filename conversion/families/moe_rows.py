@@ -13,7 +13,7 @@ ROUTING_FIELDS = {
     # Transformers' balance loss is K at perfect balance, ours 1: the coefficient that trains alike is K times theirs.
     "router_aux_loss_coef": Computed(
         ("router_aux_loss_coef", "num_experts_per_tok"),
-        lambda config: config.router_aux_loss_coef * config.num_experts_per_tok,
+        lambda config: (config.router_aux_loss_coef or 0.0) * config.num_experts_per_tok,
         lambda config: {"router_aux_loss_coef": config.router_aux_loss_coef / config.num_experts_per_tok},
     ),
 }
