@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
+from .parameter_groups import GROUPS
 from .sft_trainer import MoeSFTConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -25,6 +26,14 @@ class ModelArguments:
         metadata={
             "help": "Type of the weights; `bf16` then computes in bfloat16 over float32 weights.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    trainable: str = field(
+        default="all",
+        metadata={
+            "help": "Which parameters train; the others get no gradient and no optimizer state. Where the router is "
+            "frozen, its selection bias stands still, too.",
+            "choices": list(GROUPS),
         },
     )
     attn_implementation: str | None = field(

@@ -5,16 +5,16 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from trl import SFTConfig
 
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
 
 from .arguments import DataArguments, ModelArguments, parse_sft
 from .checkpoints import is_complete, last_checkpoint, load_model
 from .data import is_conversational, load_rows
-from .sft_trainer import MoeSFTTrainer
+from .parameter_groups import GROUPS, train_group
+from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     run(*parse_sft(argv))
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, args: SFTConfig) -> dict[str, float]:
+def run(model_args: ModelArguments, data_args: DataArguments, args: MoeSFTConfig) -> dict[str, float]:
     """Train, evaluate before and after, save to `output_dir`; returns the metrics, with `eval_loss_before`."""
     checkpoint = checkpoint_to_resume(args)
     args.chat_template_path = find_template(args.chat_template_path)
@@ -53,7 +53,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: SFTConfig) -
     return metrics
 
 
-def checkpoint_to_resume(args: SFTConfig) -> str | None:
+def checkpoint_to_resume(args: MoeSFTConfig) -> str | None:
     """The checkpoint that `resume_from_checkpoint` means, a folder or true for the last one; else None.
 
     Raises ValueError if there is none, or if `output_dir` holds something that this run would overwrite.
@@ -82,7 +82,7 @@ def steps_done(checkpoint: str | None) -> int:
     return 0 if checkpoint is None else TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}").global_step
 
 
-def load_data(data_args: DataArguments, args: SFTConfig) -> tuple[Dataset, Dataset | None]:
+def load_data(data_args: DataArguments, args: MoeSFTConfig) -> tuple[Dataset, Dataset | None]:
     common = {"config": data_args.dataset_config, "text_field": args.dataset_text_field}
     train_rows = load_rows(data_args.train_data, split=data_args.train_split, what="train_data", **common)
     if data_args.eval_data:
@@ -92,7 +92,7 @@ def load_data(data_args: DataArguments, args: SFTConfig) -> tuple[Dataset, Datas
     return train_rows, None
 
 
-def load_tokenizer(source: str, model_args: ModelArguments, args: SFTConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, model_args: ModelArguments, args: MoeSFTConfig) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model. Raises FileNotFoundError for an absent folder, ValueError if nothing loads."""
     path = Path(source)
     if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
@@ -124,7 +124,7 @@ def find_template(name: str | None) -> str | None:
     return path
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: SFTConfig) -> None:
+def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: MoeSFTConfig) -> None:
     if is_conversational(rows) and args.chat_template_path is None and tokenizer.chat_template is None:
         raise ValueError(
             "The rows are conversations and the tokenizer has no chat template: give --chat_template_path FILE.jinja, "
@@ -135,7 +135,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: SFTC
 def build_trainer(
     source: str,
     model_args: ModelArguments,
-    args: SFTConfig,
+    args: MoeSFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Dataset,
     eval_rows: Dataset | None,
@@ -154,6 +154,7 @@ def build_trainer(
         **(args.model_init_kwargs or {}),
     )
     args.model_init_kwargs = None  # used
+    choose_trained(model, model_args.trainable, args)
     trainer = MoeSFTTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=train_rows, eval_dataset=eval_rows
     )
@@ -165,7 +166,23 @@ def build_trainer(
     return trainer
 
 
-def check_kept(name: str, given: Dataset | None, kept: Dataset | None, args: SFTConfig) -> None:
+def choose_trained(model: PreTrainedModel, group: str, args: MoeSFTConfig) -> None:
+    """Freeze what `group` leaves out, and say what trains.
+
+    A frozen router keeps its selection bias, which is as much of its choice as its weights: the configuration's speed
+    counts as 0. Raises ValueError where the arguments ask for another.
+    """
+    print(train_group(model, group), file=sys.stderr)
+    if "router" not in GROUPS[group]:
+        if args.router_bias_update_speed:
+            raise ValueError(
+                f"router_bias_update_speed is {args.router_bias_update_speed}, but trainable {group} freezes the "
+                "routers and their selection biases: leave it out, or choose a group that trains the routers."
+            )
+        args.router_bias_update_speed = 0.0
+
+
+def check_kept(name: str, given: Dataset | None, kept: Dataset | None, args: MoeSFTConfig) -> None:
     """Say how many rows TRL left out because truncation left nothing to learn from; raises ValueError if all."""
     if given is None or args.packing:  # packed rows are other rows
         return
