@@ -11,7 +11,10 @@ does not), and what was published about its size (`published`), so that a test c
 - mismatch: for each figure that does not follow from the release's own dimensions, how far off it is.
 
 A loss coefficient stands as published, and says what it multiplied there, a key of `COEFFICIENTS`: HfMoeConfig has one
-convention for all, see its docstring. A preset holds no token ids: they belong to a tokenizer.
+convention for all, see its docstring. DeepSeekMoE's and DeepSeek-V2's are the papers', which balance over the batch;
+the config.json of their releases names a loss within sequences instead, and so does what is imported.
+
+A preset holds no token ids: they belong to a tokenizer.
 """
 
 import copy
