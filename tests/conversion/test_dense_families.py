@@ -14,18 +14,18 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 from hf_moe import HfMoeForCausalLM
 from tests.conftest import tokens
-from tests.conversion.conftest import DENSE_CASES, GEMMA, SIZES
+from tests.conversion.conftest import DENSE_CASES, GEMMA, SIZES, build
 
 
 def load(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def without_experts(folder: Path) -> HfMoeForCausalLM:
+def without_experts(folder: Path, dtype: torch.dtype = torch.float32) -> HfMoeForCausalLM:
     """The source's own bytes in an hf_moe model whose layers are all dense."""
     source = open_source(folder, DENSE_FAMILIES)
     config = source.hf_moe_config(mlp_layer_types=["dense"] * source.hf_moe_fields["num_hidden_layers"])
-    model = HfMoeForCausalLM(config).eval()
+    model = HfMoeForCausalLM._from_config(config, dtype=dtype).eval()
     outputs = source.outputs(config)
     state = {name: torch.cat(list(output.pieces())).clone() for name, output in outputs.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -49,6 +49,19 @@ def test_dense_blocks_compute_what_the_source_computes(case, checkpoint):
         mine, other = ours(ids, attention_mask=padding).logits, theirs(ids, attention_mask=padding).logits
         torch.testing.assert_close(mine[:, 4:], other[:, 4:], rtol=0, atol=1e-5)
     assert ours.num_parameters() == theirs.num_parameters()
+
+
+@pytest.mark.parametrize("case", ["gemma", "gemma3", "granite", "phi4-mini", "smollm3"])
+def test_bfloat16_is_rounded_where_the_source_rounds(case, tmp_path):
+    """Gemma multiplies by 1 + weight in float32 and rounds sqrt(D) to the dtype of the embeddings."""
+    model_type, changes = DENSE_CASES[case]
+    build(model_type, torch.bfloat16, **changes).save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ours = without_experts(tmp_path, torch.bfloat16)
+    ids = tokens(length=31, vocab_size=61)
+    with torch.inference_mode():
+        assert theirs.dtype == torch.bfloat16
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
 
 
 LAYOUTS = {
