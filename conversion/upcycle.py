@@ -13,6 +13,7 @@ from .hashing import Hashing
 from .output import convert
 from .source import Source, open_source, tensor_shapes
 from .staging import check_destination
+from .upcycling import DEFAULT_STRATEGY
 from .upcycling.plan import Plan
 from .upcycling.strategy import Strategy
 from .verify import verify as compare
@@ -35,7 +36,7 @@ def upcycle(
     *,
     experts: int,
     top_k: int,
-    strategy: str = "copy",
+    strategy: str = DEFAULT_STRATEGY,
     granularity: int = 1,
     shared: int = 0,
     layers: str = "all",
@@ -96,19 +97,20 @@ def upcycle(
     provenance = {"method": "upcycle", "strategy": plan.strategy_names, "seed": seed, "arguments": plan.arguments}
     if len(sources) > 1 and not dry_run:
         provenance["siblings"] = [origin(sibling) for sibling in sources[1:]]
-    report = convert(
-        sources[0],
-        config,
-        outputs,
-        dst,
-        provenance=provenance,
-        max_shard_size=max_shard_size,
-        dry_run=dry_run,
-        resume=resume,
-        check=verify,
-        progress=progress,
-        memory=plan.memory,
-    )
+    with torch.device("cpu"):  # where the generators are, whatever the default device
+        report = convert(
+            sources[0],
+            config,
+            outputs,
+            dst,
+            provenance=provenance,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            resume=resume,
+            check=verify,
+            progress=progress,
+            memory=plan.memory,
+        )
     report["equal_at_step_0"] = plan.exact
     if len(sources) > 1 and verify and not dry_run:
         texts = options.get("domain_texts") or [None] * len(sources)

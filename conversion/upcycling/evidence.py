@@ -99,7 +99,8 @@ class Evidence:
         return read
 
     def _encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
-        encoded = [self._tokenizer(text, return_tensors="pt").input_ids[0] for text in texts]
+        read = [self._tokenizer(text, verbose=False).input_ids for text in texts]
+        encoded = [torch.tensor(ids, dtype=torch.long, device="cpu") for ids in read]
         for text, ids in zip(texts, encoded, strict=True):
             if not len(ids):
                 raise ValueError(f"The prompt {text!r} has no tokens.")

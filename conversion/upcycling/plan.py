@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from ..hashing import file_digest
 from ..source import Source
 from ..writer import Output
-from . import UPCYCLERS
+from . import DEFAULT_STRATEGY, UPCYCLERS
 from .evidence import Evidence
 from .layers import parse_layers
 from .options import complete, refuse_unread
@@ -45,6 +45,8 @@ class Plan:
         for name in [strategy, *names.values()]:
             known("strategy", name, UPCYCLERS)
         self._used = {name: UPCYCLERS[name] for name in sorted(set(names.values()))}
+        if strategy not in self._used and strategy != DEFAULT_STRATEGY:
+            raise ValueError(f"strategy {strategy!r} has no effect: layers {layers!r} names others for all.")
         self.strategy_names = ", ".join(self._used)
         if router_init is not None:
             known("router_init", router_init, ROUTER_INITS)

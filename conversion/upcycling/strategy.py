@@ -4,6 +4,7 @@ Shapes: D hidden size, I intermediate size, T tokens of the calibration text.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,8 +47,7 @@ class Request:
 
     def exact_factor(self, factor: float) -> bool:
         """Whether a product of weights and `factor` is the same number in the checkpoint's dtype, or nearly so."""
-        mantissa, _ = torch.frexp(torch.tensor(float(factor), dtype=torch.double))
-        return mantissa.item() == 0.5 or self.dtype in (torch.float32, torch.float64)
+        return math.frexp(factor)[0] == 0.5 or self.dtype in (torch.float32, torch.float64)
 
 
 class Sizes(NamedTuple):

@@ -333,6 +333,15 @@ def test_same_input_same_bytes(case, sources, tmp_path):
         assert not torch.equal(first[name], first[name.replace("1", "0")])
 
 
+@pytest.mark.parametrize("case", ["copy", "noise", "drop", "split", "carve", "shared-carved"])
+def test_works_on_the_cpu_whatever_the_default_device(case, sources, tmp_path):
+    options = (EQUAL | REPORTED)[case]
+    convert(sources("llama"), tmp_path / "a" / "moe", **options)
+    with torch.device("meta"):
+        convert(sources("llama"), tmp_path / "b" / "moe", **options)
+    assert files_of(tmp_path / "a" / "moe") == files_of(tmp_path / "b" / "moe")
+
+
 @pytest.mark.parametrize("case", ["noise", "carve", "merge-identical"])
 def test_goes_on_to_the_same_bytes(case, sources, tmp_path, monkeypatch):
     options = {**(EQUAL | REPORTED)[case], "max_shard_size": "15KB"}
@@ -396,6 +405,7 @@ BAD = {
     ),
     "layer twice": ({"layers": "0-1,1"}, "layer 1 twice"),
     "strategy of a layer": ({"layers": "all=magic"}, "'magic'.*copy"),
+    "strategy of no layer": ({"strategy": "drop", "layers": "0=copy"}, "strategy 'drop' has no effect"),
     "unlike layers": ({"layers": "0=split,1=copy"}, "'copy' and 'split' cannot share"),
 }
 
