@@ -8,11 +8,12 @@ from contextlib import nullcontext
 
 import torch
 
-from .combine import bias_gradient, combine, score_gradient
-from .down_backward import down_backward
+from .activation_backward import activation_backward
+from .bias_gradient import bias_gradient
 from .grouped_product import product
 from .layer import Experts
 from .routing_metadata import Routing, empty_routing, route
+from .token_rows import combine, gather
 from .up_projection import up_projection
 from .weight_gradient import weight_gradient
 
@@ -34,8 +35,8 @@ def forward(x, index, weights, up, down, up_bias, down_bias, activation, gated, 
     with on(x.device):
         routing = route(index, weights, experts.num_experts, experts.tile, skip_zero=not save)
         hidden, activated = up_projection(x, up, up_bias, experts, routing, save)
-        rows = product("down", activated, down, down_bias, not transposed, experts, routing)
-        return combine(rows, weights, routing, experts.top_k), hidden, *routing
+        rows = product(activated, down, down_bias, not transposed, experts, routing)
+        return combine(rows, weights, experts, routing), hidden, *routing
 
 
 def backward(
@@ -48,26 +49,30 @@ def backward(
     experts, routing = Experts.of(index, down, activation, gated, transposed), Routing(*routing)
     need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
     need_hidden = need_x or need_up or need_up_bias
-    gradients = []
+    grad_x = grad_up = grad_down = grad_up_bias = grad_down_bias = None
     with on(x.device):
-        if need_hidden or need_weights or need_down:
-            grad_hidden, weighted, scores = down_backward(
-                grad, down, weights, hidden, experts, routing, need_hidden, need_down
-            )
-        if need_x:
-            rows = product("input_gradient", grad_hidden, up, None, transposed, experts, routing)
-            gradients.append(combine(rows, None, routing, experts.top_k))
-            del rows
-        if need_weights:
-            gradients.append(score_gradient(scores, grad, down_bias, index, weights, experts, routing))
-        if need_up:
-            sides = {"left": x, "right": grad_hidden} if transposed else {"left": grad_hidden, "right": x}
-            gradients.append(weight_gradient(**sides, by_token=x, experts=experts, routing=routing))
+        grad = gather(grad, experts, routing)
+        activated = product(grad, down, None, transposed, experts, routing)
+        grad_hidden, grad_weights = activation_backward(
+            activated, hidden, grad, weights, down_bias, experts, routing, need_hidden, need_down, need_weights
+        )
         if need_down:
-            sides = {"left": weighted, "right": grad} if transposed else {"left": grad, "right": weighted}
-            gradients.append(weight_gradient(**sides, by_token=grad, experts=experts, routing=routing))
-        if need_up_bias:
-            gradients.append(bias_gradient(grad_hidden, experts, routing))
+            grad_down = weight_gradient(*oriented(grad, activated, transposed), experts, routing)
         if need_down_bias:
-            gradients.append(bias_gradient(grad, experts, routing, weights))
-    return gradients
+            grad_down_bias = bias_gradient(grad, experts, routing, weights)
+        del activated, grad
+        if need_up:
+            grad_up = weight_gradient(
+                *oriented(grad_hidden, gather(x, experts, routing), transposed), experts, routing
+            )
+        if need_up_bias:
+            grad_up_bias = bias_gradient(grad_hidden, experts, routing)
+        if need_x:
+            grad_x = combine(product(grad_hidden, up, None, transposed, experts, routing), None, experts, routing)
+    gradients = (grad_x, grad_weights, grad_up, grad_down, grad_up_bias, grad_down_bias)
+    return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
+
+
+def oriented(out: torch.Tensor, into: torch.Tensor, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left and right of the gradient of a weight [E, out, in], or [E, in, out] if transposed."""
+    return (into, out) if transposed else (out, into)

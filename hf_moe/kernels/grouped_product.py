@@ -33,12 +33,9 @@ def product_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     FLATTEN: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
 ):
     row_tiles, col_tiles = tl.load(offsets + 2 * num_experts + 1), tl.cdiv(col_size, COLS)
-    for program in tl.range(
-        tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE
-    ):
+    for program in tl.range(tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, col_tile = locate(program, row_tiles, col_tiles, GROUP)
         expert = tl.load(tiles + 2 * row_tile)
         row, col = row_tile * ROWS, col_tile * COLS
@@ -59,25 +56,24 @@ def product_kernel(
             store_tile(out, tile, row, col + part * (COLS // PARTS), col_size, OUT_TMA)
 
 
-def product(name: str, a, weight, bias, last: bool, experts: Experts, routing: Routing) -> torch.Tensor:
+def product(a, weight, bias, last: bool, experts: Experts, routing: Routing) -> torch.Tensor:
     """Rows a[r] W_e + b_e; W_e is summed over its last axis if `last`."""
     columns = weight.shape[1 if last else 2]
     out = experts.rows(routing, columns, a)
-    grid, w, options = experts.product(name, weight, last, columns, routing)
-    store_tma = options.pop("STORE_TMA")
+    grid, w, options = experts.product("product", weight, last, columns, routing)
     width = options["COLS"] // options["PARTS"]
     product_kernel[grid](
         operand(a, options["ROWS"], options["DEPTH"]),
         w,
         bias,
-        operand(out, options["ROWS"], width) if store_tma else out,
+        operand(out, options["ROWS"], width),
         routing.offsets,
         routing.tiles,
         depth_size=a.shape[1],
         col_size=columns,
         HAS_BIAS=bias is not None,
         A_TMA=described(a, options["DEPTH"]),
-        OUT_TMA=store_tma and described(out, width),
+        OUT_TMA=described(out, width),
         **options,
     )
     return out

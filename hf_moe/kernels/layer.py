@@ -57,8 +57,10 @@ class Experts:
         }
         return (min(programs, per_processor * processors(w.device)),), operand(w, 1, *block), options
 
-    def formula(self) -> dict:
-        return {"TOP_K": self.top_k, "ACTIVATION": ACTIVATIONS[self.activation], "GATED": self.gated}
+    @property
+    def function(self) -> triton.JITFunction:
+        """The activation: value and slope."""
+        return ACTIVATIONS[self.activation]
 
 
 def precision(dtype: torch.dtype) -> str:

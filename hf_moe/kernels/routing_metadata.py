@@ -42,10 +42,11 @@ def route(index: torch.Tensor, weights: torch.Tensor, num_experts: int, tile: in
     chunks = triton.cdiv(index.numel(), CHUNK)
     counts = torch.empty(chunks, experts, dtype=torch.int32, device=index.device)
     sizes = {"num_slots": index.numel(), "num_experts": num_experts}
-    shapes = {"SKIP_ZERO": skip_zero, "CHUNK": CHUNK, "EXPERTS": experts, "num_warps": 4}
-    count_kernel[(chunks,)](index, weights, counts, **sizes, **shapes)
+    shapes = {"SKIP_ZERO": skip_zero, "CHUNK": CHUNK, "EXPERTS": experts}
+    count_kernel[(chunks,)](index, weights, counts, **sizes, **shapes, num_warps=4)
     per_program = max(16, triton.next_power_of_2(triton.cdiv(len(routing.tiles), chunks)))
-    place_kernel[(chunks,)](index, weights, counts, *routing, **sizes, TILE=tile, TILES=per_program, **shapes)
+    shapes |= {"TILE": tile, "TILES": per_program, "num_warps": 8}
+    place_kernel[(chunks,)](index, weights, counts, *routing, **sizes, **shapes)
     return routing
 
 
@@ -102,8 +103,8 @@ def place_kernel(
     # Every program sums all counts again: that costs less than a launch between.
     total = tl.zeros([EXPERTS], tl.int32)
     before = tl.zeros([EXPERTS], tl.int32)
-    for first in range(0, chunks, 16):
-        others = first + tl.arange(0, 16)[:, None]
+    for first in range(0, chunks, 32):
+        others = first + tl.arange(0, 32)[:, None]
         count = tl.load(counts + others * EXPERTS + experts[None, :], mask=others < chunks, other=0)
         total += tl.sum(count, 0)
         before += tl.sum(tl.where(others < chunk, count, 0), 0)

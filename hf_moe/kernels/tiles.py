@@ -2,16 +2,15 @@
 
 import torch
 
-BASE = {"COLS": 128, "DEPTH": 64, "GROUP": 16, "FLATTEN": False, "SPECIALIZE": False, "per_processor": 1 << 20}
-BASE |= {"STORE_TMA": True, "num_warps": 8, "num_stages": 3}
-# For 16-bit numbers and many rows an expert, on Hopper.
+# For 16-bit numbers and many rows an expert, on Hopper. With one program a processor and the loop over tiles flattened
+# a tile's first loads overlap the stores of the one before; in the up-projection this costs registers that it lacks.
+EVERY_TILE = 1 << 20  # programs a processor: as many as there are tiles
 LARGE = {
-    "up": BASE,
-    "down": BASE | {"COLS": 256, "PARTS": 1},
-    "down_backward": BASE | {"PARTS": 4},
-    "input_gradient": BASE | {"COLS": 256, "PARTS": 1},
-    "weight_gradient": BASE | {"ROWS": 128, "COLS": 256},
+    "up": {"COLS": 128, "GROUP": 8, "FLATTEN": False, "per_processor": EVERY_TILE},
+    "product": {"COLS": 256, "GROUP": 16, "FLATTEN": True, "per_processor": 1, "PARTS": 2},
+    "weight_gradient": {"ROWS": 128, "COLS": 256, "GROUP": 16, "FLATTEN": False, "per_processor": EVERY_TILE},
 }
+LARGE = {name: chosen | {"DEPTH": 64, "num_warps": 8, "num_stages": 3} for name, chosen in LARGE.items()}
 SMALL = {"COLS": 64, "num_warps": 4}
 FLOAT32 = {"COLS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 2}
 INTERPRETED = {"COLS": 32, "DEPTH": 32, "GROUP": 2}

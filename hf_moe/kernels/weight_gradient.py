@@ -1,6 +1,6 @@
 """Gradient of a grouped product's weight: out_e = sum over the rows r of expert e of left[r]^T right[r].
 
-Filling rows need no mask: the side that is by row holds zeros there, the side that is by token is gathered as zeros.
+Filling rows need no mask: they are zero on both sides.
 """
 
 import torch
@@ -14,48 +14,26 @@ from .tiles import processors, tiles
 
 
 @triton.jit
-def side_tile(
-    side,
-    slot_of_row,
-    row,
-    col,
-    size,
-    TOP_K: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
-    TMA: tl.constexpr,
-    EVEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+def side_tile(side, row, col, size, TMA: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Columns from `col` of an operand, for the rows from `row` on."""
     if TMA:
         tile = side.load([row, col])
     else:
         rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
-        if BY_TOKEN:
-            slots = tl.load(slot_of_row + rows)
-            pointers = side + (slots // TOP_K).to(tl.int64)[:, None] * size + cols[None, :]
-            kept = (slots >= 0)[:, None]
-            tile = tl.load(pointers, mask=kept if EVEN else kept & (cols < size)[None, :], other=0.0)
-        else:
-            pointers = side + rows.to(tl.int64)[:, None] * size + cols[None, :]
-            tile = tl.load(pointers) if EVEN else tl.load(pointers, mask=(cols < size)[None, :], other=0.0)
+        pointers = side + rows.to(tl.int64)[:, None] * size + cols[None, :]
+        tile = tl.load(pointers) if EVEN else tl.load(pointers, mask=(cols < size)[None, :], other=0.0)
     return tile
 
 
 @triton.jit
 def weight_gradient_kernel(
-    left,  # rows [S, M], or [T, M] if LEFT_BY_TOKEN
-    right,  # rows [S, N], or [T, N] if RIGHT_BY_TOKEN
-    out,  # [E M, N]
-    slot_of_row,
+    left,  # rows [S, M]
+    right,  # rows [S, N]
+    out,  # [E, M, N]
     offsets,
     num_experts,
     M,
     N,
-    TOP_K: tl.constexpr,
-    LEFT_BY_TOKEN: tl.constexpr,
-    RIGHT_BY_TOKEN: tl.constexpr,
     LEFT_TMA: tl.constexpr,
     RIGHT_TMA: tl.constexpr,
     OUT_TMA: tl.constexpr,
@@ -68,13 +46,10 @@ def weight_gradient_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
 ):
     m_tiles, n_tiles = tl.cdiv(M, ROWS), tl.cdiv(N, COLS)
     tiles = m_tiles * n_tiles
-    for program in tl.range(
-        tl.program_id(0), num_experts * tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE
-    ):
+    for program in tl.range(tl.program_id(0), num_experts * tiles, tl.num_programs(0), flatten=FLATTEN):
         expert = program // tiles
         m_tile, n_tile = locate(program % tiles, m_tiles, n_tiles, GROUP)
         m, n = m_tile * ROWS, n_tile * COLS
@@ -83,8 +58,8 @@ def weight_gradient_kernel(
 
         acc = tl.zeros([ROWS, COLS], tl.float32)
         for row in range(start, start + count, DEPTH):
-            a = side_tile(left, slot_of_row, row, m, M, TOP_K, LEFT_BY_TOKEN, LEFT_TMA, LEFT_EVEN, DEPTH, ROWS)
-            b = side_tile(right, slot_of_row, row, n, N, TOP_K, RIGHT_BY_TOKEN, RIGHT_TMA, RIGHT_EVEN, DEPTH, COLS)
+            a = side_tile(left, row, m, M, LEFT_TMA, LEFT_EVEN, DEPTH, ROWS)
+            b = side_tile(right, row, n, N, RIGHT_TMA, RIGHT_EVEN, DEPTH, COLS)
             acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
 
         tile = acc.to(left.dtype if LEFT_TMA else left.dtype.element_ty)
@@ -96,31 +71,25 @@ def weight_gradient_kernel(
             tl.store(out + places, tile, mask=(rows < M)[:, None] & (cols < N)[None, :])
 
 
-def weight_gradient(left, right, by_token, experts: Experts, routing: Routing) -> torch.Tensor:
-    """[E, M, N] from left [., M] and right [., N]: rows, or the one that is `by_token`, gathered in the load."""
+def weight_gradient(left, right, experts: Experts, routing: Routing) -> torch.Tensor:
+    """[E, M, N] from the rows left (M) and right (N), both zero where filling."""
     M, N = left.shape[1], right.shape[1]
     out = left.new_empty(experts.num_experts, M, N)
     chosen = tiles("weight_gradient", experts.tile, left.dtype, left.device)
     chosen["DEPTH"] = min(chosen["DEPTH"], experts.tile)  # beyond its tile a row is another expert's
-    m, n, store_tma = chosen["ROWS"], chosen["COLS"], chosen.pop("STORE_TMA")
-    left_by_token, right_by_token = left is by_token, right is by_token
-    left_tma, right_tma = not left_by_token and described(left, m), not right_by_token and described(right, n)
+    m, n = chosen["ROWS"], chosen["COLS"]
     programs = experts.num_experts * triton.cdiv(M, m) * triton.cdiv(N, n)
     weight_gradient_kernel[(min(programs, chosen.pop("per_processor") * processors(left.device)),)](
-        operand(left, chosen["DEPTH"], m) if left_tma else left,
-        operand(right, chosen["DEPTH"], n) if right_tma else right,
-        operand(out, 1, m, n) if store_tma else out,
-        routing.slot_of_row,
+        operand(left, chosen["DEPTH"], m),
+        operand(right, chosen["DEPTH"], n),
+        operand(out, 1, m, n),
         routing.offsets,
         num_experts=experts.num_experts,
         M=M,
         N=N,
-        TOP_K=experts.top_k,
-        LEFT_BY_TOKEN=left_by_token,
-        RIGHT_BY_TOKEN=right_by_token,
-        LEFT_TMA=left_tma,
-        RIGHT_TMA=right_tma,
-        OUT_TMA=store_tma and described(out, n),
+        LEFT_TMA=described(left, m),
+        RIGHT_TMA=described(right, n),
+        OUT_TMA=described(out, n),
         LEFT_EVEN=M % m == 0,
         RIGHT_EVEN=N % n == 0,
         PRECISION=precision(left.dtype),

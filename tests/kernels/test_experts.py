@@ -53,12 +53,12 @@ def compare(inputs, activation="silu", gated=True, transposed=False):
 
 
 SHAPES = {  # T, K, D, I, E
-    "odd": (19, 3, 45, 35, 3),
-    "aligned": (20, 2, 64, 32, 3),
+    "odd": (13, 3, 35, 37, 3),
+    "aligned": (12, 2, 64, 32, 2),
     "one-token": (1, 2, 33, 17, 5),
-    "one-expert": (21, 1, 24, 40, 1),
+    "one-expert": (21, 1, 24, 16, 1),
     "every-expert": (5, 4, 20, 12, 4),
-    "many-experts": (6, 2, 16, 16, 67),
+    "many-experts": (6, 2, 16, 16, 19),
 }
 INDICES = {  # of 9 tokens, 2 choices, 4 experts
     "all-on-one": lambda: torch.full((9, 2), 2),
@@ -83,21 +83,20 @@ def test_shapes(device, shape):
 
 @pytest.mark.parametrize("index", INDICES)
 def test_indices(device, index):
-    compare(problem(device, 9, 2, 40, 24, 4, index=INDICES[index](), bias=index == "some-elsewhere"))
+    compare(problem(device, 9, 2, 20, 12, 4, index=INDICES[index](), bias=index == "some-elsewhere"))
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
-@pytest.mark.parametrize("size", [33, 32], ids=["odd", "aligned"])
-def test_formulas(device, formula, size):
+def test_formulas(device, formula):
     options = FORMULAS[formula]
-    inputs = problem(device, 9, 2, size, size + 8, 3, **options)
+    size = 24 if options.get("transposed") and not options.get("bias") else 17
+    inputs = problem(device, 9, 2, size, size + 4, 2, **options)
     compare(inputs, gated=options.get("gated", True), transposed=options.get("transposed", False))
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-def test_activations(device, activation, gated):
-    compare(problem(device, 4, 1, 16, 16, 1, gated=gated), activation, gated)
+def test_activations(device, activation):
+    compare(problem(device, 4, 1, 16, 16, 1), activation)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -105,5 +104,18 @@ def test_activations(device, activation, gated):
 def test_sixteen_bits(device, dtype, size):
     if device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter cannot multiply matrices of bfloat16")
-    inputs = problem(device, 13, 2, size, size, 3, dtype=dtype)
+    inputs = problem(device, 9, 2, size, size, 2, dtype=dtype)
     compare(inputs | {"weights": inputs["weights"].float().softmax(-1)})
+
+
+def test_no_tokens(device):
+    compare(problem(device, 0, 2, 16, 16, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("size", [320, 333], ids=["aligned", "odd"])
+@pytest.mark.parametrize("tokens", [40, 150, 3000])
+def test_tiles_of_every_size(device, tokens, size, dtype):
+    """Mean rows an expert of 16 to 1200: each tile that row_tile chooses, several on every axis."""
+    compare(problem(device, tokens, 2, size, size - 64, 5, dtype=dtype))
