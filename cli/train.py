@@ -7,9 +7,24 @@ import typer
 
 def train(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file with the arguments of one run.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A YAML file with the arguments of one run, or a name from --list."),
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the recipes that come along.")] = False,
+    show: Annotated[str | None, typer.Option(metavar="RECIPE", help="Print a recipe.")] = None,
+    check: Annotated[str | None, typer.Option(metavar="RECIPE", help="Validate a recipe, without training.")] = None,
 ) -> None:
     """Fine-tune a model as a recipe says. `--key value` replaces the recipe's value of that key."""
-    from hf_moe.training.sft import main
+    if list_ or show is not None:
+        from hf_moe.training.recipe_files import list_recipes, recipe_text
 
-    main([recipe, *context.args])
+        print(list_recipes() if list_ else recipe_text(show).rstrip("\n"))
+    elif check is not None:
+        from hf_moe.training.arguments import check_recipe
+
+        print(f"{check}: all {check_recipe(check)} arguments are valid")
+    else:
+        from hf_moe.training.sft import main
+
+        main([*([recipe] if recipe else []), *context.args])

@@ -1,17 +1,17 @@
 """Every argument of a run: dataclasses, filled from a YAML recipe and from `--key value` after it."""
 
 import difflib
+import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, get_type_hints
 
-import yaml
+from huggingface_hub.dataclasses import type_validator
 from trl import TrlParser
 
 from .parameter_groups import GROUPS
+from .recipe_files import read_recipe, shipped_recipes
 from .sft_trainer import MoeSFTConfig
 
-RECIPES = Path(__file__).parent / "recipes"
 REQUIRED = ("model_name_or_path", "train_data", "output_dir")
 
 
@@ -57,37 +57,17 @@ class DataArguments:
     eval_split: str = field(default="validation", metadata={"help": "Split of a folder or a Hub data set."})
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with hf_moe: "<model>/<stage>" to file."""
-    return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in sorted(RECIPES.glob("*/*.yaml"))}
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """Arguments in the YAML file `name`, or in the shipped recipe of that name.
-
-    Raises FileNotFoundError if there is neither, ValueError if the file does not hold a mapping.
-    """
-    path = Path(name) if Path(name).is_file() else shipped_recipes().get(name)
-    if path is None:
-        raise FileNotFoundError(f"No recipe {name}: give a YAML file, or one of {', '.join(shipped_recipes())}.")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"Recipe {name} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"Recipe {name} must map argument names to values, but holds a {type(recipe).__name__}.")
-    return recipe
-
-
 class RecipeParser(TrlParser):
     """TRL's parser with a recipe in front of the command line. Every mistake is a ValueError of one line."""
 
     def __init__(self, dataclass_types):
         super().__init__(dataclass_types, prog="hf-moe train RECIPE", allow_abbrev=False)
         self.known = {action.dest for action in self._actions} - {"help"}
+        self.types = {name: kind for part in dataclass_types for name, kind in get_type_hints(part).items()}
+        self.where = ""  # what is being read, for messages
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(self.where + re.sub(r"^argument --(\w+)[^:]*", r"argument \1", message))  # without spellings
 
     def parse(self, argv: list[str]) -> tuple:
         """One instance per dataclass from [recipe, --key, value, ...]; the command line wins."""
@@ -96,13 +76,8 @@ class RecipeParser(TrlParser):
         if argv[0] in ("-h", "--help"):
             self.parse_args(argv)
         name, *overrides = argv
-        recipe = read_recipe(name)
-        for key in recipe:
-            self.check_key(str(key), f"recipe {name}: ")
-        # Scalars go through argparse, which checks their type and choices. It would take defaults unchecked.
-        scalars = {key: value for key, value in recipe.items() if isinstance(value, str | int | float)}
-        self.set_defaults_with_config(**{key: value for key, value in recipe.items() if key not in scalars})
-        namespace, unknown = self.parse_known_args([f"--{k}={v}" for k, v in scalars.items()] + overrides)
+        self.take_recipe(name)
+        namespace, unknown = self.parse_known_args(overrides)
         for word in unknown:
             if word.startswith("--"):
                 self.check_key(word[2:].split("=")[0].replace("-", "_"))
@@ -113,12 +88,53 @@ class RecipeParser(TrlParser):
             raise ValueError(f"Recipe {name} leaves {' and '.join(missing)} to you: give them after the recipe.")
         return self.parse_dict(vars(namespace))
 
-    def check_key(self, key: str, where: str = "") -> None:
+    def take_recipe(self, name: str) -> int:
+        """Make a recipe's values the defaults, each of its argument's type; returns how many. ValueError where not."""
+        recipe = read_recipe(name)
+        self.where = f"recipe {name}: "
+        for key in recipe:
+            self.check_key(str(key))
+        # Scalars go through argparse, which checks their type and choices. It would take defaults unchecked.
+        scalars = {key: value for key, value in recipe.items() if isinstance(value, str | int | float)}
+        parsed = vars(self.parse_args([f"--{key}={value}" for key, value in scalars.items()]))
+        for key in recipe.keys() - scalars.keys():
+            try:
+                type_validator(key, recipe[key], self.types[key])
+            except TypeError as error:
+                self.error(f"argument {key} cannot be {recipe[key]!r}: {' '.join(str(error).split())}")
+        self.set_defaults_with_config(**recipe | {key: parsed[key] for key in scalars})
+        self.where = ""
+        return len(recipe)
+
+    def check(self, name: str) -> int:
+        """Validate a recipe by itself, whatever machine this is; returns how many arguments it gives.
+
+        Raises ValueError for the first that is unknown, of another type, or in contradiction to the others.
+        """
+        count = self.take_recipe(name)
+        given = vars(self.parse_args([]))
+        # What only the machine of the run can tell, and what only its user knows, is not the recipe's fault.
+        given |= {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "output_dir": "unused"}
+        try:
+            self.parse_dict(given)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ValueError(f"recipe {name}: {' '.join(str(error).split())}") from error
+        return count
+
+    def check_key(self, key: str) -> None:
         if key not in self.known:
             nearest = difflib.get_close_matches(key, self.known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}unknown argument {key}; the nearest known one is {nearest}.")
+            self.error(f"unknown argument {key}; the nearest known one is {nearest}.")
+
+
+SFT = (ModelArguments, DataArguments, MoeSFTConfig)
 
 
 def parse_sft(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeSFTConfig]:
     """The arguments of a supervised fine-tuning run from [recipe, --key, value, ...]."""
-    return RecipeParser((ModelArguments, DataArguments, MoeSFTConfig)).parse(argv)
+    return RecipeParser(SFT).parse(argv)
+
+
+def check_recipe(name: str) -> int:
+    """Validate every argument of a recipe without training; returns how many it gives. Raises as RecipeParser."""
+    return RecipeParser(SFT).check(name)

@@ -1,6 +1,7 @@
 import pytest
 import yaml
-from hf_moe.training.arguments import REQUIRED, parse_sft, read_recipe, shipped_recipes
+from hf_moe.training.arguments import REQUIRED, check_recipe, parse_sft
+from hf_moe.training.recipe_files import read_recipe, shipped_recipes
 
 GIVEN = ["--model_name_or_path", "model", "--train_data", "rows.jsonl", "--output_dir", "out"]
 CPU = ["--bf16", "false"]
@@ -101,3 +102,42 @@ def test_unknown_recipe_lists_the_known_ones(name):
 def test_no_recipe_at_all():
     with pytest.raises(ValueError, match="Give a recipe"):
         parse_sft([])
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_is_valid_and_says_what_it_does(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check_recipe(name) == len(read_recipe(name))
+    assert list(tmp_path.iterdir()) == []
+    first = shipped_recipes()[name].read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ") and first.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"trainabel": "all"}, "unknown argument trainabel; the nearest known one is trainable."),
+        ({"trainable": "dense"}, r"argument trainable: invalid choice: 'dense'"),
+        ({"learning_rate": "high"}, "argument learning_rate: invalid float value: 'high'"),
+        ({"max_steps": None}, "argument max_steps cannot be None: .*int"),
+        ({"max_steps": [3]}, r"argument max_steps cannot be \[3\]: .*int"),
+        ({"train_data": ["a.jsonl", 3]}, r"argument train_data cannot be \['a.jsonl', 3\]"),
+        ({"model_init_kwargs": ["x"]}, r"argument model_init_kwargs cannot be \['x'\]"),
+        ({"lr_scheduler_type": "triangular"}, "triangular"),
+        ({"load_best_model_at_end": True, "save_strategy": "no", "eval_strategy": "epoch"}, "load_best_model_at_end"),
+        ({3: "x"}, "unknown argument 3"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_check_names_the_file_and_the_argument(recipe, arguments, message):
+    name = recipe(**{"bf16": True, **{key: value for key, value in arguments.items() if isinstance(key, str)}})
+    if 3 in arguments:
+        with open(name, "a", encoding="utf-8") as file:
+            file.write("3: x\n")
+    with pytest.raises(ValueError, match=message) as error:
+        check_recipe(name)
+    assert str(error.value).startswith(f"recipe {name}: ") and "\n" not in str(error.value)
+
+
+def test_check_does_not_depend_on_the_machine(recipe):
+    assert check_recipe(recipe(bf16=True, use_cpu=False, tf32=True)) == 4
