@@ -31,8 +31,8 @@ class ModelArguments:
     trainable: str = field(
         default="all",
         metadata={
-            "help": "Which parameters train; the others get no gradient and no optimizer state. Where the router is "
-            "frozen, its selection bias stands still, too.",
+            "help": "Which parameters train; the others get no gradient and no optimizer state. The selection bias of a "
+            "frozen router stands still, too, unless router_bias_update_speed is given.",
             "choices": list(GROUPS),
         },
     )

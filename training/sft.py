@@ -169,16 +169,11 @@ def build_trainer(
 def choose_trained(model: PreTrainedModel, group: str, args: MoeSFTConfig) -> None:
     """Freeze what `group` leaves out, and say what trains.
 
-    A frozen router keeps its selection bias, which is as much of its choice as its weights: the configuration's speed
-    counts as 0. Raises ValueError where the arguments ask for another.
+    A frozen router keeps its selection bias, which is as much of its choice as its weights: only a speed among the
+    arguments moves it, not the one of the configuration.
     """
     print(train_group(model, group), file=sys.stderr)
-    if "router" not in GROUPS[group]:
-        if args.router_bias_update_speed:
-            raise ValueError(
-                f"router_bias_update_speed is {args.router_bias_update_speed}, but trainable {group} freezes the "
-                "routers and their selection biases: leave it out, or choose a group that trains the routers."
-            )
+    if "router" not in GROUPS[group] and args.router_bias_update_speed is None:
         args.router_bias_update_speed = 0.0
 
 
