@@ -17,6 +17,11 @@ MODELS = {
     "plain-projection-norm": {"gated_mlp": False, "hidden_act": "gelu", "qk_norm": "projection"},
     "biases": {"mlp_bias": True, "attention_bias": True, "attention_output_bias": True, "n_shared_experts": 1},
     "heads": {"attention_type": "moa"},
+    "sandwich-scaled-inputs": {
+        **{"layer_norm_placement": "sandwich", "rms_norm_unit_offset": True, "qk_norm": "l2"},
+        **{"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "expert_input_scaling": True},
+    },
+    "sinks-clamped": {"attention_sinks": True, "experts_swiglu_limit": 0.5, "router_args": {"router_bias": True}},
     "latent": {
         "attention_type": "mla",
         "num_key_value_heads": None,
