@@ -1,12 +1,9 @@
-"""Digests: of the weight files that a model is made of, of those written, and of what tells checkpoints apart.
-
-A digest is a SHA-256, the Hub's own name for a large file. Threads work them out while others read and write.
-"""
+"""Digests of a checkpoint: of its weight files, worked out while the conversion writes, and of what tells it apart."""
 
 import hashlib
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .checkpoint import Checkpoint
@@ -50,36 +47,9 @@ class Hashing:
         self._pool.shutdown()
 
     def digests(self) -> dict[str, str]:
-        """File -> SHA-256. Waits for the thread."""
+        """File -> SHA-256, the Hub's own name for a large file. Waits for the thread."""
         return self._future.result()
 
     def _read(self) -> dict[str, str]:
         folder = self._checkpoint.folder
         return {name: file_digest(folder / name, self._stop.is_set) for name in self._checkpoint.files}
-
-
-class RunningDigest:
-    """A context that works out the digest of what it is given, in another thread while the caller goes on."""
-
-    def __init__(self):
-        self._digest, self._pool = hashlib.sha256(), ThreadPoolExecutor(1)
-        self._last: Future | None = None
-
-    def __enter__(self) -> "RunningDigest":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._pool.shutdown()
-
-    def update(self, data: memoryview) -> None:
-        """`data` must stay as it is until the next call."""
-        self._wait()
-        self._last = self._pool.submit(self._digest.update, data)
-
-    def hexdigest(self) -> str:
-        self._wait()
-        return self._digest.hexdigest()
-
-    def _wait(self) -> None:
-        if self._last is not None:
-            self._last.result()

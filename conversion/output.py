@@ -66,7 +66,7 @@ def convert(
     verify_memory = memory_needed(models) if check and not source.incomparable else None
     if dry_run:
         here = anonymous_memory()
-        report["peak_memory_bytes"] = here + max(memory, 2 * BUFFER + max(output.held for output in outputs))
+        report["peak_memory_bytes"] = here + max(memory, BUFFER + max(output.held for output in outputs))
         report["verify_memory_bytes"] = None if verify_memory is None else here + verify_memory
         return report
     if check:

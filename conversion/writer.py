@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from .checkpoint import DTYPES, INDEX_FILE
-from .hashing import RunningDigest
 from .staging import Journal
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -88,10 +87,11 @@ def write_shards(folder: Path, shards: list[Shard], advance: Callable[[int], obj
     `advance(n)` hears of every n bytes written or found complete.
     """
     for shard in shards:
-        if journal.holds(shard.file, shard.nbytes):
+        if journal.holds(shard.file):
             advance(shard.nbytes)
         else:
-            journal.record(shard.file, write_shard(folder, shard, advance))
+            write_shard(folder, shard, advance)
+            journal.record(shard.file)
     if len(shards) > 1:
         weight_map = {output.name: shard.file for shard in shards for output in shard.outputs}
         total = sum(output.nbytes for shard in shards for output in shard.outputs)
@@ -99,15 +99,14 @@ def write_shards(folder: Path, shards: list[Shard], advance: Callable[[int], obj
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_shard(folder: Path, shard: Shard, advance: Callable[[int], object]) -> str:
-    """Write one file to the disk. Returns its SHA-256. Raises an OSError that names the file, of a full disk say."""
-    with (folder / shard.file).open("wb", buffering=0) as file, RunningDigest() as digest:
+def write_shard(folder: Path, shard: Shard, advance: Callable[[int], object]) -> None:
+    """Write one file to the disk. Raises an OSError that names the file, of a full disk say."""
+    with (folder / shard.file).open("wb", buffering=0) as file:
 
         def write(data: memoryview) -> int:
             done = 0
             while done < len(data):
                 chunk = data[done : done + CHUNK_BYTES]
-                digest.update(chunk)
                 try:
                     step = file.write(chunk)
                 except OSError as error:
@@ -121,7 +120,6 @@ def write_shard(folder: Path, shard: Shard, advance: Callable[[int], object]) ->
             written = sum(write(_bytes(piece, output)) for piece in output.pieces())
             assert written == output.nbytes, f"{output.name}: {written} bytes instead of {output.nbytes}"
         os.fsync(file.fileno())
-        return digest.hexdigest()
 
 
 def _bytes(piece: torch.Tensor, output: Output) -> memoryview:
