@@ -61,7 +61,7 @@ def measure(experts, x, index, weights, direction, flops: float) -> dict[str, fl
     def both():
         return torch.autograd.grad(experts(x, index, weights), leaves, direction)
 
-    saved = saved_mib(lambda: experts(x, index, weights), leaves)
+    saved = saved_mib(lambda: experts(x, index, weights), [*leaves, index])
     forward_ms, both_ms = milliseconds(forward), milliseconds(both)
     return {
         "forward_tflops": round(flops / forward_ms / 1e9, 1),

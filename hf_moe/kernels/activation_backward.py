@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .layer import Experts
 from .routing_metadata import Routing
+from .tiles import pass_rows
 
 
 @triton.jit
@@ -102,7 +103,7 @@ def activation_backward(
     inner = experts.inner
     grad_hidden = experts.rows(routing, experts.halves * inner, hidden) if need_hidden else hidden.new_empty(0)
     grad_weights = torch.zeros_like(weights)
-    rows, cols = 4, min(512, triton.next_power_of_2(inner))
+    rows, cols = pass_rows(product.device), min(512, triton.next_power_of_2(inner))
     activation_backward_kernel[(len(product) // rows,)](
         product,
         hidden,

@@ -7,7 +7,7 @@ import triton
 
 from .activations import ACTIVATIONS
 from .routing_metadata import Routing
-from .tile_loads import described, operand
+from .tile_loads import described, operand, precision
 from .tiles import processors, row_tile, tiles
 
 
@@ -61,8 +61,3 @@ class Experts:
     def function(self) -> triton.JITFunction:
         """The activation: value and slope."""
         return ACTIVATIONS[self.activation]
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 products are computed: as torch.set_float32_matmul_precision says."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"

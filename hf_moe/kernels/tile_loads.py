@@ -7,10 +7,20 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: as torch.set_float32_matmul_precision says."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
 def described(tensor: torch.Tensor, columns: int) -> bool:
-    """Whether TMA can move tiles of `columns` of a contiguous `tensor`: a Hopper card, rows aligned to 16 bytes."""
-    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] < 9:
-        return False
+    """Whether TMA moves tiles of `columns` of a contiguous `tensor`: a Hopper card, rows aligned to 16 bytes.
+
+    Not for exact float32, whose products by ordinary instructions then spill registers.
+    """
+    if tensor.is_cuda:
+        exact = tensor.dtype == torch.float32 and precision(tensor.dtype) == "ieee"
+        if exact or torch.cuda.get_device_capability(tensor.device)[0] < 9:
+            return False
     size = tensor.element_size()
     aligned = tensor.data_ptr() % 16 == 0 and tensor.shape[-1] * size % 16 == 0
     return aligned and tensor.numel() > 0 and columns * size >= 16

@@ -11,8 +11,8 @@ LARGE = {
     "weight_gradient": {"ROWS": 128, "COLS": 256, "GROUP": 16, "FLATTEN": False, "per_processor": EVERY_TILE},
 }
 LARGE = {name: chosen | {"DEPTH": 64, "num_warps": 8, "num_stages": 3} for name, chosen in LARGE.items()}
-SMALL = {"COLS": 64, "num_warps": 4}
-FLOAT32 = {"COLS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 2}
+SMALL = {"COLS": 64, "num_warps": 4, "FLATTEN": False, "per_processor": EVERY_TILE}
+FLOAT32 = SMALL | {"DEPTH": 32, "num_stages": 2}
 INTERPRETED = {"COLS": 32, "DEPTH": 32, "GROUP": 2}
 
 
@@ -36,6 +36,11 @@ def tiles(kernel: str, rows: int, dtype: torch.dtype, device: torch.device) -> d
     if "ROWS" in chosen and chosen["COLS"] < 128:
         chosen["ROWS"] = chosen["COLS"]
     return chosen
+
+
+def pass_rows(device: torch.device) -> int:
+    """Rows that one program of a pass over memory takes: few, so that many programs have loads under way."""
+    return 16 if device.type == "cpu" else 4
 
 
 def processors(device: torch.device) -> int:

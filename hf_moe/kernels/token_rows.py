@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .layer import Experts
 from .routing_metadata import Routing
+from .tiles import pass_rows
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def gather(tokens: torch.Tensor, experts: Experts, routing: Routing) -> torch.Te
     """Rows of tokens [T, D]."""
     width = tokens.shape[1]
     out = experts.rows(routing, width, tokens)
-    rows, cols = 4, columns(width)
+    rows, cols = pass_rows(tokens.device), columns(width)
     gather_kernel[(len(out) // rows, triton.cdiv(width, cols))](
         tokens,
         out,

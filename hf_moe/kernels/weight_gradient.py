@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .layer import Experts, precision
+from .layer import Experts
 from .routing_metadata import Routing
-from .tile_loads import described, locate, operand
+from .tile_loads import described, locate, operand, precision
 from .tiles import processors, tiles
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+import triton
 from torch.utils.checkpoint import checkpoint
 
 from hf_moe.kernels import experts as implementation
@@ -152,3 +153,19 @@ def test_a_fallback_says_why(device, changes, reason, monkeypatch):
     assert len(reasons) == 1 and reason in reasons[0]
     experts.config._experts_implementation = "eager"
     torch.testing.assert_close(actual, step(experts, arguments))
+
+
+def test_where_the_kernels_cannot_run(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert implementation.unusable("cpu") == "run on a GPU, not on a CPU"
+    monkeypatch.setattr(implementation, "find_spec", lambda name: None)
+    assert "pip install 'hf_moe[kernels]'" in implementation.unusable("cuda")
+
+
+def test_lora_on_the_experts(device, no_fallback):
+    peft = pytest.importorskip("peft")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = tiny_model(hidden_size=24, moe_intermediate_size=8, num_experts=2, num_experts_per_tok=2)
+    lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    model = peft.get_peft_model(model, lora)
+    agree(model, device)
