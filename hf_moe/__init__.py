@@ -1,6 +1,5 @@
 """hf_moe: the mixture-of-experts design space as one Transformers model family."""
 
-from contextlib import nullcontext
 from importlib import import_module
 
 from transformers import (
@@ -10,9 +9,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers.utils import logging
 
 from . import kernels as kernels  # its import registers the experts implementation "hf_moe"
+from .kernels.recorded import decoding_kernels
 from .model.configuration_hf_moe import HfMoeConfig
 from .model.decoding import SPEEDUPS
 from .model.modeling_hf_moe import (
@@ -24,23 +23,8 @@ from .model.modeling_hf_moe import (
 from .presets import preset_config
 from .version import __version__
 
-logger = logging.get_logger(__name__)
-
 # Attached here because the model's files are saved beside weights, and the presets are not.
 HfMoeConfig.from_preset = staticmethod(preset_config)
-
-
-def decoding_kernels(model, rows: int):
-    """The context in which a decoding step is recorded with our kernels; they need Triton, which comes with CUDA."""
-    try:
-        from .kernels.decode import fused
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        logger.warning_once("Triton is not installed: decoding without hf_moe's kernels. pip install triton")
-        return nullcontext()
-    return fused(model, rows)
-
 
 AUTO_CLASSES = {
     AutoModel: HfMoeModel,

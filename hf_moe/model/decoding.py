@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, StaticLayer
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
@@ -302,12 +302,13 @@ class HfMoeDecoding:
         if step is not None:
             step.begin(position, attention_mask)
 
-        pad = config._pad_token_tensor
+        pad, limit = config._pad_token_tensor, stopping_criteria.max_length
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        watched = any(not isinstance(criterion, MaxLengthCriteria) for criterion in stopping_criteria)
         unfinished = torch.ones(rows, dtype=torch.long, device=ids.device)
-        late = LateFlag() if streamer is None else None
+        late = LateFlag() if watched and streamer is None else None
         scores, raw_logits = (), ()
-        undo = False
+        undo = done = False
         while True:
             if config.output_logits:
                 raw_logits += (logits.clone(),)
@@ -321,13 +322,13 @@ class HfMoeDecoding:
             if ends:
                 token = token * unfinished + pad * (1 - unfinished)
             ids = torch.cat((ids, token.unsqueeze(1)), dim=1)
-            unfinished = unfinished & ~stopping_criteria(ids, scores or None)
+            if watched:
+                unfinished = unfinished & ~stopping_criteria(ids, scores or None)
+                done = unfinished.max() == 0
             if streamer is not None:
                 streamer.put(token.cpu())
-            done = unfinished.max() == 0
-            full = stopping_criteria.max_length is not None and ids.shape[1] >= stopping_criteria.max_length
             undo = late is not None and late.put(done)
-            if undo or full or (late is None and bool(done)):
+            if undo or (limit is not None and ids.shape[1] >= limit) or (late is None and bool(done)):
                 break
             if step is not None:
                 logits = step(token)

@@ -30,6 +30,9 @@ MODELS = {
     "mla, groups, soft-cap": LATENT | {"n_group": 3, "topk_group": 2, "attn_logit_softcapping": 5.0},
     "gqa, topk_softmax, dense first": {"router_type": "topk_softmax", "mlp_layer_types": ["dense", "sparse"]}
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "gqa, norm a head, window": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6, "qk_norm": "head"}
+    | {"sliding_window": 5, "rope_interleave": True},
+    "mha, norm of all heads": {"num_attention_heads": 5, "qk_norm": "projection", "attn_logit_softcapping": 5.0},
     "gqa, plain MLP with biases": {
         "gated_mlp": False,
         "mlp_bias": True,
@@ -52,7 +55,7 @@ def model_of(fields: dict, dtype: torch.dtype) -> HfMoeForCausalLM:
     return model
 
 
-CASES = [pytest.param(name, torch.float32, 3 * ("mla" in name), id=name) for name in MODELS]
+CASES = [pytest.param(name, torch.float32, 3 * ("mla" in name or "norm" in name), id=name) for name in MODELS]
 CASES += [pytest.param(name, torch.float32, 0, id=f"{name}, no padding") for name in list(MODELS)[:1]]
 CASES += [pytest.param(name, torch.float16, 3, id=f"{name}, fp16") for name in list(MODELS)[1:4:2]]
 if DEVICE == "cuda":  # the interpreter multiplies the bits of bfloat16
@@ -79,8 +82,8 @@ def test_a_step_with_the_kernels_is_the_step_of_the_modules(name, dtype, padding
         for layer in cache.layers:
             layer.recorded = True
             layer.cumulative_length.fill_(length)
-            if model.config.attention_type == "mla":  # nothing may read what isn't written
-                layer.keys[:, :, length:] = layer.values[:, :, length:] = float("nan")
+            # Nothing may read what isn't written.
+            layer.keys[:, :, length:] = layer.values[:, :, length:] = float("nan")
         steps = [
             model(
                 ids[:, place : place + 1],

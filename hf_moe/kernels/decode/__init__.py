@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from ...model.attention import HfMoeAttention
 from ...model.decoding import HfMoeReservedLayer
 from ...model.latent_attention import LATENT_NORM_EPS, HfMoeLatentAttention
 from ...model.mlp import HfMoeMLP
 from ...model.modeling_hf_moe import HfMoeDecoderLayer, HfMoeSparseMoeBlock
 from ...model.norms import PLACEMENTS
 from ...model.rms_norm import HfMoeRMSNorm
-from . import experts, latent, norms, products, routers
+from . import experts, grouped, latent, norms, products, routers
 
 # Modules hold the function, not its name.
 ACTIVATIONS = {type(ACT2FN[name]): name for name in experts.ACTIVATIONS}
@@ -119,7 +120,7 @@ def latent_forward(module: HfMoeLatentAttention, rows: int):
         x = hidden_states.squeeze(1)
         query, new_latent = products.linear(x, first.weight, module.kv_a_proj_with_mqa.weight)
         if config.q_lora_rank is not None:
-            query = products.linear(module.q_a_layernorm(query), module.q_b_proj.weight)
+            query = products.linear(module.q_a_layernorm(query), module.q_b_proj.weight)[0]
         cos, sin = (part.squeeze(1) for part in position_embeddings)
         out = latent.latent_attention(
             query.view(len(x), len(key_up), -1),
@@ -139,7 +140,45 @@ def latent_forward(module: HfMoeLatentAttention, rows: int):
         )
         values = x.new_empty(len(x), *value_up.shape[:2])  # [B, H, d_v]
         products.per_head(out, value_up.transpose(1, 2), values.transpose(0, 1))
-        return products.linear(values.flatten(1), module.o_proj.weight).unsqueeze(1), None
+        return products.linear(values.flatten(1), module.o_proj.weight)[0].unsqueeze(1), None
+
+    return forward
+
+
+def grouped_forward(module: HfMoeAttention, rows: int):
+    config, names = module.config, ("q_proj", "k_proj", "v_proj", "o_proj")
+    normed = config.qk_norm in ("head", "projection")
+    simple = all(plain(getattr(module, name)) for name in names) and rows <= experts.MAX_TOKENS
+    simple = simple and module.has_rope and config.clip_qkv is None and not config.attention_sinks
+    simple = simple and config.qk_norm != "l2" and (not normed or type(module.q_norm) is HfMoeRMSNorm)
+    if not simple:
+        return None
+    weights = [getattr(module, name).weight for name in names]
+    norm_weights = (module.q_norm.weight, module.k_norm.weight) if normed else None
+    original = type(module).forward
+
+    def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        cached = None if past_key_values is None else past_key_values.layers[module.layer_idx]
+        cos, sin = (part.squeeze(1) for part in position_embeddings)
+        if not isinstance(cached, HfMoeReservedLayer) or not cached.recorded or cos.shape[1] != module.head_dim:
+            return original(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        if attention_mask is not None and attention_mask.dtype != torch.bool:  # eager attention adds it
+            attention_mask = attention_mask == 0
+        out = grouped.grouped_attention(
+            *products.linear(hidden_states.squeeze(1), *weights[:3]),
+            norm_weights,
+            cos,
+            sin,
+            cached.keys,
+            cached.values,
+            cached.cumulative_length,
+            None if attention_mask is None else attention_mask[:, 0, 0],
+            scale=module.scaling,
+            eps=config.rms_norm_eps,
+            interleaved=config.rope_interleave,
+            softcap=config.attn_logit_softcapping,
+        )
+        return products.linear(out.flatten(1), weights[3])[0].unsqueeze(1), None
 
     return forward
 
@@ -167,6 +206,7 @@ FORWARDS = {
     HfMoeMLP: mlp_forward,
     HfMoeSparseMoeBlock: moe_forward,
     HfMoeLatentAttention: latent_forward,
+    HfMoeAttention: grouped_forward,
 }
 
 

@@ -209,6 +209,26 @@ def num_splits(programs: int, positions: int, block: int) -> int:
     return max(1, min(SPLIT[3] // programs, triton.cdiv(positions, 2 * block)))
 
 
+def sum_of_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, length: torch.Tensor) -> None:
+    """out [H, B, r] of the parts [B, H, splits, r] and the logarithms of their sums; `length` grows by one."""
+    rows, heads, splits, rank = parts.shape
+    columns = min(64, triton.next_power_of_2(rank))
+    combine_kernel[(rows, heads, triton.cdiv(rank, columns))](
+        parts,
+        lse,
+        out,
+        length,
+        out.stride(0),
+        out.stride(1),
+        heads,
+        splits,
+        rank,
+        BLOCK_N=min(64, triton.next_power_of_2(splits)),
+        BLOCK_R=columns,
+        num_warps=4,
+    )
+
+
 def latent_attention(
     query: torch.Tensor,
     latent: torch.Tensor,
@@ -306,19 +326,5 @@ def latent_attention(
         num_stages=stages,
     )
     out = torch.empty_like(absorbed)
-    columns = min(64, block_r)
-    combine_kernel[(rows, heads, triton.cdiv(rank, columns))](
-        parts,
-        lse,
-        out,
-        length,
-        out.stride(0),
-        out.stride(1),
-        heads,
-        splits,
-        rank,
-        BLOCK_N=min(64, triton.next_power_of_2(splits)),
-        BLOCK_R=columns,
-        num_warps=4,
-    )
+    sum_of_parts(parts, lse, out, length)
     return out

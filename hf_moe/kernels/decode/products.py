@@ -17,10 +17,13 @@ def product_kernel(
     out_ptr,
     weight2_ptr,
     out2_ptr,
+    weight3_ptr,
+    out3_ptr,
     rows,
     depth,
     columns,
     columns2,
+    columns3,
     x_row,
     x_head,
     weight_head,
@@ -28,7 +31,7 @@ def product_kernel(
     weight_depth,
     out_row,
     out_head,
-    TWO: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -36,10 +39,14 @@ def product_kernel(
     head, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, column, step = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_A)
     base, out, width, stride = weight_ptr + head * weight_head, out_ptr + head * out_head, columns, out_row
-    if TWO:  # noqa: SIM102
+    if WEIGHTS > 1:  # noqa: SIM102
         if block >= tl.cdiv(columns, BLOCK_C):
             block -= tl.cdiv(columns, BLOCK_C)
             base, out, width, stride = weight2_ptr + head, out2_ptr + head, columns2, columns2
+            if WEIGHTS > 2:  # noqa: SIM102
+                if block >= tl.cdiv(columns2, BLOCK_C):
+                    block -= tl.cdiv(columns2, BLOCK_C)
+                    base, out, width, stride = weight3_ptr + head, out3_ptr + head, columns3, columns3
     column += block * BLOCK_C
     real, inside = row < rows, column < width
     place = base + column[None, :].to(tl.int64) * weight_column + step[:, None] * weight_depth
@@ -57,42 +64,41 @@ def product_kernel(
     tl.store(target, total.to(out_ptr.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
-def launch(x, weight, out, weight2, out2, rows, heads, depth, columns, strides):
-    columns2 = 0 if weight2 is None else weight2.shape[0]
-    blocks = triton.cdiv(columns, COLUMNS) + triton.cdiv(columns2, COLUMNS)
+def launch(x: torch.Tensor, weights: list, outs: list, columns: list[int], rows, heads, depth, strides) -> None:
+    count = len(weights)
+    missing = [None] * (3 - count)
+    blocks = sum(triton.cdiv(size, COLUMNS) for size in columns)
+    block_t = max(16, triton.next_power_of_2(rows))
+    most = DEPTH * 32 // (block_t * x.element_size())  # shared memory holds so much of x a step
+    pairs = [tensor for pair in zip(weights + missing, outs + missing, strict=True) for tensor in pair]
     product_kernel[(heads, blocks)](
         x,
-        weight,
-        out,
-        weight2,
-        out2,
+        *pairs,
         rows,
         depth,
-        columns,
-        columns2,
+        *(columns + [0] * (3 - count)),
         *strides,
-        TWO=weight2 is not None,
-        BLOCK_T=max(16, triton.next_power_of_2(rows)),
+        WEIGHTS=count,
+        BLOCK_T=block_t,
         BLOCK_C=COLUMNS,
-        BLOCK_A=min(DEPTH * 2 // max(2, x.element_size()), max(16, triton.next_power_of_2(depth))),
+        BLOCK_A=min(most, max(16, triton.next_power_of_2(depth))),
         num_warps=4,
         num_stages=STAGES,
     )
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, weight2: torch.Tensor | None = None):
-    """x W^T [T, C] of x [T, A] and W [C, A]; of two weights both products, in one launch."""
+def linear(x: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
+    """x W^T [T, C] for each of one to three weights [C, A], in one launch, of x [T, A]."""
     rows, depth = x.shape
-    out = torch.empty(rows, len(weight), dtype=x.dtype, device=x.device)
-    out2 = None if weight2 is None else torch.empty(rows, len(weight2), dtype=x.dtype, device=x.device)
-    strides = (x.stride(0), 0, 0, depth, 1, len(weight), 0)
-    launch(x, weight, out, weight2, out2, rows, 1, depth, len(weight), strides)
-    return out if weight2 is None else (out, out2)
+    columns = [len(weight) for weight in weights]
+    outs = [torch.empty(rows, size, dtype=x.dtype, device=x.device) for size in columns]
+    launch(x, list(weights), outs, columns, rows, 1, depth, (x.stride(0), 0, 0, depth, 1, columns[0], 0))
+    return outs
 
 
 def per_head(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out[n, t, c] = sum_a x[n, t, a] weight[n, a, c] for any strides, x's last one and out's last one being 1."""
     heads, rows, depth = x.shape
-    strides = (x.stride(1), x.stride(0), weight.stride(0), weight.stride(2), weight.stride(1))
-    launch(x, weight, out, None, None, rows, heads, depth, weight.shape[2], (*strides, out.stride(1), out.stride(0)))
+    strides = (x.stride(1), x.stride(0), weight.stride(0), weight.stride(2), weight.stride(1), out.stride(1))
+    launch(x, [weight], [out], [weight.shape[2]], rows, heads, depth, (*strides, out.stride(0)))
     return out
