@@ -8,6 +8,7 @@ from typing import NoReturn, get_type_hints
 from huggingface_hub.dataclasses import type_validator
 from trl import TrlParser
 
+from .adapters import AdapterArguments
 from .parameter_groups import GROUPS
 from .recipe_files import read_recipe, shipped_recipes
 from .sft_trainer import MoeSFTConfig
@@ -31,8 +32,8 @@ class ModelArguments:
     trainable: str = field(
         default="all",
         metadata={
-            "help": "Which parameters train; the others get no gradient and no optimizer state. The selection bias of a "
-            "frozen router stands still, too, unless router_bias_update_speed is given.",
+            "help": "Which parameters train; the others get no gradient and no optimizer state. The selection bias "
+            "of a frozen router stands still, too, unless router_bias_update_speed is given.",
             "choices": list(GROUPS),
         },
     )
@@ -127,10 +128,10 @@ class RecipeParser(TrlParser):
             self.error(f"unknown argument {key}; the nearest known one is {nearest}.")
 
 
-SFT = (ModelArguments, DataArguments, MoeSFTConfig)
+SFT = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments)
 
 
-def parse_sft(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeSFTConfig]:
+def parse_sft(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments]:
     """The arguments of a supervised fine-tuning run from [recipe, --key, value, ...]."""
     return RecipeParser(SFT).parse(argv)
 

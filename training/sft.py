@@ -2,21 +2,28 @@
 
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
 
+from .adapters import AdapterArguments, add_adapter, check_adapter_arguments
 from .arguments import DataArguments, ModelArguments, parse_sft
 from .checkpoints import is_complete, last_checkpoint, load_model
 from .data import is_conversational, load_rows
+from .merging import merge_adapter
 from .parameter_groups import GROUPS, train_group
 from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
 
+NO_ADAPTER = AdapterArguments()
 TEMPLATES = Path(__file__).parent / "templates"
+LAST = ("config.json", "adapter_config.json")  # a folder without them does not load
+MERGE_BATCHES = 8  # enough to count routes
 
 
 def main(argv: list[str]) -> None:
@@ -24,8 +31,14 @@ def main(argv: list[str]) -> None:
     run(*parse_sft(argv))
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, args: MoeSFTConfig) -> dict[str, float]:
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: MoeSFTConfig,
+    adapter_args: AdapterArguments = NO_ADAPTER,
+) -> dict[str, float]:
     """Train, evaluate before and after, save to `output_dir`; returns the metrics, with `eval_loss_before`."""
+    check_adapter_arguments(adapter_args, model_args.trainable)
     checkpoint = checkpoint_to_resume(args)
     args.chat_template_path = find_template(args.chat_template_path)
     train_rows, eval_rows = load_data(data_args, args)
@@ -37,7 +50,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoeSFTConfig
     done = steps_done(checkpoint)
     if checkpoint is not None:
         print(f"resuming from {checkpoint}, after {done} steps", file=sys.stderr)
-    trainer = build_trainer(source, model_args, args, tokenizer, train_rows, eval_rows)
+    # A checkpoint of an adapter does not hold the model.
+    weights = source if adapter_args.lora_parts is None else model_args.model_name_or_path
+    trainer = build_trainer(weights, model_args, args, adapter_args, tokenizer, train_rows, eval_rows)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = result.metrics if result.global_step > done else {}
     if metrics:
@@ -48,6 +63,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoeSFTConfig
         trainer.save_metrics("eval", after)
         metrics = metrics | after
     save(trainer)
+    if adapter_args.lora_merge is not None:
+        metrics = metrics | save_merged(trainer, adapter_args.lora_merge)
     if trainer.is_world_process_zero():
         print(summary(metrics, args.output_dir), file=sys.stderr)
     return metrics
@@ -136,6 +153,7 @@ def build_trainer(
     source: str,
     model_args: ModelArguments,
     args: MoeSFTConfig,
+    adapter_args: AdapterArguments,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Dataset,
     eval_rows: Dataset | None,
@@ -154,7 +172,11 @@ def build_trainer(
         **(args.model_init_kwargs or {}),
     )
     args.model_init_kwargs = None  # used
-    choose_trained(model, model_args.trainable, args)
+    if adapter_args.lora_parts is None:
+        choose_trained(model, model_args.trainable, args)
+    else:
+        model, covered = add_adapter(model, adapter_args)
+        print(covered, file=sys.stderr)
     trainer = MoeSFTTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=train_rows, eval_dataset=eval_rows
     )
@@ -198,11 +220,34 @@ def save(trainer: MoeSFTTrainer) -> None:
     trainer.save_model(str(aside), _internal_call=True)
     if trainer.args.should_save:
         (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and nothing that the recipe does not say
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+        for path in sorted(aside.iterdir(), key=lambda path: path.name in LAST):
             path.replace(output / path.name)
         aside.rmdir()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+
+
+def save_merged(trainer: MoeSFTTrainer, dtype: str) -> dict[str, float]:
+    """The model with its adapter merged to `output_dir`/merged; returns the share of routes that this changed.
+
+    The routes are those of the first held-out batches, or of training ones where there are none, without autocast.
+    """
+    held_out = trainer.eval_dataset is not None
+    loader = trainer.get_eval_dataloader() if held_out else trainer.get_train_dataloader()
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    merged, changed, total = merge_adapter(model, getattr(torch, dtype), list(islice(loader, MERGE_BATCHES)))
+    output = Path(trainer.args.output_dir) / "merged"
+    if trainer.args.should_save:
+        aside = output.with_name(".merged")
+        for folder in (aside, output):
+            shutil.rmtree(folder, ignore_errors=True)
+        merged.save_pretrained(aside)
+        trainer.processing_class.save_pretrained(aside)
+        aside.rename(output)
+        print(f"merged in {dtype}: {changed} of {total} routes changed; saved to {output}", file=sys.stderr)
+    metrics = {"merge_changed_routes": changed / total}
+    trainer.save_metrics("merge", metrics)
+    return metrics
 
 
 def summary(metrics: dict[str, float], output_dir: str) -> str:

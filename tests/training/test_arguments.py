@@ -37,7 +37,7 @@ def recipe(tmp_path):
 
 def test_command_line_wins_over_recipe_and_recipe_over_default(recipe):
     name = recipe(learning_rate=0.5, seed=7, train_data=["a.jsonl", "b.jsonl"], model_init_kwargs={"x": 1})
-    model, data, training = parse_sft([name, "--seed", "9", "--model_name_or_path=model", "--output-dir", "out"])
+    model, data, training, _ = parse_sft([name, "--seed", "9", "--model_name_or_path=model", "--output-dir", "out"])
     assert (training.seed, training.learning_rate, training.max_steps) == (9, 0.5, 3)
     assert (model.model_name_or_path, training.output_dir) == ("model", "out")
     assert data.train_data == ["a.jsonl", "b.jsonl"]
@@ -55,7 +55,7 @@ def test_null_in_a_recipe_is_a_value(recipe):
         ({"learning_rat": 1}, [], "unknown argument learning_rat; the nearest known one is learning_rate"),
         ({}, ["--max_step", "3"], "unknown argument max_step; the nearest known one is max_steps"),
         ({}, ["--eval-dat=x"], "unknown argument eval_dat; the nearest known one is eval_data"),
-        ({}, ["--lora_r", "3"], "unknown argument lora_r"),
+        ({}, ["--lora_rank", "3"], "unknown argument lora_rank; the nearest known one is lora_"),
         ({}, ["--seed", "3", "4"], "'4' belongs to no argument"),
         ({"max_steps": "many"}, [], "max_steps.*invalid int value: 'many'"),
         ({"max_steps": 1.5}, [], "max_steps.*invalid int value: '1.5'"),
