@@ -119,3 +119,11 @@ def test_no_tokens(device):
 def test_tiles_of_every_size(device, tokens, size, dtype):
     """Mean rows an expert of 16 to 1200: each tile that row_tile chooses, several on every axis."""
     compare(problem(device, tokens, 2, size, size - 64, 5, dtype=dtype))
+
+
+def test_operator_says_the_shapes_it_returns(device):
+    """Its fake, its schema and its gradient under AOT dispatch, with sizes as symbols."""
+    inputs = problem(device, 5, 2, 12, 8, 2)
+    arguments = [inputs["x"].requires_grad_(), inputs["index"], inputs["weights"].requires_grad_()]
+    arguments += [inputs["up"].requires_grad_(), inputs["down"].requires_grad_(), None, None]
+    torch.library.opcheck(operator, (*arguments, "silu", True, False, True))
