@@ -16,7 +16,6 @@ logger = logging.get_logger(__name__)
 ACTIVATIONS = {
     nn.SiLU: "silu",
     activations.SiLUActivation: "silu",
-    nn.GELU: "gelu",
     activations.GELUActivation: "gelu",
     activations.GELUTanh: "gelu_tanh",
     activations.NewGELUActivation: "gelu_tanh",
@@ -96,6 +95,4 @@ def unusable(device: str) -> str | None:
 
 @torch._dynamo.assume_constant_result
 def warn(reason: str) -> None:
-    logger.warning_once(
-        f'The experts implementation "hf_moe" falls back to "grouped_mm": its kernels cannot run; {reason}.'
-    )
+    logger.warning_once(f'The experts implementation "hf_moe" falls back to "grouped_mm": its kernels {reason}.')

@@ -19,7 +19,7 @@ def described(tensor: torch.Tensor, columns: int) -> bool:
     """
     if tensor.is_cuda:
         exact = tensor.dtype == torch.float32 and precision(tensor.dtype) == "ieee"
-        if exact or torch.cuda.get_device_capability(tensor.device)[0] < 9:
+        if exact or torch.version.cuda is None or torch.cuda.get_device_capability(tensor.device)[0] < 9:
             return False
     size = tensor.element_size()
     aligned = tensor.data_ptr() % 16 == 0 and tensor.shape[-1] * size % 16 == 0

@@ -1,4 +1,9 @@
-"""Tile sizes, warps and pipeline stages of each kernel, as measured by benchmarks/moe_layer.py."""
+"""Tile sizes, warps and pipeline stages of each kernel.
+
+The best of some ten each on an H100 (Triton 3.6, bfloat16), in TFLOP/s on OLMoE's and on Qwen3-30B's layer of
+benchmarks/moe_layer.py: up 584 and 528, product 692 and 610 to 626, weight_gradient 680 to 706 and 613 to 623, where
+torch.bmm has 782 and 764. Hopper's warp specialization (tl.range) hung in these kernels.
+"""
 
 import torch
 
