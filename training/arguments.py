@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import type_validator
 from trl import TrlParser
 
 from .adapters import AdapterArguments
+from .esft import EsftArguments
 from .parameter_groups import GROUPS
 from .recipe_files import read_recipe, shipped_recipes
 from .sft_trainer import MoeSFTConfig
@@ -128,10 +129,10 @@ class RecipeParser(TrlParser):
             self.error(f"unknown argument {key}; the nearest known one is {nearest}.")
 
 
-SFT = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments)
+SFT = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments)
 
 
-def parse_sft(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments]:
+def parse_sft(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments]:
     """The arguments of a supervised fine-tuning run from [recipe, --key, value, ...]."""
     return RecipeParser(SFT).parse(argv)
 

@@ -16,11 +16,12 @@ from .adapters import AdapterArguments, add_adapter, check_adapter_arguments
 from .arguments import DataArguments, ModelArguments, parse_sft
 from .checkpoints import is_complete, last_checkpoint, load_model
 from .data import is_conversational, load_rows
+from .esft import EsftArguments, check_esft_arguments, merge_rows, specialise
 from .merging import merge_adapter
 from .parameter_groups import GROUPS, train_group
 from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
 
-NO_ADAPTER = AdapterArguments()
+NO_ADAPTER, NO_ESFT = AdapterArguments(), EsftArguments()
 TEMPLATES = Path(__file__).parent / "templates"
 LAST = ("config.json", "adapter_config.json")  # a folder without them does not load
 MERGE_BATCHES = 8  # enough to count routes
@@ -36,9 +37,11 @@ def run(
     data_args: DataArguments,
     args: MoeSFTConfig,
     adapter_args: AdapterArguments = NO_ADAPTER,
+    esft_args: EsftArguments = NO_ESFT,
 ) -> dict[str, float]:
     """Train, evaluate before and after, save to `output_dir`; returns the metrics, with `eval_loss_before`."""
     check_adapter_arguments(adapter_args, model_args.trainable)
+    check_esft_arguments(esft_args, other_choices(model_args, adapter_args))
     checkpoint = checkpoint_to_resume(args)
     args.chat_template_path = find_template(args.chat_template_path)
     train_rows, eval_rows = load_data(data_args, args)
@@ -50,9 +53,14 @@ def run(
     done = steps_done(checkpoint)
     if checkpoint is not None:
         print(f"resuming from {checkpoint}, after {done} steps", file=sys.stderr)
-    # A checkpoint of an adapter does not hold the model.
-    weights = source if adapter_args.lora_parts is None else model_args.model_name_or_path
+    # A checkpoint of an adapter, or of some experts, does not hold the model.
+    whole = adapter_args.lora_parts is None and esft_args.esft_p is None
+    weights = source if whole else model_args.model_name_or_path
+    if esft_args.esft_p is not None:
+        keep_selection_bias(args)
     trainer = build_trainer(weights, model_args, args, adapter_args, tokenizer, train_rows, eval_rows)
+    if esft_args.esft_p is not None:
+        print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = result.metrics if result.global_step > done else {}
     if metrics:
@@ -65,6 +73,9 @@ def run(
     save(trainer)
     if adapter_args.lora_merge is not None:
         metrics = metrics | save_merged(trainer, adapter_args.lora_merge)
+    if esft_args.esft_merge:
+        merge_rows(trainer.moe)
+        write_merged(trainer, trainer.moe)
     if trainer.is_world_process_zero():
         print(summary(metrics, args.output_dir), file=sys.stderr)
     return metrics
@@ -188,15 +199,26 @@ def build_trainer(
     return trainer
 
 
-def choose_trained(model: PreTrainedModel, group: str, args: MoeSFTConfig) -> None:
-    """Freeze what `group` leaves out, and say what trains.
+def other_choices(model_args: ModelArguments, adapter_args: AdapterArguments) -> dict[str, object]:
+    """The given arguments beside esft_p that say what trains."""
+    given = {} if model_args.trainable == "all" else {"trainable": model_args.trainable}
+    return given if adapter_args.lora_parts is None else given | {"lora_parts": adapter_args.lora_parts}
 
-    A frozen router keeps its selection bias, which is as much of its choice as its weights: only a speed among the
-    arguments moves it, not the one of the configuration.
+
+def keep_selection_bias(args: MoeSFTConfig) -> None:
+    """Where the router is frozen, so is its selection bias, which is as much of its choice as its weights.
+
+    Only a speed among the arguments moves it, not the one of the configuration.
     """
-    print(train_group(model, group), file=sys.stderr)
-    if "router" not in GROUPS[group] and args.router_bias_update_speed is None:
+    if args.router_bias_update_speed is None:
         args.router_bias_update_speed = 0.0
+
+
+def choose_trained(model: PreTrainedModel, group: str, args: MoeSFTConfig) -> None:
+    """Freeze what `group` leaves out, and say what trains."""
+    print(train_group(model, group), file=sys.stderr)
+    if "router" not in GROUPS[group]:
+        keep_selection_bias(args)
 
 
 def check_kept(name: str, given: Dataset | None, kept: Dataset | None, args: MoeSFTConfig) -> None:
@@ -236,18 +258,24 @@ def save_merged(trainer: MoeSFTTrainer, dtype: str) -> dict[str, float]:
     loader = trainer.get_eval_dataloader() if held_out else trainer.get_train_dataloader()
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     merged, changed, total = merge_adapter(model, getattr(torch, dtype), list(islice(loader, MERGE_BATCHES)))
-    output = Path(trainer.args.output_dir) / "merged"
-    if trainer.args.should_save:
-        aside = output.with_name(".merged")
-        for folder in (aside, output):
-            shutil.rmtree(folder, ignore_errors=True)
-        merged.save_pretrained(aside)
-        trainer.processing_class.save_pretrained(aside)
-        aside.rename(output)
-        print(f"merged in {dtype}: {changed} of {total} routes changed; saved to {output}", file=sys.stderr)
+    write_merged(trainer, merged)
+    if trainer.is_world_process_zero():
+        print(f"merged in {dtype}: {changed} of {total} routes changed", file=sys.stderr)
     metrics = {"merge_changed_routes": changed / total}
     trainer.save_metrics("merge", metrics)
     return metrics
+
+
+def write_merged(trainer: MoeSFTTrainer, model: PreTrainedModel) -> None:
+    """A whole model and its tokenizer to `output_dir`/merged, in place of what was there."""
+    if trainer.args.should_save:
+        output = Path(trainer.args.output_dir) / "merged"
+        aside = output.with_name(".merged")
+        for folder in (aside, output):
+            shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(aside)
+        trainer.processing_class.save_pretrained(aside)
+        aside.rename(output)
 
 
 def summary(metrics: dict[str, float], output_dir: str) -> str:

