@@ -144,7 +144,7 @@ class RecordedStep:
                 with torch.cuda.stream(stream):
                     run()  # loads kernels and fills workspaces, which can't be recorded
                 torch.cuda.current_stream(device).wait_stream(stream)
-                with torch.cuda.graph(self.graph, stream=stream):
+                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                     self.logits = run()
             finally:
                 self.count_on_device(False)
@@ -283,7 +283,16 @@ class HfMoeDecoding:
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, config, synced_gpus, streamer, **model_kwargs
             )
-        ids, rows = input_ids, len(input_ids)
+        with torch.cuda.device(self.device):  # where kernels, streams and events go
+            return self._sample_recorded(
+                input_ids, logits_processor, stopping_criteria, config, streamer, cache, model_kwargs
+            )
+
+    def _sample_recorded(
+        self, ids, logits_processor, stopping_criteria, config, streamer, cache: HfMoeReservedCache, model_kwargs: dict
+    ):
+        """Transformers' `_sample` with the step replayed, and the end of the text noticed one step late."""
+        rows = len(ids)
         outputs = self._prefill(ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
         model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
@@ -350,7 +359,8 @@ class HfMoeDecoding:
         if streamer is not None:
             streamer.end()
         if not config.return_dict_in_generate:
-            KEPT[self] = cache
+            if not getattr(cache, "_is_user_defined", False):  # nobody else has it
+                KEPT[self] = cache
             return ids
         return GenerateDecoderOnlyOutput(
             sequences=ids,

@@ -90,6 +90,18 @@ def test_the_next_text_replays_the_graph_and_changes_are_seen():
 
 
 @pytest.mark.gpu
+def test_a_cache_that_was_handed_out_stays_its_owners():
+    model, inputs = tiny("cuda", **CONFIGS["mla"]), prompts("cuda", 2)
+    out = model.generate(**inputs, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+    assert model not in KEPT
+    longer = {"attention_mask": torch.ones_like(out.sequences), "past_key_values": out.past_key_values}
+    text = model.generate(out.sequences, max_new_tokens=10, do_sample=False, **longer)
+    assert model not in KEPT
+    plain = model.generate(**inputs, max_new_tokens=20, do_sample=False, disable_compile=True)
+    assert torch.equal(text, plain)
+
+
+@pytest.mark.gpu
 def test_ends_streams_and_samples_as_ordinary_decoding_does():
     from transformers.generation.streamers import BaseStreamer
 
