@@ -13,6 +13,7 @@ from .whole import Whole
 
 class Noise(Whole):
     options = {"granularity": 1, "noise_scale": 0.05}
+    held_matrices = 2
     exact = False
 
     @classmethod
