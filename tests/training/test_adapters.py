@@ -14,7 +14,6 @@ from hf_moe.training.adapters import (
 )
 from hf_moe.training.arguments import parse_sft
 from hf_moe.training.parameter_groups import part_of
-from hf_moe.training.recipe_files import read_recipe, shipped_recipes
 from hf_moe.training.selection_bias import BIAS_FILE, load_router_bias
 from hf_moe.training.sft import main, run
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,7 +25,7 @@ from hf_moe import HfMoeConfig, HfMoeForCausalLM
 from .balance_worker import train_one_step
 from .conftest import SIZES as TINY
 from .conftest import tiny_tokenizer
-from .models import BIASED, LATENT, SIZES, build, deepseek_v3, hf_moe, mixtral, olmoe
+from .models import BIASED, SIZES, build, deepseek_v3, hf_moe, mixtral, olmoe
 
 ALL_PARTS = {"mlp_layer_types": ["dense", "sparse"], "n_shared_experts": 1}
 
@@ -43,19 +42,6 @@ MODELS = {
     "qwen2_moe": (qwen2_moe, LORA_PARTS),
     "mixtral": (mixtral, ("attention", "routed_experts")),
     "olmoe": (olmoe, ("attention", "routed_experts")),
-}
-
-
-ARCHITECTURES = {
-    "smollm2-135m": hf_moe,
-    "olmoe-1b-7b": olmoe,
-    "mixtral-8x7b": mixtral,
-    "deepseek-v2-lite": lambda: hf_moe(
-        attention_type="mla",
-        num_key_value_heads=4,
-        **{name: size for name, size in LATENT.items() if name != "q_lora_rank"},
-        **ALL_PARTS,
-    ),
 }
 
 
@@ -210,13 +196,3 @@ def test_resumed_adapter_ends_bitwise_where_the_unbroken_one_ends(command, tmp_p
     for file in ("adapter_model.safetensors", BIAS_FILE):
         whole, resumed = (load_file(tmp_path / name / file) for name in ("whole", "resumed"))
         assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], x) for key, x in resumed.items())
-
-
-@pytest.mark.parametrize("name", [name for name in shipped_recipes() if "/lora_" in name])
-def test_recipe_reaches_what_its_model_has(name):
-    """On a tiny model of the same architecture: all its experts, or all its attention."""
-    recipe = read_recipe(name)
-    make = ARCHITECTURES[name.split("/")[0]]
-    wanted = {part for part in LORA_PARTS if (part == "attention") == name.endswith("attention")}
-    adapted, _ = add_adapter(make(), AdapterArguments(lora_parts=recipe["lora_parts"], lora_r=recipe["lora_r"]))
-    assert adapted_weights(adapted).keys() == matrices(make(), wanted)

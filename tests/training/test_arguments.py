@@ -37,7 +37,7 @@ def recipe(tmp_path):
 
 def test_command_line_wins_over_recipe_and_recipe_over_default(recipe):
     name = recipe(learning_rate=0.5, seed=7, train_data=["a.jsonl", "b.jsonl"], model_init_kwargs={"x": 1})
-    model, data, training, _ = parse_sft([name, "--seed", "9", "--model_name_or_path=model", "--output-dir", "out"])
+    model, data, training, *_ = parse_sft([name, "--seed", "9", "--model_name_or_path=model", "--output-dir", "out"])
     assert (training.seed, training.learning_rate, training.max_steps) == (9, 0.5, 3)
     assert (model.model_name_or_path, training.output_dir) == ("model", "out")
     assert data.train_data == ["a.jsonl", "b.jsonl"]

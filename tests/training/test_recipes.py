@@ -1,0 +1,53 @@
+"""Each shipped recipe, end to end, on a tiny model of its architecture: what it changed is what it says it trains."""
+
+import pytest
+import torch
+from hf_moe.training.adapters import LORA_PARTS
+from hf_moe.training.arguments import parse_sft
+from hf_moe.training.parameter_groups import GROUPS, part_of
+from hf_moe.training.recipe_files import shipped_recipes
+from hf_moe.training.sft import run
+from transformers import AutoModelForCausalLM
+
+from .conftest import tiny_tokenizer
+from .models import LATENT, hf_moe, mixtral, olmoe
+
+BYTES = {"vocab_size": 259, "max_position_embeddings": 256}
+MLA = {name: size for name, size in LATENT.items() if name != "q_lora_rank"} | {"num_key_value_heads": 4}
+ARCHITECTURES = {
+    "tiny": lambda: hf_moe(**BYTES),
+    "smollm2-135m": lambda: hf_moe(**BYTES, router_type="topk_softmax", tie_word_embeddings=True),
+    "olmoe-1b-7b": lambda: olmoe(**BYTES),
+    "mixtral-8x7b": lambda: mixtral(**BYTES),
+    "deepseek-v2-lite": lambda: hf_moe(
+        **BYTES, **MLA, attention_type="mla", mlp_layer_types=["dense", "sparse"], n_shared_experts=2
+    ),
+}
+TRAINED = {
+    "sft": GROUPS["all"],
+    "dense_only": GROUPS["dense_only"],
+    "lora_attention": ("attention",),
+    "lora_experts": tuple(part for part in LORA_PARTS if part != "attention"),
+    "esft": ("routed_experts",),
+}
+# A few seconds without a GPU; no warm-up, which would leave the first step without a change.
+SMALL = {"bf16": "false", "use_cpu": "true", "max_steps": 2, "max_length": 256, "per_device_train_batch_size": 2}
+SMALL |= {"gradient_accumulation_steps": 2, "save_strategy": "no", "warmup_steps": 0}
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_recipe_runs_and_trains_its_parts(name, data_folder, tmp_path):
+    architecture, kind = name.split("/")
+    model = ARCHITECTURES[architecture]()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    places = {"model_name_or_path": tmp_path / "model", "train_data": data_folder, "eval_data": data_folder}
+    given = SMALL | places | {"output_dir": tmp_path / "out"}
+    metrics = run(*parse_sft([name, *(f"--{key}={value}" for key, value in given.items())]))
+    assert metrics["train_loss"] > 0 and metrics["eval_loss"] != metrics["eval_loss_before"]
+    whole = tmp_path / "out" / ("merged" if kind.startswith("lora") or kind == "esft" else ".")
+    after = AutoModelForCausalLM.from_pretrained(whole).state_dict()
+    before = model.state_dict()
+    assert after.keys() == before.keys()
+    changed = {part_of(key) for key, x in after.items() if not torch.equal(x, before[key])}
+    assert changed == set(TRAINED[kind]) & {part_of(key) for key in before}
