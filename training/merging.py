@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from .routers import captured, find_routers
@@ -28,8 +27,8 @@ def routes(model: nn.Module, batches: Iterable[dict]) -> torch.Tensor:
     return torch.cat(chosen, dim=1)
 
 
-def merge_adapter(model: PeftModel, dtype: torch.dtype, batches: list[dict]) -> tuple[nn.Module, int, int]:
-    """The base model with the adapter added in float32 and then rounded once to `dtype`; `model` itself is used up.
+def merge_adapter(model: nn.Module, dtype: torch.dtype, batches: list[dict]) -> tuple[nn.Module, int, int]:
+    """The base of a PEFT model with its adapter added in float32 and rounded once to `dtype`; `model` is used up.
 
     Also how many of a router's choices for a token in `batches` are another set of experts than with the adapter
     beside the weights, and out of how many. Selection biases stay float32.
