@@ -117,7 +117,10 @@ def write_shard(folder: Path, shard: Shard, advance: Callable[[int], object]) ->
 
         write(memoryview(shard.header))
         for output in shard.outputs:
-            written = sum(write(_bytes(piece, output)) for piece in output.pieces())
+            written = 0
+            for piece in output.pieces():
+                written += write(_bytes(piece, output))
+                del piece  # before the next is made
             assert written == output.nbytes, f"{output.name}: {written} bytes instead of {output.nbytes}"
         os.fsync(file.fileno())
 

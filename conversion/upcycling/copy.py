@@ -5,11 +5,12 @@ With weights that sum to 1, any choice of experts gives the dense output: the mo
 
 import torch
 
+from .strategy import take
 from .whole import Whole
 
 
 class Copy(Whole):
     held_matrices = 0
 
-    def expert(self, index: int, part: str) -> torch.Tensor:
-        return self.layer.network[part]
+    def piece(self, index: int, part: str, neurons: slice) -> torch.Tensor:
+        return take(part, self.layer.network[part], neurons)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..writer import Output
-from .strategy import Request, Sizes, chunks
+from .strategy import Request, Sizes, chunks, take
 from .whole import Whole
 
 
@@ -53,5 +53,5 @@ class Merge(Whole):
 
         return outputs[0]._replace(pieces=average)
 
-    def expert(self, index: int, part: str) -> torch.Tensor:
-        return self.layer.networks[index][part]
+    def piece(self, index: int, part: str, neurons: slice) -> torch.Tensor:
+        return take(part, self.layer.networks[index][part], neurons)

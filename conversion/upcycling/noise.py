@@ -7,13 +7,13 @@ from functools import cached_property
 
 import torch
 
-from .strategy import Request, Sizes, chunks, mean_and_std
+from .strategy import Request, Sizes, chunks, mean_and_std, take
 from .whole import Whole
 
 
 class Noise(Whole):
     options = {"granularity": 1, "noise_scale": 0.05}
-    held_matrices = 2
+    held_matrices = 1
     exact = False
 
     @classmethod
@@ -27,10 +27,10 @@ class Noise(Whole):
         """The standard deviation of each tensor."""
         return {part: mean_and_std(tensor)[1] for part, tensor in self.layer.network.items()}
 
-    def expert(self, index: int, part: str) -> torch.Tensor:
-        dense = self.layer.network[part]
+    def piece(self, index: int, part: str, neurons: slice) -> torch.Tensor:
+        dense = take(part, self.layer.network[part], neurons)
         std = self.request.options["noise_scale"] * self.deviations[part]
-        generator, noisy = self.layer.generator("noise", index, part), torch.empty_like(dense)
+        generator, noisy = self.layer.generator("noise", index, part, neurons.start), torch.empty_like(dense)
         for source, target in zip(chunks(dense), chunks(noisy), strict=True):
             target.copy_(source.float() + torch.empty(source.shape).normal_(std=std, generator=generator))
         return noisy

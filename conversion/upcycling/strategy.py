@@ -159,8 +159,10 @@ class Strategy:
     @property
     def held(self) -> int:
         """About how many bytes of memory making a piece takes: such matrices, and chunks in float64 and afterwards."""
-        matrix = self.request.width * self.layer.hidden_size * self.request.dtype.itemsize
-        return self.held_matrices * matrix + (8 * 8 * CHUNK if self.held_matrices else 0)
+        pieces = self.request.options.get("granularity", 1)
+        matrix = self.request.width // pieces * self.layer.hidden_size * self.request.dtype.itemsize
+        cut_out = 2 if pieces > 1 else 0  # columns of the down projection, before and after they are scaled
+        return (self.held_matrices + cut_out) * matrix + (8 * 8 * CHUNK if self.held_matrices else 0)
 
     def shared(self, part: str) -> torch.Tensor:
         """A part of the shared experts, which are one network. Asked only if `sizes` says that there are some."""
@@ -178,14 +180,15 @@ def take(part: str, tensor: torch.Tensor, neurons: torch.Tensor | slice) -> torc
     return tensor if axis is None else tensor[neurons] if axis == 0 else tensor[:, neurons]
 
 
-def chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensor in order, a few rows at a time, so that little of it is held in float32."""
-    return iter(tensor.split(max(1, CHUNK // max(1, tensor[0].numel()))))
+def chunks(tensor: torch.Tensor, rows: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+    """The tensor in order, or some of its `rows`, a few at a time, so that little is held in float32."""
+    count = max(1, CHUNK // max(1, tensor[0].numel()))
+    return iter(tensor.split(count)) if rows is None else (tensor[some] for some in rows.split(count))
 
 
-def mean_and_std(tensor: torch.Tensor) -> tuple[float, float]:
-    """Mean and population standard deviation of all numbers, in float64."""
-    total = sum(chunk.double().sum().item() for chunk in chunks(tensor))
-    mean = total / tensor.numel()
-    squares = sum((chunk.double() - mean).square().sum().item() for chunk in chunks(tensor))
-    return mean, (squares / tensor.numel()) ** 0.5
+def mean_and_std(tensor: torch.Tensor, rows: torch.Tensor | None = None) -> tuple[float, float]:
+    """Mean and population standard deviation of all numbers, or of those in some `rows`, in float64."""
+    numel = tensor.numel() if rows is None else len(rows) * tensor[0].numel()
+    mean = sum(chunk.double().sum().item() for chunk in chunks(tensor, rows)) / numel
+    squares = sum((chunk.double() - mean).square().sum().item() for chunk in chunks(tensor, rows))
+    return mean, (squares / numel) ** 0.5

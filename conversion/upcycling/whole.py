@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .strategy import Request, Sizes, Strategy, take
+from .strategy import Request, Sizes, Strategy
 
 
 class Whole(Strategy):
@@ -33,19 +33,18 @@ class Whole(Strategy):
             tied=pieces,
         )
 
-    def expert(self, index: int, part: str) -> torch.Tensor:
-        """One part of a whole network."""
+    def piece(self, index: int, part: str, neurons: slice) -> torch.Tensor:
+        """Some neurons of one part of a whole network; the strategy must not need the others in memory."""
         raise NotImplementedError
 
     def experts(self, parts: Sequence[str]) -> Iterator[torch.Tensor]:
         pieces = self.request.options["granularity"]
-        if pieces == 1:  # one tensor in memory at a time
-            yield from (self.expert(index, part) for index in range(self.request.experts) for part in parts)
-            return
         width = self.request.width // pieces
         for index in range(self.request.experts):
-            whole = {part: self.expert(index, part) for part in parts}
-            for piece in range(pieces):
-                for part, tensor in whole.items():
-                    cut = take(part, tensor, slice(piece * width, (piece + 1) * width))
-                    yield cut * pieces if part == "down_proj.weight" else cut
+            for first in range(0, self.request.width, width):
+                for part in parts:
+                    neurons = slice(first, first + width)
+                    if pieces > 1 and part == "down_proj.weight":
+                        yield self.piece(index, part, neurons) * pieces
+                    else:
+                        yield self.piece(index, part, neurons)
