@@ -14,7 +14,7 @@ from tests.conversion.conftest import files_of
 from tests.conversion.kill_worker import convert
 
 # How often each of the three conversions is killed; HF_MOE_KILL_POINTS=34 makes it more than 100 in all.
-KILL_POINTS = int(os.environ.get("HF_MOE_KILL_POINTS", "12"))
+KILL_POINTS = int(os.environ.get("HF_MOE_KILL_POINTS", "6"))
 FUNCTIONS = {"upcycle": upcycle, "import_checkpoint": import_checkpoint, "export_checkpoint": export_checkpoint}
 PRELOADED = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral")]
 ARGUMENTS = {"max_shard_size": "25KB", "verify": False, "progress": False}

@@ -76,7 +76,7 @@ def work_of(
     program, row = tl.program_id(0), tl.arange(0, BLOCK_T)
     is_shared = program < parts
     place = row * (top_k + parts) + top_k + program
-    taken = is_shared & (row < tokens)
+    taken = (row < tokens).to(tl.int32)
     ours = is_shared
     which = program.to(tl.int64)
     if ROUTED:
@@ -86,14 +86,13 @@ def work_of(
         routed = tl.maximum(program - parts, 0)
         expert = tl.load(index_ptr + routed) if BY_SLOT else routed.to(tl.int64)
         hit = (index == expert) & (expert < num_experts)
-        hits = tl.max(hit.to(tl.int32), axis=1) > 0
         chosen = tl.max(tl.where(hit, slot[None, :], 0), axis=1)
         first = tl.min(tl.min(tl.where(hit, slots, tokens * top_k), axis=1), axis=0)
         place = tl.where(is_shared, place, row * (top_k + parts) + chosen)
-        taken = tl.where(is_shared, taken, hits)
+        taken = tl.where(is_shared, taken, tl.max(hit.to(tl.int32), axis=1))
         ours = is_shared | ((first == routed) if BY_SLOT else (first < tokens * top_k))
         which = tl.where(is_shared, which, expert)
-    return which, is_shared, place, taken, ours
+    return which, is_shared, place, taken > 0, ours
 
 
 @triton.jit
@@ -157,7 +156,7 @@ def up_kernel(
                 part = tl.load(gate_base + weight + start, mask=tile, other=0.0)
                 gate = tl.dot(x, part, gate, input_precision="ieee")
         if BIASED:
-            biased = inside & (not is_shared)
+            biased = column < tl.where(tl.program_id(0) >= parts, width, 0)
             up += tl.load(up_bias_ptr + which * bias_stride + column, mask=biased, other=0.0).to(tl.float32)[None, :]
             if GATED:
                 bias = tl.load(gate_bias_ptr + which * bias_stride + column, mask=biased, other=0.0)
@@ -220,7 +219,7 @@ def down_kernel(
             tile = tl.load(base + weight + start, mask=here[:, None] & inside[None, :], other=0.0)
             out = tl.dot(hidden, tile, out, input_precision="ieee")
         if BIASED:
-            biased = inside & (not is_shared)
+            biased = column < tl.where(tl.program_id(0) >= parts, D, 0)
             out += tl.load(bias_ptr + which * D + column, mask=biased, other=0.0).to(tl.float32)[None, :]
         target = out_ptr + place[:, None] * D + column[None, :]
         tl.store(target, out, mask=taken[:, None] & inside[None, :])
@@ -248,8 +247,9 @@ def combine_kernel(
     if ROUTED:
         for slot in range(K):
             weight = tl.load(weights_ptr + token * K + slot).to(tl.float32)
-            here = tl.load(index_ptr + token * K + slot) < num_experts  # an expert of another rank wrote no row
-            total += weight * tl.load(rows_ptr + slot * D, mask=inside & here, other=0.0)
+            # An expert of another rank wrote no row.
+            width = tl.where(tl.load(index_ptr + token * K + slot) < num_experts, D, 0)
+            total += weight * tl.load(rows_ptr + slot * D, mask=column < width, other=0.0)
     for slot in range(K, K + parts):
         total += tl.load(rows_ptr + slot * D, mask=inside, other=0.0)
     total = total.to(out_ptr.dtype.element_ty)
