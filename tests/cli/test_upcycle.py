@@ -56,8 +56,8 @@ def test_domain_texts_belong_to_the_sources_in_order(files, command, tmp_path):
 def test_a_broken_promise_fails(command, tmp_path, monkeypatch):
     from hf_moe.conversion.upcycling.copy import Copy
 
-    expert = Copy.expert
-    monkeypatch.setattr(Copy, "expert", lambda self, index, part: expert(self, index, part) * 1.1)
+    piece = Copy.piece
+    monkeypatch.setattr(Copy, "piece", lambda self, index, part, neurons: piece(self, index, part, neurons) * 1.1)
     code, _, err = command("upcycle", DEMO_MODEL, tmp_path / "moe", "--experts", 2, "--top-k", 1)
     assert code == 1 and "the logits differ by up to" in err
 
