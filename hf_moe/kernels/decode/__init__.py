@@ -8,19 +8,16 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
 from ...model.attention import HfMoeAttention
 from ...model.decoding import HfMoeReservedLayer
 from ...model.latent_attention import LATENT_NORM_EPS, HfMoeLatentAttention
 from ...model.mlp import HfMoeMLP
-from ...model.modeling_hf_moe import HfMoeDecoderLayer, HfMoeSparseMoeBlock
+from ...model.modeling_hf_moe import HfMoeDecoderLayer, HfMoeExperts, HfMoeSparseMoeBlock
 from ...model.norms import PLACEMENTS
 from ...model.rms_norm import HfMoeRMSNorm
+from ..experts import ACTIVATIONS
 from . import experts, grouped, latent, norms, products, routers
-
-# Modules hold the function, not its name.
-ACTIVATIONS = {type(ACT2FN[name]): name for name in experts.ACTIVATIONS}
 
 
 def plain(linear: nn.Module) -> bool:
@@ -54,7 +51,7 @@ def mlp_forward(module: HfMoeMLP, rows: int):
 
 
 def router_forward(gate: nn.Module, config):
-    """weights and index [T, K] as a function of x [T, D]: in one launch where the router is a plain one."""
+    """weights and index [T, K] as a function of x [T, D]: by the kernels where the router is a plain one."""
     simple = config.router_type in routers.SCORES and gate.weight.numel() <= 2**20
     limited = config.topk_group < config.n_group or config.router_args.get("router_bias")
     if not simple or limited:
@@ -67,8 +64,8 @@ def router_forward(gate: nn.Module, config):
 def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
     routed, config = module.experts, module.gate.config
     act = ACTIVATIONS.get(type(routed.act_fn))
-    known = act is not None and module.shared_expert_gate is None and not module.scales_input
-    known = known and config.experts_swiglu_limit is None
+    known = type(routed) is HfMoeExperts and act is not None  # another class has a gate of its own
+    known = known and module.shared_expert_gate is None and not module.scales_input
     shared = None
     if module.shared_experts is not None:
         shared = network(module.shared_experts, rows)
@@ -98,6 +95,20 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
     return forward
 
 
+def recorded_layer(past_key_values, layer_idx: int) -> HfMoeReservedLayer | None:
+    """The layer of the cache, if it is one whose step is being recorded."""
+    cached = None if past_key_values is None else past_key_values.layers[layer_idx]
+    return cached if isinstance(cached, HfMoeReservedLayer) and cached.recorded else None
+
+
+def visible(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, S], true where a position may be seen, of what sdpa or eager attention gets [B, 1, 1, S]."""
+    if attention_mask is None:
+        return None
+    mask = attention_mask[:, 0, 0]
+    return mask if mask.dtype == torch.bool else mask == 0  # eager attention adds it
+
+
 def latent_forward(module: HfMoeLatentAttention, rows: int):
     config, up = module.config, module.up_projections()
     names = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
@@ -108,15 +119,12 @@ def latent_forward(module: HfMoeLatentAttention, rows: int):
         return None
     sizes = [config.qk_nope_head_dim, config.v_head_dim]
     key_up, value_up = up.view(-1, sum(sizes), config.kv_lora_rank).split(sizes, dim=1)  # [H, d, r]
-    softcap = config.attn_logit_softcapping
     original = type(module).forward
 
     def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
-        cached = None if past_key_values is None else past_key_values.layers[module.layer_idx]
-        if not isinstance(cached, HfMoeReservedLayer) or not cached.recorded:
+        cached = recorded_layer(past_key_values, module.layer_idx)
+        if cached is None:
             return original(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        if attention_mask is not None and attention_mask.dtype != torch.bool:  # eager attention adds it
-            attention_mask = attention_mask == 0
         x = hidden_states.squeeze(1)
         query, new_latent = products.linear(x, first.weight, module.kv_a_proj_with_mqa.weight)
         if config.q_lora_rank is not None:
@@ -132,11 +140,11 @@ def latent_forward(module: HfMoeLatentAttention, rows: int):
             cached.keys,
             cached.values,
             cached.cumulative_length,
-            None if attention_mask is None else attention_mask[:, 0, 0],
+            visible(attention_mask),
             scale=module.scaling,
             eps=LATENT_NORM_EPS,
             interleaved=config.rope_interleave,
-            softcap=softcap,
+            softcap=config.attn_logit_softcapping,
         )
         values = x.new_empty(len(x), *value_up.shape[:2])  # [B, H, d_v]
         products.per_head(out, value_up.transpose(1, 2), values.transpose(0, 1))
@@ -158,12 +166,10 @@ def grouped_forward(module: HfMoeAttention, rows: int):
     original = type(module).forward
 
     def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
-        cached = None if past_key_values is None else past_key_values.layers[module.layer_idx]
+        cached = recorded_layer(past_key_values, module.layer_idx)
         cos, sin = (part.squeeze(1) for part in position_embeddings)
-        if not isinstance(cached, HfMoeReservedLayer) or not cached.recorded or cos.shape[1] != module.head_dim:
+        if cached is None or cos.shape[1] != module.head_dim:
             return original(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        if attention_mask is not None and attention_mask.dtype != torch.bool:  # eager attention adds it
-            attention_mask = attention_mask == 0
         out = grouped.grouped_attention(
             *products.linear(hidden_states.squeeze(1), *weights[:3]),
             norm_weights,
@@ -172,7 +178,7 @@ def grouped_forward(module: HfMoeAttention, rows: int):
             cached.keys,
             cached.values,
             cached.cumulative_length,
-            None if attention_mask is None else attention_mask[:, 0, 0],
+            visible(attention_mask),
             scale=module.scaling,
             eps=config.rms_norm_eps,
             interleaved=config.rope_interleave,

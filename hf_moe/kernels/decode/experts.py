@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..activations import ACTIVATIONS
+
 MAX_TOKENS = 64  # one tile of rows; with more, sorting by expert is cheaper
 MAX_PART = 1024  # of a dense network: its sum over the width is cut, so that there are programs for the whole card
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}  # by number: Triton has no names at run time
 
 
 class Network(NamedTuple):
@@ -43,17 +44,6 @@ def tile_arguments(name: str, x: torch.Tensor, columns: str, depth: str) -> dict
     tile = TILES[name]
     sizes = {columns: tile.columns, depth: tile.depth * 2 // max(2, x.element_size())}
     return sizes | {"num_stages": tile.stages, "num_warps": tile.warps}
-
-
-@triton.jit
-def activate(x, ACT: tl.constexpr):
-    if ACT == 0:
-        return x * tl.sigmoid(x)
-    if ACT == 1:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    if ACT == 2:
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    return tl.maximum(x, 0.0)
 
 
 @triton.jit
@@ -119,7 +109,7 @@ def up_kernel(
     SHARED: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
-    ACT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BY_SLOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -161,7 +151,9 @@ def up_kernel(
             if GATED:
                 bias = tl.load(gate_bias_ptr + which * bias_stride + column, mask=biased, other=0.0)
                 gate += bias.to(tl.float32)[None, :]
-        hidden = activate(gate, ACT) * up if GATED else activate(up, ACT)
+        hidden, _ = ACTIVATION(gate if GATED else up)
+        if GATED:
+            hidden *= up
         target = out_ptr + place[:, None] * I + column[None, :]
         tl.store(target, hidden.to(out_ptr.dtype.element_ty), mask=taken[:, None] & inside[None, :])
 
@@ -265,13 +257,13 @@ def mixture(
     index: torch.Tensor | None,
     routed: Network | None,
     shared: Network | None,
-    act: str,
+    activation: str,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """sum_k weight_{t,k} FFN_{index_{t,k}}(x_t) + FFN_shared(x_t): [T, D] of x [T, D], weights and index [T, K].
 
-    Either network may be missing; the shared one has E = 1. An index of E or more adds nothing. `residual` [T, D] is
-    added to the sum, once that has x's dtype.
+    Either network may be missing; the shared one has E = 1. `activation` is a key of `ACTIVATIONS`. An index of E or
+    more adds nothing. `residual` [T, D] is added to the sum, once that has x's dtype.
     """
     (tokens, dim), experts, top_k, parts, width = x.shape, 0, 0, 0, 0
     size = min(MAX_PART, shared.up.shape[1]) if routed is None else routed.up.shape[1]
@@ -309,7 +301,7 @@ def mixture(
         top_k,
         parts,
         GATED=one.gate is not None,
-        ACT=ACTIVATIONS[act],
+        ACTIVATION=ACTIVATIONS[activation],
         **settings,
         **tile_arguments("up", x, "BLOCK_I", "BLOCK_D"),
     )

@@ -8,9 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .latent import num_splits, sum_of_parts
-
-STEP, WARPS, STAGES = 64, 4, 2  # positions of a step, warps, steps in flight
+from .parts import STAGES, WARPS, attend, bounds, room_for_parts, step_of, store_part, sum_of_parts
 
 
 @triton.jit
@@ -144,10 +142,7 @@ def split_kernel(
     group = H // N
     member = tl.arange(0, BLOCK_G)
     head = key_head * group + member
-    length = tl.load(length_ptr).to(tl.int32) + 1  # with the token just written
-    chunk = tl.cdiv(tl.cdiv(length, splits), BLOCK_S) * BLOCK_S
-    begin = split * chunk
-    end = tl.minimum(begin + chunk, length)
+    begin, end = bounds(length_ptr, split, splits, BLOCK_S)
     column, position = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     inside = column < size
     heads = (member < group)[:, None] & inside[None, :]
@@ -164,23 +159,12 @@ def split_kernel(
         tile = seen[:, None] & inside[None, :]
         key = tl.load(keys_ptr + place, mask=tile, other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        if CAPPED:
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-        if MASKED:
-            seen = seen & (tl.load(mask_ptr + row * mask_row + here, mask=seen, other=0) != 0)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        safe = tl.where(new_best == float("-inf"), 0.0, new_best)  # nothing to see so far
-        weights = tl.exp(scores - safe[:, None])
-        shrink = tl.exp(best - safe)
-        total = total * shrink + tl.sum(weights, axis=1)
         value = tl.load(values_ptr + place, mask=tile, other=0.0)
-        out = tl.dot(weights.to(value.dtype), value, out * shrink[:, None], input_precision="ieee")
-        best = new_best
+        best, total, out = attend(
+            scores, value, seen, mask_ptr, row * mask_row + here, softcap, best, total, out, MASKED, CAPPED
+        )
     place = (row * H + head) * splits + split
-    tl.store(lse_ptr + place, tl.where(total > 0, best + tl.log(total), float("-inf")), mask=member < group)
-    out = out / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out_ptr + place[:, None] * size + column[None, :], out, mask=heads)
+    store_part(out_ptr, lse_ptr, place, column, size, member < group, inside, best, total, out)
 
 
 def grouped_attention(
@@ -206,7 +190,7 @@ def grouped_attention(
     and sin [B or 1, d]; mask [B or 1, S], true where a position may be seen. The cache takes key and value, and
     `length` grows by one.
     """
-    rows, key_heads, positions, size = keys.shape
+    rows, key_heads, _, size = keys.shape
     heads = query.shape[1] // size
     norm = 0 if norm_weights is None else 1 if norm_weights[0].numel() == size else 2
     turned = torch.empty(rows, heads, size, dtype=keys.dtype, device=keys.device)
@@ -236,10 +220,8 @@ def grouped_attention(
         HALF=triton.next_power_of_2(size // 2),
         num_warps=4,
     )
-    step = STEP if keys.element_size() == 2 else STEP // 2
-    splits = num_splits(rows * key_heads, positions, step)
-    parts = torch.empty(rows, heads, splits, size, dtype=torch.float32, device=keys.device)
-    lse = torch.empty(rows, heads, splits, dtype=torch.float32, device=keys.device)
+    parts, lse = room_for_parts(rows, heads, rows * key_heads, keys)
+    splits = parts.shape[2]
     split_kernel[(rows, key_heads, splits)](
         turned,
         keys,
@@ -260,7 +242,7 @@ def grouped_attention(
         MASKED=mask is not None,
         CAPPED=softcap is not None,
         BLOCK_G=max(16, triton.next_power_of_2(heads // key_heads)),
-        BLOCK_S=step,
+        BLOCK_S=step_of(keys),
         BLOCK_D=max(16, triton.next_power_of_2(size)),
         num_warps=WARPS,
         num_stages=STAGES,

@@ -1,4 +1,4 @@
-"""Latent attention for one new token a row: two launches to prepare, split and combine, whatever the context.
+"""Latent attention for one new token a row: five launches, whatever the context.
 
 Shapes: B rows, H heads, S positions of the cache, r = kv_lora_rank, d_nope and d_rope the sizes of a key's parts. The
 cache has latents [B, 1, S, r] as keys, rotated keys [B, 1, S, d_rope] as values, and on the device how many positions
@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .parts import STAGES, WARPS, attend, bounds, room_for_parts, step_of, store_part, sum_of_parts
 from .products import per_head
 
 
@@ -110,11 +111,7 @@ def split_kernel(
     """Attention of BLOCK_H heads of a row over one part of the positions, with the logarithm of its sum."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    length = tl.load(length_ptr).to(tl.int32) + 1  # with the token just written
-    chunk = tl.cdiv(tl.cdiv(length, splits), BLOCK_S) * BLOCK_S
-    begin = split * chunk
-    end = tl.minimum(begin + chunk, length)
-
+    begin, end = bounds(length_ptr, split, splits, BLOCK_S)
     column, turned, position = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_S)
     heads, inside, real = head < H, column < rank, turned < rope
     query = tl.load(
@@ -145,88 +142,11 @@ def split_kernel(
         )
         scores = tl.dot(query, tl.trans(latent), input_precision="ieee")
         scores = tl.dot(query_rope, key, scores, input_precision="ieee") * scale
-        if CAPPED:
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-        if MASKED:
-            seen = seen & (tl.load(mask_ptr + row * mask_row + here, mask=seen, other=0) != 0)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        safe = tl.where(new_best == float("-inf"), 0.0, new_best)  # a row with nothing to see so far
-        weights = tl.exp(scores - safe[:, None])
-        shrink = tl.exp(best - safe)
-        total = total * shrink + tl.sum(weights, axis=1)
-        out = tl.dot(weights.to(latent.dtype), latent, out * shrink[:, None], input_precision="ieee")
-        best = new_best
+        best, total, out = attend(
+            scores, latent, seen, mask_ptr, row * mask_row + here, softcap, best, total, out, MASKED, CAPPED
+        )
     place = (row * H + head) * splits + split
-    tl.store(lse_ptr + place, tl.where(total > 0, best + tl.log(total), float("-inf")), mask=heads)
-    out = out / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out_ptr + place[:, None] * rank + column[None, :], out, mask=heads[:, None] & inside[None, :])
-
-
-@triton.jit
-def combine_kernel(
-    parts_ptr,
-    lse_ptr,
-    out_ptr,
-    length_ptr,
-    out_head,
-    out_row,
-    H,
-    splits,
-    rank,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """The parts' mean by the exponentials of their sums; the first program counts the new token."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = column < rank
-    first = (row * H + head) * splits
-    best = float("-inf")
-    for start in range(0, splits, BLOCK_N):
-        part = start + tl.arange(0, BLOCK_N)
-        best = tl.maximum(best, tl.max(tl.load(lse_ptr + first + part, mask=part < splits, other=float("-inf"))))
-    best = tl.where(best == float("-inf"), 0.0, best)
-    total, mass = tl.zeros((BLOCK_R,), tl.float32), 0.0
-    for start in range(0, splits, BLOCK_N):
-        part = start + tl.arange(0, BLOCK_N)
-        weight = tl.exp(tl.load(lse_ptr + first + part, mask=part < splits, other=float("-inf")) - best)
-        place = parts_ptr + (first + part[:, None]) * rank + column[None, :]
-        rows = tl.load(place, mask=(part < splits)[:, None] & inside[None, :], other=0.0)
-        total += tl.sum(rows * weight[:, None], axis=0)
-        mass += tl.sum(weight, axis=0)
-    total = total / tl.maximum(mass, 1e-30)
-    tl.store(out_ptr + head * out_head + row * out_row + column, total.to(out_ptr.dtype.element_ty), mask=inside)
-    if (row == 0) & (head == 0) & (tl.program_id(2) == 0):
-        tl.store(length_ptr, tl.load(length_ptr) + 1)
-
-
-SPLIT = (64, 4, 2, 264)  # positions of a step, warps, steps in flight, programs that run at once (132 times two)
-
-
-def num_splits(programs: int, positions: int, block: int) -> int:
-    """Parts of the context, so that all parts of all rows fill the card, and each has two steps at least."""
-    return max(1, min(SPLIT[3] // programs, triton.cdiv(positions, 2 * block)))
-
-
-def sum_of_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, length: torch.Tensor) -> None:
-    """out [H, B, r] of the parts [B, H, splits, r] and the logarithms of their sums; `length` grows by one."""
-    rows, heads, splits, rank = parts.shape
-    columns = min(64, triton.next_power_of_2(rank))
-    combine_kernel[(rows, heads, triton.cdiv(rank, columns))](
-        parts,
-        lse,
-        out,
-        length,
-        out.stride(0),
-        out.stride(1),
-        heads,
-        splits,
-        rank,
-        BLOCK_N=min(64, triton.next_power_of_2(splits)),
-        BLOCK_R=columns,
-        num_warps=4,
-    )
+    store_part(out_ptr, lse_ptr, place, column, rank, heads, inside, best, total, out)
 
 
 def latent_attention(
@@ -254,7 +174,6 @@ def latent_attention(
     """
     rows, heads, _ = query.shape
     rank, rope, nope = keys.shape[-1], values.shape[-1], key_up.shape[1]
-    positions = keys.shape[2]
     query_rope = torch.empty(rows, heads, rope, dtype=keys.dtype, device=keys.device)
     block_r, block_p = triton.next_power_of_2(rank), triton.next_power_of_2(rope)
     prepare_kernel[(rows,)](
@@ -289,13 +208,9 @@ def latent_attention(
     per_head(query[..., :nope].transpose(0, 1), key_up, absorbed)
 
     block_h = min(64, max(16, triton.next_power_of_2(heads)))
-    block_s, warps, stages, _ = SPLIT
-    if keys.element_size() > 2:
-        block_s = max(16, block_s // 2)
     blocks_h = triton.cdiv(heads, block_h)
-    splits = num_splits(rows * blocks_h, positions, block_s)
-    parts = torch.empty(rows, heads, splits, rank, dtype=torch.float32, device=keys.device)
-    lse = torch.empty(rows, heads, splits, dtype=torch.float32, device=keys.device)
+    parts, lse = room_for_parts(rows, heads, rows * blocks_h, keys)
+    splits = parts.shape[2]
     split_kernel[(rows, blocks_h, splits)](
         absorbed,
         query_rope,
@@ -319,11 +234,11 @@ def latent_attention(
         MASKED=mask is not None,
         CAPPED=softcap is not None,
         BLOCK_H=block_h,
-        BLOCK_S=block_s,
+        BLOCK_S=step_of(keys),
         BLOCK_R=block_r,
         BLOCK_P=max(16, block_p),
-        num_warps=warps if block_h == 16 else 8,
-        num_stages=stages,
+        num_warps=WARPS if block_h == 16 else 8,
+        num_stages=STAGES,
     )
     out = torch.empty_like(absorbed)
     sum_of_parts(parts, lse, out, length)

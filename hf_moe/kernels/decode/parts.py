@@ -1,0 +1,132 @@
+"""Attention of one new token in parts of the context, which run side by side, and their sum.
+
+Shapes: B rows, H heads, S positions of the cache, r the size of what is summed. Of a part the kernels keep its
+attention and the logarithm of the sum of its exponentials.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+STEP, WARPS, STAGES = 64, 4, 2  # positions of a step, warps, steps in flight
+PROGRAMS = 264  # that run at once: 132 processors, two each
+
+
+@triton.jit
+def bounds(length_ptr, split, splits, STEP: tl.constexpr):
+    """The first position of a part and the one behind its last, the token just written included."""
+    length = tl.load(length_ptr).to(tl.int32) + 1
+    chunk = tl.cdiv(tl.cdiv(length, splits), STEP) * STEP
+    begin = split * chunk
+    return begin, tl.minimum(begin + chunk, length)
+
+
+@triton.jit
+def attend(
+    scores,
+    value,
+    seen,
+    mask_ptr,
+    mask_place,
+    softcap,
+    best,
+    total,
+    out,
+    MASKED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """Take one step's scores [H, S] and values [S, r] into the largest score, the sum and the output so far."""
+    if CAPPED:
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+    if MASKED:
+        seen = seen & (tl.load(mask_ptr + mask_place, mask=seen, other=0) != 0)
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, axis=1))
+    safe = tl.where(new_best == float("-inf"), 0.0, new_best)  # nothing to see so far
+    weights = tl.exp(scores - safe[:, None])
+    shrink = tl.exp(best - safe)
+    total = total * shrink + tl.sum(weights, axis=1)
+    out = tl.dot(weights.to(value.dtype), value, out * shrink[:, None], input_precision="ieee")
+    return new_best, total, out
+
+
+@triton.jit
+def store_part(parts_ptr, lse_ptr, place, column, size, heads, inside, best, total, out):
+    """Write a part of `heads` to its `place`s."""
+    tl.store(lse_ptr + place, tl.where(total > 0, best + tl.log(total), float("-inf")), mask=heads)
+    out = out / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(parts_ptr + place[:, None] * size + column[None, :], out, mask=heads[:, None] & inside[None, :])
+
+
+@triton.jit
+def combine_kernel(
+    parts_ptr,
+    lse_ptr,
+    out_ptr,
+    length_ptr,
+    out_head,
+    out_row,
+    H,
+    splits,
+    rank,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The parts' mean by the exponentials of their sums; the first program counts the new token."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = column < rank
+    first = (row * H + head) * splits
+    best = float("-inf")
+    for start in range(0, splits, BLOCK_N):
+        part = start + tl.arange(0, BLOCK_N)
+        best = tl.maximum(best, tl.max(tl.load(lse_ptr + first + part, mask=part < splits, other=float("-inf"))))
+    best = tl.where(best == float("-inf"), 0.0, best)
+    total, mass = tl.zeros((BLOCK_R,), tl.float32), 0.0
+    for start in range(0, splits, BLOCK_N):
+        part = start + tl.arange(0, BLOCK_N)
+        weight = tl.exp(tl.load(lse_ptr + first + part, mask=part < splits, other=float("-inf")) - best)
+        place = parts_ptr + (first + part[:, None]) * rank + column[None, :]
+        rows = tl.load(place, mask=(part < splits)[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(rows * weight[:, None], axis=0)
+        mass += tl.sum(weight, axis=0)
+    total = total / tl.maximum(mass, 1e-30)
+    tl.store(out_ptr + head * out_head + row * out_row + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+    if (row == 0) & (head == 0) & (tl.program_id(2) == 0):
+        tl.store(length_ptr, tl.load(length_ptr) + 1)
+
+
+def step_of(cache: torch.Tensor) -> int:
+    """Positions of a step; of four bytes a value half as many fit."""
+    return STEP if cache.element_size() == 2 else STEP // 2
+
+
+def room_for_parts(rows: int, heads: int, programs: int, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the parts [B, H, splits, r] and their logarithms, in float32.
+
+    So many parts that all of them, of `programs` programs each, fill the card, and each has two steps at least.
+    """
+    positions, size = cache.shape[2:]
+    splits = max(1, min(PROGRAMS // programs, triton.cdiv(positions, 2 * step_of(cache))))
+    parts = torch.empty(rows, heads, splits, size, dtype=torch.float32, device=cache.device)
+    return parts, torch.empty(parts.shape[:3], dtype=torch.float32, device=cache.device)
+
+
+def sum_of_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, length: torch.Tensor) -> None:
+    """out [H, B, r] of the parts [B, H, splits, r] and the logarithms of their sums; `length` grows by one."""
+    rows, heads, splits, rank = parts.shape
+    columns = min(64, triton.next_power_of_2(rank))
+    combine_kernel[(rows, heads, triton.cdiv(rank, columns))](
+        parts,
+        lse,
+        out,
+        length,
+        out.stride(0),
+        out.stride(1),
+        heads,
+        splits,
+        rank,
+        BLOCK_N=min(64, triton.next_power_of_2(splits)),
+        BLOCK_R=columns,
+        num_warps=4,
+    )
