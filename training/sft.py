@@ -271,10 +271,10 @@ def write_merged(trainer: MoeSFTTrainer, model: PreTrainedModel) -> None:
     if trainer.args.should_save:
         output = Path(trainer.args.output_dir) / "merged"
         aside = output.with_name(".merged")
-        for folder in (aside, output):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside)
         trainer.processing_class.save_pretrained(aside)
+        shutil.rmtree(output, ignore_errors=True)
         aside.rename(output)
 
 
