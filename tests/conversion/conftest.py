@@ -1,9 +1,12 @@
 """Tiny random checkpoints of the families that hf_moe reads, written by Transformers itself, once a session."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hf_moe.conversion import import_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 # Not powers of two, but multiples of 4: grouped_mm wants rows of 16 bytes.
@@ -339,3 +342,14 @@ def checkpoint(tmp_path_factory):
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def check_import_refused(source: Path, changes: dict, match: str, tmp_path: Path) -> None:
+    """The source with `changes` in its config.json is refused with one line, and nothing is written."""
+    folder = Path(shutil.copytree(source, tmp_path / "released"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=match) as raised:
+        import_checkpoint(folder, tmp_path / "moe", progress=False)
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == [folder]
