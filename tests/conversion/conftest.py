@@ -344,12 +344,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def check_import_refused(source: Path, changes: dict, match: str, tmp_path: Path) -> None:
-    """The source with `changes` in its config.json is refused with one line, and nothing is written."""
-    folder = Path(shutil.copytree(source, tmp_path / "released"))
+def check_import_refused(source: Path, changes: dict, match: str, folder: Path) -> None:
+    """The source, copied to `folder` with `changes` in its config.json, is refused in one line; nothing is written."""
+    shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=match) as raised:
-        import_checkpoint(folder, tmp_path / "moe", progress=False)
+        import_checkpoint(folder, folder.parent / "moe", progress=False)
     assert "\n" not in str(raised.value)
-    assert list(tmp_path.iterdir()) == [folder]
+    assert list(folder.parent.iterdir()) == [folder]

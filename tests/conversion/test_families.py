@@ -152,4 +152,4 @@ REFUSED = {
 
 @pytest.mark.parametrize(("case", "changes", "match"), REFUSED.values(), ids=REFUSED)
 def test_import_refuses(case, changes, match, checkpoint, tmp_path):
-    check_import_refused(checkpoint(case), changes, match, tmp_path)
+    check_import_refused(checkpoint(case), changes, match, tmp_path / case)
