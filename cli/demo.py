@@ -110,14 +110,13 @@ def train_step(folder: Path, out: Path, steps: int) -> dict:
     command("train", f"{out}/recipe.yaml")
     with messages_on_stderr():
         import datasets
-        from hf_moe.training.arguments import parse_sft
-        from hf_moe.training.sft import run
+        from hf_moe.training.stages import main
 
         datasets.disable_progress_bars()
         # The recipe names the folder as it will be called; until then it has another name.
         places = ["--model_name_or_path", f"{folder}/upcycled", "--output_dir", f"{folder}/tuned"]
         places += ["--train_data", f"{folder}/data/train.jsonl", "--eval_data", f"{folder}/data/held_out.jsonl"]
-        return run(*parse_sft([f"{folder}/recipe.yaml", *places]))
+        return main([f"{folder}/recipe.yaml", *places])
 
 
 def result_step(before: str, after: str, losses: dict) -> None:

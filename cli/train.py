@@ -15,16 +15,16 @@ def train(
     show: Annotated[str | None, typer.Option(metavar="RECIPE", help="Print a recipe.")] = None,
     check: Annotated[str | None, typer.Option(metavar="RECIPE", help="Validate a recipe, without training.")] = None,
 ) -> None:
-    """Fine-tune a model as a recipe says. `--key value` replaces the recipe's value of that key."""
+    """Train a model as a recipe says. `--key value` replaces the recipe's value of that key."""
     if list_ or show is not None:
         from hf_moe.training.recipe_files import list_recipes, recipe_text
 
         print(list_recipes() if list_ else recipe_text(show).rstrip("\n"))
     elif check is not None:
-        from hf_moe.training.arguments import check_recipe
+        from hf_moe.training.stages import check_recipe
 
         print(f"{check}: all {check_recipe(check)} arguments are valid")
     else:
-        from hf_moe.training.sft import main
+        from hf_moe.training.stages import main
 
         main([*([recipe] if recipe else []), *context.args])

@@ -8,19 +8,21 @@ from typing import NoReturn, get_type_hints
 from huggingface_hub.dataclasses import type_validator
 from trl import TrlParser
 
-from .adapters import AdapterArguments
-from .esft import EsftArguments
 from .parameter_groups import GROUPS
-from .recipe_files import read_recipe, shipped_recipes
-from .sft_trainer import MoeSFTConfig
+from .recipe_files import read_recipe
+from .stages import STAGES
 
 REQUIRED = ("model_name_or_path", "train_data", "output_dir")
 
 
 @dataclass
 class ModelArguments:
-    """Which model, and how to load it (`trust_remote_code` is the trainer's own argument)."""
+    """Which stage, which model, and how to load it (`trust_remote_code` is the trainer's own argument)."""
 
+    stage: str = field(
+        default="sft",
+        metadata={"help": "What kind of training this is; each has its own arguments.", "choices": list(STAGES)},
+    )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder of a checkpoint, or its Hub id."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub checkpoint."})
     dtype: str = field(
@@ -73,8 +75,6 @@ class RecipeParser(TrlParser):
 
     def parse(self, argv: list[str]) -> tuple:
         """One instance per dataclass from [recipe, --key, value, ...]; the command line wins."""
-        if not argv:
-            raise ValueError(f"Give a recipe: a YAML file, or one of {', '.join(shipped_recipes())}.")
         if argv[0] in ("-h", "--help"):
             self.parse_args(argv)
         name, *overrides = argv
@@ -127,16 +127,3 @@ class RecipeParser(TrlParser):
         if key not in self.known:
             nearest = difflib.get_close_matches(key, self.known, n=1, cutoff=0.0)[0]
             self.error(f"unknown argument {key}; the nearest known one is {nearest}.")
-
-
-SFT = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments)
-
-
-def parse_sft(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments]:
-    """The arguments of a supervised fine-tuning run from [recipe, --key, value, ...]."""
-    return RecipeParser(SFT).parse(argv)
-
-
-def check_recipe(name: str) -> int:
-    """Validate every argument of a recipe without training; returns how many it gives. Raises as RecipeParser."""
-    return RecipeParser(SFT).check(name)

@@ -12,10 +12,9 @@ from hf_moe.training.adapters import (
     check_adapter_arguments,
     check_coverage,
 )
-from hf_moe.training.arguments import parse_sft
 from hf_moe.training.parameter_groups import part_of
 from hf_moe.training.selection_bias import BIAS_FILE, load_router_bias
-from hf_moe.training.sft import main, run
+from hf_moe.training.sft import main
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -168,7 +167,7 @@ def command(data_folder, tmp_path):
 
 
 def test_run_saves_adapter_bias_and_merged_model(command, tmp_path, capsys):
-    metrics = run(*parse_sft(command("--lora_merge", "float32", "--learning_rate", "1e-2")))
+    metrics = main(command("--lora_merge", "float32", "--learning_rate", "1e-2"))
     said = capsys.readouterr().err
     assert "adapter on 12 matrices of attention, 3 matrices of dense_mlp" in said
     assert metrics["eval_loss"] < metrics["eval_loss_before"]

@@ -1,7 +1,8 @@
 import pytest
 import yaml
-from hf_moe.training.arguments import REQUIRED, check_recipe, parse_sft
+from hf_moe.training.arguments import REQUIRED
 from hf_moe.training.recipe_files import read_recipe, shipped_recipes
+from hf_moe.training.stages import check_recipe, parse
 
 GIVEN = ["--model_name_or_path", "model", "--train_data", "rows.jsonl", "--output_dir", "out"]
 CPU = ["--bf16", "false"]
@@ -10,7 +11,7 @@ CPU = ["--bf16", "false"]
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_argument_of_a_shipped_recipe_arrives(name):
     arguments = {}
-    for part in parse_sft([name, *GIVEN, *CPU]):
+    for part in parse([name, *GIVEN, *CPU]):
         arguments |= vars(part)
     recipe = read_recipe(name)
     assert len(recipe) > 20
@@ -37,7 +38,7 @@ def recipe(tmp_path):
 
 def test_command_line_wins_over_recipe_and_recipe_over_default(recipe):
     name = recipe(learning_rate=0.5, seed=7, train_data=["a.jsonl", "b.jsonl"], model_init_kwargs={"x": 1})
-    model, data, training, *_ = parse_sft([name, "--seed", "9", "--model_name_or_path=model", "--output-dir", "out"])
+    model, data, training, *_ = parse([name, "--seed", "9", "--model_name_or_path=model", "--output-dir", "out"])
     assert (training.seed, training.learning_rate, training.max_steps) == (9, 0.5, 3)
     assert (model.model_name_or_path, training.output_dir) == ("model", "out")
     assert data.train_data == ["a.jsonl", "b.jsonl"]
@@ -45,8 +46,8 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(recipe):
 
 
 def test_null_in_a_recipe_is_a_value(recipe):
-    assert parse_sft([recipe(), *GIVEN])[2].max_length == 1024
-    assert parse_sft([recipe(max_length=None), *GIVEN])[2].max_length is None
+    assert parse([recipe(), *GIVEN])[2].max_length == 1024
+    assert parse([recipe(max_length=None), *GIVEN])[2].max_length is None
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,9 @@ def test_null_in_a_recipe_is_a_value(recipe):
         ({"learning_rat": 1}, [], "unknown argument learning_rat; the nearest known one is learning_rate"),
         ({}, ["--max_step", "3"], "unknown argument max_step; the nearest known one is max_steps"),
         ({}, ["--eval-dat=x"], "unknown argument eval_dat; the nearest known one is eval_data"),
+        ({"stage": "sfft"}, [], "stage is 'sfft'; it can be sft"),
+        ({"stage": ["sft"]}, [], r"stage is \['sft'\]; it can be sft"),
+        ({"stage": "sft"}, ["--stage", "x"], "stage is 'x'; it can be sft"),
         ({}, ["--lora_rank", "3"], "unknown argument lora_rank; the nearest known"),
         ({}, ["--seed", "3", "4"], "'4' belongs to no argument"),
         ({"max_steps": "many"}, [], "max_steps.*invalid int value: 'many'"),
@@ -67,13 +71,13 @@ def test_null_in_a_recipe_is_a_value(recipe):
 )
 def test_mistake_in_an_argument_is_one_line(recipe, arguments, extra, message):
     with pytest.raises(ValueError, match=message) as error:
-        parse_sft([recipe(**arguments), *GIVEN, *extra])
+        parse([recipe(**arguments), *GIVEN, *extra])
     assert "\n" not in str(error.value)
 
 
 def test_missing_arguments_are_all_named(recipe):
     with pytest.raises(ValueError, match="leaves --model_name_or_path and --train_data and --output_dir to you"):
-        parse_sft([recipe()])
+        parse([recipe()])
 
 
 @pytest.mark.parametrize(
@@ -89,19 +93,19 @@ def test_file_that_is_no_recipe(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as error:
-        parse_sft([str(path), *GIVEN])
+        parse([str(path), *GIVEN])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "tiny/absent", "../recipes/tiny/sft", "tiny"])
 def test_unknown_recipe_lists_the_known_ones(name):
     with pytest.raises(FileNotFoundError, match=rf"No recipe {name}: .*tiny/sft"):
-        parse_sft([name, *GIVEN])
+        parse([name, *GIVEN])
 
 
 def test_no_recipe_at_all():
     with pytest.raises(ValueError, match="Give a recipe"):
-        parse_sft([])
+        parse([])
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

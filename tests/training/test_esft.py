@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from hf_moe.training.arguments import parse_sft
 from hf_moe.training.esft import (
     ROWS_FILE,
     chosen_experts,
@@ -15,7 +14,7 @@ from hf_moe.training.esft import (
     select_experts,
     split_experts,
 )
-from hf_moe.training.sft import main, run
+from hf_moe.training.sft import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -143,7 +142,7 @@ def command(model_folder, data_folder, tmp_path):
 
 
 def test_run_saves_rows_alone_and_the_merged_model(command, model_folder, tmp_path, capsys):
-    metrics = run(*parse_sft(command("--esft_merge", "--learning_rate", "1e-2")))
+    metrics = main(command("--esft_merge", "--learning_rate", "1e-2"))
     assert "ESFT trains" in capsys.readouterr().err
     assert metrics["eval_loss"] < metrics["eval_loss_before"]
     out = tmp_path / "out"

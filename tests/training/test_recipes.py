@@ -3,10 +3,9 @@
 import pytest
 import torch
 from hf_moe.training.adapters import LORA_PARTS
-from hf_moe.training.arguments import parse_sft
 from hf_moe.training.parameter_groups import GROUPS, part_of
 from hf_moe.training.recipe_files import shipped_recipes
-from hf_moe.training.sft import run
+from hf_moe.training.stages import main
 from transformers import AutoModelForCausalLM
 
 from .conftest import tiny_tokenizer
@@ -43,7 +42,7 @@ def test_recipe_runs_and_trains_its_parts(name, data_folder, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     places = {"model_name_or_path": tmp_path / "model", "train_data": data_folder, "eval_data": data_folder}
     given = SMALL | places | {"output_dir": tmp_path / "out"}
-    metrics = run(*parse_sft([name, *(f"--{key}={value}" for key, value in given.items())]))
+    metrics = main([name, *(f"--{key}={value}" for key, value in given.items())])
     assert metrics["train_loss"] > 0 and metrics["eval_loss"] != metrics["eval_loss_before"]
     whole = tmp_path / "out" / ("merged" if kind.startswith("lora") or kind == "esft" else ".")
     after = AutoModelForCausalLM.from_pretrained(whole).state_dict()

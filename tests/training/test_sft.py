@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from hf_moe.conversion import upcycle
-from hf_moe.training.arguments import parse_sft
-from hf_moe.training.sft import TEMPLATES, main, run
+from hf_moe.training.run import TEMPLATES
+from hf_moe.training.sft import main
 from hf_moe.training.sft_trainer import MoeSFTTrainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,7 +36,7 @@ def command(model_folder, data_folder, tmp_path):
 
 def test_tiny_recipe_lowers_the_held_out_loss_and_saves_a_model_that_loads(command, data_folder, tmp_path, capsys):
     held_out = ["--eval_data", str(data_folder), "--max_steps", "40", "--learning_rate", "1e-2"]
-    metrics = run(*parse_sft(command(*held_out, data=data_folder)))
+    metrics = main(command(*held_out, data=data_folder))
     assert metrics["eval_loss"] < 0.7 * metrics["eval_loss_before"]
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
     assert "held-out loss" in capsys.readouterr().err
@@ -62,7 +62,7 @@ def test_tiny_recipe_lowers_the_held_out_loss_and_saves_a_model_that_loads(comma
 @pytest.mark.parametrize("row", [{"text": "red red red"}, {"prompt": "Say red.", "completion": " red!"}], ids=list)
 def test_rows_without_conversations_train(command, tmp_path, row):
     data = write_rows(tmp_path / "rows.jsonl", [row] * 5)
-    metrics = run(*parse_sft(command("--max_steps", "2", data=data)))
+    metrics = main(command("--max_steps", "2", data=data))
     assert metrics["train_loss"] > 0 and (tmp_path / "out" / "model.safetensors").is_file()
     assert not list((tmp_path / "out").glob("*.bin"))  # no pickle beside the model
     assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is True
@@ -76,7 +76,7 @@ def test_shared_stories(command, shared_data, tmp_path):
     with pytest.raises(ValueError, match="not a Mixture-of-Experts model"):
         main(command(*short, data=train, model=dense, output="dense"))
     upcycle(dense, sparse, experts=3, top_k=2, verify=False, progress=False)
-    metrics = run(*parse_sft(command(*short, data=train, model=sparse)))
+    metrics = main(command(*short, data=train, model=sparse))
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.05
 
 
@@ -124,9 +124,7 @@ def test_assistant_only_loss_counts_only_the_answers(command, tmp_path):
     """The loss, computed again from the saved model over the answer's letters and its end alone."""
     rows = [{"messages": [{"role": "user", "content": "Say."}, {"role": "assistant", "content": "k" * 9}]}] * 4
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    metrics = run(
-        *parse_sft(command("--assistant_only_loss", "--eval_data", str(data), "--max_steps", "1", data=data))
-    )
+    metrics = main(command("--assistant_only_loss", "--eval_data", str(data), "--max_steps", "1", data=data))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
         rows[0]["messages"], return_tensors="pt", return_dict=False

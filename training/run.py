@@ -1,0 +1,210 @@
+"""What the stages of training share: resuming, data, tokenizer, model, what trains, the run itself, saving."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from trl import SFTConfig
+
+import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
+
+from .arguments import DataArguments, ModelArguments
+from .checkpoints import is_complete, last_checkpoint, load_model
+from .data import is_conversational, load_rows
+from .parameter_groups import GROUPS, train_group
+
+TEMPLATES = Path(__file__).parent / "templates"
+LAST = ("config.json", "adapter_config.json")  # a folder without them does not load
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means, a folder or true for the last one; else None.
+
+    Raises ValueError if there is none, or if `output_dir` holds something that this run would overwrite.
+    """
+    wanted, output = args.resume_from_checkpoint, Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir {output} is a file.")
+    if wanted is None or wanted.lower() in ("false", "no"):
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(
+                f"output_dir {output} is not empty: give another, or --resume_from_checkpoint true to continue it."
+            )
+        return None
+    if wanted.lower() in ("true", "yes"):
+        checkpoint = last_checkpoint(output)
+        if checkpoint is None:
+            raise ValueError(f"output_dir {output} holds no complete checkpoint to resume from.")
+        return checkpoint
+    if not is_complete(wanted):
+        raise ValueError(f"resume_from_checkpoint {wanted} is not a complete checkpoint.")
+    return wanted
+
+
+def steps_done(checkpoint: str | None) -> int:
+    """How many optimizer steps a checkpoint has behind it."""
+    return 0 if checkpoint is None else TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}").global_step
+
+
+def load_data(data_args: DataArguments, args: SFTConfig) -> tuple[Dataset, Dataset | None]:
+    common = {"config": data_args.dataset_config, "text_field": args.dataset_text_field}
+    train_rows = load_rows(data_args.train_data, split=data_args.train_split, what="train_data", **common)
+    if data_args.eval_data:
+        return train_rows, load_rows(data_args.eval_data, split=data_args.eval_split, what="eval_data", **common)
+    if args.eval_strategy != "no":
+        raise ValueError(f"eval_strategy is {args.eval_strategy.value}: give --eval_data, or --eval_strategy no.")
+    return train_rows, None
+
+
+def load_tokenizer(source: str, model_args: ModelArguments, args: SFTConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model. Raises FileNotFoundError for an absent folder, ValueError if nothing loads."""
+    path = Path(source)
+    if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
+        raise FileNotFoundError(f"model_name_or_path: there is no folder {source}.")
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model_name_or_path {source} has no tokenizer that loads: {reason}") from error
+
+
+def shipped_templates() -> dict[str, str]:
+    """The chat templates that come with hf_moe: name to file."""
+    return {path.stem: str(path) for path in sorted(TEMPLATES.glob("*.jinja"))}
+
+
+def find_template(name: str | None) -> str | None:
+    """The file of a shipped template by its name; a file, a folder or a Hub tokenizer's name as it is, for TRL."""
+    if name is None or Path(name).exists():
+        return name
+    path = shipped_templates().get(name, name)
+    if path == name and ("/" not in name or name.endswith((".jinja", ".j2"))):
+        raise FileNotFoundError(
+            f"chat_template_path: there is no file {name}; the templates that come along are "
+            f"{', '.join(shipped_templates())}."
+        )
+    return path
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: SFTConfig) -> None:
+    if is_conversational(rows) and args.chat_template_path is None and tokenizer.chat_template is None:
+        raise ValueError(
+            "The rows are conversations and the tokenizer has no chat template: give --chat_template_path FILE.jinja, "
+            f"or one of {', '.join(shipped_templates())}."
+        )
+
+
+def load_trained_model(source: str, model_args: ModelArguments, args: SFTConfig) -> PreTrainedModel:
+    """The model in `source`, loaded as the arguments say."""
+    named = {
+        "attn_implementation": model_args.attn_implementation,
+        "experts_implementation": model_args.experts_implementation,
+    }
+    model = load_model(
+        source,
+        dtype=model_args.dtype,
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        **{name: value for name, value in named.items() if value is not None},
+        **(args.model_init_kwargs or {}),
+    )
+    args.model_init_kwargs = None  # used
+    return model
+
+
+def choose_trained(model: PreTrainedModel, group: str, args: TrainingArguments) -> None:
+    """Freeze what `group` leaves out, and say what trains."""
+    print(train_group(model, group), file=sys.stderr)
+    if "router" not in GROUPS[group]:
+        keep_selection_bias(args)
+
+
+def keep_selection_bias(args: TrainingArguments) -> None:
+    """Where the router is frozen, so is its selection bias, which is as much of its choice as its weights.
+
+    Only a speed among the arguments moves it, not the one of the configuration.
+    """
+    if args.router_bias_update_speed is None:
+        args.router_bias_update_speed = 0.0
+
+
+def check_kept(name: str, given: Dataset | None, kept: Dataset | None, args: SFTConfig) -> None:
+    """Say how many rows TRL left out because truncation left nothing to learn from; raises ValueError if all."""
+    if given is None or args.packing:  # packed rows are other rows
+        return
+    if len(kept) == 0:
+        raise ValueError(f"{name} has no token to learn from within max_length {args.max_length}.")
+    if len(kept) < len(given):
+        lost = f"{len(given) - len(kept)} of {len(given)} rows"
+        print(f"{name}: {lost} have no token to learn from within max_length {args.max_length}", file=sys.stderr)
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
+    """Train from `checkpoint` on, evaluate if there are held-out rows, save; returns the metrics.
+
+    They have `eval_loss_before` where the arguments say `eval_on_start`, or said so before the checkpoint.
+    """
+    done = steps_done(checkpoint)
+    if checkpoint is not None:
+        print(f"resuming from {checkpoint}, after {done} steps", file=sys.stderr)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = result.metrics if result.global_step > done else {}
+    if metrics:
+        trainer.save_metrics("train", metrics)
+    if trainer.eval_dataset is not None:
+        before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+        after = trainer.evaluate() | {"eval_loss_before": before}
+        trainer.save_metrics("eval", after)
+        metrics = metrics | after
+    save(trainer)
+    return metrics
+
+
+def save(trainer: Trainer) -> None:
+    """Model and tokenizer to `output_dir`, the configuration last: a kill leaves no folder that half loads."""
+    output = Path(trainer.args.output_dir)
+    aside = output / ".incomplete"
+    if trainer.args.should_save:
+        shutil.rmtree(aside, ignore_errors=True)
+    trainer.model.config.use_cache = True  # the Trainer turned it off for training, and would save that
+    trainer.save_model(str(aside), _internal_call=True)
+    if trainer.args.should_save:
+        (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and nothing that the recipe does not say
+        for path in sorted(aside.iterdir(), key=lambda path: path.name in LAST):
+            path.replace(output / path.name)
+        aside.rmdir()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def write_merged(trainer: Trainer, model: PreTrainedModel) -> None:
+    """A whole model and its tokenizer to `output_dir`/merged, in place of what was there."""
+    if trainer.args.should_save:
+        output = Path(trainer.args.output_dir) / "merged"
+        aside = output.with_name(".merged")
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside)
+        trainer.processing_class.save_pretrained(aside)
+        shutil.rmtree(output, ignore_errors=True)
+        aside.rename(output)
+
+
+def say_summary(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """One line, by one process."""
+    loss = f"train loss {metrics['train_loss']:.4f}" if "train_loss" in metrics else "no step was left to train"
+    if "eval_loss" in metrics:
+        loss = f"held-out loss {metrics['eval_loss_before']:.4f} before, {metrics['eval_loss']:.4f} after"
+    if trainer.is_world_process_zero():
+        print(f"{loss}; saved to {trainer.args.output_dir}", file=sys.stderr)

@@ -1,0 +1,51 @@
+"""The stages of training: what a recipe's `stage` names. Each is a module, imported only when it is used.
+
+A stage's module has `ARGUMENTS`, the dataclasses that its recipes fill, `parse(argv)`, which returns one instance of
+each, and `main(argv)`, which runs a recipe and returns its metrics.
+"""
+
+import argparse
+from importlib import import_module
+from types import ModuleType
+
+from .recipe_files import read_recipe, shipped_recipes
+
+STAGES = {
+    "sft": "hf_moe.training.sft",
+}
+
+
+def stage_module(argv: list[str]) -> ModuleType:
+    """The module of the stage that [recipe, --key, value, ...] runs: `--stage` wins over the recipe's `stage`.
+
+    Raises FileNotFoundError where there is no such recipe, ValueError where there is no such stage.
+    """
+    if not argv:
+        raise ValueError(f"Give a recipe: a YAML file, or one of {', '.join(shipped_recipes())}.")
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--stage", nargs="?")
+    stage = early.parse_known_args(argv)[0].stage
+    if stage is None and not argv[0].startswith("-"):
+        stage = read_recipe(argv[0]).get("stage")
+    stage = "sft" if stage is None else stage
+    if stage not in list(STAGES):  # which compares values of any type
+        raise ValueError(f"recipe {argv[0]}: stage is {stage!r}; it can be {', '.join(STAGES)}.")
+    return import_module(STAGES[stage])
+
+
+def parse(argv: list[str]) -> tuple:
+    """The arguments of the run that [recipe, --key, value, ...] describes: one instance of each dataclass."""
+    return stage_module(argv).parse(argv)
+
+
+def main(argv: list[str]) -> dict[str, float]:
+    """Run the recipe argv[0] with the arguments after it. Raises ValueError or OSError for the user's mistakes."""
+    return stage_module(argv).main(argv)
+
+
+def check_recipe(name: str) -> int:
+    """Validate every argument of a recipe without training; returns how many it gives. Raises as RecipeParser."""
+    module = stage_module([name])
+    from .arguments import RecipeParser
+
+    return RecipeParser(module.ARGUMENTS).check(name)
