@@ -12,10 +12,10 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_moe.model.balancing import LOSSES, Routed, Statistics, routed, statistics
+from hf_moe.routers import Router, Routing
 
 from .moe_arguments import moe_argument
 from .multi_token import multi_token_decoder
-from .routers import Router, Routing
 
 # The losses that weigh scores by who was chosen; the others need the number of tokens or sequences only.
 NEED_LOADS = ("router_aux_loss_coef", "device_aux_loss_coef", "comm_aux_loss_coef")

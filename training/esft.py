@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import Trainer
 
+from hf_moe.routers import captured, find_routers
+
 from .merging import INPUTS
-from .routers import captured, find_routers
 from .selection_bias import base_model
 
 ROWS_FILE = "expert_rows.safetensors"

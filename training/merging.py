@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .routers import captured, find_routers
+from hf_moe.routers import captured, find_routers
+
 from .selection_bias import SelectionBias, base_model
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 
 from hf_moe.model.balancing import Routed, Statistics, expert_load
-
-from .routers import Routing
+from hf_moe.routers import Routing
 
 TOKENS, SQUARED, DROPPED, FIRST_LOSS = range(4)
 

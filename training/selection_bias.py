@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_moe.model.balancing import update_selection_bias
-
-from .routers import BIAS, Router, find_routers
+from hf_moe.routers import BIAS, Router, find_routers
 
 BIAS_FILE = "router_bias.safetensors"
 

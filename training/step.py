@@ -5,10 +5,10 @@ from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hf_moe.model.balancing import Statistics
+from hf_moe.routers import captured
 
 from .balance import Balance, count_tokens
 from .multi_token import looking_ahead
-from .routers import captured
 
 # What only the loss needs.
 LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")

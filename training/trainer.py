@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import IntervalStrategy, PreTrainedModel, Trainer
 
+from hf_moe.routers import Routing, captured, find_routers
+
 from .balance import Balance, over_processes
 from .callbacks import RoutingCallback
 from .checkpoints import check_adapter, load_model
@@ -15,7 +17,6 @@ from .metrics import FIRST_LOSS, rows, split, summarize
 from .moe_arguments import moe_argument
 from .multi_token import looking_ahead
 from .refusals import check_arguments, check_checkpointing
-from .routers import Routing, captured, find_routers
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
 from .step import Step
 

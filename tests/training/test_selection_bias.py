@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from hf_moe.training.routers import find_routers
 from hf_moe.training.selection_bias import BIAS_FILE, SelectionBias, load_router_bias
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+
+from hf_moe.routers import find_routers
 
 from .balance_worker import NONE, ROWS, train_one_step
 from .models import collate, deepseek_v3, hf_moe_biased, rows

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from hf_moe.model.routing import sigmoid_affinity, softmax_affinity
+from .model.routing import sigmoid_affinity, softmax_affinity
 
 BIAS = "e_score_correction_bias"
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from hf_moe.training.routers import captured, find_routers
 from hf_moe.training.selection_bias import base_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .models import LATENT, SIZES, hf_moe, hf_moe_biased
+from hf_moe.routers import captured, find_routers
+
+from .training.models import LATENT, SIZES, hf_moe, hf_moe_biased
 
 EXPERTS = {"num_experts": 6, "num_local_experts": 6, "n_routed_experts": 6, "n_shared_experts": 1}
 HOSTS = {
