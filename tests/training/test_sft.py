@@ -95,6 +95,21 @@ RENDERED = {
         "<s>User: Hi?\n",
         "Ho.</s>No.</s>",
     ),
+    "deepseek_v2": (
+        "<s>Be brief.\n\nUser: Hi?\n\nAssistant: Ho.</s>User: And?\n\nAssistant:",
+        "<s>User: Hi?\n\n",
+        " Ho.</s> No.</s>",
+    ),
+    "mixtral": (
+        "<s> [INST] Be brief.\n\nHi? [/INST] Ho.</s> [INST] And? [/INST]",
+        "<s> [INST] Hi? [/INST]",
+        " Ho.</s> No.</s>",
+    ),
+    "olmoe": (
+        "<s><|system|>\nBe brief.\n<|user|>\nHi?\n<|assistant|>\nHo.</s>\n<|user|>\nAnd?\n<|assistant|>\n",
+        "<s><|user|>\nHi?\n",
+        "Ho.</s>No.</s>",
+    ),
     "smollm2": (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n"
         "<|im_start|>assistant\nHo.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n",
@@ -162,7 +177,11 @@ class TestRefusals:
             (["--eval_strategy", "epoch"], ValueError, "eval_strategy is epoch: give --eval_data"),
             (["--eval_data", "absent.jsonl"], FileNotFoundError, "there is no file absent.jsonl"),
             (["--chat_template_path", "absent.jinja"], FileNotFoundError, "there is no file absent.jinja"),
-            (["--chat_template_path", "chatml"], FileNotFoundError, "no file chatml; the templates.* plain, smollm2"),
+            (
+                ["--chat_template_path", "chatml"],
+                FileNotFoundError,
+                "no file chatml; the templates.* mixtral, olmoe, plain",
+            ),
             (["--model_name_or_path", "./absent"], FileNotFoundError, "there is no folder ./absent"),
             (["--resume_from_checkpoint", "true"], ValueError, "holds no complete checkpoint"),
             (["--resume_from_checkpoint", "absent"], ValueError, "absent is not a complete checkpoint"),
@@ -191,7 +210,7 @@ class TestRefusals:
     def test_conversations_without_a_template(self, command, tmp_path):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text("{use_cpu: true, bf16: false}")
-        message = r"no chat template: give --chat_template_path FILE.jinja, or one of plain, smollm2"
+        message = r"no chat template: give --chat_template_path FILE.jinja, or one of deepseek_v2, mixtral, olmoe"
         self.refused([str(recipe), *command()[1:]], ValueError, message, tmp_path)
 
     def test_output_folder_in_use(self, command, tmp_path):
