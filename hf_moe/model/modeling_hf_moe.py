@@ -191,7 +191,7 @@ class HfMoePreTrainedModel(HfMoeDispatch, PreTrainedModel):
     config_class = HfMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HfMoeDecoderLayer", "HfMoeMultiTokenLayer"]
+    _no_split_modules = ["HfMoeDecoderLayer"]  # FSDP refuses classes that the model has no module of
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _keys_to_ignore_on_load_unexpected = [r"\bmtp_layers\."]  # only a causal language model has them
@@ -209,6 +209,11 @@ class HfMoePreTrainedModel(HfMoeDispatch, PreTrainedModel):
         "hidden_states": OutputRecorder(HfMoeDecoderLayer, layer_name="layers"),
         "attentions": [OutputRecorder(x, index=1, layer_name="layers") for x in ATTENTIONS.values()],
     }
+
+    def __init__(self, config: HfMoeConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # FSDP2 changes the class to one of PyTorch's own, and it is this name's module that is saved as the code.
+        self.__module__ = type(self).__module__
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -364,6 +369,8 @@ class HfMoeForCausalLM(
         self.model = HfMoeModel(config)
         depths = range(1, config.num_mtp_layers + 1)
         self.model.mtp_layers.extend(HfMoeMultiTokenLayer(config, HfMoeDecoderLayer, depth) for depth in depths)
+        if depths:
+            self._no_split_modules = [*self._no_split_modules, "HfMoeMultiTokenLayer"]
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -174,6 +174,7 @@ class HfMoeMultiToken:
             record_routers(decoder, layer)
             decoder.mtp_layers.append(layer.train(self.training))
         self.config.num_mtp_layers = len(decoder.mtp_layers)
+        self._no_split_modules.add("HfMoeMultiTokenLayer")
 
 
 def record_routers(decoder: nn.Module, layer: nn.Module) -> None:
