@@ -7,10 +7,10 @@ from typing import Any
 
 import psutil
 from tqdm import tqdm
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..hub import write_card
+from ..hub import inherited, write_model_card
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from ..sizes import sizes
@@ -80,6 +80,7 @@ def convert(
             write_shards(folder, shards, bar.update, journal)
             origin = {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
             provenance = provenance | origin | {"sha256": hashing.digests(), "hf_moe_version": __version__}
+            provenance |= inherited(source.checkpoint.folder)
         for path in source.carried_files():
             (folder / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.checkpoint.folder / path, folder / path)
@@ -92,16 +93,7 @@ def convert(
             provenance["check"] = verify(source.checkpoint.folder, folder)
             report |= provenance["check"]
             write_config(config, folder, provenance)
-        write_card(
-            folder,
-            model,
-            name=dst.name,
-            total=report["total_params"],
-            active=report["active_params"],
-            provenance=provenance,
-            auto_class=AutoModelForCausalLM.__name__ if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None,
-            family=config.model_type,
-        )
+        write_model_card(folder, name=dst.name, provenance=provenance)
     return report
 
 

@@ -40,7 +40,8 @@ CARRIED_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-DOWNLOADED_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *CARRIED_FILES)
+# It is read for the licence and the data sets.
+DOWNLOADED_FILES = ("README.md", "config.json", "model*.safetensors", "model.safetensors.index.json", *CARRIED_FILES)
 
 # Keys of a config.json that describe the file or are the older spelling of a field.
 BOOKKEEPING_KEYS = frozenset(

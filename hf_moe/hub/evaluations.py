@@ -1,0 +1,96 @@
+"""Evaluation results as the Hub's model-index, and as a table."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from .folder import SavedModel, read_json
+
+
+def held_out_results(saved: SavedModel, task: str) -> list[EvalResult]:
+    """The loss on held-out rows, where the folder says which rows those were."""
+    data = (saved.stages[-1] if saved.stages else {}).get("eval_data")
+    loss = saved.results.get("eval_loss")
+    if not data or loss is None:
+        return []
+    name = ", ".join(data)
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=name,
+            dataset_name=name,
+            metric_type="loss",
+            metric_name="Held-out loss",
+            metric_value=round(loss, 6),
+        )
+    ]
+
+
+def lm_eval_results(path: str | Path, task: str) -> list[EvalResult]:
+    """What a results file of EleutherAI's lm-evaluation-harness (`lm_eval --output_path`) says, metric by metric.
+
+    Raises FileNotFoundError or a ValueError where it is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"The results file {path} does not exist.")
+    said = read_json(path)
+    if not isinstance(said.get("results"), dict):
+        raise ValueError(f"{path} has no results as lm_eval writes them; give its results_*.json.")
+    return [
+        result
+        for name, metrics in said["results"].items()
+        for result in task_results(name, metrics, said.get("configs", {}).get(name, {}), said, task)
+    ]
+
+
+def task_results(
+    name: str, metrics: dict[str, Any], config: dict[str, Any], said: dict[str, Any], task: str
+) -> list[EvalResult]:
+    """One result a metric of an lm_eval task; its keys are "acc,none" and "acc_stderr,none"."""
+    shots = said.get("n-shot", {}).get(name)
+    found = []
+    for key, value in metrics.items():
+        metric, _, filtered = key.partition(",")
+        if not isinstance(value, int | float) or not filtered or metric.endswith("_stderr"):
+            continue
+        error = metrics.get(f"{metric}_stderr,{filtered}")
+        args = {"num_few_shot": shots, "stderr": error if isinstance(error, int | float) else None}
+        found.append(
+            EvalResult(
+                task_type=task,
+                dataset_type=config.get("dataset_path") or name,
+                dataset_name=metrics.get("alias", name).strip(" -"),
+                dataset_config=config.get("dataset_name"),
+                dataset_split=config.get("test_split") or config.get("validation_split"),
+                metric_type=metric,
+                metric_name=metric if filtered == "none" else f"{metric} ({filtered})",
+                metric_value=value,
+                metric_args={name: value for name, value in args.items() if value is not None} or None,
+            )
+        )
+    return found
+
+
+def merged(kept: list[EvalResult], found: list[EvalResult]) -> list[EvalResult]:
+    """`found`, and of `kept` what measures something else."""
+    measured = {key(result) for result in found}
+    return [*(result for result in kept if key(result) not in measured), *found]
+
+
+def key(result: EvalResult) -> tuple:
+    return (*result.unique_identifier, result.metric_type, result.metric_name)
+
+
+def evaluation_rows(results: list[EvalResult]) -> list[list[str]]:
+    """Task, metric, number of examples shown, value with its standard error."""
+    table = []
+    for result in results:
+        args = result.metric_args or {}
+        error = f" ± {args['stderr']:.2g}" if "stderr" in args else ""
+        shots = str(args.get("num_few_shot", ""))
+        value = result.metric_value
+        shown = f"{value:.4g}" if isinstance(value, int | float) else str(value)
+        table.append([result.dataset_name, result.metric_name or result.metric_type, shots, shown + error])
+    return table

@@ -1,0 +1,188 @@
+"""What a saved folder says about the model in it: its kind, weights, origin, training and results."""
+
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from ..model.configuration_hf_moe import HfMoeConfig
+from ..sizes import sizes
+
+CONFIG, ADAPTER, RECORD, STATE = "config.json", "adapter_config.json", "training.json", "trainer_state.json"
+INDEX = "model.safetensors.index.json"
+MARKER = "<!-- Written by `hf-moe card`; without this line the file is yours and stays as it is. -->"
+# What a checkpoint of each kind keeps its weights in.
+WEIGHTS = {"adapter": "adapter_model.safetensors", "expert_rows": "expert_rows.safetensors"}
+# Of a card's metadata, what holds for a model that is made of the model which it describes.
+INHERITED = ("license", "license_name", "license_link", "datasets", "language")
+# Routed experts in the names of tensors: hf_moe's and most families', GraniteMoE's.
+ROUTED = re.compile(r"\.experts\.|\.block_sparse_moe\.(input|output)_linear\.")
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A folder that `read_folder` has read. Sizes and tables are worked out from it, nothing else is looked at."""
+
+    folder: Path
+    kind: str  # "model", "adapter" (PEFT) or "expert_rows" (ESFT)
+    shapes: dict[str, tuple[int, ...]]  # of the tensors in the safetensors files
+    config: PreTrainedConfig | None = None  # of a model
+    adapter: dict[str, Any] = field(default_factory=dict)  # adapter_config.json
+    provenance: dict[str, Any] = field(default_factory=dict)  # of a converted model
+    stages: list[dict[str, Any]] = field(default_factory=list)  # of training, the first one first
+    results: dict[str, Any] = field(default_factory=dict)  # of the last stage
+    log_history: list[dict[str, Any]] = field(default_factory=list)  # of the last stage
+
+    @property
+    def is_hf_moe(self) -> bool:
+        return isinstance(self.config, HfMoeConfig)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return (self.folder / "tokenizer_config.json").is_file()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return (self.folder / "chat_template.jinja").is_file()
+
+    def parameters(self) -> tuple[int, int]:
+        """Total parameters, and how many of them one token meets: K of the E routed experts, and all the rest."""
+        if self.is_hf_moe and self.config.architectures == ["HfMoeForCausalLM"]:
+            said = sizes(self.config)
+            return said["total_params"], said["active_params"]
+        counts = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        total = sum(counts.values())
+        routed = sum(count for name, count in counts.items() if ROUTED.search(name))
+        experts, top_k = routed_experts(self.config)
+        return total, total - routed + (routed * top_k // experts if routed else 0)
+
+
+def routed_experts(config: PreTrainedConfig) -> tuple[int, int]:
+    """E and K of a config, 1 and 1 where it is dense."""
+    text = config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    experts = next((value for name in names if (value := getattr(text, name, None))), 1)
+    return experts, next((k for name in ("num_experts_per_tok", "moe_top_k") if (k := getattr(text, name, None))), 1)
+
+
+def read_folder(folder: str | Path, provenance: dict[str, Any] | None = None) -> SavedModel:
+    """Read what `folder` says. provenance: of a converted model whose config has no place for it.
+
+    Raises FileNotFoundError where there is no saved model, ValueError for a damaged one; each names the file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The folder {folder} does not exist.")
+    kinds = [kind for kind, file in WEIGHTS.items() if (folder / file).is_file()]
+    if (folder / CONFIG).is_file() or not kinds:
+        kinds = ["model"]
+    config = read_config(folder) if kinds == ["model"] else None
+    known = getattr(config, "provenance", None) or provenance or own_metadata(folder).get("provenance") or {}
+    return SavedModel(
+        folder=folder,
+        kind=kinds[0],
+        shapes=read_shapes(folder, WEIGHTS.get(kinds[0])),
+        config=config,
+        adapter=read_json(folder / ADAPTER),
+        provenance=known,
+        stages=read_json(folder / RECORD).get("stages", []),
+        results={**read_json(folder / "train_results.json"), **read_json(folder / "eval_results.json")},
+        log_history=read_log(folder),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file. Raises a ValueError that names a damaged one."""
+    if not path.is_file():
+        return {}
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} must hold a JSON object, but holds a {type(said).__name__}.")
+    return said
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a saved model, of its own class where Transformers has one."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder / CONFIG} does not exist; a model card needs a saved model.")
+    said = read_json(folder / CONFIG)
+    if said.get("model_type") in CONFIG_MAPPING:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return PreTrainedConfig.from_dict(said)
+
+
+def read_shapes(folder: Path, only: str | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in the folder's safetensors files, or in the file `only`, from their headers.
+
+    Raises FileNotFoundError where there is none, and a ValueError that names the file which is cut short, is missing
+    from a set of shards, or holds what their index does not say.
+    """
+    index = read_json(folder / INDEX).get("weight_map", {}) if only is None else {}
+    files = [folder / only] if only else sorted(folder.glob("*.safetensors"))
+    missing = sorted(set(index.values()) - {file.name for file in files})
+    if missing:
+        raise FileNotFoundError(f"{folder / missing[0]} does not exist, but {INDEX} names it.")
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no .safetensors file; a model card needs a saved model.")
+    shapes, where = {}, {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118  (not a dict: it has no __iter__)
+                    shapes[name], where[name] = tuple(weights.get_slice(name).get_shape()), file.name
+        except SafetensorError as error:
+            raise ValueError(f"{file} is cut short or no safetensors file: {error}.") from None
+    wrong = sorted(name for name in index.keys() | where.keys() if index.get(name) != where.get(name))
+    if index and wrong:
+        said, found = index.get(wrong[0], "nowhere"), where.get(wrong[0], "nowhere")
+        raise ValueError(f"{folder / INDEX} says that {wrong[0]} is in {said}, but it is in {found}.")
+    return shapes
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """What the Trainer logged: its state in the folder, or else in the newest checkpoint."""
+    checkpoints = sorted(
+        (path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()),
+        key=lambda path: int(path.name.split("-")[-1]),
+    )
+    states = (path / STATE for path in (folder, *reversed(checkpoints)))
+    return read_json(next((state for state in states if state.is_file()), folder / STATE)).get("log_history", [])
+
+
+def card_of(folder: Path) -> ModelCard | None:
+    """The folder's model card, None where it has none. Raises a ValueError where its metadata cannot be read."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path)
+    except Exception as error:  # YAML's own, or huggingface_hub's
+        raise ValueError(f"{path} has metadata that cannot be read: {error}") from None
+
+
+def own_metadata(folder: Path) -> dict[str, Any]:
+    """What a card that hf_moe wrote keeps for the next one."""
+    card = card_of(folder)
+    return card.data.get("hf_moe") or {} if card is not None and MARKER in card.text else {}
+
+
+def inherited(folder: Path) -> dict[str, dict[str, Any]]:
+    """Licence, data sets and languages that the model card in `folder` names, as {"source_card": ...}, or nothing."""
+    try:
+        card = card_of(folder)
+    except ValueError as error:
+        print(f"nothing is taken from the model card: {' '.join(str(error).split())}", file=sys.stderr)
+        return {}
+    said = {} if card is None else {name: card.data.get(name) for name in INHERITED}
+    said = {name: value for name, value in said.items() if value}
+    return {"source_card": said} if said else {}

@@ -1,0 +1,121 @@
+"""Facts as the rows of tables: a title and a value each. What is not known has no row."""
+
+from typing import Any
+
+from .folder import SavedModel, routed_experts
+
+# What is shown of a training run's results (train_results.json and eval_results.json).
+RESULTS = {
+    "train_samples": "Training examples",
+    "epoch": "Epochs",
+    "train_loss": "Training loss, mean over the run",
+    "eval_loss_before": "Held-out loss before",
+    "eval_loss": "Held-out loss after",
+}
+# What is shown of a comparison by `hf_moe.conversion.verify`.
+CHECK = {
+    "max_abs_diff": "Largest difference between two logits",
+    "mean_abs_diff": "Mean difference",
+    "kl": "KL divergence per token, nats",
+    "top1_agreement": "Share of tokens with the same likeliest successor",
+    "perplexity_a": "Perplexity of the source",
+    "perplexity_b": "Perplexity of this model",
+    "tokens": "Tokens compared",
+}
+PROVENANCE = {
+    "source": "Source",
+    "model_type": "Source's model type",
+    "revision": "Revision",
+    "method": "Method",
+    "strategy": "Strategy",
+    "seed": "Seed",
+    "to": "Written as",
+    "layout": "Layout of the experts",
+    "hf_moe_version": "hf_moe version",
+}
+# What is shown of each stage of training, as `hf_moe.training` writes it down.
+STAGE = {
+    "stage": "Stage",
+    "base_model": "Started from",
+    "base_revision": "Revision",
+    "train_data": "Training data",
+    "eval_data": "Held-out data",
+    "seed": "Seed",
+    "hf_moe_version": "hf_moe version",
+}
+ADAPTER = {
+    "base_model_name_or_path": "Base model",
+    "revision": "Revision",
+    "peft_type": "Kind",
+    "r": "Rank",
+    "lora_alpha": "Alpha",
+    "lora_dropout": "Dropout",
+    "target_modules": "Modules",
+    "target_parameters": "Parameters",
+}
+
+
+def rows(facts: dict[str, Any], titles: dict[str, str]) -> list[tuple[str, str]]:
+    """Table rows of the facts that have a title and a value."""
+    return [(titles[name], text(facts[name])) for name in titles if facts.get(name) not in (None, [], "")]
+
+
+def text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def origin_rows(provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where a converted model came from: a conversion's arguments and, where no revision on the Hub names its
+    sources, their digests."""
+    found = rows(provenance, PROVENANCE)
+    found += [(f"`{name}`", f"`{value}`") for name, value in provenance.get("arguments", {}).items()]
+    for origin in [provenance, *provenance.get("siblings", [])]:
+        if origin.get("revision") is None:
+            where = f" of {origin['source']}" if origin is not provenance else ""
+            found += [(f"SHA-256 of {file}{where}", digest) for file, digest in origin.get("sha256", {}).items()]
+    return found
+
+
+def architecture_rows(saved: SavedModel, total: int, active: int) -> list[tuple[str, str]]:
+    """The model's shape, from what its config says."""
+    config = saved.config.get_text_config()
+    said = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+    heads = ", ".join(
+        f"{count}{words}" for count, words in zip(said.values(), ("", " for keys and values"), strict=True) if count
+    )
+    experts, top_k = routed_experts(config)
+    width = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
+    kinds = getattr(config, "mlp_layer_types", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    shared = getattr(config, "n_shared_experts", None)
+    shared_width = getattr(config, "shared_expert_intermediate_size", None)
+    sparse = experts > 1
+    table = {
+        "Parameters": f"{total:,}",
+        "Active parameters per token": f"{active:,}" if sparse else None,
+        "Layers": f"{layers}, {kinds.count('sparse')} of them with experts" if sparse and kinds else layers,
+        "Hidden size": number(getattr(config, "hidden_size", None)),
+        "Attention heads": heads or None,
+        "Routed experts": f"{experts:,}, {top_k} per token" if sparse else None,
+        "Expert width": number(width) if sparse else None,
+        "Shared experts": f"{shared} of width {shared_width:,}" if shared and shared_width else shared or None,
+        "Router": f"`{config.router_type}`" if saved.is_hf_moe else None,
+        "Vocabulary": number(getattr(config, "vocab_size", None)),
+        "Context length": number(getattr(config, "max_position_embeddings", None)),
+        "Precision": str(config.dtype).removeprefix("torch.") if getattr(config, "dtype", None) else None,
+    }
+    return [(title, str(value)) for title, value in table.items() if value is not None]
+
+
+def number(value: int | None) -> str | None:
+    return None if value is None else f"{value:,}"
+
+
+def compact(count: int) -> str:
+    """1234567 -> 1.23M."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
