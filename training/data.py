@@ -12,17 +12,25 @@ EXTRA_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 def load_rows(
-    sources: list[str], *, split: str, config: str | None = None, text_field: str = "text", what: str = "train_data"
+    sources: list[str],
+    *,
+    split: str,
+    config: str | None = None,
+    text_field: str = "text",
+    what: str = "train_data",
+    kinds: tuple[tuple[str, ...], ...] | None = None,
 ) -> Dataset:
     """The rows of `sources`: files, or one folder or Hub data set with `config` and `split`; only columns TRL reads.
 
+    kinds: the columns that can make a row, the first that are there count; None: those of supervised fine-tuning.
     Raises FileNotFoundError where there is no such file or data set, ValueError where rows are not what TRL expects.
     """
+    kinds = kinds or (("messages",), ("conversations",), ("prompt", "completion"), (text_field,))
     label = f"{what} {' '.join(sources)}"
     rows = read(sources, label, split, config)
     if len(rows) == 0:
         raise ValueError(f"{label} has no rows.")
-    columns = row_columns(rows.column_names, text_field, label)
+    columns = row_columns(rows.column_names, kinds, label)
     check_values(rows, columns, label)
     return rows.select_columns([*columns, *(name for name in EXTRA_COLUMNS if name in rows.column_names)])
 
@@ -56,9 +64,8 @@ def load(label: str, *args, **kwargs) -> DatasetDict:
         raise ValueError(f"{label} cannot be read as rows: {reason}") from error
 
 
-def row_columns(found: list[str], text_field: str, label: str) -> tuple[str, ...]:
+def row_columns(found: list[str], kinds: tuple[tuple[str, ...], ...], label: str) -> tuple[str, ...]:
     """The columns that make a row, out of those `found`: the first kind that is complete."""
-    kinds = (("messages",), ("conversations",), ("prompt", "completion"), (text_field,))
     for kind in kinds:
         if set(kind) <= set(found):
             return kind

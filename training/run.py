@@ -56,8 +56,9 @@ def steps_done(checkpoint: str | None) -> int:
     return 0 if checkpoint is None else TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}").global_step
 
 
-def load_data(data_args: DataArguments, args: SFTConfig) -> tuple[Dataset, Dataset | None]:
-    common = {"config": data_args.dataset_config, "text_field": args.dataset_text_field}
+def load_data(data_args: DataArguments, args: TrainingArguments, **columns) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out rows; `columns` tells `load_rows` what makes a row."""
+    common = {"config": data_args.dataset_config, **columns}
     train_rows = load_rows(data_args.train_data, split=data_args.train_split, what="train_data", **common)
     if data_args.eval_data:
         return train_rows, load_rows(data_args.eval_data, split=data_args.eval_split, what="eval_data", **common)
@@ -66,7 +67,7 @@ def load_data(data_args: DataArguments, args: SFTConfig) -> tuple[Dataset, Datas
     return train_rows, None
 
 
-def load_tokenizer(source: str, model_args: ModelArguments, args: SFTConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model. Raises FileNotFoundError for an absent folder, ValueError if nothing loads."""
     path = Path(source)
     if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
@@ -98,7 +99,7 @@ def find_template(name: str | None) -> str | None:
     return path
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: SFTConfig) -> None:
+def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: TrainingArguments) -> None:
     if is_conversational(rows) and args.chat_template_path is None and tokenizer.chat_template is None:
         raise ValueError(
             "The rows are conversations and the tokenizer has no chat template: give --chat_template_path FILE.jinja, "
@@ -106,7 +107,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: SFTC
         )
 
 
-def load_trained_model(source: str, model_args: ModelArguments, args: SFTConfig) -> PreTrainedModel:
+def load_trained_model(source: str, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedModel:
     """The model in `source`, loaded as the arguments say."""
     named = {
         "attn_implementation": model_args.attn_implementation,

@@ -54,7 +54,7 @@ def run(
     check_esft_arguments(esft_args, other_choices(model_args, adapter_args))
     checkpoint = checkpoint_to_resume(args)
     args.chat_template_path = find_template(args.chat_template_path)
-    train_rows, eval_rows = load_data(data_args, args)
+    train_rows, eval_rows = load_data(data_args, args, text_field=args.dataset_text_field)
     args.eval_on_start = eval_rows is not None and checkpoint is None
     source = checkpoint or model_args.model_name_or_path
     tokenizer = load_tokenizer(source, model_args, args)

@@ -10,9 +10,6 @@ from hf_moe.routers import captured
 from .balance import Balance, count_tokens
 from .multi_token import looking_ahead
 
-# What only the loss needs.
-LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
-
 
 class RandomState:
     """The random generators as they are now: the CPU's, and those of the devices that hold `tensors`."""
@@ -29,8 +26,9 @@ class RandomState:
 class Step:
     """What is known of an optimizer step while its micro-batches pass, one after the other.
 
-    `counted` holds the whole step's counts, router by router, of this process; None where one micro-batch is the step.
-    `rows` are the sums for the metrics so far, `mtp_loss` this process's share of the step's, not weighted.
+    `batches` are raw until it begins, and then what the model sees of them. `counted` holds the whole step's counts,
+    router by router, of this process; None where one micro-batch is the step. `rows` are the sums for the metrics so
+    far, `mtp_loss` this process's share of the step's, not weighted.
     """
 
     def __init__(self, batches: list[dict]):
@@ -62,9 +60,8 @@ def count_ahead(model: nn.Module, balance: Balance, batches: list[dict]) -> tupl
     counted, states = [], []
     for inputs in batches:
         states.append(RandomState(weights))
-        inputs = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS} | balance.light
         with captured(balance.routers, balance.top_k) as routings, looking_ahead(balance.multi_token):
-            model(**inputs)
+            model(**inputs | balance.light)
         counted.append(balance.count(balance.read(routings, inputs)))
     return {name: add_all([counts[name] for counts in counted]) for name in counted[0]}, states
 

@@ -11,14 +11,19 @@ from hf_moe.routers import Routing, captured, find_routers
 from .balance import Balance, over_processes
 from .callbacks import RoutingCallback
 from .checkpoints import check_adapter, load_model
+from .dense_mixer import add_dense_mixer
 from .esft import chosen_experts, load_rows, save_rows
 from .label_smoothing import ShiftedLabelSmoother
 from .metrics import FIRST_LOSS, rows, split, summarize
 from .moe_arguments import moe_argument
-from .multi_token import looking_ahead
+from .multi_step import multi_step_schedule
+from .multi_token import looking_ahead, mtp_coefficient
 from .refusals import check_arguments, check_checkpointing
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
 from .step import Step
+from .weight_average import WeightAverage
+
+LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
 
 
 class MoeTrainerMixin:
@@ -43,6 +48,8 @@ class MoeTrainerMixin:
         self.experts = {True: {}, False: {}}  # training or not: router -> E, of the routers that a forward uses
         if self.label_smoother is not None and self._loss_shifts_labels:
             self.label_smoother = ShiftedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
+        decay = moe_argument(self.args, "ema_decay")
+        self.average = None if decay is None else WeightAverage(decay)
         self.find_routing()
         self.add_callback(RoutingCallback(self))
 
@@ -58,6 +65,8 @@ class MoeTrainerMixin:
         check_arguments(self)
         if not self.routers:
             self.balance.coefficients = {}  # those that every configuration of the family has
+        if moe_argument(self.args, "densemixer"):
+            add_dense_mixer(self.moe, self.routers)
 
     @property
     def takes_model_loss(self) -> bool:
@@ -69,6 +78,9 @@ class MoeTrainerMixin:
     def get_batch_samples(self, *args, **kwargs):
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self.step = Step(batches)
+        coefficient = mtp_coefficient(self.args, self.state.global_step / self.state.max_steps)
+        if coefficient is not None:
+            self.balance.config.mtp_loss_coef = coefficient
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -83,7 +95,7 @@ class MoeTrainerMixin:
         with captured(self.routers, self.balance.top_k) as routings, looking_ahead(watched) as decoded:
             result = super().compute_loss(model, given, return_outputs or adds_mtp_loss, num_items_in_batch)
 
-        losses = self.see_routing(routings, inputs)
+        losses = self.see_routing(routings, self.model_inputs(inputs))
         if not training:
             return result
         loss, outputs = result if return_outputs or adds_mtp_loss else (result, None)
@@ -102,6 +114,14 @@ class MoeTrainerMixin:
             whole = 1 if num_items_in_batch is not None else len(self.step.batches) or 1
             self.step.mtp_loss += mtp_loss.detach().to(self.args.device) / whole / (1 if averaged else processes)
         return (loss, outputs) if return_outputs else loss
+
+    def model_inputs(self, inputs: dict) -> dict:
+        """What the model sees of a batch, without what only the loss needs."""
+        return {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}
+
+    def step_batches(self) -> list[dict]:
+        """The micro-batches of this step as `compute_loss` will get them."""
+        return [self._prepare_inputs(batch) for batch in self.step.batches]
 
     @property
     def balances_step(self) -> bool:
@@ -131,7 +151,7 @@ class MoeTrainerMixin:
         """Before the first forward of a step, count all of it; before each, see that it takes the routes counted."""
         if self.step.counted is None:
             # Here rather than where the batches are fetched: a resumed run restores its random state in between.
-            self.step.batches = [self._prepare_inputs(batch) for batch in self.step.batches]
+            self.step.batches = [self.model_inputs(batch) for batch in self.step_batches()]
             self.step.look_ahead(model, self.balance)
             if self.step.counted is not None:
                 self.step.counted = over_processes(self.accelerator, self.step.counted)
@@ -146,6 +166,16 @@ class MoeTrainerMixin:
             self.model_accepts_loss_kwargs and num_items_in_batch is not None
         )
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        milestones = moe_argument(self.args, "lr_milestones")
+        if milestones and self.lr_scheduler is None:
+            warmup, gamma = self.args.get_warmup_steps(num_training_steps), moe_argument(self.args, "lr_gamma")
+            self.lr_scheduler = multi_step_schedule(
+                optimizer or self.optimizer, warmup, num_training_steps, milestones, gamma
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def begin_routing(self) -> None:
         """Called when training begins."""
         if base_model(self.accelerator.unwrap_model(self.model)) is not self.moe:  # a new one, from model_init
@@ -153,10 +183,14 @@ class MoeTrainerMixin:
         self.selection_bias.remember()
         self.logged.clear()
         self.mtp_losses.clear()
+        if self.average is not None and self.state.global_step == 0:
+            self.average.start(self.accelerator.unwrap_model(self.model))
         check_checkpointing(self.moe, self.balance.coefficients)
 
     def end_routing_step(self) -> None:
         """Move the selection biases and keep the step's metrics; called after the optimizer moved."""
+        if self.average is not None:
+            self.average.update(self.accelerator.unwrap_model(self.model))
         logs = self.args.logging_strategy != IntervalStrategy.NO
         if self.balance.multi_token is not None and logs:
             share = torch.as_tensor(self.step.mtp_loss, device=self.args.device)
@@ -220,6 +254,8 @@ class MoeTrainerMixin:
             super()._save(output_dir, state_dict)
         if self.args.should_save and (rows_alone or self.model is not self.moe):
             save_router_bias(self.model, folder)
+        if self.args.should_save and self.average is not None:
+            self.average.save(folder)
 
     def _run_epoch(self, *args, **kwargs):
         # The Trainer would take one more step with a run that was cut short between its last step and its end.
@@ -250,6 +286,8 @@ class MoeTrainerMixin:
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.selection_bias.remember()
+        if self.average is not None:
+            self.average.load(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
