@@ -15,7 +15,7 @@ from hf_moe.model.balancing import LOSSES, Routed, Statistics, routed, statistic
 from hf_moe.routers import Router, Routing
 
 from .moe_arguments import moe_argument
-from .multi_token import multi_token_decoder
+from .multi_token import mtp_coefficient, multi_token_decoder
 
 # The losses that weigh scores by who was chosen; the others need the number of tokens or sequences only.
 NEED_LOADS = ("router_aux_loss_coef", "device_aux_loss_coef", "comm_aux_loss_coef")
@@ -48,6 +48,9 @@ class Balance:
         self.coefficients = {name: value for name, value in coefficients.items() if value}
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False  # the model would add its own losses
+        given = mtp_coefficient(args, 0)
+        if given is not None:
+            config.mtp_loss_coef = given
         self.multi_token = multi_token_decoder(model)
         accepted = inspect.signature(type(model).forward).parameters
         self.quiet = {"output_router_logits": False} if "output_router_logits" in accepted else {}

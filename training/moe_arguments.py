@@ -1,4 +1,4 @@
-"""What a run decides about routing, beside the arguments of Transformers or TRL."""
+"""What a run of any stage decides beside the arguments of Transformers or TRL: routing, schedules, averages."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ BALANCE_OVER = ("step", "micro_batch")
 
 @dataclass
 class MoeArguments:
-    """Balance losses, selection bias and routing metrics. None takes the value in the model's configuration."""
+    """Losses, selection bias, metrics and more. A coefficient of None takes the model configuration's value."""
 
     balance_over: str = field(
         default="step",
@@ -37,6 +37,40 @@ class MoeArguments:
     )
     router_bias_update_until: float = field(
         default=1.0, metadata={"help": "Fraction of the run after which the selection bias stands still."}
+    )
+    mtp_loss_coef: float | None = field(
+        default=None, metadata={"help": "Of the loss of multi-token prediction (DeepSeek-V3: 0.3)."}
+    )
+    mtp_loss_coef_after: float | None = field(
+        default=None, metadata={"help": "The same after mtp_loss_coef_until (DeepSeek-V3: 0.1)."}
+    )
+    mtp_loss_coef_until: float = field(
+        default=1.0,
+        metadata={"help": "Fraction of the run after which mtp_loss_coef_after holds (DeepSeek-V3: 0.68)."},
+    )
+    densemixer: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the router on the outputs of all experts (DenseMixer). The forward pass is the same; the "
+            "backward pass also runs the experts that were not chosen, without their gradient."
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay a step of a moving average of the weights, kept on the CPU in float32 and saved as a model "
+            "in output_dir/ema."
+        },
+    )
+    lr_milestones: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Fractions of the run at which a constant learning rate is multiplied by lr_gamma (DeepSeek: "
+            "0.8 0.9), under lr_scheduler_type constant or constant_with_warmup."
+        },
+    )
+    lr_gamma: float = field(
+        default=0.316, metadata={"help": "Factor at each of lr_milestones: 31.6%, then 10% of the maximum."}
     )
     log_each_router: bool = field(
         default=False, metadata={"help": "Log the routing metrics of each router beside their summary."}

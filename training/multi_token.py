@@ -4,6 +4,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import TrainingArguments
+
+from .moe_arguments import moe_argument
+
+
+def mtp_coefficient(args: TrainingArguments, done: float) -> float | None:
+    """What the arguments say it is after the fraction `done` of a run; None: what the configuration says."""
+    after = moe_argument(args, "mtp_loss_coef_after")
+    if after is not None and done >= moe_argument(args, "mtp_loss_coef_until"):
+        return after
+    return moe_argument(args, "mtp_loss_coef")
 
 
 def multi_token_decoder(model: nn.Module) -> nn.Module | None:

@@ -1,10 +1,13 @@
 """What hf_moe's trainers refuse: arguments without a use, and set-ups that would make the balance losses wrong."""
 
 from torch import nn
+from transformers import TrainingArguments
 
 from hf_moe.model.balancing import LOSSES
 
 from .moe_arguments import BALANCE_OVER, moe_argument
+from .multi_step import check_milestones
+from .weight_average import check_average
 
 
 def check_arguments(trainer) -> None:
@@ -14,6 +17,11 @@ def check_arguments(trainer) -> None:
         raise ValueError(f"balance_over is {trainer.balance_over!r}; it can be {' or '.join(BALANCE_OVER)}.")
     if trainer.bias_speed and not trainer.selection_bias.biases:
         raise ValueError(f"router_bias_update_speed is {trainer.bias_speed}, but no router of {model} has a bias.")
+    if moe_argument(args, "lr_milestones"):
+        check_milestones(moe_argument(args, "lr_milestones"), moe_argument(args, "lr_gamma"), args)
+    if trainer.average is not None:
+        check_average(trainer.average.decay, trainer)
+    check_multi_token(trainer.moe, args)
     if not trainer.routers:
         given = {name: moe_argument(args, name) for name in LOSSES}
         for name, value in (given if hasattr(trainer.moe, "active_losses") else given | coefficients).items():
@@ -42,6 +50,14 @@ def check_arguments(trainer) -> None:
             f"{', '.join(coefficients)} cannot be computed where sequences are split over {parts} processes (context "
             "or sequence parallelism): set them to 0."
         )
+
+
+def check_multi_token(model: nn.Module, args: TrainingArguments) -> None:
+    """Raises ValueError where a weight is given for multi-token prediction that the model does not train."""
+    for name in ("mtp_loss_coef", "mtp_loss_coef_after"):
+        value = moe_argument(args, name)
+        if value and not getattr(model.config, "num_mtp_layers", 0):
+            raise ValueError(f"{name} is {value}, but the model has no modules for multi-token prediction.")
 
 
 def check_checkpointing(model: nn.Module, coefficients: dict[str, float]) -> None:

@@ -115,3 +115,25 @@ def test_an_upcycled_model_learns_to_look_ahead(tmp_path):
     ids = torch.arange(3, 10).unsqueeze(0)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 9, "do_sample": False}
     assert torch.equal(loaded.generate(ids, use_mtp=True, **options), loaded.generate(ids, **options))
+
+
+def test_weight_drops_late_in_the_run_and_again_after_resuming(tmp_path):
+    schedule = {"mtp_loss_coef": 0.3, "mtp_loss_coef_after": 0.1, "mtp_loss_coef_until": 0.6, "max_steps": 5}
+    schedule |= {"save_strategy": "steps", "save_steps": 2}
+    seen = []
+
+    def run(folder, **changes):
+        model = with_modules(**NONE)
+        model.register_forward_hook(lambda module, args, output: seen.append(module.config.mtp_loss_coef))
+        train_one_step(model, 1, keep_folder=tmp_path / folder, **schedule, **changes)
+
+    run("a")
+    assert seen == [0.3, 0.3, 0.3, 0.1, 0.1]
+    seen.clear()
+    run("b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    assert seen == [0.1]
+
+
+def test_weight_without_modules_is_refused():
+    with pytest.raises(ValueError, match=r"mtp_loss_coef is 0.3, but the model has no modules"):
+        train_one_step(hf_moe(), 1, mtp_loss_coef=0.3)
