@@ -5,8 +5,8 @@ import typer
 # typer's error for wrong arguments; it gives its base class no public name.
 UsageError = typer.BadParameter.__mro__[1]
 
-# The extra `train`.
-TRAIN_PACKAGES = ("datasets", "peft", "trl")
+# The extra that brings a package.
+EXTRAS = {"datasets": "train", "peft": "train", "trl": "train", "llguidance": "guided"}
 
 
 def one_line(error: Exception) -> str | None:
@@ -15,8 +15,10 @@ def one_line(error: Exception) -> str | None:
         message = error.format_message()
     elif isinstance(error, (ValueError, OSError)):
         message = str(error)
-    elif isinstance(error, ModuleNotFoundError) and error.name in TRAIN_PACKAGES:
-        message = f"this command needs {error.name}, which is not installed: pip install 'hf_moe[train]'"
+    elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        message = (
+            f"this command needs {error.name}, which is not installed: pip install 'hf_moe[{EXTRAS[error.name]}]'"
+        )
     else:
         from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError

@@ -14,6 +14,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_hf_moe.HfMoeForCausalLM",
     "AutoModelForSequenceClassification": "modeling_hf_moe.HfMoeForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_hf_moe.HfMoeForTokenClassification",
+    # `transformers serve` asks for this one first, and then only for classes of Transformers itself.
+    "AutoModelForDecision": "modeling_hf_moe.HfMoeForCausalLM",
 }
 
 

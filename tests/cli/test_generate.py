@@ -1,7 +1,9 @@
 """`hf-moe generate`: the text that the model's own `generate` gives, from any causal language model."""
 
 import json
+import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -109,3 +111,74 @@ def test_half_precision_checkpoints_stay_in_half_precision(command, tmp_path):
     code, out, _ = command("generate", tmp_path, "--prompt", PROMPT, "--max-new-tokens", 20)
     assert code == 0
     assert out.startswith(PROMPT)
+
+
+def test_a_json_schema_and_a_regular_expression_guide_the_text(command, tmp_path):
+    pytest.importorskip("llguidance")
+    schema = tmp_path / "schema.json"
+    legs = {"type": "object", "properties": {"legs": {"enum": [2, 4]}}}
+    schema.write_text(json.dumps(legs | {"required": ["legs"], "additionalProperties": False}))
+    words = ("generate", DEMO_MODEL, "--prompt", PROMPT)
+    report = json.loads(command(*words, "--json-schema", schema, "--json").out)
+    assert json.loads(report["text"])["legs"] in (2, 4)
+    assert report["complete"] is True
+    code, out, _ = command(*words, "--regex", " [a-f]+!", "--max-new-tokens", 40, "--temperature", 2.0)
+    assert code == 0
+    assert re.fullmatch(f"{PROMPT} [a-f]+!\n", out)
+    cut = command(*words, "--regex", " [0-9]{20}", "--max-new-tokens", 5)
+    assert (cut.code, len(cut.out)) == (1, len(PROMPT) + 6)
+    assert cut.err.splitlines()[-1] == "hf-moe: after --max-new-tokens 5 the guided text is not complete."
+
+
+def test_best_of_takes_the_likeliest_of_its_samples(command):
+    words = ("generate", DEMO_MODEL, "--prompt", PROMPT, "--max-new-tokens", 12, "--temperature", 1.5, "--best-of", 3)
+    report = json.loads(command(*words, "--json").out)
+    scores = [candidate["mean_log_probability"] for candidate in report["candidates"]]
+    assert len(set(scores)) == 3
+    assert report["mean_log_probability"] == max(scores)
+    assert report["candidates"][scores.index(max(scores))]["text"] == report["text"]
+    assert command(*words).out == PROMPT + report["text"] + "\n"
+
+
+def test_self_consistency_takes_the_answer_of_most(command):
+    pytest.importorskip("llguidance")
+    words = ("--prompt", PROMPT, "--temperature", 5.0, "--self-consistency", 9, "--regex", "so the answer is [12]")
+    report = json.loads(command("generate", DEMO_MODEL, *words, "--json").out)
+    answers = [candidate["answer"] for candidate in report["candidates"]]
+    assert set(answers) == {"1", "2"}
+    assert report["votes"] == answers.count(report["answer"]) > 4
+    assert report["text"] == f"so the answer is {report['answer']}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--best-of", 2], "--best-of chooses among sampled texts; give a --temperature above 0 with it."),
+        (["--self-consistency", 2], "--self-consistency chooses among sampled texts; give a --temperature"),
+        (["--best-of", 2, "--self-consistency", 2], "--best-of and --self-consistency both choose the text"),
+        (["--regex", "a", "--json-schema", __file__], "--json-schema and --regex both say what the text may be"),
+        (["--json-schema", __file__], "is not JSON: "),
+        (["--json-schema", "missing.json"], "does not exist"),
+        (["--use-mtp"], "--use-mtp needs modules for multi-token prediction, but"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(command, words, message):
+    code, out, err = command("generate", DEMO_MODEL, "--prompt", PROMPT, *words)
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+
+
+def test_guiding_without_its_package_names_the_extra(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    code, out, err = command("generate", DEMO_MODEL, "--prompt", PROMPT, "--regex", "a")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].endswith("needs llguidance, which is not installed: pip install 'hf_moe[guided]'")
+
+
+def test_drafts_of_mtp_modules_leave_the_greedy_text(command, upcycled, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(upcycled)
+    model.add_mtp_layers(1)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(upcycled).save_pretrained(tmp_path)
+    words = ("generate", tmp_path, "--prompt", PROMPT, "--max-new-tokens", 20)
+    assert command(*words, "--use-mtp") == command(*words)

@@ -1,0 +1,1 @@
+"""What helps `generate`: grammars that a text follows, and choices among several texts."""
