@@ -10,6 +10,7 @@ from .demo import demo
 from .errors import one_line
 from .generate import generate
 from .inspect import inspect, presets
+from .push import push
 from .train import train
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command()(verify)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 app.command()(generate)
 app.command()(card)
+app.command()(push)
 app.command()(inspect)
 app.command()(presets)
 

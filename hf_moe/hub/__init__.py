@@ -2,5 +2,6 @@
 
 from .card import write_model_card
 from .folder import MARKER, inherited
+from .upload import push
 
-__all__ = ["MARKER", "inherited", "write_model_card"]
+__all__ = ["MARKER", "inherited", "push", "write_model_card"]

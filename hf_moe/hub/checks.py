@@ -1,0 +1,150 @@
+"""What is looked at before anything is uploaded: which files go, and whether what arrives will load."""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from ..model import modeling_hf_moe
+from .folder import ADAPTER, CONFIG, SavedModel, read_folder, read_json
+from .redaction import TOKENS, known_tokens
+
+# What a Trainer leaves for going on, pickles most of it, and nobody loads a model from.
+TRAINER_FILES = re.compile(r"(training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth)")
+PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+UNREAD = (".safetensors", ".png")  # no text
+BLOCK, LONGEST = 1 << 20, 512  # bytes read at a time, and the length up to which a secret is found across two
+
+
+def check_folder(folder: Path, checkpoints: bool = False) -> tuple[list[str], dict[str, str]]:
+    """The files to upload, relative to `folder`, and name -> why of what is left out.
+
+    Raises FileNotFoundError or a ValueError that names the file: no model, one that would not load, a pickle, a link
+    out of the folder, or something that looks like a token.
+    """
+    saved = read_folder(folder)
+    check_loads(saved)
+    files, left_out = choose_files(folder, checkpoints)
+    for file in files:
+        check_file(folder, file)
+    return files, left_out
+
+
+def choose_files(folder: Path, checkpoints: bool) -> tuple[list[str], dict[str, str]]:
+    """Files to upload and what is left out; a folder is left out whole."""
+    files, left_out = [], {}
+    for parent, folders, names in os.walk(folder):
+        inside = Path(parent).relative_to(folder)
+        for name in sorted(folders):
+            path = inside / name
+            if why := folder_left_out(folder / path, checkpoints):
+                left_out[f"{path}/"] = why
+                folders.remove(name)
+        folders.sort()
+        for name in sorted(names):
+            path = (inside / name).as_posix()
+            if name.startswith(".") and name != ".gitattributes":
+                left_out[path] = "hidden"
+            elif TRAINER_FILES.fullmatch(name):
+                left_out[path] = "for resuming"
+            else:
+                files.append(path)
+    return files, left_out
+
+
+def folder_left_out(path: Path, checkpoints: bool) -> str | None:
+    """Why a folder is not uploaded, None where it is."""
+    if path.name.startswith(".") or path.name == "__pycache__":
+        return "hidden"
+    if CHECKPOINT.fullmatch(path.name):
+        return None if checkpoints else "a checkpoint"
+    if path.name == "runs":
+        return "logs"
+    if any((path / name).is_file() for name in (CONFIG, ADAPTER)) or any(path.glob("*.safetensors")):
+        return "another model"
+    return None
+
+
+def check_file(folder: Path, name: str) -> None:
+    """Raises a ValueError for a link out of the folder, a pickle, or what looks like a token."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path} is a link to {path.resolve()}, outside the folder; put the file itself there.")
+    if path.suffix in UNREAD:
+        return
+    if path.suffix in PICKLES or is_pickle(path):
+        raise ValueError(f"{path} is a pickle, which runs code when it is loaded; move it out of the folder.")
+    secrets = [re.escape(token) for token in known_tokens()]
+    pattern = re.compile("|".join([*secrets, TOKENS.pattern]).encode())
+    with path.open("rb") as file:
+        tail, number = b"", 1
+        while block := file.read(BLOCK):
+            text = tail + block
+            if found := pattern.search(text):
+                line = number + text.count(b"\n", 0, found.start())
+                raise ValueError(f"{path} holds what looks like a secret, in line {line}; take it out and revoke it.")
+            number += text[:-LONGEST].count(b"\n")
+            tail = text[-LONGEST:]
+
+
+def is_pickle(path: Path) -> bool:
+    """By its first bytes: pickle's protocols 2 to 5, or PyTorch's archive of one."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".pkl") for name in archive.namelist())
+    return len(start) > 1 and start[0] == 0x80 and 2 <= start[1] <= 5
+
+
+def check_loads(saved: SavedModel) -> None:
+    """Raises FileNotFoundError or a ValueError for code, weights or a base model that others would miss."""
+    base = saved.adapter.get("base_model_name_or_path")
+    if base and (base.startswith((".", "/", "~")) or Path(base).exists()):
+        raise ValueError(
+            f"{saved.folder / ADAPTER} names its base model {base}, a folder of this machine; put the Hub id of that "
+            "model into base_model_name_or_path."
+        )
+    for file in (CONFIG, "tokenizer_config.json"):
+        check_code(saved.folder, file)
+    if saved.is_hf_moe:
+        if "auto_map" not in read_json(saved.folder / CONFIG):
+            raise ValueError(
+                f"{saved.folder / CONFIG} has no auto_map, so nobody without hf_moe can load the model; load it and "
+                "save it again with save_pretrained."
+            )
+        check_weights(saved)
+
+
+def check_code(folder: Path, file: str) -> None:
+    """Raises FileNotFoundError where a module that `file` names, or one that it imports, is not there."""
+    for value in read_json(folder / file).get("auto_map", {}).values():
+        for reference in [value] if isinstance(value, str) else value:
+            if reference is None or "--" in reference:  # the code is in another repository
+                continue
+            module = folder / f"{reference.split('.')[0]}.py"
+            needed = [module, *map(Path, get_relative_import_files(module))] if module.is_file() else [module]
+            missing = next((path for path in needed if not path.is_file()), None)
+            if missing is not None:
+                raise FileNotFoundError(f"{missing} does not exist, but auto_map in {file} needs it.")
+
+
+def check_weights(saved: SavedModel) -> None:
+    """Raises a ValueError that names a tensor which the config calls for and the files lack or have in another size.
+
+    Only headers are read; the model is built without memory.
+    """
+    architecture = (saved.config.architectures or ["HfMoeForCausalLM"])[0]
+    with torch.device("meta"):
+        model = getattr(modeling_hf_moe, architecture)(saved.config)
+    for name, tensor in model.state_dict().items():
+        if name in model.all_tied_weights_keys:
+            continue
+        found, shape = saved.shapes.get(name), tuple(tensor.shape)
+        if found != shape:
+            what = "is missing from the weights" if found is None else f"has shape {list(found)}"
+            raise ValueError(f"{saved.folder}: {name} {what}, but the config calls for {list(shape)}.")

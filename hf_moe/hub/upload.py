@@ -1,0 +1,140 @@
+"""Upload of a saved folder to the Hub: checked first, private by default, resumable, without a word of a token."""
+
+import contextlib
+import glob
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from .card import install, render_card
+from .checks import check_folder
+from .folder import MARKER
+from .redaction import redacted, redacted_messages
+
+# What a status of the Hub means, and the way out.
+STATUS = {
+    401: "the Hub does not take this token: log in again (`hf auth login`), or set HF_TOKEN to another",
+    403: "this token may not write there: use one with write permission",
+    404: "there is no such repository or revision, or this token may not see it",
+    413: "the Hub takes no files or requests of this size: save the model in smaller shards (max_shard_size)",
+    429: "too many requests: wait, then push again; what has arrived is not sent again",
+}
+SERVER = "the Hub failed: push again later; what has arrived is not sent again"
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    dry_run: bool = False,
+    private: bool = True,
+    revision: str | None = None,
+    checkpoints: bool = False,
+    message: str = "Upload model",
+    token: str | None = None,
+) -> dict[str, Any]:
+    """Upload a saved model, adapter or expert rows with code, card and figures; returns a report for JSON.
+
+    repo_id: "name" or "namespace/name"; it is made if it does not exist, private unless `private` is False. revision:
+    a branch, made if it does not exist. checkpoints: the checkpoint folders, too. dry_run: look at everything, touch
+    neither the folder nor the network. token: in place of the one that is set or stored.
+
+    README.md is written anew under the repository's name, unless it is the user's own. Weights that an interrupted
+    push has sent are not sent again. Raises ValueError or OSError of one line, in which no token stands: a folder that
+    would not load, a name that the Hub does not allow, no token, a refusal, a failure on the way.
+    """
+    folder = Path(folder)
+    validate_repo_id(repo_id)
+    files, left_out = check_folder(folder, checkpoints)
+    with tempfile.TemporaryDirectory() as aside:
+        if not (folder / "README.md").exists() or MARKER in (folder / "README.md").read_text(encoding="utf-8"):
+            render_card(folder, Path(aside), name=repo_id)
+        written = {str(path.relative_to(aside)): path for path in Path(aside).rglob("*") if path.is_file()}
+        names = sorted({*files, *written})
+        sizes = {name: written.get(name, folder / name).stat().st_size for name in names}
+        report = {
+            "repo_id": repo_id,
+            "revision": revision or constants.DEFAULT_REVISION,
+            "private": private,
+            "dry_run": dry_run,
+            "files": sizes,
+            "left_out": left_out,
+            "bytes": sum(sizes.values()),
+        }
+        if dry_run:
+            return report
+        token = token or get_token()
+        if token is None:
+            raise OSError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
+        install(Path(aside), folder)
+    with plain_errors(repo_id, token), redacted_messages(token):
+        return report | upload(folder, names, repo_id, private, revision, message, token)
+
+
+def upload(
+    folder: Path, names: list[str], repo_id: str, private: bool, revision: str | None, message: str, token: str
+) -> dict[str, Any]:
+    """Make the repository and the branch where they do not exist, and upload; returns url, commit and private."""
+    api = HfApi(token=token, library_name="hf_moe")
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    is_private = api.model_info(repo_id).private
+    if private and not is_private:
+        raise ValueError(f"{repo_id} is public already; say that it may be (--public, private=False).")
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    # One commit through LFS, or with hf_xet several of them; both ask first what the Hub has.
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=[glob.escape(name) for name in names],
+        commit_message=message,
+        revision=revision,
+    )
+    return {"repo_id": repo_id, "private": is_private, "url": f"{api.endpoint}/{repo_id}", "commit": commit.oid}
+
+
+@contextlib.contextmanager
+def plain_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
+    """Turn what huggingface_hub and hf_xet raise into a ValueError or OSError of one line without a token.
+
+    Their own exceptions, which hold the request and its headers, are not kept as a cause.
+    """
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        failure = OSError("The Hub was not asked: offline mode is on; unset HF_HUB_OFFLINE.")
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        failure = kind(redacted(explain(error, repo_id), token))
+    else:
+        return
+    raise failure
+
+
+def explain(error: Exception, repo_id: str) -> str:
+    """One line: what was done, the status with its way out or the reason, and what the Hub said."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    http = next((x for x in chain if isinstance(x, HfHubHTTPError)), None)
+    if http is None:
+        cut_off = isinstance(chain[-1], HTTPError)
+        reason = "the Hub cannot be reached, or hung up" if cut_off else ""
+        said = one_line(chain[0])
+        if isinstance(error, ValueError):
+            return said
+        return f"{repo_id} was not pushed: {': '.join(filter(None, [reason, said]))}"
+    status = http.response.status_code
+    meaning = STATUS.get(status, SERVER if status >= 500 else "the Hub refused")
+    said = f" (it said: {one_line(http.server_message)})" if http.server_message else ""
+    where = f" at {one_line(error)}" if error is not http else ""
+    return f"{repo_id} was not pushed{where}: {status}, {meaning}{said}."
+
+
+def one_line(said: object) -> str:
+    return " ".join(str(said).split()) or type(said).__name__
