@@ -84,10 +84,10 @@ def lora_targets(model: nn.Module, parts: list[str]) -> dict[str, str]:
     return {name: part for name, part in found.items() if part in parts}
 
 
-def add_adapter(model: nn.Module, args: AdapterArguments) -> tuple[PeftModel, str]:
-    """The model with a LoRA adapter on `args.lora_parts`, all else frozen; and what it covers, in words.
+def lora_config(model: nn.Module, args: AdapterArguments) -> tuple[LoraConfig, dict[str, str]]:
+    """PEFT's configuration of an adapter on `args.lora_parts`, and the weights that it is to reach, as `lora_targets`.
 
-    Raises ValueError as `lora_targets` and `check_coverage` do.
+    Raises ValueError as that does, and for the experts of mixture-of-heads attention.
     """
     targets = lora_targets(model, args.lora_parts)
     heads = [name for name, part in targets.items() if part == "routed_experts" and ".self_attn." in name]
@@ -110,6 +110,15 @@ def add_adapter(model: nn.Module, args: AdapterArguments) -> tuple[PeftModel, st
         target_parameters=sorted(parameters) or None,
         task_type="CAUSAL_LM",
     )
+    return config, targets
+
+
+def add_adapter(model: nn.Module, args: AdapterArguments) -> tuple[PeftModel, str]:
+    """The model with a LoRA adapter on `args.lora_parts`, all else frozen; and what it covers, in words.
+
+    Raises ValueError as `lora_config` and `check_coverage` do.
+    """
+    config, targets = lora_config(model, args)
     adapted = get_peft_model(model, config)
     return adapted, check_coverage(adapted, targets, args.lora_parts)
 

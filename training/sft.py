@@ -1,16 +1,13 @@
 """Supervised fine-tuning: `hf-moe train RECIPE.yaml [--key value ...]`, with TRL's SFTTrainer underneath."""
 
 import sys
-from itertools import islice
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .adapters import AdapterArguments, add_adapter, check_adapter_arguments
+from .adapters import AdapterArguments, add_adapter
 from .arguments import DataArguments, ModelArguments, RecipeParser
-from .esft import EsftArguments, check_esft_arguments, merge_rows, specialise
-from .merging import merge_adapter
+from .esft import EsftArguments, specialise
 from .run import (
     check_kept,
     check_template,
@@ -23,13 +20,11 @@ from .run import (
     load_trained_model,
     say_summary,
     train,
-    write_merged,
 )
 from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments)
-NO_ADAPTER, NO_ESFT = AdapterArguments(), EsftArguments()
-MERGE_BATCHES = 8  # enough to count routes
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments]:
@@ -50,8 +45,7 @@ def run(
     esft_args: EsftArguments = NO_ESFT,
 ) -> dict[str, float]:
     """Train, evaluate before and after, save to `output_dir`; returns the metrics, with `eval_loss_before`."""
-    check_adapter_arguments(adapter_args, model_args.trainable)
-    check_esft_arguments(esft_args, other_choices(model_args, adapter_args))
+    check_choices(model_args, adapter_args, esft_args)
     checkpoint = checkpoint_to_resume(args)
     args.chat_template_path = find_template(args.chat_template_path)
     train_rows, eval_rows = load_data(data_args, args, text_field=args.dataset_text_field)
@@ -69,11 +63,7 @@ def run(
     if esft_args.esft_p is not None:
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
     metrics = train(trainer, checkpoint)
-    if adapter_args.lora_merge is not None:
-        metrics = metrics | save_merged(trainer, adapter_args.lora_merge)
-    if esft_args.esft_merge:
-        merge_rows(trainer.moe)
-        write_merged(trainer, trainer.moe)
+    metrics = metrics | merge_trained(trainer, adapter_args, esft_args)
     say_summary(trainer, metrics)
     return metrics
 
@@ -103,26 +93,3 @@ def build_trainer(
     ):
         check_kept(name, given, kept, args)
     return trainer
-
-
-def other_choices(model_args: ModelArguments, adapter_args: AdapterArguments) -> dict[str, object]:
-    """The given arguments beside esft_p that say what trains."""
-    given = {} if model_args.trainable == "all" else {"trainable": model_args.trainable}
-    return given if adapter_args.lora_parts is None else given | {"lora_parts": adapter_args.lora_parts}
-
-
-def save_merged(trainer: MoeSFTTrainer, dtype: str) -> dict[str, float]:
-    """The model with its adapter merged to `output_dir`/merged; returns the share of routes that this changed.
-
-    The routes are those of the first held-out batches, or of training ones where there are none, without autocast.
-    """
-    held_out = trainer.eval_dataset is not None
-    loader = trainer.get_eval_dataloader() if held_out else trainer.get_train_dataloader()
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    merged, changed, total = merge_adapter(model, getattr(torch, dtype), list(islice(loader, MERGE_BATCHES)))
-    write_merged(trainer, merged)
-    if trainer.is_world_process_zero():
-        print(f"merged in {dtype}: {changed} of {total} routes changed", file=sys.stderr)
-    metrics = {"merge_changed_routes": changed / total}
-    trainer.save_metrics("merge", metrics)
-    return metrics

@@ -12,6 +12,8 @@ from .recipe_files import read_recipe, shipped_recipes
 
 STAGES = {
     "sft": "hf_moe.training.sft",
+    "pretrain": "hf_moe.training.pretrain",
+    "dpo": "hf_moe.training.dpo",
 }
 
 

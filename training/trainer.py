@@ -1,5 +1,6 @@
 """Trainers for mixture-of-experts models, hf_moe's and Transformers' own."""
 
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -122,6 +123,11 @@ class MoeTrainerMixin:
     def step_batches(self) -> list[dict]:
         """The micro-batches of this step as `compute_loss` will get them."""
         return [self._prepare_inputs(batch) for batch in self.step.batches]
+
+    def some_batches(self, count: int) -> list[dict]:
+        """What the model sees of the first batches: held-out ones, or training ones where there are none."""
+        loader = self.get_train_dataloader() if self.eval_dataset is None else self.get_eval_dataloader()
+        return [self.model_inputs(batch) for batch in islice(loader, count)]
 
     @property
     def balances_step(self) -> bool:

@@ -1,0 +1,50 @@
+"""What a run trains: a group of parameters, an adapter or a task's experts; checked before it, merged after it."""
+
+import sys
+
+import torch
+from transformers import Trainer
+
+from .adapters import AdapterArguments, check_adapter_arguments
+from .arguments import ModelArguments
+from .esft import EsftArguments, check_esft_arguments, merge_rows
+from .merging import merge_adapter
+from .run import write_merged
+
+NO_ADAPTER, NO_ESFT = AdapterArguments(), EsftArguments()
+MERGE_BATCHES = 8  # enough to count routes
+
+
+def check_choices(model_args: ModelArguments, adapter_args: AdapterArguments, esft_args: EsftArguments) -> None:
+    """Raises ValueError where the arguments contradict each other. Run before anything is loaded."""
+    check_adapter_arguments(adapter_args, model_args.trainable)
+    given = {} if model_args.trainable == "all" else {"trainable": model_args.trainable}
+    if adapter_args.lora_parts is not None:
+        given["lora_parts"] = adapter_args.lora_parts
+    check_esft_arguments(esft_args, given)
+
+
+def merge_trained(
+    trainer: Trainer, adapter_args: AdapterArguments = NO_ADAPTER, esft_args: EsftArguments = NO_ESFT
+) -> dict[str, float]:
+    """Write the whole model to `output_dir`/merged if the arguments say so; returns what that measured."""
+    if esft_args.esft_merge:
+        merge_rows(trainer.moe)
+        write_merged(trainer, trainer.moe)
+    return save_merged(trainer, adapter_args.lora_merge) if adapter_args.lora_merge is not None else {}
+
+
+def save_merged(trainer: Trainer, dtype: str) -> dict[str, float]:
+    """The model with its adapter merged to `output_dir`/merged; returns the share of routes that this changed.
+
+    The routes are those of some of the trainer's batches, without autocast.
+    """
+    batches = trainer.some_batches(MERGE_BATCHES)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    merged, changed, total = merge_adapter(model, getattr(torch, dtype), batches)
+    write_merged(trainer, merged)
+    if trainer.is_world_process_zero():
+        print(f"merged in {dtype}: {changed} of {total} routes changed", file=sys.stderr)
+    metrics = {"merge_changed_routes": changed / total}
+    trainer.save_metrics("merge", metrics)
+    return metrics
