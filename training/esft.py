@@ -162,13 +162,14 @@ def chosen_experts(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def save_rows(model: nn.Module, folder: str | Path) -> None:
-    """Write the trained rows, and whose they are, to `folder`."""
-    tensors = {}
+def save_rows(model: nn.Module, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the trained rows, and whose they are, to `folder`. `state`: the weights, where `model` holds shards."""
+    state, tensors = model.state_dict() if state is None else state, {}
     for router, index in chosen_experts(model).items():
         tensors[f"{router}.experts"] = index.cpu()
-        for key, (experts, name) in expert_tensors(model, router).items():
-            tensors[key] = experts.parametrizations[name].original.detach().cpu().contiguous()
+        for key in expert_tensors(model, router):
+            experts, _, name = key.rpartition(".")
+            tensors[key] = state[f"{experts}.parametrizations.{name}.original"].cpu().contiguous()
     aside = Path(folder) / f".{ROWS_FILE}"
     save_file(tensors, aside)
     aside.replace(Path(folder) / ROWS_FILE)

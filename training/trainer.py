@@ -251,13 +251,13 @@ class MoeTrainerMixin:
         self.selection_bias.restore()
         folder = self.args.output_dir if output_dir is None else output_dir
         rows_alone = bool(chosen_experts(self.moe))
-        if rows_alone:
+        if not rows_alone:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            save_rows(self.moe, folder)
+            save_rows(self.moe, folder, state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
-        else:
-            super()._save(output_dir, state_dict)
         if self.args.should_save and (rows_alone or self.model is not self.moe):
             save_router_bias(self.model, folder)
         if self.args.should_save and self.average is not None:
