@@ -11,6 +11,7 @@ from .errors import one_line
 from .generate import generate
 from .inspect import inspect, presets
 from .push import push
+from .trace import trace
 from .train import train
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command()(verify)
 # A recipe's keys are its own business, so train takes any option and passes it on.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 app.command()(generate)
+app.command()(trace)
 app.command()(card)
 app.command()(push)
 app.command()(inspect)

@@ -1,0 +1,24 @@
+"""A causal language model and its tokenizer from a folder or the Hub."""
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load(model: str | Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in the precision it was saved in and on the GPU if there is one, and its tokenizer.
+
+    Raises FileNotFoundError, OSError or ValueError where either cannot be had.
+    """
+    # A path that is not there would otherwise be asked for on the Hub.
+    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(model)):
+        raise FileNotFoundError(f"{model} is neither a folder nor a model id such as owner/name.")
+    AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{model} has no tokenizer that can be loaded: {error}") from error
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code)
+    return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

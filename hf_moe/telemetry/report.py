@@ -1,0 +1,98 @@
+"""Writing what was found: numbers.json, figures/*.png, and report.html, which needs nothing else."""
+
+import errno
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from ..conversion.staging import staged
+from .findings import Finding, findings
+
+DIGITS = 6  # of the numbers in the JSON
+FULL = (errno.ENOSPC, errno.EDQUOT)
+TINTS = 8  # colours of experts in a passage; the number stands beside
+
+
+@contextmanager
+def writing(out: str | Path) -> Iterator[Callable[[dict], list[str]]]:
+    """A function that writes the report, which takes the name `out` when the block ends well, or leaves nothing.
+
+    Raises FileExistsError where `out` is neither new nor empty, OSError where the disk is full.
+    """
+    import matplotlib  # noqa: F401  (what is missing is to be said before the work, not after it)
+
+    try:
+        with staged(Path(out)) as folder:
+            yield lambda numbers: write(folder, numbers)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(f"The disk that holds {out} is full; free some space or give another --out.") from error
+
+
+def write(folder: Path, numbers: dict[str, Any]) -> list[str]:
+    """All files into `folder`; returns the findings in words."""
+    found = findings(numbers)
+    numbers = numbers | {"findings": [finding.text for finding in found]}
+    (folder / "numbers.json").write_text(json.dumps(rounded(numbers), ensure_ascii=False), encoding="utf-8")
+    panels = draw_all(folder / "figures", numbers)
+    (folder / "report.html").write_text(render(numbers, found, panels), encoding="utf-8")
+    return numbers["findings"]
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def draw_all(folder: Path, numbers: dict[str, Any]) -> dict[str, list[dict]]:
+    """Write every panel as a PNG; returns those of each section, as SVG, for the page."""
+    from .figures import FIGURES, draw, png, svg
+
+    folder.mkdir()
+    panels = {}
+    for name in FIGURES:
+        panels[name] = []
+        for title, figure in draw(name, numbers):
+            file = "-".join([name, *title.split()])
+            (folder / f"{file}.png").write_bytes(png(figure))
+            wide = figure.get_figwidth() > 5
+            panels[name].append({"title": title, "wide": wide, "svg": Markup(svg(figure, file))})
+    return panels
+
+
+def render(numbers: dict[str, Any], found: list[Finding], panels: dict[str, list[dict]]) -> str:
+    """The page. Everything that comes from data is escaped, but for the figures, which are ours."""
+    from .sections import SECTIONS, visible
+
+    sections = []
+    for name, section in SECTIONS.items():
+        if panels[name]:
+            said = [finding.text for finding in found if finding.section == name]
+            tables = list(section.tables(numbers))
+            shown = {"name": name, "said": said, "panels": panels[name], "tables": tables}
+            sections.append(section._asdict() | shown)
+    middle = len(numbers["layers"]) // 2
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["visible"] = visible
+    template = environment.from_string(resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8"))
+    return template.render(
+        numbers=numbers,
+        findings=found,
+        sections=sections,
+        middle=middle,
+        tints=TINTS,
+        layer_labels=[layer["label"] for layer in numbers["layers"]],
+        experts=[layer["experts"] for layer in numbers["layers"]],
+        top_k=sorted({layer["top_k"] for layer in numbers["layers"]}),
+        passages=numbers["passages"],
+    )

@@ -1,0 +1,44 @@
+"""Router saturation: how much of a model's routing an other checkpoint has already, or still."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from ..routers import captured, find_routers
+from .texts import Batch
+
+
+def overlap(index_TK: torch.Tensor, other_TK: torch.Tensor) -> torch.Tensor:
+    """|E_t ∩ E'_t| / K of each token, [T] float64: the share of its experts that both choose."""
+    same_T = (index_TK.unsqueeze(-1) == other_TK.unsqueeze(-2)).any(dim=-1).sum(dim=-1)
+    return same_T.double() / index_TK.shape[-1]
+
+
+@torch.no_grad()
+def saturation(
+    model: nn.Module, other: nn.Module, top_k: int, batches: Iterable[Batch], progress: Callable[[int], None]
+) -> dict[str, float]:
+    """Router -> mean over all tokens of `overlap` with `other` on the same text.
+
+    Raises ValueError where the two have not the same routers.
+    """
+    pair = [(part, find_routers(part)) for part in (model, other)]
+    if pair[0][1].keys() != pair[1][1].keys():
+        raise ValueError("they have not the same routers")
+    sums, tokens = {}, 0
+    for batch in batches:
+        chosen = []
+        for part, routers in pair:
+            with captured(routers, top_k) as routings:
+                ids, mask = batch.ids.to(part.device), batch.mask.to(part.device)
+                part.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            kept = mask.flatten().nonzero().flatten()
+            chosen.append({name: routing.index_SK[kept] for name, routing in routings.items()})
+        tokens += int(batch.mask.sum())
+        for name, index_TK in chosen[0].items():
+            if index_TK.shape != chosen[1][name].shape:
+                raise ValueError("their routers choose another number of experts")
+            sums[name] = sums.get(name, 0.0) + overlap(index_TK, chosen[1][name]).sum().item()
+        progress(int(batch.mask.sum()))
+    return {name: total / tokens for name, total in sums.items()}

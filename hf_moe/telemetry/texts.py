@@ -1,0 +1,188 @@
+"""Texts to look at a model with: files, folders and Hub data sets, read piece by piece so that memory stays flat."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+PIECE = 32_768  # characters of a plain text that are tokenized together
+SORTED = 64  # windows that are sorted by length before they are put together, for less padding
+ROW_FILES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+COLUMNS = "text, messages, or prompt and completion"
+
+
+class Batch(NamedTuple):
+    ids: torch.Tensor  # [B, S], padded on the right
+    mask: torch.Tensor  # [B, S], 0 on padding
+
+
+class Domain:
+    """One source of text: `windows` gives its first `max_tokens` tokens, and can be asked again."""
+
+    def __init__(
+        self, name: str, source: str, tokenizer: PreTrainedTokenizerBase, window: int, max_tokens: int | None
+    ):
+        self.name, self.source = name, source
+        self.tokenizer, self.window, self.max_tokens = tokenizer, window, max_tokens
+
+    def windows(self) -> Iterator[list[int]]:
+        """Token ids, at most `window` at a time; no window reaches over the end of a text."""
+        left = self.max_tokens
+        for text in texts(self.source, self.tokenizer):
+            ids = self.tokenizer(text, verbose=False).input_ids if text.strip() else []
+            ids = ids[:left]
+            for start in range(0, len(ids), self.window):
+                yield ids[start : start + self.window]
+            if left is not None:
+                left -= len(ids)
+                if left <= 0:
+                    return
+
+    def batches(self, tokens: int) -> Iterator[Batch]:
+        """The windows, together up to about `tokens` places a batch."""
+        for windows in chunks(self.windows(), SORTED):
+            windows.sort(key=len)
+            rows = []
+            for ids in windows:
+                if rows and len(ids) * (len(rows) + 1) > tokens:
+                    yield padded(rows)
+                    rows = []
+                rows.append(ids)
+            yield padded(rows)
+
+    def count(self, vocab_size: int) -> torch.Tensor:
+        """How often each token id occurs, [V] int64. Reads everything, so that what is broken shows before the model
+        runs.
+
+        Raises ValueError for a text without tokens and for ids that the model does not know.
+        """
+        counts = torch.zeros(vocab_size, dtype=torch.long, device="cpu")
+        for ids in self.windows():
+            if max(ids) >= vocab_size:
+                raise ValueError(f"The tokenizer gives token {max(ids)}, the model knows {vocab_size}.")
+            counts += torch.bincount(torch.tensor(ids, device="cpu"), minlength=vocab_size)
+        if not counts.any():
+            raise ValueError(f"{self.source} holds no text: not one token to trace.")
+        return counts
+
+
+def padded(rows: list[list[int]]) -> Batch:
+    """Rows of token ids as one batch; 0 stands on padding, where the mask is 0."""
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device="cpu")
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device="cpu")
+    return Batch(ids, mask)
+
+
+def chunks(items: Iterator, size: int) -> Iterator[list]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def named_sources(data: Sequence[str]) -> dict[str, str]:
+    """Name of each domain -> its source: "NAME=SOURCE", or as much of the end of the path as tells them apart."""
+    if not data:
+        raise ValueError("There is no text to trace: give --data FILE or a data set.")
+    named = {}
+    for entry in data:
+        name, equals, source = str(entry).partition("=")
+        if not equals or not name or Path(entry).expanduser().exists():
+            name, source = None, str(entry)
+        if source in named:
+            raise ValueError(f"{source} is given twice; each --data is a domain of its own.")
+        named[source] = name
+    paths = {source: Path(source).with_suffix("").parts for source, name in named.items() if name is None}
+    for source, parts in paths.items():
+        size = 1
+        while size < len(parts) and any(
+            other[-size:] == parts[-size:] for key, other in paths.items() if key != source
+        ):
+            size += 1
+        named[source] = "/".join(parts[-size:])
+    names = list(named.values())
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"Two domains are called {name}; name them with --data NAME=FILE.")
+    return {name: source for source, name in named.items()}
+
+
+def texts(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The texts of a file, a folder or a Hub data set. Raises FileNotFoundError or ValueError of one line."""
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".jsonl":
+        rows = json_lines(path)
+    elif path.is_file() and path.suffix in ROW_FILES:
+        rows = data_set_rows(source, ROW_FILES[path.suffix], data_files=str(path))
+    elif path.is_file():
+        yield from plain_text(path)
+        return
+    elif path.is_dir():
+        rows = data_set_rows(source, str(path))
+    elif path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.suffix:
+        raise FileNotFoundError(f"There is no file {source}, and it is no data set's name such as owner/name.")
+    else:
+        rows = data_set_rows(source, source)
+    for number, row in enumerate(rows, 1):
+        yield row_text(row, tokenizer, f"{source}, row {number}")
+
+
+def plain_text(path: Path) -> Iterator[str]:
+    """A file in pieces that end where a line ends."""
+    with path.open(encoding="utf-8") as file:
+        try:
+            while piece := file.readlines(PIECE):
+                yield "".join(piece)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}.") from error
+
+
+def json_lines(path: Path) -> Iterator[Any]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}, line {number} is no JSON: {error}.") from error
+
+
+def data_set_rows(source: str, *args, **kwargs) -> Iterator[dict]:
+    """The rows of split "train", or of the only split, one after the other."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        splits = load_dataset(*args, streaming=True, **kwargs)
+        if "train" not in splits and len(splits) > 1:
+            raise ValueError(f"it has no split train, but {', '.join(splits)}; save the one you mean as a file")
+        yield from splits.get("train", next(iter(splits.values())))
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(f"{source} is neither a file nor a folder here, nor a data set on the Hub.") from error
+    except (ValueError, ConnectionError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"{source} cannot be read as rows: {reason}.") from error
+
+
+def row_text(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """The text of a row; messages go through the chat template."""
+    row = row if isinstance(row, dict) else {}
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    parts = [row.get("messages")] if "messages" in row else [row.get("prompt"), row.get("completion")]
+    if all(isinstance(part, str) for part in parts):
+        return "".join(parts)
+    if not all(isinstance(part, list) and part for part in parts):
+        raise ValueError(f"{where} has the columns {', '.join(row) or 'of no object'}; expected {COLUMNS}.")
+    if not tokenizer.chat_template:
+        raise ValueError(f"{where} is a conversation, and the model's tokenizer has no chat template.")
+    return tokenizer.apply_chat_template([message for part in parts for message in part], tokenize=False)
