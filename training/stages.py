@@ -13,7 +13,9 @@ from .recipe_files import read_recipe, shipped_recipes
 STAGES = {
     "sft": "hf_moe.training.sft",
     "pretrain": "hf_moe.training.pretrain",
+    "distil": "hf_moe.training.distil",
     "dpo": "hf_moe.training.dpo",
+    "grpo": "hf_moe.training.grpo",
 }
 
 

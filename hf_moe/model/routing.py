@@ -37,6 +37,7 @@ class RouterState(NamedTuple):
     mask_T: torch.Tensor | None = None  # 1 where a token counts, 0 on padding
     bias_E: torch.Tensor | None = None  # moves the choice, never the weights
     hashed_TK: torch.Tensor | None = None  # the experts that a token's id is hashed to
+    replayed_TK: torch.Tensor | None = None  # experts to take again, whatever their scores; -1: the router's own
 
 
 # ---- scores ----
@@ -81,6 +82,12 @@ def limit_to_groups(
     return scores_TGE.masked_fill(closed_TG.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
+def take_best(choice_TE: torch.Tensor, config, state: RouterState) -> torch.Tensor:
+    """Each token's K best experts, or those that it took before, where they are replayed: [T, K]."""
+    index_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
+    return index_TK if state.replayed_TK is None else torch.where(state.replayed_TK < 0, index_TK, state.replayed_TK)
+
+
 def choose(scores_TE: torch.Tensor, config, state: RouterState) -> torch.Tensor:
     """Each token's K best experts by score plus selection bias, within its best groups: [T, K].
 
@@ -92,7 +99,7 @@ def choose(scores_TE: torch.Tensor, config, state: RouterState) -> torch.Tensor:
     if config.topk_group < config.n_group:
         group_score = GROUP_SCORES[config.router_args.get("group_score", "two_best")]
         choice_TE = limit_to_groups(choice_TE, config.n_group, config.topk_group, group_score)
-    return choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
+    return take_best(choice_TE, config, state)
 
 
 # ---- weights ----
@@ -189,7 +196,7 @@ def balanced(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
     choice_TE = logits_TE.detach()
     if state.training:
         choice_TE = SOLVERS[config.router_args.get("solver", "sinkhorn")](choice_TE, state.mask_T)
-    index_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
+    index_TK = take_best(choice_TE, config, state)
     weights_TK = normalized(logits_TE.gather(-1, index_TK).sigmoid(), config)
     return drop_overflow(Assignment(weights_TK, index_TK), config, state)
 
@@ -203,7 +210,7 @@ def sampled(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
     choice_TE = logits_TE.detach()
     if state.training:  # the K largest of logits plus Gumbel noise are such a draw (https://arxiv.org/abs/1903.06059)
         choice_TE = choice_TE - torch.empty_like(choice_TE).exponential_().log()
-    index_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
+    index_TK = take_best(choice_TE, config, state)
     weights_TK = normalized(softmax_affinity(logits_TE).gather(-1, index_TK), config)
     return drop_overflow(Assignment(weights_TK, index_TK), config, state)
 

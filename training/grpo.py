@@ -1,0 +1,139 @@
+"""Group-relative policy optimisation: a recipe with `stage: grpo`, with TRL's GRPOTrainer underneath."""
+
+import sys
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .adapters import AdapterArguments, check_coverage, lora_config
+from .arguments import DataArguments, ModelArguments, RecipeParser
+from .grpo_trainer import MoeGRPOConfig, MoeGRPOTrainer
+from .policy import use_template
+from .rewards import NEED_ANSWER, REWARDS, find_rewards, true_answer
+from .run import (
+    check_template,
+    checkpoint_to_resume,
+    choose_trained,
+    load_data,
+    load_tokenizer,
+    load_trained_model,
+    train,
+)
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
+
+
+@dataclass
+class RewardArguments:
+    """What is rewarded; `reward_weights` is TRL's own argument."""
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["gsm8k_answer"],
+        metadata={"help": "Rewards by rule, added up by reward_weights.", "choices": list(REWARDS)},
+    )
+
+
+ARGUMENTS = (ModelArguments, DataArguments, MoeGRPOConfig, AdapterArguments, RewardArguments)
+COLUMNS = (("prompt", "answer"), ("question", "answer"), ("messages",), ("prompt",))
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeGRPOConfig, AdapterArguments, RewardArguments]:
+    """The arguments of a run from [recipe, --key, value, ...]."""
+    return RecipeParser(ARGUMENTS).parse(argv)
+
+
+def main(argv: list[str]) -> dict[str, float]:
+    """Run the recipe argv[0] with the arguments after it. Raises ValueError or OSError for the user's mistakes."""
+    return run(*parse(argv))
+
+
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: MoeGRPOConfig,
+    adapter_args: AdapterArguments = NO_ADAPTER,
+    reward_args: RewardArguments | None = None,
+) -> dict[str, float]:
+    """Train on rewarded texts that the policy writes, evaluate before and after, save; returns the metrics."""
+    names = (reward_args or RewardArguments()).reward_funcs
+    check_choices(model_args, adapter_args, NO_ESFT)
+    rewards = find_rewards(names, args.reward_weights)
+    checkpoint = checkpoint_to_resume(args)
+    train_rows, eval_rows = (
+        None if rows is None else questions(rows, names, what)
+        for rows, what in zip(load_data(data_args, args, kinds=COLUMNS), ("train_data", "eval_data"), strict=True)
+    )
+    args.eval_on_start = eval_rows is not None and checkpoint is None
+    tokenizer = load_tokenizer(checkpoint or model_args.model_name_or_path, model_args, args)
+    use_template(tokenizer, args.chat_template_path)
+    check_template(tokenizer, train_rows, args)
+    trainer = build_trainer(model_args, args, adapter_args, rewards, tokenizer, train_rows, eval_rows)
+    metrics = train(trainer, checkpoint)
+    metrics = metrics | merge_trained(trainer, adapter_args)
+    say_reward(trainer, metrics)
+    return metrics
+
+
+def questions(rows: Dataset, rewards: list[str], what: str) -> Dataset:
+    """Rows with a prompt and, where a reward needs it, an answer; rows without one that can be read are counted.
+
+    A `question` becomes one message; of `messages` the last is the answer. Raises ValueError if no row is left.
+    """
+    if "question" in rows.column_names:
+        rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})
+    elif "messages" in rows.column_names:
+        rows = rows.map(lambda row: {"prompt": row["messages"][:-1], "answer": row["messages"][-1]["content"]})
+    needing = [name for name in rewards if name in NEED_ANSWER]
+    if needing:
+        if "answer" not in rows.column_names:
+            raise ValueError(f"reward_funcs holds {needing[0]}, which needs a column answer in {what}.")
+        kept = rows.filter(lambda row: true_answer(row["answer"]) is not None)
+        if len(kept) == 0:
+            raise ValueError(f"{what} has no row with an answer that {needing[0]} can read: '#### 42', or a number.")
+        if len(kept) < len(rows):
+            lost = f"{len(rows) - len(kept)} of {len(rows)}"
+            print(f"{what}: {lost} rows have no answer that {needing[0]} can read, and are left out", file=sys.stderr)
+        rows = kept
+    return rows.select_columns([name for name in ("prompt", "answer") if name in rows.column_names])
+
+
+def build_trainer(
+    model_args: ModelArguments,
+    args: MoeGRPOConfig,
+    adapter_args: AdapterArguments,
+    rewards: list,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Dataset,
+    eval_rows: Dataset | None,
+) -> MoeGRPOTrainer:
+    """The trainer with policy and, if `beta` is above 0, reference as they are before any step."""
+    model = load_trained_model(model_args.model_name_or_path, model_args, args)
+    config, targets = None, {}
+    if adapter_args.lora_parts is None:
+        choose_trained(model, model_args.trainable, args)
+        args.model_init_kwargs = {"revision": model_args.model_revision} if args.beta else None  # TRL's reference
+    else:
+        config, targets = lora_config(model, adapter_args)
+    trainer = MoeGRPOTrainer(
+        model=model,
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=config,
+    )
+    if config is not None:
+        print(check_coverage(trainer.model, targets, adapter_args.lora_parts), file=sys.stderr)
+    return trainer
+
+
+def say_reward(trainer: MoeGRPOTrainer, metrics: dict[str, float]) -> None:
+    """One line, by one process."""
+    history = [entry for entry in trainer.state.log_history if "reward" in entry]
+    reward = f"last reward in training {history[-1]['reward']:.4f}" if history else "no step was left to train"
+    if "eval_reward" in metrics:
+        before = next(entry["eval_reward"] for entry in trainer.state.log_history if "eval_reward" in entry)
+        reward = f"held-out reward {before:.4f} before, {metrics['eval_reward']:.4f} after"
+    if trainer.is_world_process_zero():
+        print(f"{reward}; saved to {trainer.args.output_dir}", file=sys.stderr)

@@ -1,0 +1,103 @@
+"""Router replay: the experts that tokens took in one forward, recorded, and taken again in another.
+
+Between a rollout and its update the router moves, and a token that changes its experts changes its probability by
+far more than the step did. Replaying the old policy's experts: GSPO (https://arxiv.org/abs/2507.18071, 5.3); the
+rollout's own: R3 (https://arxiv.org/abs/2510.11370); both compared, as R2 and R3:
+https://arxiv.org/abs/2512.01374.
+
+Only the choice is replayed. Weights are those that the present router gives the recorded experts, and so is their
+gradient. Shapes: B sequences, S positions, T = B S tokens, K experts per token.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from hf_moe.model.router import HfMoeRouter
+from hf_moe.model.routing import RouterState
+from hf_moe.routers import Router
+
+UNKNOWN = -1  # a position whose experts were not recorded takes the router's own
+Indices = dict[str, torch.Tensor]  # router -> [B, S, K] in int16
+
+
+def check_replayable(routers: dict[str, Router], model: nn.Module) -> None:
+    """Raises ValueError for routers whose formula for the weights is not known here."""
+    if not routers or not all(isinstance(router.module, HfMoeRouter) for router in routers.values()):
+        raise ValueError(
+            f"router_replay needs hf_moe's routers, but the model is {type(model).__name__}: convert it with `hf-moe "
+            "import`, or set router_replay to none."
+        )
+
+
+@contextmanager
+def recording(routers: dict[str, Router]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Collect the experts [T, K] of every forward inside the context, router by router."""
+    calls = {}
+
+    def keep(name: str):
+        def hook(module, args, output):
+            _, _, index_TK, token_S, _ = output
+            if token_S is not None:
+                raise ValueError(f"{name} lets experts choose tokens in training: set router_replay to rollout.")
+            calls.setdefault(name, []).append(index_TK.to(torch.int16))
+
+        return hook
+
+    handles = [router.module.register_forward_hook(keep(name)) for name, router in routers.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replayed(routers: dict[str, Router], indices: Indices) -> Iterator[None]:
+    """Routers take the experts in `indices` in every forward inside the context.
+
+    To be open until the backward pass is over: activation checkpointing repeats the forward there.
+    """
+
+    def replay(recorded_TK: torch.Tensor):
+        def hook(module, args, output):
+            logits_TE, *_, baseline_T = output
+            mask_T = args[1] if len(args) > 1 else None
+            index_TK = recorded_TK.to(logits_TE.device, torch.long)
+            # As outside training, where a token's experts depend on nothing but the token.
+            state = RouterState(False, mask_T, module.e_score_correction_bias, None, index_TK)
+            return (logits_TE, *module.router.assign(logits_TE, module.config, state), baseline_T)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, index_BSK in indices.items():
+            module = routers[name].module
+            if not module.router.hashed:  # which always chooses the same
+                stack.callback(module.register_forward_hook(replay(index_BSK.flatten(0, 1))).remove)
+        yield
+
+
+def of_generation(calls: dict[str, list[torch.Tensor]], sequences: int) -> Indices:
+    """What a `generate()` recorded: the prompt's positions in the first forward, one more in each that follows."""
+    return {name: torch.cat([x.view(sequences, -1, x.shape[-1]) for x in parts], 1) for name, parts in calls.items()}
+
+
+def of_batches(calls: dict[str, list[torch.Tensor]], positions: int) -> Indices:
+    """What the forwards of batches of whole sequences recorded."""
+    return {name: torch.cat([x.view(-1, positions, x.shape[-1]) for x in parts]) for name, parts in calls.items()}
+
+
+def fit(indices: Indices, mask_BS: torch.Tensor) -> Indices:
+    """Cut or continued to the positions of `mask_BS`; unknown where that is 0, and where nothing was recorded.
+
+    A generation does not route its last token, nor does any probability depend on it.
+    """
+    fitted = {}
+    for name, index in indices.items():
+        index = index[:, : mask_BS.shape[1]]
+        index = nn.functional.pad(index, (0, 0, 0, mask_BS.shape[1] - index.shape[1]), value=UNKNOWN)
+        fitted[name] = index.masked_fill(mask_BS.unsqueeze(-1) == 0, UNKNOWN)
+    return fitted
