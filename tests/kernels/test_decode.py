@@ -14,6 +14,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
+ALL = {"num_experts_per_tok": 6}  # of six: rounding may then choose no other experts
+
+
 def tiny(**fields) -> HfMoeConfig:
     base = {"vocab_size": 37, "hidden_size": 40, "intermediate_size": 56, "moe_intermediate_size": 24}
     base |= {"num_hidden_layers": 2, "num_attention_heads": 3, "num_experts": 6, "num_experts_per_tok": 2}
@@ -65,7 +68,8 @@ if DEVICE == "cuda":  # the interpreter multiplies the bits of bfloat16
 @pytest.mark.parametrize(("name", "dtype", "padding"), CASES)
 @torch.no_grad()
 def test_a_step_with_the_kernels_is_the_step_of_the_modules(name, dtype, padding):
-    model, rows, length = model_of(MODELS[name], dtype), 3, 11
+    all_experts = ALL if dtype == torch.bfloat16 and "groups" not in name else {}
+    model, rows, length = model_of(MODELS[name] | all_experts, dtype), 3, 11
     ids = torch.randint(1, 37, (rows, length + 2), device=DEVICE)
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..activations import ACTIVATIONS
+from .overlap import OVERLAP, let_next_start, wait_for_last
 
 MAX_TOKENS = 64  # one tile of rows; with more, sorting by expert is cheaper
 MAX_PART = 1024  # of a dense network: its sum over the width is cut, so that there are programs for the whole card
@@ -116,6 +117,8 @@ def up_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    let_next_start()
+    wait_for_last()
     which, is_shared, place, taken, ours = work_of(
         index_ptr, tokens, K, parts, num_experts, ROUTED, BY_SLOT, BLOCK_T, BLOCK_K
     )
@@ -184,6 +187,8 @@ def down_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
+    let_next_start()
+    wait_for_last()
     which, is_shared, place, taken, ours = work_of(
         index_ptr, tokens, K, parts, num_experts, ROUTED, BY_SLOT, BLOCK_T, BLOCK_K
     )
@@ -232,6 +237,8 @@ def combine_kernel(
     ADDS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    let_next_start()
+    wait_for_last()
     token, column = tl.program_id(0), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < D
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -304,6 +311,7 @@ def mixture(
         ACTIVATION=ACTIVATIONS[activation],
         **settings,
         **tile_arguments("up", x, "BLOCK_I", "BLOCK_D"),
+        **OVERLAP,
     )
     rows = torch.empty(tokens * (top_k + parts), dim, dtype=torch.float32, device=x.device)
     down_kernel[(programs, triton.cdiv(dim, TILES["down"].columns))](
@@ -324,6 +332,7 @@ def mixture(
         ALIGNED=size % 16 == 0 and width % 16 == 0,
         **settings,
         **tile_arguments("down", x, "BLOCK_D", "BLOCK_I"),
+        **OVERLAP,
     )
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
     block = min(512, triton.next_power_of_2(dim))
@@ -341,5 +350,6 @@ def mixture(
         ADDS=residual is not None,
         BLOCK_D=block,
         num_warps=4,
+        **OVERLAP,
     )
     return out

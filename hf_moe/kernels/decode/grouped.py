@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .overlap import OVERLAP, let_next_start, wait_for_last
 from .parts import STAGES, WARPS, attend, bounds, room_for_parts, step_of, store_part, sum_of_parts
 
 
@@ -70,6 +71,8 @@ def prepare_kernel(
     HALF: tl.constexpr,
 ):
     """Norm and rotate query and key; the query to `turned`, key and value to the cache's next place."""
+    let_next_start()
+    wait_for_last()
     row, length = tl.program_id(0).to(tl.int64), tl.load(length_ptr)
     dtype: tl.constexpr = keys_ptr.dtype.element_ty
     half: tl.constexpr = size // 2
@@ -138,6 +141,8 @@ def split_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Attention of a key head's queries over one part of the positions, with the logarithm of its sum."""
+    let_next_start()
+    wait_for_last()
     row, key_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     group = H // N
     member = tl.arange(0, BLOCK_G)
@@ -219,6 +224,7 @@ def grouped_attention(
         BLOCK_N=triton.next_power_of_2(key_heads),
         HALF=triton.next_power_of_2(size // 2),
         num_warps=4,
+        **OVERLAP,
     )
     parts, lse = room_for_parts(rows, heads, rows * key_heads, keys)
     splits = parts.shape[2]
@@ -246,6 +252,7 @@ def grouped_attention(
         BLOCK_D=max(16, triton.next_power_of_2(size)),
         num_warps=WARPS,
         num_stages=STAGES,
+        **OVERLAP,
     )
     out = torch.empty(rows, heads, size, dtype=keys.dtype, device=keys.device)
     sum_of_parts(parts, lse, out.transpose(0, 1), length)

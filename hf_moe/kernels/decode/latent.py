@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .overlap import OVERLAP, let_next_start, wait_for_last
 from .parts import STAGES, WARPS, attend, bounds, room_for_parts, step_of, store_part, sum_of_parts
 from .products import per_head
 
@@ -41,6 +42,8 @@ def prepare_kernel(
     HALF: tl.constexpr,
 ):
     """Norm the latent, rotate the query's and the key's RoPE part, write latent and key to the cache's next place."""
+    let_next_start()
+    wait_for_last()
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(length_ptr)
     dtype = keys_ptr.dtype.element_ty
@@ -109,6 +112,8 @@ def split_kernel(
     BLOCK_P: tl.constexpr,
 ):
     """Attention of BLOCK_H heads of a row over one part of the positions, with the logarithm of its sum."""
+    let_next_start()
+    wait_for_last()
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     begin, end = bounds(length_ptr, split, splits, BLOCK_S)
@@ -202,6 +207,7 @@ def latent_attention(
         BLOCK_R=block_r,
         HALF=max(1, block_p // 2),
         num_warps=4,
+        **OVERLAP,
     )
     # q·(W_UK c) = (W_UK^T q)·c: one small product a head moves the up-projection to the query.
     absorbed = torch.empty(heads, rows, rank, dtype=keys.dtype, device=keys.device)
@@ -239,6 +245,7 @@ def latent_attention(
         BLOCK_P=max(16, block_p),
         num_warps=WARPS if block_h == 16 else 8,
         num_stages=STAGES,
+        **OVERLAP,
     )
     out = torch.empty_like(absorbed)
     sum_of_parts(parts, lse, out, length)

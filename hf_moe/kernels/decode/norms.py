@@ -4,11 +4,15 @@ import torch
 import triton
 import triton.language as tl
 
+from .overlap import OVERLAP, let_next_start, wait_for_last
+
 
 @triton.jit
 def rms_norm_kernel(
     x_ptr, change_ptr, weight_ptr, sum_ptr, out_ptr, size, stride, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr
 ):
+    let_next_start()
+    wait_for_last()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -42,6 +46,7 @@ def launch(x: torch.Tensor, change: torch.Tensor | None, weight: torch.Tensor, e
         ADDS=change is not None,
         BLOCK=block,
         num_warps=max(1, min(8, block // 256)),
+        **OVERLAP,
     )
     return total, out.view(x.shape)
 

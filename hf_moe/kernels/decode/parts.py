@@ -8,8 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-STEP, WARPS, STAGES = 64, 4, 2  # positions of a step, warps, steps in flight
-PROGRAMS = 264  # that run at once: 132 processors, two each
+from .overlap import OVERLAP, let_next_start, wait_for_last
+
+STEP, WARPS, STAGES = 32, 4, 3  # positions of a step, warps, steps in flight
+PROGRAMS = 132  # that run at once: one a processor
+COLUMNS = 32  # of a program that sums the parts
 
 
 @triton.jit
@@ -73,23 +76,20 @@ def combine_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """The parts' mean by the exponentials of their sums; the first program counts the new token."""
+    let_next_start()
+    wait_for_last()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = column < rank
     first = (row * H + head) * splits
-    best = float("-inf")
-    for start in range(0, splits, BLOCK_N):
-        part = start + tl.arange(0, BLOCK_N)
-        best = tl.maximum(best, tl.max(tl.load(lse_ptr + first + part, mask=part < splits, other=float("-inf"))))
-    best = tl.where(best == float("-inf"), 0.0, best)
-    total, mass = tl.zeros((BLOCK_R,), tl.float32), 0.0
-    for start in range(0, splits, BLOCK_N):
-        part = start + tl.arange(0, BLOCK_N)
-        weight = tl.exp(tl.load(lse_ptr + first + part, mask=part < splits, other=float("-inf")) - best)
-        place = parts_ptr + (first + part[:, None]) * rank + column[None, :]
-        rows = tl.load(place, mask=(part < splits)[:, None] & inside[None, :], other=0.0)
-        total += tl.sum(rows * weight[:, None], axis=0)
-        mass += tl.sum(weight, axis=0)
+    part = tl.arange(0, BLOCK_N)
+    real = part < splits
+    lse = tl.load(lse_ptr + first + part, mask=real, other=float("-inf"))
+    best = tl.max(lse, axis=0)
+    weight = tl.exp(lse - tl.where(best == float("-inf"), 0.0, best))
+    place = parts_ptr + (first + part[:, None]) * rank + column[None, :]
+    rows = tl.load(place, mask=real[:, None] & inside[None, :], other=0.0)
+    total, mass = tl.sum(rows * weight[:, None], axis=0), tl.sum(weight, axis=0)
     total = total / tl.maximum(mass, 1e-30)
     tl.store(out_ptr + head * out_head + row * out_row + column, total.to(out_ptr.dtype.element_ty), mask=inside)
     if (row == 0) & (head == 0) & (tl.program_id(2) == 0):
@@ -115,7 +115,7 @@ def room_for_parts(rows: int, heads: int, programs: int, cache: torch.Tensor) ->
 def sum_of_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, length: torch.Tensor) -> None:
     """out [H, B, r] of the parts [B, H, splits, r] and the logarithms of their sums; `length` grows by one."""
     rows, heads, splits, rank = parts.shape
-    columns = min(64, triton.next_power_of_2(rank))
+    columns = min(COLUMNS, triton.next_power_of_2(rank))
     combine_kernel[(rows, heads, triton.cdiv(rank, columns))](
         parts,
         lse,
@@ -126,7 +126,8 @@ def sum_of_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, leng
         heads,
         splits,
         rank,
-        BLOCK_N=min(64, triton.next_power_of_2(splits)),
+        BLOCK_N=triton.next_power_of_2(splits),
         BLOCK_R=columns,
         num_warps=4,
+        **OVERLAP,
     )

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
+
 COLUMNS, DEPTH, STAGES = 16, 512, 4  # of a program, of a step, steps in flight
 
 
@@ -35,7 +37,10 @@ def product_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
+    LINES: tl.constexpr,
+    LINE_VALUES: tl.constexpr,
 ):
+    let_next_start()
     head, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, column, step = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_A)
     base, out, width, stride = weight_ptr + head * weight_head, out_ptr + head * out_head, columns, out_row
@@ -50,6 +55,10 @@ def product_kernel(
     column += block * BLOCK_C
     real, inside = row < rows, column < width
     place = base + column[None, :].to(tl.int64) * weight_column + step[:, None] * weight_depth
+    if LINES > 0:  # the depth lies together
+        line = tl.minimum(tl.arange(0, LINES) * LINE_VALUES, depth - 1)
+        fetch(base + tl.minimum(column, width - 1)[None, :].to(tl.int64) * weight_column + line[:, None])
+    wait_for_last()
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for start in range(0, depth, BLOCK_A):
         here = step + start < depth
@@ -70,6 +79,8 @@ def launch(x: torch.Tensor, weights: list, outs: list, columns: list[int], rows,
     blocks = sum(triton.cdiv(size, COLUMNS) for size in columns)
     block_t = max(16, triton.next_power_of_2(rows))
     most = DEPTH * 32 // (block_t * x.element_size())  # shared memory holds so much of x a step
+    values = LINE // x.element_size()
+    lines = triton.next_power_of_2(triton.cdiv(depth, values)) if strides[4] == 1 else 0
     pairs = [tensor for pair in zip(weights + missing, outs + missing, strict=True) for tensor in pair]
     product_kernel[(heads, blocks)](
         x,
@@ -82,8 +93,11 @@ def launch(x: torch.Tensor, weights: list, outs: list, columns: list[int], rows,
         BLOCK_T=block_t,
         BLOCK_C=COLUMNS,
         BLOCK_A=min(most, max(16, triton.next_power_of_2(depth))),
+        LINES=lines,
+        LINE_VALUES=values,
         num_warps=4,
         num_stages=STAGES,
+        **OVERLAP,
     )
 
 

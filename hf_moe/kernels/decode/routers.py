@@ -7,11 +7,15 @@ import torch
 import triton
 import triton.language as tl
 
+from .overlap import OVERLAP, let_next_start, wait_for_last
+
 SCORES = {"softmax_topk": 0, "topk_softmax": 1, "sigmoid_topk": 2}
 
 
 @triton.jit
 def logits_kernel(x_ptr, weight_ptr, logits_ptr, D, E, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr):
+    let_next_start()
+    wait_for_last()
     token = tl.program_id(0)
     expert, depth = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D)
     real = expert < E
@@ -39,6 +43,8 @@ def choice_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    let_next_start()
+    wait_for_last()
     token = tl.program_id(0)
     expert, slot = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     real = expert < E
@@ -86,7 +92,7 @@ def route(
     index = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
     block_d = min(1024, triton.next_power_of_2(dim))
     logits_kernel[(tokens, triton.cdiv(experts, 8))](
-        x, weight, logits, dim, experts, BLOCK_E=8, BLOCK_D=block_d, num_warps=4
+        x, weight, logits, dim, experts, BLOCK_E=8, BLOCK_D=block_d, num_warps=4, **OVERLAP
     )
     choice_kernel[(tokens,)](
         logits,
@@ -102,5 +108,6 @@ def route(
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_K=triton.next_power_of_2(top_k),
         num_warps=1 if experts <= 256 else 4,
+        **OVERLAP,
     )
     return logits, weights, index
