@@ -55,7 +55,21 @@ class DataArguments:
     train_data: list[str] | None = field(
         default=None, metadata={"help": "Files (.jsonl, .json, .parquet), or one folder or Hub data set."}
     )
+    train_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "A weight for each entry of train_data, which are then sources of their own (files, folders, Hub "
+            "data sets): each row comes from one of them with probability weight / sum. A source that runs out begins "
+            "anew; an epoch ends when each has been gone through. Default: all entries are one set of rows."
+        },
+    )
     eval_data: list[str] | None = field(default=None, metadata={"help": "The same for the held-out rows."})
+    eval_by_source: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate each entry of eval_data by itself: eval_NAME_loss, of its file's or folder's name."
+        },
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split of a folder or a Hub data set."})
     eval_split: str = field(default="validation", metadata={"help": "Split of a folder or a Hub data set."})

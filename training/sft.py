@@ -8,20 +8,21 @@ from transformers import PreTrainedTokenizerBase
 from .adapters import AdapterArguments, add_adapter
 from .arguments import DataArguments, ModelArguments, RecipeParser
 from .esft import EsftArguments, specialise
+from .mixture import mix
 from .run import (
-    check_kept,
     check_template,
     checkpoint_to_resume,
     choose_trained,
     find_template,
     keep_selection_bias,
-    load_data,
     load_tokenizer,
     load_trained_model,
     say_summary,
     train,
 )
 from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
+from .sources import load_sources, together
+from .token_cache import can_tokenise, tokenised
 from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments)
@@ -48,11 +49,17 @@ def run(
     check_choices(model_args, adapter_args, esft_args)
     checkpoint = checkpoint_to_resume(args)
     args.chat_template_path = find_template(args.chat_template_path)
-    train_rows, eval_rows = load_data(data_args, args, text_field=args.dataset_text_field)
-    args.eval_on_start = eval_rows is not None and checkpoint is None
+    sources, held_out = load_sources(data_args, args, text_field=args.dataset_text_field)
+    args.eval_on_start = bool(held_out) and checkpoint is None
     source = checkpoint or model_args.model_name_or_path
     tokenizer = load_tokenizer(source, model_args, args)
-    check_template(tokenizer, train_rows, args)
+    check_template(tokenizer, next(iter(sources.values())), args)
+    if can_tokenise([*sources.values(), *held_out.values()], tokenizer, args):
+        sources = {name: tokenised(rows, name, tokenizer, args) for name, rows in sources.items()}
+        held_out = {name: tokenised(rows, name, tokenizer, args, args.eval_packing) for name, rows in held_out.items()}
+        args.assistant_only_loss = False  # the labels say it, and TRL would look for conversations
+    train_rows = mix(sources, data_args.train_weights, args.seed)
+    eval_rows = together(held_out, data_args.eval_by_source)
 
     # A checkpoint of an adapter, or of some experts, does not hold the model.
     whole = adapter_args.lora_parts is None and esft_args.esft_p is None
@@ -75,7 +82,7 @@ def build_trainer(
     adapter_args: AdapterArguments,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Dataset,
-    eval_rows: Dataset | None,
+    eval_rows: Dataset | dict[str, Dataset] | None,
 ) -> MoeSFTTrainer:
     """The trainer with its model loaded from `source`. Raises ValueError if no row is left to train on."""
     model = load_trained_model(source, model_args, args)
@@ -84,12 +91,6 @@ def build_trainer(
     else:
         model, covered = add_adapter(model, adapter_args)
         print(covered, file=sys.stderr)
-    trainer = MoeSFTTrainer(
+    return MoeSFTTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=train_rows, eval_dataset=eval_rows
     )
-    for name, given, kept in (
-        ("train_data", train_rows, trainer.train_dataset),
-        ("eval_data", eval_rows, trainer.eval_dataset),
-    ):
-        check_kept(name, given, kept, args)
-    return trainer

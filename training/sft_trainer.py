@@ -1,9 +1,12 @@
 """TRL's supervised fine-tuning for mixture-of-experts models."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 
+from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from .long_rows import ON_LONG_ROWS, fit
 from .moe_arguments import MoeArguments
 from .trainer import MoeTrainerMixin
 
@@ -11,6 +14,14 @@ from .trainer import MoeTrainerMixin
 @dataclass
 class MoeSFTConfig(MoeArguments, SFTConfig):
     """SFTConfig with what MoeSFTTrainer adds."""
+
+    on_long_rows: str = field(
+        default="truncate",
+        metadata={
+            "help": "What becomes of rows with more than max_length tokens; they are counted in any case.",
+            "choices": list(ON_LONG_ROWS),
+        },
+    )
 
 
 class MoeSFTTrainer(MoeTrainerMixin, SFTTrainer):
@@ -25,3 +36,17 @@ class MoeSFTTrainer(MoeTrainerMixin, SFTTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.aux_loss_enabled = False  # TRL's own
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """TRL's own, with rows that `max_length` cuts counted between tokenising and cutting."""
+        if isinstance(dataset, Dataset) and "labels" not in dataset.column_names:
+            uncut = copy.copy(args)
+            uncut.max_length, uncut.shuffle_dataset = None, False
+            try:
+                dataset = super()._prepare_dataset(
+                    dataset, processing_class, uncut, False, formatting_func, dataset_name
+                )
+            except RuntimeError as error:  # a conversation without the assistant
+                raise ValueError(" ".join(str(error).split())) from error
+            dataset = fit(dataset, f"{dataset_name}_data", args, packing)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)

@@ -1,0 +1,57 @@
+"""Where a run's rows come from: sources of training rows with weights, held-out rows together or source by source."""
+
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from .arguments import DataArguments
+from .data import load_rows
+from .mixture import check_weights
+
+
+def load_sources(
+    data_args: DataArguments, args: TrainingArguments, **columns
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """Training and held-out rows, by what to call them; `columns` tells `load_rows` what makes a row.
+
+    One source, unless `train_weights` or `eval_by_source` take the entries of `train_data` or `eval_data` apart.
+    """
+    check_weights(data_args.train_data, data_args.train_weights)
+    if not data_args.eval_data and args.eval_strategy != "no":
+        raise ValueError(f"eval_strategy is {args.eval_strategy.value}: give --eval_data, or --eval_strategy no.")
+    train = {"train_data": data_args.train_data}
+    if data_args.train_weights is not None:
+        train = {f"train_data {source}": [source] for source in data_args.train_data}
+    held_out = {"eval_data": data_args.eval_data} if data_args.eval_data else {}
+    if data_args.eval_by_source:
+        held_out = source_names(data_args.eval_data)
+    common = {"config": data_args.dataset_config, **columns}
+    return (
+        {name: load_rows(paths, split=data_args.train_split, **common) for name, paths in train.items()},
+        {
+            name: load_rows(paths, split=data_args.eval_split, what="eval_data", **common)
+            for name, paths in held_out.items()
+        },
+    )
+
+
+def source_names(sources: list[str] | None) -> dict[str, list[str]]:
+    """Each source by the name of its file or folder, which its metrics carry. ValueError for two of one."""
+    named = {Path(source).stem: [source] for source in sources or []}
+    if not named or len(named) < len(sources):
+        raise ValueError(
+            f"eval_by_source needs eval_data with names that differ, not {', '.join(sources or ['none'])}."
+        )
+    return named
+
+
+def together(held_out: dict[str, Dataset], by_source: bool) -> Dataset | dict[str, Dataset] | None:
+    """Held-out rows as a Trainer takes them."""
+    return held_out if by_source else held_out.get("eval_data")
+
+
+def loss_names(trainer: Trainer) -> list[str]:
+    """What the trainer calls the losses of its held-out rows."""
+    rows = trainer.eval_dataset
+    return [f"eval_{name}_loss" for name in rows] if isinstance(rows, dict) else ["eval_loss"]

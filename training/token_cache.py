@@ -1,0 +1,88 @@
+"""Conversations tokenised once: an Arrow file on disk, memory-mapped, under a name made of all that it depends on."""
+
+import hashlib
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from .chat_templates import SUFFIXES, training_template
+from .long_rows import fit
+from .tokens import Encoder, message_column
+
+BATCH = 1000
+
+
+def can_tokenise(groups: list[Dataset], tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> bool:
+    """Whether all rows are plain conversations, and tokenizer and template at hand. Else TRL tokenises."""
+    return (
+        all(message_column(rows) is not None for rows in groups)
+        and tokenizer.is_fast
+        and args.eos_token is None
+        and (args.chat_template_path is None or args.chat_template_path.endswith(SUFFIXES))
+    )
+
+
+def tokenised(
+    rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, packing: bool | None = None
+) -> Dataset:
+    """Conversations as `input_ids` and `labels`, fitted to `max_length`.
+
+    Raises ValueError as `Encoder`, `training_template` and `fit`.
+    """
+    template = training_template(tokenizer, args)
+    encoder = Encoder(tokenizer, template, args.assistant_only_loss)
+    with args.main_process_first(desc=f"tokenising {name}"):
+        if not encoder.agrees_with_transformers(rows):
+            print(f"{name}: tokie does not read this tokenizer; Transformers tokenises, more slowly", file=sys.stderr)
+            encoder.fast = False
+        tokens = cached(rows, encoder, name, args.dataset_num_proc)
+    return fit(tokens, name, args, args.packing if packing is None else packing)
+
+
+def cached(rows: Dataset, encoder: Encoder, name: str, processes: int | None = None) -> Dataset:
+    """`encoder` of all `rows`, from the cache if they have been there.
+
+    `datasets` writes each process's part aside and renames it when it is whole: after a kill, whole parts are used
+    and the others are made again.
+    """
+    key = cache_key(rows, encoder)
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "hf_moe" / f"{key}.arrow"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return (
+        rows.with_format("arrow")
+        .map(
+            encoder,
+            batched=True,
+            batch_size=BATCH,
+            remove_columns=rows.column_names,
+            num_proc=processes,
+            cache_file_name=str(path),
+            load_from_cache_file=True,
+            new_fingerprint=key,
+            desc=f"Tokenising {name}",
+        )
+        .with_format(None)
+    )
+
+
+def cache_key(rows: Dataset, encoder: Encoder) -> str:
+    """Hash of what the tokens depend on: the rows' contents, the tokenizer, the template, what counts, tokie."""
+    how = [
+        encoder.description,
+        encoder.template,
+        encoder.given,
+        encoder.assistant_only,
+        encoder.fast,
+        version("tokie"),
+    ]
+    digest = hashlib.blake2b(json.dumps(how, default=str).encode(), digest_size=16)
+    for table in rows.with_format("arrow").iter(batch_size=10 * BATCH):
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()
