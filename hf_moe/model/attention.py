@@ -63,7 +63,7 @@ def attend(
     """The attention that `attn_implementation` names: output [B, S, H, d] and, from eager, the probabilities."""
     config = module.config
     implementation = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
-    return implementation(
+    output, probabilities = implementation(
         module,
         query,
         key,
@@ -75,6 +75,8 @@ def attend(
         softcap=config.attn_logit_softcapping,
         **kwargs,
     )
+    # vLLM's attention, which keeps keys and values itself, gives each token's heads in one row.
+    return output.reshape(query.shape[0], query.shape[2], query.shape[1], -1), probabilities
 
 
 def attention_scaling(config: HfMoeConfig) -> float:

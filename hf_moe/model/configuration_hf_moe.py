@@ -205,6 +205,11 @@ class HfMoeConfig(PreTrainedConfig):
         return self.qk_nope_head_dim + self.qk_rope_head_dim if self.attention_type == "mla" else None
 
     @property
+    def logit_scale(self) -> float:
+        """What the logits are multiplied by, where vLLM looks for it."""
+        return 1.0 / self.logits_scaling
+
+    @property
     def swiglu_limit(self) -> float | None:
         """experts_swiglu_limit, where Transformers' FP8 experts look for it."""
         return self.experts_swiglu_limit

@@ -37,6 +37,35 @@ class HfMoeDispatch:
             )
         return super()._flash_attn_can_dispatch(flash_attn_version, is_init_check)
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        if attn_implementation in ("vllm", "vllm_mla"):
+            self.check_vllm()
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def check_vllm(self) -> None:
+        """Raise ValueError for what vLLM would leave out without a word: it brings its own attention and experts.
+
+        Its experts are down(silu(gate(x)) * up(x)), its attention is full or has a sliding window.
+        """
+        config = self.config
+        experts = "sparse" in config.mlp_layer_types and not config.mlp_bias  # with a bias it keeps ours
+        unknown = {
+            "attention_sinks": config.attention_sinks,
+            "layer_types chunked_attention": "chunked_attention" in config.layer_types,
+            f"hidden_act {config.hidden_act!r}": experts and config.hidden_act not in ("silu", "swish"),
+            "gated_mlp False": experts and not config.gated_mlp,
+            "experts_swiglu_limit": experts and config.experts_swiglu_limit is not None,
+            "expert_input_scaling": experts and config.expert_input_scaling,
+            "router_type 'dense'": experts and config.router_type == "dense",
+            "eval_capacity_factor": experts and config.router_args.get("eval_capacity_factor") is not None,
+        }
+        if any(unknown.values()):
+            names = ", ".join(name for name, needed in unknown.items() if needed)
+            raise ValueError(
+                f"vLLM's Transformers backend has no {names}: export the model to the family it came from, or serve "
+                "it with Transformers."
+            )
+
     def _grouped_mm_can_dispatch(self) -> bool:
         # Rows of the grouped product must be multiples of 16 bytes; where they are not, eager is the default.
         bytes_per_value = torch.get_default_dtype().itemsize

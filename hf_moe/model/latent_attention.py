@@ -105,7 +105,9 @@ class HfMoeLatentAttention(nn.Module):
             latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
 
         weight = self.up_projections()
-        if weight is not None and self.absorbs(query.shape[2], latent.shape[2], attention_mask):
+        # Without a cache here there may be one in the attention function (vLLM's), which then has to be asked.
+        owns_cache = self.absorb or past_key_values is not None
+        if owns_cache and weight is not None and self.absorbs(query.shape[2], latent.shape[2], attention_mask):
             output, probabilities = self.absorbed(query_nope, query_rope, latent, key_rope, attention_mask, weight)
         else:
             query = torch.cat((query_nope, query_rope), dim=-1)
