@@ -1,6 +1,5 @@
 """`hf-moe inspect` and `hf-moe presets`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,9 +21,11 @@ def inspect(
 ) -> None:
     """Say how large a model is and what it costs to run, from its config alone."""
     with messages_on_stderr():
+        from hf_moe.conversion.known_config import find_config
+
         from hf_moe.sizes import cache_alternatives, sizes
 
-        config, about = find(model)
+        config, about = find_config(model)
         report = {"model": model, **about, **summary(config), **sizes(config, context)}
         report["kv_cache_alternatives"] = cache_alternatives(config)
     if json:
@@ -51,52 +52,6 @@ def presets(json: Json = False) -> None:
         for name, entry in PRESETS.items()
     ]
     print_columns([("preset", "total", "active", "experts", "published as"), *rows])
-
-
-def find(model: str) -> "tuple[HfMoeConfig, dict[str, Any]]":
-    """The config of a saved model or of a preset, and what is known about the preset.
-
-    Raises FileNotFoundError or ValueError, in one line, where there is neither.
-    """
-    from hf_moe.presets import PRESETS, preset, preset_config
-
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder_config(folder), {}
-    if model not in PRESETS and (folder.exists() or "/" in model):
-        raise FileNotFoundError(f"{model} is no folder; give the folder of a saved model, or a preset's name.")
-    entry = preset(model)
-    return preset_config(model), {key: entry[key] for key in ("title", "source", "differs", "published")}
-
-
-def folder_config(folder: Path) -> "HfMoeConfig":
-    """The config in a folder: hf_moe's own, or the hf_moe config of the same model in a family that hf_moe reads."""
-    from hf_moe.conversion.checkpoint import read_json
-    from hf_moe.conversion.families import DENSE_FAMILIES, FAMILIES
-    from hf_moe.conversion.source import built
-    from hf_moe.conversion.text_part import TEXT_PARTS, text_config
-    from transformers import AutoConfig
-
-    from hf_moe import HfMoeConfig
-
-    said = read_json(folder / "config.json")
-    model_type, families = said.get("model_type"), {**DENSE_FAMILIES, **FAMILIES}
-    is_part = model_type in TEXT_PARTS  # of a model that sees pictures, the language model is inspected
-    if is_part:
-        model_type = TEXT_PARTS[model_type].family
-    if model_type != HfMoeConfig.model_type and model_type not in families:
-        known = ", ".join([HfMoeConfig.model_type, *families, *TEXT_PARTS])
-        raise ValueError(f"{folder} has model_type {model_type!r}, which hf_moe does not read; it reads {known}.")
-    invalid = f"{folder / 'config.json'} is no valid {model_type} config"
-    if model_type == HfMoeConfig.model_type:
-        return built(HfMoeConfig.from_pretrained, invalid, folder)
-    original = built(AutoConfig.from_pretrained, invalid, folder)
-    if is_part:
-        original = text_config(original, said)
-    fields = families[model_type].hf_moe_fields(original)
-    if model_type in DENSE_FAMILIES:
-        fields["mlp_layer_types"] = ["dense"] * original.num_hidden_layers
-    return built(HfMoeConfig, f"{folder} cannot be carried", **fields)
 
 
 def summary(config: "HfMoeConfig") -> dict[str, Any]:

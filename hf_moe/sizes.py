@@ -24,7 +24,8 @@ def sizes(config: HfMoeConfig, context: int | None = None) -> dict:
     less): 2 for each active parameter that multiplies, and in each layer 2 H (d_qk + d_v) for each token attended to.
     As in PaLM (https://arxiv.org/abs/2204.02311, appendix B), a token is taken to attend to all `context` tokens, or
     to all within its window. Latent attention is counted with its keys and values expanded.
-    training_flops_per_token is three times that: the backward pass costs twice the forward.
+    training_flops_per_token is three times that: the backward pass costs twice the forward. Of these,
+    non_embedding_training_flops_per_token are those of the layers alone: the M of DeepSeek LLM's scaling laws.
 
     kv_cache_bytes_per_token, in bfloat16, and kv_cache_bytes_per_token_by_dtype; beyond the window a token adds only
     kv_cache_bytes_per_token_beyond_window. weight_bytes by dtype.
@@ -50,6 +51,7 @@ def sizes(config: HfMoeConfig, context: int | None = None) -> dict:
         "context": context,
         "flops_per_token": flops,
         "training_flops_per_token": 3 * flops,
+        "non_embedding_training_flops_per_token": 3 * (flops - 2 * embedding),
         "kv_cache_bytes_per_token": cached * BYTES[CACHE_DTYPE],
         "kv_cache_bytes_per_token_beyond_window": kept * BYTES[CACHE_DTYPE],
         "kv_cache_bytes_per_token_by_dtype": {dtype: cached * size for dtype, size in BYTES.items()},

@@ -22,6 +22,7 @@ from .arguments import DataArguments, ModelArguments
 from .checkpoints import is_complete, last_checkpoint, load_model
 from .data import is_conversational, load_rows
 from .parameter_groups import GROUPS, train_group
+from .weight_average import AVERAGE_FILE
 
 TEMPLATES = Path(__file__).parent / "templates"
 LAST = ("config.json", "adapter_config.json")  # a folder without them does not load
@@ -109,20 +110,22 @@ def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: Trai
 
 def load_trained_model(source: str, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedModel:
     """The model in `source`, loaded as the arguments say."""
-    named = {
-        "attn_implementation": model_args.attn_implementation,
-        "experts_implementation": model_args.experts_implementation,
-    }
     model = load_model(
         source,
         dtype=model_args.dtype,
         revision=model_args.model_revision,
         trust_remote_code=args.trust_remote_code,
-        **{name: value for name, value in named.items() if value is not None},
+        **implementations(model_args),
         **(args.model_init_kwargs or {}),
     )
     args.model_init_kwargs = None  # used
     return model
+
+
+def implementations(model_args: ModelArguments) -> dict[str, str]:
+    """Of attention and experts, where the arguments name them."""
+    names = ("attn_implementation", "experts_implementation")
+    return {name: getattr(model_args, name) for name in names if getattr(model_args, name) is not None}
 
 
 def choose_trained(model: PreTrainedModel, group: str, args: TrainingArguments) -> None:
@@ -170,6 +173,8 @@ def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
         trainer.save_metrics("eval", after)
         metrics = metrics | after
     save(trainer)
+    if getattr(trainer, "average", None) is not None:
+        save_average(trainer)
     return metrics
 
 
@@ -177,17 +182,39 @@ def save(trainer: Trainer) -> None:
     """Model and tokenizer to `output_dir`, the configuration last: a kill leaves no folder that half loads."""
     output = Path(trainer.args.output_dir)
     aside = output / ".incomplete"
-    if trainer.args.should_save:
-        shutil.rmtree(aside, ignore_errors=True)
     trainer.model.config.use_cache = True  # the Trainer turned it off for training, and would save that
-    trainer.save_model(str(aside), _internal_call=True)
+    save_aside(trainer, aside)
     if trainer.args.should_save:
-        (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and nothing that the recipe does not say
         for path in sorted(aside.iterdir(), key=lambda path: path.name in LAST):
             path.replace(output / path.name)
         aside.rmdir()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+
+
+def save_aside(trainer: Trainer, aside: Path) -> None:
+    """What the trainer saves of its model to the folder `aside`, less what only a checkpoint needs."""
+    if trainer.args.should_save:
+        shutil.rmtree(aside, ignore_errors=True)
+    trainer.save_model(str(aside), _internal_call=True)
+    if trainer.args.should_save:
+        for name in (TRAINING_ARGS_NAME, AVERAGE_FILE):  # the first a pickle, and nothing that the recipe does not say
+            (aside / name).unlink(missing_ok=True)
+
+
+def save_average(trainer: Trainer) -> None:
+    """The model with the average of its weights to `output_dir`/ema, in place of what was there."""
+    output = Path(trainer.args.output_dir) / "ema"
+    aside = output.with_name(".ema")
+    with trainer.average.in_place_of_weights(trainer.accelerator.unwrap_model(trainer.model)):
+        save_aside(trainer, aside)
+    if trainer.args.should_save:
+        replace_folder(aside, output)
+
+
+def replace_folder(aside: Path, output: Path) -> None:
+    shutil.rmtree(output, ignore_errors=True)
+    aside.rename(output)
 
 
 def write_merged(trainer: Trainer, model: PreTrainedModel) -> None:
@@ -198,8 +225,7 @@ def write_merged(trainer: Trainer, model: PreTrainedModel) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside)
         trainer.processing_class.save_pretrained(aside)
-        shutil.rmtree(output, ignore_errors=True)
-        aside.rename(output)
+        replace_folder(aside, output)
 
 
 def say_summary(trainer: Trainer, metrics: dict[str, float]) -> None:

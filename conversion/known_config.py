@@ -1,0 +1,49 @@
+"""The hf_moe config of any model that hf_moe knows, from its config alone: a saved model's, or a preset's."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from ..model.configuration_hf_moe import HfMoeConfig
+from ..presets import PRESETS, preset, preset_config
+from .checkpoint import read_json
+from .families import DENSE_FAMILIES, FAMILIES
+from .source import built
+from .text_part import TEXT_PARTS, text_config
+
+
+def find_config(model: str) -> tuple[HfMoeConfig, dict[str, Any]]:
+    """The config of a saved model or of a preset, and what is known about the preset.
+
+    Raises FileNotFoundError or ValueError, in one line, where there is neither.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder_config(folder), {}
+    if model not in PRESETS and (folder.exists() or "/" in model):
+        raise FileNotFoundError(f"{model} is no folder; give the folder of a saved model, or a preset's name.")
+    entry = preset(model)
+    return preset_config(model), {key: entry[key] for key in ("title", "source", "differs", "published")}
+
+
+def folder_config(folder: Path) -> HfMoeConfig:
+    """The config in a folder: hf_moe's own, or the hf_moe config of the same model in a family that hf_moe reads."""
+    said = read_json(folder / "config.json")
+    model_type, families = said.get("model_type"), {**DENSE_FAMILIES, **FAMILIES}
+    is_part = model_type in TEXT_PARTS  # of a model that sees pictures, the language model is inspected
+    if is_part:
+        model_type = TEXT_PARTS[model_type].family
+    if model_type != HfMoeConfig.model_type and model_type not in families:
+        known = ", ".join([HfMoeConfig.model_type, *families, *TEXT_PARTS])
+        raise ValueError(f"{folder} has model_type {model_type!r}, which hf_moe does not read; it reads {known}.")
+    invalid = f"{folder / 'config.json'} is no valid {model_type} config"
+    if model_type == HfMoeConfig.model_type:
+        return built(HfMoeConfig.from_pretrained, invalid, folder)
+    original = built(AutoConfig.from_pretrained, invalid, folder)
+    if is_part:
+        original = text_config(original, said)
+    fields = families[model_type].hf_moe_fields(original)
+    if model_type in DENSE_FAMILIES:
+        fields["mlp_layer_types"] = ["dense"] * original.num_hidden_layers
+    return built(HfMoeConfig, f"{folder} cannot be carried", **fields)

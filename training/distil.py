@@ -1,0 +1,162 @@
+"""Distillation from a teacher, as the dense model that a mixture was upcycled from: `stage: distil`.
+
+Loss: a T^2 KL(teacher || student), both softened by the temperature T, plus 1 - a times the cross-entropy (Hinton et
+al., https://arxiv.org/abs/1503.02531, 2). Each is a mean over the tokens of the whole optimizer step that have labels.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl import SFTTrainer
+
+from .arguments import DataArguments, ModelArguments, RecipeParser
+from .checkpoints import load_model
+from .run import (
+    check_kept,
+    check_template,
+    checkpoint_to_resume,
+    choose_trained,
+    find_template,
+    load_data,
+    load_tokenizer,
+    load_trained_model,
+    say_summary,
+    train,
+)
+from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
+
+
+@dataclass
+class MoeDistilConfig(MoeSFTConfig):
+    """MoeSFTConfig with the teacher, and how much it counts."""
+
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder of the teacher, or its Hub id. Its tokenizer must be the model's."}
+    )
+    teacher_dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "Type of the teacher's weights.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "T, by which both models' logits are divided."})
+    kl_weight: float = field(
+        default=0.5, metadata={"help": "a, the teacher's share of the loss; the cross-entropy's is 1 - a."}
+    )
+
+
+class Distilling(SFTTrainer):
+    """SFTTrainer whose loss is the mixture; `teacher` is set before it trains."""
+
+    teacher: nn.Module
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.mode = "train" if model.training else "eval"
+        inputs = {**inputs, "use_cache": False}
+        with torch.no_grad():
+            self.teacher_logits = self.teacher(**{k: v for k, v in inputs.items() if k in TEACHER_INPUTS}).logits
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def mixed_loss(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """`compute_loss_func` of the Trainer: the mixture, over the tokens of the step or of this batch."""
+        counts = labels[:, 1:] != -100
+        target = labels[:, 1:][counts]
+        student, teacher = (x[:, :-1][counts].float() for x in (outputs.logits, self.teacher_logits))
+        del self.teacher_logits
+        kl = softened_kl(student, teacher, self.args.temperature).sum()
+        cross_entropy = nn.functional.cross_entropy(student, target, reduction="sum")
+        here = counts.sum().clamp(min=1)
+        for name, value in (("kl", kl), ("cross_entropy", cross_entropy)):
+            self._metrics[self.mode][name].append((value.detach() / here).item())
+        whole = here if num_items_in_batch is None else num_items_in_batch
+        return (self.args.kl_weight * kl + (1 - self.args.kl_weight) * cross_entropy) / whole
+
+
+class MoeDistilTrainer(MoeSFTTrainer, Distilling):
+    """Distillation with routing that is right in training; see MoeTrainerMixin."""
+
+    def __init__(self, *args, teacher: PreTrainedModel, **kwargs):
+        super().__init__(*args, compute_loss_func=self.mixed_loss, **kwargs)
+        self.teacher = self.accelerator.prepare_model(teacher.eval().requires_grad_(False), evaluation_mode=True)
+
+
+TEACHER_INPUTS = ("input_ids", "attention_mask", "position_ids", "use_cache")
+ARGUMENTS = (ModelArguments, DataArguments, MoeDistilConfig)
+
+
+def softened_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of each row of logits [N, V]: [N]."""
+    student, teacher = ((logits / temperature).log_softmax(dim=-1) for logits in (student, teacher))
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum(dim=-1)
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeDistilConfig]:
+    """The arguments of a run from [recipe, --key, value, ...]."""
+    return RecipeParser(ARGUMENTS).parse(argv)
+
+
+def main(argv: list[str]) -> dict[str, float]:
+    """Run the recipe argv[0] with the arguments after it. Raises ValueError or OSError for the user's mistakes."""
+    return run(*parse(argv))
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilConfig) -> dict[str, float]:
+    """Train, evaluate before and after, save to `output_dir`; returns the metrics, with `eval_loss_before`."""
+    check_distil_arguments(args)
+    checkpoint = checkpoint_to_resume(args)
+    args.chat_template_path = find_template(args.chat_template_path)
+    train_rows, eval_rows = load_data(data_args, args, text_field=args.dataset_text_field)
+    args.eval_on_start = eval_rows is not None and checkpoint is None
+    source = checkpoint or model_args.model_name_or_path
+    tokenizer = load_tokenizer(source, model_args, args)
+    check_template(tokenizer, train_rows, args)
+    model = load_trained_model(source, model_args, args)
+    choose_trained(model, model_args.trainable, args)
+    trainer = MoeDistilTrainer(
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        teacher=load_teacher(model, tokenizer, model_args, args),
+    )
+    check_kept("train_data", train_rows, trainer.train_dataset, args)
+    check_kept("eval_data", eval_rows, trainer.eval_dataset, args)
+    metrics = train(trainer, checkpoint)
+    say_summary(trainer, metrics)
+    return metrics
+
+
+def check_distil_arguments(args: MoeDistilConfig) -> None:
+    """Raises ValueError for what makes no loss. Run before anything is loaded."""
+    if args.teacher_model_name_or_path is None:
+        raise ValueError("stage distil learns from a teacher: give --teacher_model_name_or_path.")
+    if not args.temperature > 0:
+        raise ValueError(f"temperature is {args.temperature}; it must be above 0.")
+    if not 0 <= args.kl_weight <= 1:
+        raise ValueError(f"kl_weight is {args.kl_weight}; it must be from 0 to 1.")
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}, but the labels of stage distil are smoothed by "
+            "the teacher: set it to 0."
+        )
+
+
+def load_teacher(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, args: MoeDistilConfig
+) -> PreTrainedModel:
+    """The teacher. Raises ValueError where its tokens are not the model's."""
+    source = args.teacher_model_name_or_path
+    known = load_tokenizer(source, model_args, args).get_vocab()
+    ours = tokenizer.get_vocab()
+    other = sorted(token for token in known.keys() | ours.keys() if known.get(token) != ours.get(token))
+    if other:
+        raise ValueError(
+            f"teacher {source} has another tokenizer: {len(other)} tokens differ, the first of them {other[0]!r}, "
+            f"which is {known.get(other[0])} there and {ours.get(other[0])} here."
+        )
+    teacher = load_model(source, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code)
+    sizes = [x.config.get_text_config().vocab_size for x in (teacher, model)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"teacher {source} has {sizes[0]} logits, the model {sizes[1]}: they cannot be compared.")
+    return teacher

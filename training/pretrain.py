@@ -1,0 +1,168 @@
+"""Pretraining and continued pretraining on packed text: `stage: pretrain`.
+
+Documents are packed into rows of max_length, long ones cut; each sees only itself. What a recipe leaves null comes
+from the scaling laws of DeepSeek LLM, for the compute C = M D of the run: learning_rate, and the batch, batch_tokens.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from hf_moe.conversion.known_config import folder_config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from hf_moe.scaling_laws import batch_tokens, learning_rate
+from hf_moe.sizes import sizes
+
+from .arguments import DataArguments, ModelArguments, RecipeParser
+from .data import is_conversational
+from .run import (
+    checkpoint_to_resume,
+    choose_trained,
+    implementations,
+    load_data,
+    load_tokenizer,
+    load_trained_model,
+    say_summary,
+    train,
+)
+from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
+
+
+@dataclass
+class MoePretrainConfig(MoeSFTConfig):
+    """MoeSFTConfig with the size of the run, and with what pretraining takes where nothing is said."""
+
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Draw the weights anew, by the model's configuration and the seed."}
+    )
+    train_tokens: float | None = field(
+        default=None,
+        metadata={"help": "Tokens to train on, D, instead of max_steps; the data repeat if they are fewer."},
+    )
+    batch_tokens: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of an optimizer step, reached by accumulation; null: the scaling law's, 0.2920 C^0.3271."
+        },
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "The highest of the schedule; null: the scaling law's, 0.3118 C^-0.1250."}
+    )
+    packing: bool = field(default=True, metadata={"help": "Several documents a row, each of which sees only itself."})
+    packing_strategy: str = field(
+        default="bfd_split",
+        metadata={"help": "How rows are filled; bfd_split cuts long documents, bfd drops their ends."},
+    )
+
+
+ARGUMENTS = (ModelArguments, DataArguments, MoePretrainConfig)
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoePretrainConfig]:
+    """The arguments of a run from [recipe, --key, value, ...]."""
+    return RecipeParser(ARGUMENTS).parse(argv)
+
+
+def main(argv: list[str]) -> dict[str, float]:
+    """Run the recipe argv[0] with the arguments after it. Raises ValueError or OSError for the user's mistakes."""
+    return run(*parse(argv))
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainConfig) -> dict[str, float]:
+    """Train, evaluate before and after, save to `output_dir`; returns the metrics, with `eval_loss_before`."""
+    checkpoint = checkpoint_to_resume(args)
+    train_rows, eval_rows = load_data(data_args, args, text_field=args.dataset_text_field)
+    args.eval_on_start = eval_rows is not None and checkpoint is None
+    source = checkpoint or model_args.model_name_or_path
+    tokenizer = load_tokenizer(source, model_args, args)
+    check_text(train_rows, tokenizer, args)
+    print(size_run(source, args), file=sys.stderr)
+    if args.from_scratch and checkpoint is None:
+        model = new_model(source, model_args, args)
+    else:
+        model = load_trained_model(source, model_args, args)
+    choose_trained(model, model_args.trainable, args)
+    trainer = MoeSFTTrainer(
+        model=model, args=args, processing_class=tokenizer, train_dataset=train_rows, eval_dataset=eval_rows
+    )
+    metrics = train(trainer, checkpoint)
+    say_summary(trainer, metrics)
+    return metrics
+
+
+def check_text(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: MoePretrainConfig) -> None:
+    """Raises ValueError where the rows are no plain text, or nothing tells where a document ends."""
+    if is_conversational(rows) or args.dataset_text_field not in rows.column_names:
+        raise ValueError(
+            f"stage pretrain reads text, but train_data has the columns {', '.join(rows.column_names)}: give rows "
+            f"with {args.dataset_text_field}, or another --dataset_text_field."
+        )
+    if tokenizer.eos_token is None:
+        raise ValueError("The tokenizer has no eos_token, which ends a document.")
+
+
+def size_run(source: str, args: MoePretrainConfig) -> str:
+    """Set batch, learning rate and number of steps where they are to be computed; returns what was set, in words.
+
+    Raises ValueError where the arguments say too little, or contradict each other.
+    """
+    if args.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps is {args.gradient_accumulation_steps}, but in stage pretrain batch_tokens "
+            "decides it: give that."
+        )
+    if args.max_length is None:
+        raise ValueError("max_length is null, but packing fills rows of max_length tokens: give it.")
+    by_law = [name for name in ("learning_rate", "batch_tokens") if getattr(args, name) is None]
+    total = args.train_tokens
+    if total is None and args.max_steps > 0 and args.batch_tokens is not None:
+        total = args.max_steps * args.batch_tokens
+    said = ""
+    if by_law:
+        if total is None:
+            raise ValueError(
+                f"{' and '.join(by_law)} null means the scaling law's, which needs the compute of the run: give "
+                "--train_tokens."
+            )
+        flops_per_token = law_flops(source, args.max_length)
+        compute = flops_per_token * total
+        args.learning_rate = learning_rate(compute) if args.learning_rate is None else args.learning_rate
+        args.batch_tokens = batch_tokens(compute) if args.batch_tokens is None else args.batch_tokens
+        said = (
+            f"scaling laws for C = M D = {flops_per_token:.3g} FLOPs a token x {total:.3g} tokens = {compute:.3g} "
+            f"FLOPs: {' and '.join(by_law)}; "
+        )
+    micro_batch = args.per_device_train_batch_size * args.max_length * args.world_size
+    args.gradient_accumulation_steps = max(1, round(args.batch_tokens / micro_batch))
+    step_tokens = micro_batch * args.gradient_accumulation_steps
+    if args.train_tokens is not None:
+        args.max_steps = math.ceil(args.train_tokens / step_tokens)
+    steps = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    return f"{said}learning rate {args.learning_rate:.3g}, {step_tokens:,} tokens a step, {steps}"
+
+
+def law_flops(source: str, context: int) -> int:
+    """M of the model in the folder `source`. Raises ValueError where it cannot be counted."""
+    if not Path(source).is_dir():
+        raise ValueError(
+            f"{source} is no folder, and only a folder's FLOPs are counted: give --learning_rate and --batch_tokens."
+        )
+    return sizes(folder_config(Path(source)), context)["non_embedding_training_flops_per_token"]
+
+
+def new_model(source: str, model_args: ModelArguments, args: MoePretrainConfig) -> PreTrainedModel:
+    """The model of the configuration in `source` with weights drawn by the seed."""
+    config = AutoConfig.from_pretrained(
+        source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    set_seed(args.seed)
+    return AutoModelForCausalLM.from_config(
+        config,
+        dtype=model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype),
+        trust_remote_code=args.trust_remote_code,
+        **implementations(model_args),
+    )
