@@ -12,15 +12,14 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-INK, GRID = "#1f2430", "#d3d7de"
+INK, GRID, SOFT = "#1f2430", "#d3d7de", "#59627a"
 # Okabe and Ito's, darkened where white paper needs it; the page has its own for dark paper.
 SERIES = ("#0067a5", "#c4500b", "#00795a", "#a8417f", "#6b6b00", "#3f3f9f")
 AROUND = LinearSegmentedColormap.from_list("around", ["#1b5fa8", "#b9bec8", "#c2570c"])  # below, at, above
-UPWARD = "cividis"
+UPWARD = "viridis"
 MARKERS = "os^Dv*"
 STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
+    "font.size": 9.5,
     "axes.edgecolor": GRID,
     "axes.labelcolor": INK,
     "axes.spines.top": False,
@@ -34,9 +33,9 @@ STYLE = {
     "svg.fonttype": "none",
     "figure.constrained_layout.use": True,
 }
-NARROW, WIDE, MOST_NARROW = 3.9, 8.0, 24  # inches; columns that fit the narrow one
+NARROW, WIDE, MOST_NARROW = 3.5, 8.0, 20  # inches; columns that fit the narrow one
 VECTOR = 600  # cells up to which a map is drawn as shapes
-PANELS = 3
+CHANCE = "chance"
 
 
 def chosen_layers(numbers: dict) -> list[int]:
@@ -46,8 +45,17 @@ def chosen_layers(numbers: dict) -> list[int]:
 
 
 def heat_map(
-    values: np.ndarray, x: list[str], y: list[str], x_label: str, y_label: str, bar: str, norm, cmap=UPWARD
+    values: np.ndarray,
+    x: list[str],
+    y: list[str],
+    x_label: str,
+    y_label: str,
+    bar: str,
+    norm: Normalize,
+    cmap=UPWARD,
+    ticks: str = "{x:g}",
 ) -> Figure:
+    """A cell for each value; what is NaN stays empty."""
     rows, columns = values.shape
     width = NARROW if columns <= MOST_NARROW else WIDE
     cell = (width - 1.2) / columns
@@ -63,7 +71,7 @@ def heat_map(
         edgecolors="face",
     )
     axes.invert_yaxis()
-    for axis, labels, most in ((axes.xaxis, x, 16 if width == NARROW else 32), (axes.yaxis, y, 16)):
+    for axis, labels, most in ((axes.xaxis, x, 12 if width == NARROW else 32), (axes.yaxis, y, 16)):
         step = -(-len(labels) // most)
         axis.set_ticks(np.arange(0, len(labels), step) + 0.5, labels[::step])
     axes.tick_params(length=0)
@@ -71,7 +79,8 @@ def heat_map(
         spine.set_visible(False)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    figure.colorbar(image, label=bar, fraction=0.06, pad=0.02, aspect=30).outline.set_visible(False)
+    scale = figure.colorbar(image, label=bar, format=ticks, fraction=0.06, pad=0.02, aspect=30)
+    scale.outline.set_visible(False)
     return figure
 
 
@@ -79,16 +88,11 @@ def lines(x: list[str], series: dict[str, list[float]], y_label: str, percent: b
     figure = Figure(figsize=(NARROW, 2.7))
     axes = figure.add_subplot()
     for number, (name, values) in enumerate(series.items()):
-        axes.plot(
-            range(len(x)),
-            [np.nan if value is None else value for value in values],
-            label=name,
-            color=SERIES[number % len(SERIES)],
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=3.5,
-            linewidth=1.4,
-            linestyle="--" if name.startswith("chance") else "-",
-        )
+        look = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)], "markersize": 3.5}
+        if name == CHANCE:
+            look = {"color": SOFT, "linestyle": "--"}
+        known = [np.nan if value is None else value for value in values]
+        axes.plot(range(len(x)), known, label=name, linewidth=1.4, **look)
     step = -(-len(x) // 12)
     axes.set_xticks(range(0, len(x), step), x[::step])
     axes.set_xlabel("layer")
@@ -97,7 +101,7 @@ def lines(x: list[str], series: dict[str, list[float]], y_label: str, percent: b
     if percent:
         axes.yaxis.set_major_formatter("{x:.0%}")
     axes.grid(axis="y", linewidth=0.6)
-    figure.legend(loc="outside upper left", ncols=2 if len(series) > 1 else 1, fontsize=8, handlelength=1.6)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8.5, handlelength=1.5, columnspacing=1)
     return figure
 
 
@@ -128,7 +132,7 @@ def load(numbers: dict) -> Iterator[tuple[str, Figure]]:
 def entropy(numbers: dict) -> Iterator[tuple[str, Figure]]:
     series = {
         name: [layer[key] for layer in numbers["layers"]]
-        for name, key in (("of a token's probabilities", "routing_entropy"), ("of the load", "load_entropy"))
+        for name, key in (("of the probabilities", "routing_entropy"), ("of the load", "load_entropy"))
     }
     yield "", lines(labels(numbers), series, "entropy, of the largest")
 
@@ -145,7 +149,7 @@ def coactivation(numbers: dict) -> Iterator[tuple[str, Figure]]:
         np.fill_diagonal(values, np.nan)
         x = [str(i) for i in best]
         norm = Normalize(0, max(np.nanmax(values), 1e-9)) if values.size > 1 else Normalize(0, 1)
-        figure = heat_map(values, x, x, "and this one", "tokens of expert", "share", norm)
+        figure = heat_map(values, x, x, "and this one", "tokens of expert", "share", norm, ticks="{x:.0%}")
         yield f"layer {layer['label']}", figure
 
 
@@ -158,23 +162,24 @@ def domains(numbers: dict) -> Iterator[tuple[str, Figure]]:
         values, fair = np.array(layer["domain_specialization"]), layer["top_k"] / layer["experts"]
         norm = TwoSlopeNorm(fair, 0, max(2 * fair, values.max(), 1e-9))
         x = numbered(values.shape[1])
-        yield f"layer {layer['label']}", heat_map(values, x, names, "expert", "", "share of tokens", norm, AROUND)
+        figure = heat_map(values, x, names, "expert", "", "share", norm, AROUND, "{x:.0%}")
+        yield f"layer {layer['label']}", figure
 
 
 def vocabulary(numbers: dict) -> Iterator[tuple[str, Figure]]:
     found = [layer["vocabulary_specialization"] for layer in numbers["layers"]]
     if not any(entry["read"] for entry in found):
         return
-    names = {"read": "token read", "predicted": "token predicted", "chance": "chance"}
+    names = {"read": "token read", "predicted": "token predicted", "chance": CHANCE}
     series = {name: [entry[key] for entry in found] for key, name in names.items()}
-    yield "", lines(labels(numbers), series, "share to the favourite expert")
+    yield "", lines(labels(numbers), series, "to the favourite expert")
 
 
 def saturation(numbers: dict) -> Iterator[tuple[str, Figure]]:
     if not numbers["saturation"]:
         return
     series = {entry["checkpoint"].rstrip("/").split("/")[-1]: entry["layers"] for entry in numbers["saturation"]}
-    series["chance"] = [layer["top_k"] / layer["experts"] for layer in numbers["layers"]]
+    series[CHANCE] = [layer["top_k"] / layer["experts"] for layer in numbers["layers"]]
     yield "", lines(labels(numbers), series, "experts in common")
 
 
@@ -245,7 +250,7 @@ def svg(figure: Figure, name: str) -> str:
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()
     opening = f'<svg viewBox="0 0 {width} {height}" xmlns:xlink="http://www.w3.org/1999/xlink" aria-hidden="true">'
     text = re.sub(r"<svg[^>]*>", opening, text, count=1)
-    text = text.replace(INK, "currentColor").replace(GRID, "var(--line)")
+    text = text.replace(INK, "currentColor").replace(GRID, "var(--line)").replace(SOFT, "var(--soft)")
     for number, color in enumerate(SERIES, 1):
         text = text.replace(color, f"var(--series-{number})")
     return text

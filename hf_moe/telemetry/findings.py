@@ -166,8 +166,8 @@ def pruned(numbers: dict) -> list[Finding]:
     free = sum(change < 2 * error + 1e-6 for change, error, *_ in costs)
     text = (
         f"Losing expert {high[2]} of layer {high[3]} costs most: {high[0]:+.3f} nats of loss. {free} of the "
-        f"{len(costs)} experts tried can each go without a loss that {numbers['pruning_tokens']} tokens would show; the "
-        f"cheapest is expert {low[2]} of layer {low[3]} ({low[0]:+.3f})."
+        f"{len(costs)} experts tried can each go without a loss that {numbers['pruning_tokens']} tokens would show; "
+        f"the cheapest is expert {low[2]} of layer {low[3]} ({low[0]:+.3f})."
     )
     return [Finding(PLAIN, text, "pruning")]
 
@@ -182,8 +182,9 @@ def saturated(numbers: dict) -> list[Finding]:
 def _saturated(entry: dict, labels: list[str]) -> str:
     shares = entry["layers"]
     low = shares.index(min(shares))
+    name = entry["checkpoint"].rstrip("/").split("/")[-1]
     return (
-        f"{percent(sum(shares) / len(shares))} of the routing is that of {entry['checkpoint']}; layer {labels[low]} "
+        f"{percent(sum(shares) / len(shares))} of the routing is that of {name}; layer {labels[low]} "
         f"differs most ({percent(shares[low])} the same)."
     )
 

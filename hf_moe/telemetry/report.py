@@ -72,7 +72,7 @@ def draw_all(folder: Path, numbers: dict[str, Any]) -> dict[str, list[dict]]:
 
 def render(numbers: dict[str, Any], found: list[Finding], panels: dict[str, list[dict]]) -> str:
     """The page. Everything that comes from data is escaped, but for the figures, which are ours."""
-    from .sections import SECTIONS, visible
+    from .sections import LINE_END, SECTIONS
 
     sections = []
     for name, section in SECTIONS.items():
@@ -83,7 +83,7 @@ def render(numbers: dict[str, Any], found: list[Finding], panels: dict[str, list
             sections.append(section._asdict() | shown)
     middle = len(numbers["layers"]) // 2
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["visible"] = visible
+    environment.filters["visible_ends"] = lambda text: text.replace("\n", LINE_END)
     template = environment.from_string(resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8"))
     return template.render(
         numbers=numbers,

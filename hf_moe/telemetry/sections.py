@@ -9,6 +9,9 @@ from .findings import percent
 MIXTRAL, OLMOE = "Mixtral, arXiv 2401.04088", "OLMoE, arXiv 2409.02060"
 
 
+LINE_END = "⏎"
+
+
 class Table(NamedTuple):
     title: str
     header: list[str]
@@ -98,7 +101,7 @@ def show(share: float | None) -> str:
 
 def visible(text: str) -> str:
     """A token's text with its blanks to be seen."""
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "∅"
+    return text.replace(" ", "␣").replace("\n", LINE_END).replace("\t", "⇥") or "∅"
 
 
 def coactivation(numbers: dict) -> Iterator[Table]:
@@ -193,7 +196,7 @@ SECTIONS = {
     "pruning": Section(
         "What losing an expert costs",
         "The change of the loss of the next token when the router cannot choose that expert and takes the next best. "
-        "Grey can go at no cost, orange is needed, white was not tried.",
+        "Grey can go at no cost, orange is needed; empty cells were not tried.",
         "Not All Experts are Equal, arXiv 2402.14800",
         pruning,
     ),

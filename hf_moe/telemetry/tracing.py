@@ -49,7 +49,8 @@ def trace(
     out experts one by one, together; by default half of those that are traced, 0 for none.
 
     Returns a summary: tokens, perplexity by domain, findings, files, seconds. Raises FileNotFoundError,
-    FileExistsError, OSError or ValueError of one line: a dense model, a broken or empty text, a folder that is not empty, a full disk.
+    FileExistsError, OSError or ValueError of one line: a dense model, a broken or empty text, a folder that is not
+    empty, a full disk.
     """
     for name, value, least in (("max_tokens", max_tokens, 2), ("prune_tokens", prune_tokens, 0)):
         if value is not None and value < least:
