@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
 from .parameter_groups import part_of
+from .quantized import check_quantization
 from .selection_bias import base_name
 
 # Each is made of matrices only; what else is in them (biases, sinks) stays as it is.
@@ -34,6 +35,13 @@ class AdapterArguments:
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter, of each expert's too."})
     lora_alpha: int = field(default=32, metadata={"help": "The adapter is multiplied by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter; attention alone has it."})
+    lora_base: str | None = field(
+        default=None,
+        metadata={
+            "help": "Store the model's own matrices, routed experts too, in 4 bits (QLoRA); needs bitsandbytes.",
+            "choices": ["nf4"],
+        },
+    )
     lora_merge: str | None = field(
         default=None,
         metadata={
@@ -47,8 +55,9 @@ class AdapterArguments:
 def check_adapter_arguments(args: AdapterArguments, trainable: str) -> None:
     """Raises ValueError for what contradicts itself. Run before anything is loaded."""
     if args.lora_parts is None:
-        if args.lora_merge is not None:
-            raise ValueError(f"lora_merge is {args.lora_merge}, but there is no adapter: give lora_parts.")
+        for name in ("lora_merge", "lora_base"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name} is {getattr(args, name)}, but there is no adapter: give lora_parts.")
         return
     unknown = [part for part in args.lora_parts if part not in LORA_PARTS]
     if unknown or not args.lora_parts:
@@ -65,10 +74,12 @@ def check_adapter_arguments(args: AdapterArguments, trainable: str) -> None:
             f"lora_dropout is {args.lora_dropout}, which adapters of MLPs and experts do not have: set it to 0, or "
             "lora_parts to attention alone."
         )
+    if args.lora_base is not None:
+        check_quantization()
 
 
-def lora_targets(model: nn.Module, parts: list[str]) -> dict[str, str]:
-    """Name -> part, of each weight matrix in `parts`. Raises ValueError for a part that the model does not have.
+def matrices(model: nn.Module) -> dict[str, str]:
+    """Name -> part, of each weight matrix in LORA_PARTS, fused ones too.
 
     A matrix with one row or column (the gate of a shared expert) is left out.
     """
@@ -77,6 +88,12 @@ def lora_targets(model: nn.Module, parts: list[str]) -> dict[str, str]:
         for name, parameter in model.named_parameters()
         if parameter.dim() == 3 or (name.endswith(".weight") and parameter.dim() == 2 and min(parameter.shape) > 1)
     }
+    return {name: part for name, part in found.items() if part in LORA_PARTS}
+
+
+def lora_targets(model: nn.Module, parts: list[str]) -> dict[str, str]:
+    """Those of `matrices` that are in `parts`. Raises ValueError for a part that the model does not have."""
+    found = matrices(model)
     lacking = [part for part in parts if part not in found.values()]
     if lacking:
         present = ", ".join(part for part in LORA_PARTS if part in found.values())

@@ -21,7 +21,7 @@ from .run import (
     say_summary,
     train,
 )
-from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, store_base
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeDPOConfig, AdapterArguments, EsftArguments)
 # The second: conversations or texts that begin with the same prompt.
@@ -81,6 +81,7 @@ def build_trainer(
             reference = copy.deepcopy(model).requires_grad_(False)
         choose_trained(model, model_args.trainable, args)
     else:
+        store_base(model, adapter_args, args)
         config, targets = lora_config(model, adapter_args)
     trainer = MoeDPOTrainer(
         model=model,

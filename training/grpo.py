@@ -20,7 +20,7 @@ from .run import (
     load_trained_model,
     train,
 )
-from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, store_base
 
 
 @dataclass
@@ -113,6 +113,7 @@ def build_trainer(
         choose_trained(model, model_args.trainable, args)
         args.model_init_kwargs = {"revision": model_args.model_revision} if args.beta else None  # TRL's reference
     else:
+        store_base(model, adapter_args, args)
         config, targets = lora_config(model, adapter_args)
     trainer = MoeGRPOTrainer(
         model=model,

@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_moe.routers import captured, find_routers
 
+from .quantized import dequantize
 from .selection_bias import SelectionBias, base_model
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -29,12 +30,14 @@ def routes(model: nn.Module, batches: Iterable[dict]) -> torch.Tensor:
 
 
 def merge_adapter(model: nn.Module, dtype: torch.dtype, batches: list[dict]) -> tuple[nn.Module, int, int]:
-    """The base of a PEFT model with its adapter added in float32 and rounded once to `dtype`; `model` is used up.
+    """The base of a PEFT model with its adapter added in float32 and rounded once to `dtype`; `model` is used up. Of
+    weights in 4 bits these are the values that the adapter was trained beside.
 
     Also how many of a router's choices for a token in `batches` are another set of experts than with the adapter
     beside the weights, and out of how many. Selection biases stay float32.
     """
     before = routes(model, batches)
+    dequantize(model)
     bias = SelectionBias(find_routers(base_model(model)))
     merged = model.float().merge_and_unload(safe_merge=True).to(dtype)
     bias.restore()

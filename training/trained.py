@@ -3,12 +3,13 @@
 import sys
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from .adapters import AdapterArguments, check_adapter_arguments
+from .adapters import AdapterArguments, check_adapter_arguments, matrices
 from .arguments import ModelArguments
 from .esft import EsftArguments, check_esft_arguments, merge_rows
 from .merging import merge_adapter
+from .quantized import quantize
 from .run import write_merged
 
 NO_ADAPTER, NO_ESFT = AdapterArguments(), EsftArguments()
@@ -22,6 +23,12 @@ def check_choices(model_args: ModelArguments, adapter_args: AdapterArguments, es
     if adapter_args.lora_parts is not None:
         given["lora_parts"] = adapter_args.lora_parts
     check_esft_arguments(esft_args, given)
+
+
+def store_base(model: PreTrainedModel, adapter_args: AdapterArguments, args: TrainingArguments) -> None:
+    """Before an adapter is put on it: the model's matrices in 4 bits, if the arguments say so; says what they are."""
+    if adapter_args.lora_base is not None:
+        print(quantize(model, matrices(model), args.device), file=sys.stderr)
 
 
 def merge_trained(
