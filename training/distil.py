@@ -76,7 +76,8 @@ class MoeDistilTrainer(MoeSFTTrainer, Distilling):
     """Distillation with routing that is right in training; see MoeTrainerMixin."""
 
     def __init__(self, *args, teacher: PreTrainedModel, **kwargs):
-        super().__init__(*args, compute_loss_func=self.mixed_loss, **kwargs)
+        super().__init__(*args, **kwargs)
+        self.compute_loss_func = self.mixed_loss
         self.teacher = self.accelerator.prepare_model(teacher.eval().requires_grad_(False), evaluation_mode=True)
 
 

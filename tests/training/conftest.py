@@ -84,6 +84,18 @@ def data_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """train.jsonl (80 texts) and val.jsonl (6), of 6 to 360 letters."""
+    folder, generator = tmp_path_factory.mktemp("text"), random.Random(0)
+    for name, count in (("train", 80), ("val", 6)):
+        words = [
+            [generator.choice(["red", "green", "blue"]) for _ in range(generator.randint(2, 60))] for _ in range(count)
+        ]
+        write_rows(folder / f"{name}.jsonl", [{"text": " ".join(text)} for text in words])
+    return folder
+
+
 @pytest.fixture(autouse=True, scope="session")
 def datasets_cache(tmp_path_factory):
     """Rows are cached here rather than in the user's cache."""

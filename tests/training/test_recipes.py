@@ -4,7 +4,7 @@ import pytest
 import torch
 from hf_moe.training.adapters import LORA_PARTS
 from hf_moe.training.parameter_groups import GROUPS, part_of
-from hf_moe.training.recipe_files import shipped_recipes
+from hf_moe.training.recipe_files import read_recipe, shipped_recipes
 from hf_moe.training.stages import main
 from transformers import AutoModelForCausalLM
 
@@ -28,20 +28,30 @@ TRAINED = {
     "lora_attention": ("attention",),
     "lora_experts": tuple(part for part in LORA_PARTS if part != "attention"),
     "esft": ("routed_experts",),
+    "pretrain": GROUPS["all"],
+    "continue": GROUPS["all"],
+    "distil": GROUPS["all"],
 }
 # A few seconds without a GPU; no warm-up, which would leave the first step without a change.
 SMALL = {"bf16": "false", "use_cpu": "true", "max_steps": 2, "max_length": 256, "per_device_train_batch_size": 2}
 SMALL |= {"gradient_accumulation_steps": 2, "save_strategy": "no", "warmup_steps": 0}
+# What a stage wants beside it, or instead.
+PRETRAIN = {"gradient_accumulation_steps": 1, "train_tokens": 1024, "batch_tokens": 512}
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_recipe_runs_and_trains_its_parts(name, data_folder, tmp_path):
+def test_recipe_runs_and_trains_its_parts(name, data_folder, text_folder, tmp_path):
     architecture, kind = name.split("/")
+    stage = read_recipe(name).get("stage")
     model = ARCHITECTURES[architecture]()
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     places = {"model_name_or_path": tmp_path / "model", "train_data": data_folder, "eval_data": data_folder}
     given = SMALL | places | {"output_dir": tmp_path / "out"}
+    if stage == "pretrain":
+        given |= PRETRAIN | {"train_data": text_folder, "eval_data": text_folder}
+    elif stage == "distil":
+        given |= {"teacher_model_name_or_path": tmp_path / "model"}
     metrics = main([name, *(f"--{key}={value}" for key, value in given.items())])
     assert metrics["train_loss"] > 0 and metrics["eval_loss"] != metrics["eval_loss_before"]
     whole = tmp_path / "out" / ("merged" if kind.startswith("lora") or kind == "esft" else ".")

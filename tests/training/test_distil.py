@@ -1,0 +1,111 @@
+"""`stage: distil` beside the loss and the gradient of one large batch, computed without any trainer."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from hf_moe.training.distil import MoeDistilConfig, MoeDistilTrainer, main, softened_kl
+
+from .balance_worker import Gradient
+from .conftest import tiny_hf_moe, tiny_olmoe, tiny_tokenizer
+
+TEXTS = ["red red", "green", "blue blue blue blue", "red green blue", "b", "blue green", "green red green", "red"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_softened_kl(temperature):
+    student, teacher = torch.randn(5, 7).double(), torch.randn(5, 7).double()
+    p, q = ((x / temperature).softmax(-1) for x in (teacher, student))
+    expected = [sum(p[n, i] * (p[n, i] / q[n, i]).log() for i in range(7)) * temperature**2 for n in range(5)]
+    torch.testing.assert_close(softened_kl(student, teacher, temperature), torch.stack(expected))
+
+
+def train(tmp_path, accumulation: int, **changes):
+    """The gradient of one step over all texts, and the trainer."""
+    arguments = {"max_steps": 1, "per_device_train_batch_size": len(TEXTS) // accumulation, "max_grad_norm": 0.0}
+    arguments |= {"gradient_accumulation_steps": accumulation, "use_cpu": True, "bf16": False, "report_to": "none"}
+    arguments |= {"save_strategy": "no", "logging_steps": 1, "temperature": 2.0, "kl_weight": 0.3}
+    arguments |= {"router_aux_loss_coef": 0.0}
+    rows, gradient = Dataset.from_list([{"text": text} for text in TEXTS]), Gradient()
+    trainer = MoeDistilTrainer(
+        model=tiny_hf_moe(),
+        teacher=tiny_olmoe(seed=3),
+        args=MoeDistilConfig(output_dir=str(tmp_path), **arguments | changes),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        callbacks=[gradient],
+    )
+    trainer.train()
+    return gradient.value, trainer
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_gradient_is_that_of_one_large_batch(tmp_path, accumulation):
+    model, teacher, tokenizer = tiny_hf_moe().train(), tiny_olmoe(seed=3).eval(), tiny_tokenizer()
+    total = count = kl = cross_entropy = 0
+    for text in TEXTS:
+        ids = tokenizer(text + tokenizer.eos_token, return_tensors="pt").input_ids
+        logits, target = model(ids).logits[0, :-1], ids[0, 1:]
+        with torch.no_grad():
+            wanted = teacher(ids).logits[0, :-1]
+        kl += softened_kl(logits, wanted, 2.0).sum()
+        cross_entropy += torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+        count += len(target)
+    total = (0.3 * kl + 0.7 * cross_entropy) / count
+    total.backward()
+
+    gradient, trainer = train(tmp_path, accumulation)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-3, atol=1e-5)
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(total.item(), rel=1e-4)
+    assert logged["kl"] > 0 and logged["cross_entropy"] > 0 and "router_load_max" in logged
+    before = trainer.evaluate()["eval_loss"]
+    assert before < total.item()
+
+
+def test_balance_losses_and_a_frozen_teacher(tmp_path):
+    _, trainer = train(tmp_path, 2, max_steps=3, router_aux_loss_coef=0.1, learning_rate=1e-2)
+    assert "aux_loss" in trainer.state.log_history[0]
+    untouched = tiny_olmoe(seed=3).state_dict()
+    assert all(torch.equal(value, untouched[name]) for name, value in trainer.teacher.state_dict().items())
+    assert not trainer.teacher.training and not any(x.requires_grad for x in trainer.teacher.parameters())
+
+
+@pytest.fixture
+def command(model_folder, data_folder, tmp_path):
+    def arguments(*extra, teacher=model_folder):
+        places = {"--model_name_or_path": model_folder, "--train_data": data_folder, "--output_dir": tmp_path / "out"}
+        places |= {"--teacher_model_name_or_path": teacher} if teacher else {}
+        return ["tiny/distil", *(str(word) for pair in places.items() for word in pair), *extra]
+
+    return arguments
+
+
+def test_a_model_is_at_no_distance_from_itself(command, data_folder, tmp_path):
+    extra = ["--kl_weight", "1", "--router_aux_loss_coef", "0", "--max_steps", "1", "--eval_data", str(data_folder)]
+    metrics = main(command(*extra))
+    assert abs(metrics["eval_loss_before"]) < 1e-5
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_refusals(command, model_folder, tmp_path):
+    def refused(message, *extra, **places):
+        with pytest.raises(ValueError, match=message) as error:
+            main(command(*extra, **places))
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+    other = copy.deepcopy(tiny_tokenizer())
+    other.add_tokens(["purple"])
+    tiny_hf_moe().save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    refused(
+        "another tokenizer: 1 tokens differ, the first of them 'purple', which is 259 there",
+        teacher=tmp_path / "other",
+    )
+    refused("give --teacher_model_name_or_path", teacher=None)
+    refused("temperature is 0.0; it must be above 0", "--temperature", "0")
+    refused("kl_weight is 1.5", "--kl_weight", "1.5")
+    refused("label_smoothing_factor is 0.1", "--label_smoothing_factor", "0.1")
