@@ -11,6 +11,7 @@ from transformers import (
 )
 
 from . import kernels as kernels  # its import registers the experts implementation "hf_moe"
+from .hub.model_class import push_to_hub
 from .kernels.recorded import decoding_kernels
 from .model.configuration_hf_moe import HfMoeConfig
 from .model.decoding import SPEEDUPS
@@ -19,12 +20,14 @@ from .model.modeling_hf_moe import (
     HfMoeForSequenceClassification,
     HfMoeForTokenClassification,
     HfMoeModel,
+    HfMoePreTrainedModel,
 )
 from .presets import preset_config
 from .version import __version__
 
-# Attached here because the model's files are saved beside weights, and the presets are not.
+# Attached here because the model's files are saved beside weights, and the presets and model cards are not.
 HfMoeConfig.from_preset = staticmethod(preset_config)
+HfMoePreTrainedModel.push_to_hub = push_to_hub
 
 AUTO_CLASSES = {
     AutoModel: HfMoeModel,

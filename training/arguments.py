@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import NoReturn, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
+from transformers import TrainingArguments
 from trl import TrlParser
 
 from .parameter_groups import GROUPS
 from .recipe_files import read_recipe
+from .record import describe
 from .stages import STAGES
 
 REQUIRED = ("model_name_or_path", "train_data", "output_dir")
@@ -102,7 +104,11 @@ class RecipeParser(TrlParser):
         missing = [f"--{key}" for key in REQUIRED if not getattr(namespace, key)]
         if missing:
             raise ValueError(f"Recipe {name} leaves {' and '.join(missing)} to you: give them after the recipe.")
-        return self.parse_dict(vars(namespace))
+        parsed = self.parse_dict(vars(namespace))
+        for part in parsed:
+            if isinstance(part, TrainingArguments):
+                part.facts = describe(vars(namespace))
+        return parsed
 
     def take_recipe(self, name: str) -> int:
         """Make a recipe's values the defaults, each of its argument's type; returns how many. ValueError where not."""

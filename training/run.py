@@ -47,7 +47,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         if checkpoint is None:
             raise ValueError(f"output_dir {output} holds no complete checkpoint to resume from.")
         return checkpoint
-    if not is_complete(wanted):
+    if not is_complete(wanted) or Path(wanted).resolve() == output.resolve():
         raise ValueError(f"resume_from_checkpoint {wanted} is not a complete checkpoint.")
     return wanted
 
@@ -188,8 +188,12 @@ def save(trainer: Trainer) -> None:
         for path in sorted(aside.iterdir(), key=lambda path: path.name in LAST):
             path.replace(output / path.name)
         aside.rmdir()
+    trainer.save_state()
+    trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+        if trainer.args.should_save:
+            (output / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # which pushing has saved anew
 
 
 def save_aside(trainer: Trainer, aside: Path) -> None:
@@ -225,6 +229,7 @@ def write_merged(trainer: Trainer, model: PreTrainedModel) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside)
         trainer.processing_class.save_pretrained(aside)
+        trainer.save_record(aside)
         replace_folder(aside, output)
 
 

@@ -19,6 +19,7 @@ from .metrics import FIRST_LOSS, rows, split, summarize
 from .moe_arguments import moe_argument
 from .multi_step import multi_step_schedule
 from .multi_token import looking_ahead, mtp_coefficient
+from .publishing import PublishingMixin
 from .refusals import check_arguments, check_checkpointing
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
 from .step import Step
@@ -27,7 +28,7 @@ from .weight_average import WeightAverage
 LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
 
 
-class MoeTrainerMixin:
+class MoeTrainerMixin(PublishingMixin):
     """Makes the routing of a Transformers Trainer's model right: put it before the trainer class.
 
     The balance losses are per layer and count the tokens of a whole optimizer step, over micro-batches and processes,
@@ -262,6 +263,8 @@ class MoeTrainerMixin:
             save_router_bias(self.model, folder)
         if self.args.should_save and self.average is not None:
             self.average.save(folder)
+        if self.args.should_save:
+            self.save_record(folder)
 
     def _run_epoch(self, *args, **kwargs):
         # The Trainer would take one more step with a run that was cut short between its last step and its end.

@@ -1,7 +1,16 @@
 """What goes to the Hub: model cards and uploads."""
 
 from .card import write_model_card
-from .folder import MARKER, inherited
-from .upload import push
+from .folder import MARKER, RECORD, inherited, stages_of
+from .upload import plain_errors, push, push_folder
 
-__all__ = ["MARKER", "inherited", "push", "write_model_card"]
+__all__ = [
+    "MARKER",
+    "RECORD",
+    "inherited",
+    "plain_errors",
+    "push",
+    "push_folder",
+    "stages_of",
+    "write_model_card",
+]

@@ -54,6 +54,7 @@ def write_model_card(
     license: str | None = None,
     datasets: Iterable[str] = (),
     languages: Iterable[str] = (),
+    tags: Iterable[str] = (),
     evaluations: Iterable[str | Path] = (),
     trace: str | Path | None = None,
 ) -> Path:
@@ -61,15 +62,21 @@ def write_model_card(
 
     folder: a saved model of any family, a LoRA adapter, or the expert rows of ESFT. name: what the model is called,
     and loaded by; the folder's own name by default. provenance: where a converted model came from, if its config has
-    no place for it. base_model (a Hub id), license, datasets and languages: what the folder cannot say. evaluations:
-    results files of lm_eval. trace: a folder that `hf-moe trace` wrote for this model.
+    no place for it. base_model (a Hub id), license, datasets, languages and tags: what the folder cannot say.
+    evaluations: results files of lm_eval. trace: a folder that `hf-moe trace` wrote for this model.
 
     What is not known is left out, and what an earlier card was told is kept. Raises FileNotFoundError where there is
     no saved model, ValueError for a damaged one, or where README.md was written by someone else, OSError of one line
     where the card cannot be written; then the last one stays.
     """
     folder = Path(folder)
-    told = {"base_model": base_model, "license": license, "datasets": list(datasets), "language": list(languages)}
+    told = {
+        "base_model": base_model,
+        "license": license,
+        "datasets": list(datasets),
+        "language": list(languages),
+        "tags": list(tags),
+    }
     with tempfile.TemporaryDirectory() as aside:
         render_card(folder, Path(aside), name, provenance, told, list(evaluations), trace)
         install(Path(aside), folder)
@@ -208,7 +215,7 @@ def metadata(
     known["datasets"] = unique(known.get("datasets", []), *(stage.get("datasets", []) for stage in saved.stages))
     base = base_models(saved, template)
     known["base_model"] = base[0] if len(base) == 1 else base
-    before = {} if earlier is None else {key: earlier.data.get(key) for key in ("base_model", *INHERITED)}
+    before = {} if earlier is None else earlier.data.to_dict()
     said = {key: told.get(key) or before.get(key) or known.get(key) or None for key in ("base_model", *INHERITED)}
     if told.get("license"):
         said["license_name"] = said["license_link"] = None  # of another licence
@@ -216,12 +223,13 @@ def metadata(
     family = saved.config.model_type if saved.config is not None else None
     method = saved.provenance.get("method")
     stages = [stage["stage"] for stage in saved.stages if "stage" in stage]
+    derived = filter(None, [family, "mixture-of-experts", method, KIND_TAGS.get(saved.kind)])
     return ModelCardData(
         **said,
         base_model_relation=RELATIONS.get(template) if said["base_model"] else None,
         library_name="peft" if saved.kind == "adapter" else "transformers",
         pipeline_tag=task,
-        tags=unique(filter(None, [family, "mixture-of-experts", method, KIND_TAGS.get(saved.kind)]), stages),
+        tags=unique(derived, stages, told.get("tags", []), before.get("tags", [])),
         **({"model_name": name, "eval_results": results} if results else {}),
         **({"hf_moe": keep} if keep else {}),
     )

@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_imports
 
 from ..model import modeling_hf_moe
 from .folder import ADAPTER, CONFIG, SavedModel, read_folder, read_json
@@ -122,15 +122,18 @@ def check_loads(saved: SavedModel) -> None:
 
 def check_code(folder: Path, file: str) -> None:
     """Raises FileNotFoundError where a module that `file` names, or one that it imports, is not there."""
-    for value in read_json(folder / file).get("auto_map", {}).values():
-        for reference in [value] if isinstance(value, str) else value:
-            if reference is None or "--" in reference:  # the code is in another repository
-                continue
-            module = folder / f"{reference.split('.')[0]}.py"
-            needed = [module, *map(Path, get_relative_import_files(module))] if module.is_file() else [module]
-            missing = next((path for path in needed if not path.is_file()), None)
-            if missing is not None:
-                raise FileNotFoundError(f"{missing} does not exist, but auto_map in {file} needs it.")
+    references = [
+        reference
+        for value in read_json(folder / file).get("auto_map", {}).values()
+        for reference in ([value] if isinstance(value, str) else value)
+        if reference is not None and "--" not in reference  # whose code is in another repository
+    ]
+    needed = list(dict.fromkeys(reference.split(".")[0] for reference in references))
+    for module in needed:  # which grows meanwhile
+        path = folder / f"{module}.py"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist, but auto_map in {file} needs it.")
+        needed += [name for name in get_relative_imports(path) if name not in needed]
 
 
 def check_weights(saved: SavedModel) -> None:

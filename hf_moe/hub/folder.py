@@ -92,7 +92,7 @@ def read_folder(folder: str | Path, provenance: dict[str, Any] | None = None) ->
         config=config,
         adapter=read_json(folder / ADAPTER),
         provenance=known,
-        stages=read_json(folder / RECORD).get("stages", []),
+        stages=stages_of(folder),
         results={**read_json(folder / "train_results.json"), **read_json(folder / "eval_results.json")},
         log_history=read_log(folder),
     )
@@ -109,6 +109,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(said, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(said).__name__}.")
     return said
+
+
+def stages_of(folder: Path) -> list[dict[str, Any]]:
+    """The stages of training that the model in `folder` has been through, the first one first."""
+    return read_json(folder / RECORD).get("stages", [])
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

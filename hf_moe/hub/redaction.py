@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -46,13 +47,18 @@ class RedactingFilter(logging.Filter):
 
 @contextlib.contextmanager
 def redacted_messages(token: str | None = None) -> Iterator[None]:
-    """Redact what libraries log and warn about meanwhile; warnings are said at the end."""
+    """Redact what libraries log meanwhile, and what they warn about, which is said at the end.
+
+    Python's warnings belong to the process, so those of another thread than the main one are let through.
+    """
     handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
     redacting = RedactingFilter(token)
     for handler in handlers:
         handler.addFilter(redacting)
+    main = threading.current_thread() is threading.main_thread()
+    caught = []
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) if main else contextlib.nullcontext([]) as caught:
             yield
     finally:
         for handler in handlers:

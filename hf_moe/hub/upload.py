@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import CommitInfo, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
@@ -48,15 +48,8 @@ def push(
     push has sent are not sent again. Raises ValueError or OSError of one line, in which no token stands: a folder that
     would not load, a name that the Hub does not allow, no token, a refusal, a failure on the way.
     """
-    folder = Path(folder)
-    validate_repo_id(repo_id)
-    files, left_out = check_folder(folder, checkpoints)
-    with tempfile.TemporaryDirectory() as aside:
-        if not (folder / "README.md").exists() or MARKER in (folder / "README.md").read_text(encoding="utf-8"):
-            render_card(folder, Path(aside), name=repo_id)
-        written = {str(path.relative_to(aside)): path for path in Path(aside).rglob("*") if path.is_file()}
-        names = sorted({*files, *written})
-        sizes = {name: written.get(name, folder / name).stat().st_size for name in names}
+    with prepared(Path(folder), repo_id, checkpoints) as (written, files, left_out):
+        sizes = {name: path.stat().st_size for name, path in files.items()}
         report = {
             "repo_id": repo_id,
             "revision": revision or constants.DEFAULT_REVISION,
@@ -68,34 +61,70 @@ def push(
         }
         if dry_run:
             return report
-        token = token or get_token()
-        if token is None:
-            raise OSError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
-        install(Path(aside), folder)
+        commit, found = send(Path(folder), written, list(files), repo_id, private, revision, message, token)
+    return report | found | {"commit": commit.oid}
+
+
+def push_folder(folder: Path, repo_id: str, *, private: bool | None, **how: Any) -> CommitInfo:
+    """As `push`, for Python: returns the Hub's commit. private: None leaves a repository that exists as it is.
+
+    how: revision, message and token, and options of huggingface_hub's `upload_folder`.
+    """
+    with prepared(folder, repo_id, checkpoints=False) as (written, files, _):
+        return send(folder, written, list(files), repo_id, private, **how)[0]
+
+
+@contextlib.contextmanager
+def prepared(folder: Path, repo_id: str, checkpoints: bool) -> Iterator[tuple[Path, dict[str, Path], dict[str, str]]]:
+    """Check the folder and write its card aside: where that is, the files to upload, and what is left out and why."""
+    validate_repo_id(repo_id)
+    files, left_out = check_folder(folder, checkpoints)
+    with tempfile.TemporaryDirectory() as aside:
+        readme = folder / "README.md"
+        if not readme.exists() or MARKER in readme.read_text(encoding="utf-8"):
+            render_card(folder, Path(aside), name=repo_id)
+        written = {str(path.relative_to(aside)): path for path in Path(aside).rglob("*") if path.is_file()}
+        found = {name: written.get(name, folder / name) for name in sorted({*files, *written})}
+        yield Path(aside), found, left_out
+
+
+def send(
+    folder: Path,
+    written: Path,
+    names: list[str],
+    repo_id: str,
+    private: bool | None,
+    revision: str | None = None,
+    message: str = "Upload model",
+    token: str | None = None,
+    **commit_options: Any,
+) -> tuple[CommitInfo, dict[str, Any]]:
+    """Put the card into the folder, make repository and branch where they do not exist, and upload.
+
+    Returns the commit, and repo_id, url and private as the Hub has them.
+    """
+    token = token or get_token()
+    if token is None:
+        raise OSError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
+    install(written, folder)
     with plain_errors(repo_id, token), redacted_messages(token):
-        return report | upload(folder, names, repo_id, private, revision, message, token)
-
-
-def upload(
-    folder: Path, names: list[str], repo_id: str, private: bool, revision: str | None, message: str, token: str
-) -> dict[str, Any]:
-    """Make the repository and the branch where they do not exist, and upload; returns url, commit and private."""
-    api = HfApi(token=token, library_name="hf_moe")
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    is_private = api.model_info(repo_id).private
-    if private and not is_private:
-        raise ValueError(f"{repo_id} is public already; say that it may be (--public, private=False).")
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    # One commit through LFS, or with hf_xet several of them; both ask first what the Hub has.
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=[glob.escape(name) for name in names],
-        commit_message=message,
-        revision=revision,
-    )
-    return {"repo_id": repo_id, "private": is_private, "url": f"{api.endpoint}/{repo_id}", "commit": commit.oid}
+        api = HfApi(token=token, library_name="hf_moe")
+        repo_id = api.create_repo(repo_id, private=private is not False, exist_ok=True).repo_id
+        is_private = api.model_info(repo_id).private
+        if private and not is_private:
+            raise ValueError(f"{repo_id} is public already; say that it may be (--public, private=False).")
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        # One commit through LFS, or with hf_xet several of them; both ask first what the Hub has.
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[glob.escape(name) for name in names],
+            commit_message=message,
+            revision=revision,
+            **commit_options,
+        )
+        return commit, {"repo_id": repo_id, "url": f"{api.endpoint}/{repo_id}", "private": is_private}
 
 
 @contextlib.contextmanager
@@ -123,7 +152,7 @@ def explain(error: Exception, repo_id: str) -> str:
         chain.append(cause)
     http = next((x for x in chain if isinstance(x, HfHubHTTPError)), None)
     if http is None:
-        cut_off = isinstance(chain[-1], HTTPError)
+        cut_off = any(isinstance(x, HTTPError) for x in chain)
         reason = "the Hub cannot be reached, or hung up" if cut_off else ""
         said = one_line(chain[0])
         if isinstance(error, ValueError):

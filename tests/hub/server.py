@@ -1,7 +1,7 @@
 """A Hub on loopback: the HTTP API that huggingface_hub's client speaks, in memory, for one user.
 
-LFS objects are kept from when they arrive, commit or not, as the Hub keeps them. `refuse` decides about requests before
-they are looked at; `requests` is what came.
+LFS objects are kept from when they arrive, commit or not, as the Hub keeps them. `refuse` decides about requests
+before they are looked at; `requests` is what came.
 """
 
 import base64
@@ -185,9 +185,12 @@ class Handler(BaseHTTPRequestHandler):
             {"id": repo_id, "sha": sha, "private": self.repo(repo_id).private, "siblings": siblings, "tags": []}
         )
 
-    def list_tree(self, body, repo_id, revision):
+    def list_tree(self, body, repo_id, revision, path=None):
         _, files = self.tree(repo_id, revision)
-        self.answer([entry(name, blob) for name, blob in files.items()])
+        found = {name: blob for name, blob in files.items() if path is None or name.startswith(f"{path}/")}
+        if not found:
+            raise Refusal(404, "no such folder", "EntryNotFound")
+        self.answer([entry(name, blob) for name, blob in found.items()])
 
     def paths_info(self, body, repo_id, revision):
         _, files = self.tree(repo_id, revision)
@@ -290,7 +293,7 @@ ROUTES = [
     ("POST", f"/api/models/{REPO}/preupload/{REV}", Handler.preupload),
     ("POST", f"/api/models/{REPO}/commit/{REV}", Handler.commit),
     ("POST", f"/api/models/{REPO}/paths-info/{REV}", Handler.paths_info),
-    ("GET", f"/api/models/{REPO}/tree/{REV}", Handler.list_tree),
+    ("GET", f"/api/models/{REPO}/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", Handler.list_tree),
     ("GET", f"/api/models/{REPO}/revision/{REV}", Handler.info),
     ("GET", f"/api/models/{REPO}", Handler.info),
     ("POST", f"/{REPO}.git/info/lfs/objects/batch", Handler.lfs_batch),

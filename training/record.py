@@ -1,0 +1,52 @@
+"""What a run was: its model, its data and its seed, written down beside every model that it saves."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_moe.hub import RECORD, inherited, stages_of
+from hf_moe.version import __version__
+
+# Arguments of a recipe that are a record's as they are.
+ARGUMENTS = ("stage", "seed")
+DATA = ("train_data", "eval_data")
+
+
+def describe(given: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's arguments -> what a record says of them; of files and folders here, their names alone."""
+    facts = {"stage": "sft"} | {name: given[name] for name in ARGUMENTS if given.get(name) is not None}
+    for name in DATA:
+        if given.get(name):
+            facts[name] = [Path(source).name if Path(source).exists() else source for source in given[name]]
+    facts["datasets"] = [source for name in DATA for source in given.get(name) or [] if is_hub_data(source)]
+    return facts | {"base_model": given["model_name_or_path"]}
+
+
+def is_hub_data(source: str) -> bool:
+    return not Path(source).exists() and source.count("/") <= 1 and not Path(source).suffix
+
+
+def stages(facts: dict[str, Any], model: PreTrainedModel) -> list[dict[str, Any]]:
+    """All stages that `model` has been through, this one last. facts: of `describe`, or nothing."""
+    base = str(facts.get("base_model") or model.config._name_or_path)
+    folder = Path(base)
+    here = bool(base) and folder.is_dir()
+    stage = {**facts, "base_model": folder.resolve().name if here else base}
+    stage["base_revision"] = None if here else getattr(model.config, "_commit_hash", None)
+    known = {name: value for name, value in stage.items() if value not in (None, "", [])}
+    if not known:
+        return []  # a model that was made here
+    earlier = stages_of(folder) if here else []
+    return [*earlier, {**known, **(inherited(folder) if here else {}), "hf_moe_version": __version__}]
+
+
+def write_record(facts: dict[str, Any], model: PreTrainedModel, folder: str | Path) -> None:
+    """Write the stages that `model` has been through to `folder`; nothing where nothing is known."""
+    found = stages(facts, model)
+    if found:
+        partial = Path(folder) / f".{RECORD}.partial"
+        partial.write_text(json.dumps({"stages": found}, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, Path(folder) / RECORD)
