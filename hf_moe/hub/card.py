@@ -43,6 +43,8 @@ METHODS = {"upcycle": "upcycled", "import": "imported", "export": "exported"}
 # The Hub's words for how a model follows from its base; it has none for a change of format.
 RELATIONS = {"adapter": "adapter", "expert_rows": "adapter", "fine_tuned": "finetune", "merged": "merge"}
 RELATIONS |= {"upcycled": "finetune"}
+LIBRARIES = {"model": "transformers", "adapter": "peft", "expert_rows": "hf_moe"}
+KIND_TAGS = {"adapter": "lora", "expert_rows": "esft"}
 
 
 def write_model_card(
@@ -105,7 +107,7 @@ def render_card(
     kept = (earlier.data.eval_results or []) if earlier is not None else []
     found = [*held_out_results(saved, task), *(x for path in evaluations for x in lm_eval_results(path, task))]
     results = merged(kept, found)
-    routing = read_trace(Path(trace), aside / FIGURES) if trace is not None else own.get("routing")
+    routing = read_trace(saved, Path(trace), aside / FIGURES) if trace is not None else own.get("routing")
     keep = {"routing": routing}
     if provenance is not None and not saved.is_hf_moe:
         keep["provenance"] = provenance
@@ -227,15 +229,12 @@ def metadata(
     return ModelCardData(
         **said,
         base_model_relation=RELATIONS.get(template) if said["base_model"] else None,
-        library_name="peft" if saved.kind == "adapter" else "transformers",
+        library_name=LIBRARIES[saved.kind],
         pipeline_tag=task,
         tags=unique(derived, stages, told.get("tags", []), before.get("tags", [])),
         **({"model_name": name, "eval_results": results} if results else {}),
         **({"hf_moe": keep} if keep else {}),
     )
-
-
-KIND_TAGS = {"adapter": "lora", "expert_rows": "esft"}
 
 
 def unique(*lists: Iterable[str]) -> list[str]:

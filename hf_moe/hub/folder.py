@@ -57,11 +57,14 @@ class SavedModel:
         if self.is_hf_moe and self.config.architectures == ["HfMoeForCausalLM"]:
             said = sizes(self.config)
             return said["total_params"], said["active_params"]
-        counts = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        # In expert rows a tensor NAME.experts says which rows they are.
+        counts = {name: math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(".experts")}
         total = sum(counts.values())
+        if self.config is None:
+            return total, total
         routed = sum(count for name, count in counts.items() if ROUTED.search(name))
         experts, top_k = routed_experts(self.config)
-        return total, total - routed + (routed * top_k // experts if routed else 0)
+        return total, total - routed + routed * top_k // experts
 
 
 def routed_experts(config: PreTrainedConfig) -> tuple[int, int]:

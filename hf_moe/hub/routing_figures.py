@@ -1,2 +1,53 @@
-def read_trace(folder, figures):
-    raise NotImplementedError
+"""What `hf-moe trace` found of a model's routing, for its card."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .folder import SavedModel, read_json, routed_experts
+
+# The trace's figures that a card shows, by the first word of their file's name -> what they show.
+SHOWN = {"load": "Load of each expert", "entropy": "Routing entropy", "domains": "Domain specialisation"}
+
+
+def read_trace(saved: SavedModel, trace: Path, figures: Path) -> dict[str, Any]:
+    """The rows, findings and figures of a folder that `hf-moe trace` wrote; its PNG files are copied to `figures`.
+
+    Raises FileNotFoundError where there is no trace, ValueError where it is of another model.
+    """
+    numbers = read_json(trace / "numbers.json")
+    if not numbers.get("layers"):
+        raise FileNotFoundError(f"{trace} holds no numbers.json with layers; `hf-moe trace` writes one.")
+    layers = numbers["layers"]
+    if saved.config is not None and {layer["experts"] for layer in layers} != {routed_experts(saved.config)[0]}:
+        traced, here = layers[0]["experts"], routed_experts(saved.config)[0]
+        raise ValueError(f"{trace} is of another model, with {traced} experts in a layer; this one has {here}.")
+    facts = {
+        "Text": ", ".join(
+            f"{domain['name']} (perplexity {domain['perplexity']:.4g})" for domain in numbers["domains"]
+        ),
+        "Tokens": f"{numbers['tokens']:,}",
+        "Busiest expert, times its fair load": f"{max(max(layer['load']) for layer in layers):.3g}",
+        "Experts that no token chose": str(sum(len(layer["dead"]) for layer in layers)),
+        "Entropy of the load, 1 at balance": f"{mean(layers, 'load_entropy'):.3g}",
+        "Entropy of the routing, 1 where it is a toss": f"{mean(layers, 'routing_entropy'):.3g}",
+    }
+    figures.mkdir(parents=True, exist_ok=True)
+    shown = []
+    for word, title in SHOWN.items():
+        for file in sorted((trace / "figures").glob("*.png")):
+            kind, *where = file.stem.split("-")
+            if kind == word:
+                target = figures / f"routing-{file.name}"
+                shutil.copyfile(file, target)
+                shown.append(
+                    {
+                        "title": ", ".join(filter(None, [title, " ".join(where)])),
+                        "path": f"{figures.name}/{target.name}",
+                    }
+                )
+    return {"rows": [list(row) for row in facts.items()], "findings": numbers["findings"], "figures": shown}
+
+
+def mean(layers: list[dict[str, Any]], name: str) -> float:
+    return sum(layer[name] for layer in layers) / len(layers)

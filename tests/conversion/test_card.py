@@ -8,6 +8,7 @@ from hf_moe.conversion import export_checkpoint, import_checkpoint, upcycle
 from huggingface_hub import ModelCard
 from transformers import AutoConfig
 
+from hf_moe.hub import write_model_card
 from hf_moe.version import __version__
 
 
@@ -47,13 +48,30 @@ def test_comparison_and_origin_are_written_down(function, checkpoint, tmp_path):
     assert card.data.tags == [family, "mixture-of-experts", function]
     assert f"# out\n\nA mixture-of-experts model of the {family} family" in card.text
     assert ("trust_remote_code" in card.text) == (function != "export")
-    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in text
+    assert write_model_card(tmp_path / "out").read_text() == text  # an exported model's origin is in its card alone
     config = AutoConfig.from_pretrained(tmp_path / "out")
     if function != "export":
         assert config.provenance["sha256"] == {"model.safetensors": digest}
         assert config.provenance["check"] == {name: report[name] for name in config.provenance["check"]}
         assert {"max_abs_diff", "kl", "top1_agreement", "perplexity_b"} <= set(config.provenance["check"])
         assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+
+
+def test_the_licence_of_the_source_goes_along(checkpoint, tmp_path, capsys):
+    dense = checkpoint("llama")
+    try:
+        (dense / "README.md").write_text("---\nlicense: apache-2.0\ndatasets: [some/pages]\n---\n# The dense model\n")
+        convert("upcycle", checkpoint, tmp_path / "moe", verify=False)
+        data = ModelCard.load(tmp_path / "moe" / "README.md").data
+        assert (data.license, data.datasets, data.base_model) == ("apache-2.0", ["some/pages"], None)
+        (dense / "README.md").write_text("---\nlicense: [\n---\n")
+        convert("upcycle", checkpoint, tmp_path / "other", verify=False)
+    finally:
+        (dense / "README.md").unlink(missing_ok=True)
+    assert ModelCard.load(tmp_path / "other" / "README.md").data.license is None
+    assert "nothing is taken from the model card: " in capsys.readouterr().err
 
 
 def test_without_the_comparison_the_card_has_none(checkpoint, tmp_path):
