@@ -14,7 +14,6 @@ from trl import SFTTrainer
 from .arguments import DataArguments, ModelArguments, RecipeParser
 from .checkpoints import load_model
 from .run import (
-    check_kept,
     check_template,
     checkpoint_to_resume,
     choose_trained,
@@ -121,8 +120,6 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilCon
         eval_dataset=eval_rows,
         teacher=load_teacher(model, tokenizer, model_args, args),
     )
-    check_kept("train_data", train_rows, trainer.train_dataset, args)
-    check_kept("eval_data", eval_rows, trainer.eval_dataset, args)
     metrics = train(trainer, checkpoint)
     say_summary(trainer, metrics)
     return metrics

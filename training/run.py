@@ -14,14 +14,15 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from trl import SFTConfig
 
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
 
 from .arguments import DataArguments, ModelArguments
 from .checkpoints import is_complete, last_checkpoint, load_model
-from .data import is_conversational, load_rows
+from .data import is_conversational
+from .mixture import mix
 from .parameter_groups import GROUPS, train_group
+from .sources import load_sources, loss_names, together
 from .weight_average import AVERAGE_FILE
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -57,15 +58,12 @@ def steps_done(checkpoint: str | None) -> int:
     return 0 if checkpoint is None else TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}").global_step
 
 
-def load_data(data_args: DataArguments, args: TrainingArguments, **columns) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out rows; `columns` tells `load_rows` what makes a row."""
-    common = {"config": data_args.dataset_config, **columns}
-    train_rows = load_rows(data_args.train_data, split=data_args.train_split, what="train_data", **common)
-    if data_args.eval_data:
-        return train_rows, load_rows(data_args.eval_data, split=data_args.eval_split, what="eval_data", **common)
-    if args.eval_strategy != "no":
-        raise ValueError(f"eval_strategy is {args.eval_strategy.value}: give --eval_data, or --eval_strategy no.")
-    return train_rows, None
+def load_data(
+    data_args: DataArguments, args: TrainingArguments, **columns
+) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
+    """Training rows, mixed as the arguments say, and held-out rows; `columns` tells `load_rows` what makes a row."""
+    sources, held_out = load_sources(data_args, args, **columns)
+    return mix(sources, data_args.train_weights, args.seed), together(held_out, data_args.eval_by_source)
 
 
 def load_tokenizer(source: str, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedTokenizerBase:
@@ -144,17 +142,6 @@ def keep_selection_bias(args: TrainingArguments) -> None:
         args.router_bias_update_speed = 0.0
 
 
-def check_kept(name: str, given: Dataset | None, kept: Dataset | None, args: SFTConfig) -> None:
-    """Say how many rows TRL left out because truncation left nothing to learn from; raises ValueError if all."""
-    if given is None or args.packing:  # packed rows are other rows
-        return
-    if len(kept) == 0:
-        raise ValueError(f"{name} has no token to learn from within max_length {args.max_length}.")
-    if len(kept) < len(given):
-        lost = f"{len(given) - len(kept)} of {len(given)} rows"
-        print(f"{name}: {lost} have no token to learn from within max_length {args.max_length}", file=sys.stderr)
-
-
 def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
     """Train from `checkpoint` on, evaluate if there are held-out rows, save; returns the metrics.
 
@@ -168,8 +155,11 @@ def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
     if metrics:
         trainer.save_metrics("train", metrics)
     if trainer.eval_dataset is not None:
-        before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
-        after = trainer.evaluate() | {"eval_loss_before": before}
+        history = trainer.state.log_history
+        before = {
+            f"{name}_before": next(entry[name] for entry in history if name in entry) for name in loss_names(trainer)
+        }
+        after = trainer.evaluate() | before
         trainer.save_metrics("eval", after)
         metrics = metrics | after
     save(trainer)
@@ -236,7 +226,10 @@ def write_merged(trainer: Trainer, model: PreTrainedModel) -> None:
 def say_summary(trainer: Trainer, metrics: dict[str, float]) -> None:
     """One line, by one process."""
     loss = f"train loss {metrics['train_loss']:.4f}" if "train_loss" in metrics else "no step was left to train"
-    if "eval_loss" in metrics:
-        loss = f"held-out loss {metrics['eval_loss_before']:.4f} before, {metrics['eval_loss']:.4f} after"
+    if trainer.eval_dataset is not None:
+        loss = ", ".join(
+            f"{said} {metrics[f'{name}_before']:.4f} before, {metrics[name]:.4f} after"
+            for name, said in loss_names(trainer).items()
+        )
     if trainer.is_world_process_zero():
         print(f"{loss}; saved to {trainer.args.output_dir}", file=sys.stderr)

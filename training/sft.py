@@ -21,9 +21,9 @@ from .run import (
     train,
 )
 from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
-from .sources import load_sources, together
+from .sources import label, load_sources, together
 from .token_cache import can_tokenise, tokenised
-from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, store_base
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments)
 
@@ -56,7 +56,9 @@ def run(
     check_template(tokenizer, next(iter(sources.values())), args)
     if can_tokenise([*sources.values(), *held_out.values()], tokenizer, args):
         sources = {name: tokenised(rows, name, tokenizer, args) for name, rows in sources.items()}
-        held_out = {name: tokenised(rows, name, tokenizer, args, args.eval_packing) for name, rows in held_out.items()}
+        held_out = {
+            name: tokenised(rows, label(name), tokenizer, args, args.eval_packing) for name, rows in held_out.items()
+        }
         args.assistant_only_loss = False  # the labels say it, and TRL would look for conversations
     train_rows = mix(sources, data_args.train_weights, args.seed)
     eval_rows = together(held_out, data_args.eval_by_source)
@@ -89,6 +91,7 @@ def build_trainer(
     if adapter_args.lora_parts is None:
         choose_trained(model, model_args.trainable, args)
     else:
+        store_base(model, adapter_args, args)
         model, covered = add_adapter(model, adapter_args)
         print(covered, file=sys.stderr)
     return MoeSFTTrainer(

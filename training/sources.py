@@ -24,7 +24,7 @@ def load_sources(
     if data_args.train_weights is not None:
         train = {f"train_data {source}": [source] for source in data_args.train_data}
     held_out = {"eval_data": data_args.eval_data} if data_args.eval_data else {}
-    if data_args.eval_by_source:
+    if data_args.eval_by_source and data_args.eval_data:
         held_out = source_names(data_args.eval_data)
     common = {"config": data_args.dataset_config, **columns}
     return (
@@ -36,22 +36,27 @@ def load_sources(
     )
 
 
-def source_names(sources: list[str] | None) -> dict[str, list[str]]:
+def source_names(sources: list[str]) -> dict[str, list[str]]:
     """Each source by the name of its file or folder, which its metrics carry. ValueError for two of one."""
-    named = {Path(source).stem: [source] for source in sources or []}
-    if not named or len(named) < len(sources):
-        raise ValueError(
-            f"eval_by_source needs eval_data with names that differ, not {', '.join(sources or ['none'])}."
-        )
+    named = {Path(source).stem: [source] for source in sources}
+    if len(named) < len(sources):
+        raise ValueError(f"eval_by_source needs sources of different names, but eval_data is {', '.join(sources)}.")
     return named
 
 
 def together(held_out: dict[str, Dataset], by_source: bool) -> Dataset | dict[str, Dataset] | None:
     """Held-out rows as a Trainer takes them."""
-    return held_out if by_source else held_out.get("eval_data")
+    return (held_out or None) if by_source else held_out.get("eval_data")
 
 
-def loss_names(trainer: Trainer) -> list[str]:
-    """What the trainer calls the losses of its held-out rows."""
+def label(name: str) -> str:
+    """How messages call held-out rows: of all of eval_data, or of the source of that name."""
+    return name if name == "eval_data" else f"eval_data {name}"
+
+
+def loss_names(trainer: Trainer) -> dict[str, str]:
+    """What the trainer calls the losses of its held-out rows -> what to call them in a sentence."""
     rows = trainer.eval_dataset
-    return [f"eval_{name}_loss" for name in rows] if isinstance(rows, dict) else ["eval_loss"]
+    if isinstance(rows, dict):
+        return {f"eval_{name}_loss": f"held-out loss of {name}" for name in rows}
+    return {"eval_loss": "held-out loss"}

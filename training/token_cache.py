@@ -41,11 +41,16 @@ def tokenised(
         if not encoder.agrees_with_transformers(rows):
             print(f"{name}: tokie does not read this tokenizer; Transformers tokenises, more slowly", file=sys.stderr)
             encoder.fast = False
-        tokens = cached(rows, encoder, name, args.dataset_num_proc)
+        tokens = cached(rows, encoder, name, processes(rows, args))
     return fit(tokens, name, args, args.packing if packing is None else packing)
 
 
-def cached(rows: Dataset, encoder: Encoder, name: str, processes: int | None = None) -> Dataset:
+def processes(rows: Dataset, args: SFTConfig) -> int | None:
+    """How many are worth their start."""
+    return args.dataset_num_proc if len(rows) > 10 * BATCH else None
+
+
+def cached(rows: Dataset, encoder: Encoder, name: str, num_proc: int | None = None) -> Dataset:
     """`encoder` of all `rows`, from the cache if they have been there.
 
     `datasets` writes each process's part aside and renames it when it is whole: after a kill, whole parts are used
@@ -61,7 +66,7 @@ def cached(rows: Dataset, encoder: Encoder, name: str, processes: int | None = N
             batched=True,
             batch_size=BATCH,
             remove_columns=rows.column_names,
-            num_proc=processes,
+            num_proc=num_proc,
             cache_file_name=str(path),
             load_from_cache_file=True,
             new_fingerprint=key,
