@@ -78,6 +78,13 @@ def origin_rows(provenance: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
+def domain_rows(domains: list[dict[str, Any]]) -> list[list[str]]:
+    """Each source of a merge beside the model, on the source's own text: a heading and a row each."""
+    compared = ("perplexity_a", "perplexity_b", "kl")
+    titles = {"source": "Source", "text": "Text"} | {name: CHECK[name] for name in compared}
+    return [list(titles.values()), *([text(domain[name]) for name in titles] for domain in domains)]
+
+
 def architecture_rows(saved: SavedModel, total: int, active: int) -> list[tuple[str, str]]:
     """The model's shape, from what its config says."""
     config = saved.config.get_text_config()

@@ -1,13 +1,12 @@
 """Upload of a saved folder to the Hub: checked first, private by default, resumable, without a word of a token."""
 
 import contextlib
-import glob
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, constants, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
@@ -68,7 +67,7 @@ def push(
 def push_folder(folder: Path, repo_id: str, *, private: bool | None, **how: Any) -> CommitInfo:
     """As `push`, for Python: returns the Hub's commit. private: None leaves a repository that exists as it is.
 
-    how: revision, message and token, and options of huggingface_hub's `upload_folder`.
+    how: revision, message and token, and options of huggingface_hub's `create_commit`.
     """
     with prepared(folder, repo_id, checkpoints=False) as (written, files, _):
         return send(folder, written, list(files), repo_id, private, **how)[0]
@@ -115,15 +114,14 @@ def send(
             raise ValueError(f"{repo_id} is public already; say that it may be (--public, private=False).")
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # One commit through LFS, or with hf_xet several of them; both ask first what the Hub has.
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=[glob.escape(name) for name in names],
-            commit_message=message,
-            revision=revision,
-            **commit_options,
-        )
+        check_metadata(folder / "README.md")
+        # Shard by shard, so that each one is the Hub's for good when the next one starts, whichever protocol sends
+        # them; then one commit, so that nobody ever sees half of a model.
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
+        for operation in operations:
+            if operation.path_in_repo.endswith(".safetensors"):
+                api.preupload_lfs_files(repo_id, additions=[operation], revision=revision)
+        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, **commit_options)
         return commit, {"repo_id": repo_id, "url": f"{api.endpoint}/{repo_id}", "private": is_private}
 
 
@@ -143,6 +141,14 @@ def plain_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
     else:
         return
     raise failure
+
+
+def check_metadata(readme: Path) -> None:
+    """Raises a ValueError where the Hub would refuse the card, which is better known before the weights are sent."""
+    try:
+        ModelCard.load(readme).validate()
+    except ValueError as error:
+        raise ValueError(f"The Hub refuses the metadata of {readme}: {one_line(error)}") from None
 
 
 def explain(error: Exception, repo_id: str) -> str:

@@ -22,11 +22,14 @@ USER = "tester"
 
 @dataclass
 class Blob:
-    data: bytes
+    data: bytes | None  # None: in pieces, which only a client of Xet could put together
     lfs: bool
+    said: str = ""  # by the client that sent the pieces
 
     @property
     def oid(self) -> str:
+        if self.data is None:
+            return self.said
         if self.lfs:
             return hashlib.sha256(self.data).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
@@ -62,6 +65,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
         self.parts: dict[str, dict[int, bytes]] = {}
+        self.xorbs: dict[str, bytes] = {}  # Xet, by their own digest
         self.part_bytes = part_bytes  # objects above it are sent in parts
         self.requests: list[tuple[str, str]] = []
         self.refuse: Callable[[str, str], Refusal | None] = lambda method, path: None
@@ -246,6 +250,17 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "the object is not there")
         self.answer({})
 
+    def xet_token(self, body, repo_id, revision):
+        self.writer()
+        self.answer({"casUrl": f"{self.hub.url}/cas", "accessToken": "of-this-hub", "exp": 2**33})
+
+    def put_xorb(self, body, digest):
+        self.hub.xorbs[digest] = body
+        self.answer({"was_inserted": True})
+
+    def put_shard(self, body):
+        self.answer({"result": 1})
+
     def commit(self, body, repo_id, revision):
         self.writer()
         _, before = self.tree(repo_id, revision)
@@ -257,9 +272,9 @@ class Handler(BaseHTTPRequestHandler):
             elif said["key"] == "file":
                 files[value["path"]] = Blob(base64.b64decode(value["content"]), False)
             elif said["key"] == "lfsFile":
-                if value["oid"] not in self.hub.objects:
+                if value["oid"] not in self.hub.objects and not self.hub.xorbs:
                     raise Refusal(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
-                files[value["path"]] = Blob(self.hub.objects[value["oid"]], True)
+                files[value["path"]] = Blob(self.hub.objects.get(value["oid"]), True, value["oid"])
             else:
                 raise Refusal(400, f"unknown operation {said['key']}")
         sha = self.repo(repo_id).commit(revision, files, message)
@@ -301,6 +316,9 @@ ROUTES = [
     ("PUT", f"/lfs/{OID}/(?P<number>[0-9]+)", Handler.put_part),
     ("POST", f"/lfs/{OID}/complete", Handler.complete),
     ("POST", f"/lfs/{OID}/verify", Handler.verify),
+    ("GET", f"/api/models/{REPO}/xet-write-token/{REV}", Handler.xet_token),
+    ("POST", "/cas/v1/xorbs/default/(?P<digest>[0-9a-f]{64})", Handler.put_xorb),
+    ("POST", "/cas/v1/shards", Handler.put_shard),
     ("HEAD", f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
     ("GET", f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]

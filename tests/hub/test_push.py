@@ -1,6 +1,7 @@
 """`hf-moe push` to a Hub on loopback, through the real client: what arrives loads, what fails says so in one line."""
 
 import errno
+import hashlib
 import json
 import logging
 import pickle
@@ -83,6 +84,25 @@ def test_large_shards_go_in_parts_to_a_branch(hub, folder):
     assert report["commit"] == hub.repos[REPO].branches["half-done"]
 
 
+def test_with_xet_too_no_shard_is_sent_twice(hub, command, folder, monkeypatch, tmp_path):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_XET_CACHE", str(tmp_path / "xet"))
+
+    hub.refuse = lambda method, path: Refusal(403, "enough") if "shards" in path and len(hub.xorbs) > 2 else None
+    code, _, err = command("push", folder, REPO)
+    assert code == 2 and err.splitlines()[-1].startswith(f"hf-moe: {REPO} was not pushed: ") and "403" in err
+    arrived = dict(hub.xorbs)
+    hub.refuse, hub.requests = (lambda method, path: None), []
+    assert command("push", folder, REPO).code == 0
+    assert len(arrived) == 3 and len([path for _, path in hub.requests if "/xorbs/" in path]) == 3
+    shards = {path.name: path for path in folder.glob("*.safetensors")}
+    listed = hub.repos[REPO].commits[hub.repos[REPO].branches["main"]]
+    assert {name: listed[name].oid for name in shards} == {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in shards.items()
+    }
+
+
 def refuse(status: int, of: str):
     return lambda method, path: Refusal(status, f"no, Bearer {TOKEN}") if of in path else None
 
@@ -95,7 +115,7 @@ REFUSALS = {
     "server": (refuse(500, "/lfs/"), "500, the Hub failed"),
     "gateway": (refuse(502, "/preupload/"), "502, the Hub failed"),
     "too-many": (refuse(429, "/api/models"), "429, too many requests"),
-    "metadata": (refuse(400, "validate-yaml"), "Invalid metadata in README.md"),
+    "metadata": (refuse(400, "validate-yaml"), "README.md: {"),
     "something-else": (refuse(418, "objects/batch"), "418, the Hub refused"),
 }
 
