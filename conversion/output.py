@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,14 @@ def convert(
     progress: bool,
     resume: bool = False,
     memory: int = 0,
+    domains: Sequence[tuple[Source, str | Path | None]] = (),
 ) -> dict[str, Any]:
     """Write the model that `model` and `outputs` describe to `dst`, and report on it.
 
     provenance: what is done, with which arguments; it is completed with where the source came from, and stands in the
     model card and in an hf_moe model's config. exported: the config of another family, in whose names `outputs` are.
     resume: go on with what an interrupted call has written. memory: bytes that are needed before any is written.
+    domains: sources that the model is compared with besides, each on a text of its own (None: the usual one).
     """
     config = exported or model
     dst = check_destination(Path(dst), resume)
@@ -92,6 +95,12 @@ def convert(
         if check:
             provenance["check"] = verify(source.checkpoint.folder, folder)
             report |= provenance["check"]
+            if domains:
+                provenance["domains"] = report["domains"] = [
+                    {"source": sibling.name, "text": Path(text).name if text else "built in"}
+                    | verify(sibling.checkpoint.folder, folder, data=text)
+                    for sibling, text in domains
+                ]
             write_config(config, folder, provenance)
         write_model_card(folder, name=dst.name, provenance=provenance)
     return report

@@ -16,7 +16,6 @@ from .staging import check_destination
 from .upcycling import DEFAULT_STRATEGY
 from .upcycling.plan import Plan
 from .upcycling.strategy import Strategy
-from .verify import verify as compare
 from .writer import Output
 
 # What of the dense network the rows of each expert tensor are, in order.
@@ -95,8 +94,10 @@ def upcycle(
     )
     outputs = [plan_output(plan, name, shape) for name, shape in tensor_shapes(config).items()]
     provenance = {"method": "upcycle", "strategy": plan.strategy_names, "seed": seed, "arguments": plan.arguments}
+    domains = []
     if len(sources) > 1 and not dry_run:
         provenance["siblings"] = [origin(sibling) for sibling in sources[1:]]
+        domains = list(zip(sources, options.get("domain_texts") or [None] * len(sources), strict=True))
     with torch.device("cpu"):  # where the generators are, whatever the default device
         report = convert(
             sources[0],
@@ -110,15 +111,9 @@ def upcycle(
             check=verify,
             progress=progress,
             memory=plan.memory,
+            domains=domains,
         )
-    report["equal_at_step_0"] = plan.exact
-    if len(sources) > 1 and verify and not dry_run:
-        texts = options.get("domain_texts") or [None] * len(sources)
-        report["domains"] = [
-            {"source": source.name} | compare(source.checkpoint.folder, dst, data=text)
-            for source, text in zip(sources, texts, strict=True)
-        ]
-    return report
+    return report | {"equal_at_step_0": plan.exact}
 
 
 def plan_output(plan: Plan, name: str, shape: tuple[int, ...]) -> Output:

@@ -230,6 +230,12 @@ def test_merge_reports_each_domain_and_where_it_came_from(siblings, tmp_path):
     assert [domain["source"] for domain in report["domains"]] == [folder.name for folder in siblings]
     assert len({domain["perplexity_a"] for domain in report["domains"]}) == 3
     assert all(domain["tokens"] == 40 for domain in report["domains"])
+    card = (tmp_path / "moe" / "README.md").read_text()
+    for folder, text, domain in zip(siblings, texts, report["domains"], strict=True):
+        alone = verify(folder, tmp_path / "moe", data=text)
+        assert alone.items() <= domain.items()
+        perplexities = f"{alone['perplexity_a']:.4g} | {alone['perplexity_b']:.4g}"
+        assert f"\n| {folder.name} | text.txt | {perplexities} |" in card
     provenance = json.loads((tmp_path / "moe" / "config.json").read_text())["provenance"]
     digests = [provenance["sha256"], *(sibling["sha256"] for sibling in provenance["siblings"])]
     assert len({digest["model.safetensors"] for digest in digests}) == 3
