@@ -14,6 +14,14 @@ def train(
     list_: Annotated[bool, typer.Option("--list", help="List the recipes that come along.")] = False,
     show: Annotated[str | None, typer.Option(metavar="RECIPE", help="Print a recipe.")] = None,
     check: Annotated[str | None, typer.Option(metavar="RECIPE", help="Validate a recipe, without training.")] = None,
+    accelerate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Train on every GPU of this machine, as a launch file of Accelerate says: fsdp2, zero2, zero3, "
+            "expert_parallel, or a file of yours. Without a recipe, print where the launch file is.",
+        ),
+    ] = None,
 ) -> None:
     """Train a model as a recipe says. `--key value` replaces the recipe's value of that key."""
     if list_ or show is not None:
@@ -24,6 +32,13 @@ def train(
         from hf_moe.training.stages import check_recipe
 
         print(f"{check}: all {check_recipe(check)} arguments are valid")
+    elif accelerate is not None:
+        from hf_moe.training.launch import find_launch_file, launch
+
+        if recipe is None:
+            print(find_launch_file(accelerate))
+        else:
+            launch(accelerate, [recipe, *context.args])
     else:
         from hf_moe.training.stages import main
 

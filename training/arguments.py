@@ -48,6 +48,13 @@ class ModelArguments:
     experts_implementation: str | None = field(
         default=None, metadata={"help": "grouped_mm, batched_mm, eager; default: the model's own."}
     )
+    expert_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Over how many processes the experts of a layer are split; all else is sharded over all of them. "
+            "Start with --accelerate expert_parallel, and with save_strategy no: Transformers does not resume it."
+        },
+    )
 
 
 @dataclass

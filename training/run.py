@@ -1,5 +1,6 @@
 """What the stages of training share: resuming, data, tokenizer, model, what trains, the run itself, saving."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.distributed import DistributedConfig
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
@@ -114,6 +116,7 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
         revision=model_args.model_revision,
         trust_remote_code=args.trust_remote_code,
         **implementations(model_args),
+        **expert_parallel(model_args.expert_parallel_size),
         **(args.model_init_kwargs or {}),
     )
     args.model_init_kwargs = None  # used
@@ -124,6 +127,20 @@ def implementations(model_args: ModelArguments) -> dict[str, str]:
     """Of attention and experts, where the arguments name them."""
     names = ("attn_implementation", "experts_implementation")
     return {name: getattr(model_args, name) for name in names if getattr(model_args, name) is not None}
+
+
+def expert_parallel(size: int) -> dict[str, DistributedConfig]:
+    """What makes Transformers split the experts of each layer over `size` processes, and shard the rest over all.
+
+    Raises ValueError where the processes cannot be divided so.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if size < 1 or processes % size:
+        raise ValueError(
+            f"expert_parallel_size is {size}, which does not divide the {processes} processes of this run: start with "
+            "--accelerate expert_parallel on as many GPUs, or a multiple."
+        )
+    return {"distributed_config": DistributedConfig(fsdp_size=processes, ep_size=size)} if size > 1 else {}
 
 
 def choose_trained(model: PreTrainedModel, group: str, args: TrainingArguments) -> None:

@@ -1,0 +1,125 @@
+"""Tiny models trained in one process or, sharded, in two: losses, weights and biases, to be compared.
+
+Run by `accelerate launch` it writes what each case in argv[2:] finds to the folder argv[1].
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from hf_moe.training.adapters import AdapterArguments, add_adapter
+from hf_moe.training.checkpoints import load_model
+from hf_moe.training.esft import split_experts
+from transformers.distributed import DistributedConfig
+
+from hf_moe.routers import find_routers
+from tests.training.balance_worker import COEFFICIENTS, train_one_step
+from tests.training.models import hf_moe, hf_moe_biased
+
+RUN = {
+    "max_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "learning_rate": 1e-2,
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "constant",
+}
+BIASED = {**COEFFICIENTS, "router_bias_update_speed": 1e-2}
+
+
+def adapted():
+    parts = ["attention", "routed_experts", "shared_experts"]
+    return add_adapter(hf_moe_biased(n_shared_experts=1), AdapterArguments(lora_parts=parts, lora_r=4))[0]
+
+
+def some_experts():
+    model = hf_moe_biased()
+    split_experts(model, {name: torch.tensor([1, 3, 4]) for name in find_routers(model)})
+    return model
+
+
+def idle():
+    """More experts than a micro-batch of one row has tokens: some are idle, others on each process."""
+    model = hf_moe(num_experts=12, num_experts_per_tok=1, num_mtp_layers=1, tie_word_embeddings=True)
+    model.set_experts_implementation("eager")  # which touches the others alone
+    return model
+
+
+# Name -> model, arguments of the run, the file that it saves.
+CASES = {
+    "biased": (hf_moe_biased, BIASED, "model.safetensors"),
+    "adapter": (adapted, BIASED, "adapter_model.safetensors"),
+    "esft": (some_experts, BIASED, "expert_rows.safetensors"),
+    "idle": (idle, {"router_aux_loss_coef": 3.0, "accumulation": 16}, "model.safetensors"),
+}
+
+
+def run(name: str, folder: Path, processes: int, resume: str | None = None):
+    build, arguments, _ = CASES[name]
+    arguments = RUN | arguments | {"keep_folder": folder, "resume_from_checkpoint": resume}
+    _, trainer = train_one_step(build(), arguments.pop("accumulation", 2), processes, **arguments)
+    trainer.save_model(str(folder / "final"))
+    return trainer
+
+
+def found(trainer) -> dict:
+    """What all processes must agree on, and one process must find too."""
+    keys = ("loss", "grad_norm", "aux_loss", "z_loss", "router_load_max", "router_bias_range")
+    history = [{key: entry[key] for key in keys if key in entry} for entry in trainer.state.log_history[:-1]]
+    return {"history": history, "biases": {name: x.tolist() for name, x in trainer.selection_bias.biases.items()}}
+
+
+def on_cpu() -> None:
+    """Let Accelerate shard over CPU processes, which it does for accelerators alone."""
+    begin = PartialState.__init__
+
+    def begin_as_gpu(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = begin_as_gpu
+
+
+def train_expert_parallel(folder: Path) -> None:
+    """The experts split over the processes as Transformers loads the model, everything else sharded by FSDP2."""
+    del os.environ["ACCELERATE_USE_FSDP"]
+    if PartialState().is_main_process:
+        hf_moe_biased().save_pretrained(folder / "start")
+    PartialState().wait_for_everyone()
+    layout = DistributedConfig(fsdp_size=2, ep_size=2)
+    model = load_model(str(folder / "start"), distributed_config=layout)
+    arguments = RUN | BIASED | {"keep_folder": folder, "save_strategy": "no"}
+    _, trainer = train_one_step(model, 2, 2, **arguments)
+    assert model.model.layers[0].mlp.experts.num_experts == 3
+    trainer.save_model(str(folder / "final"))
+    write(folder, found(trainer))
+
+
+def write(folder: Path, *results: dict) -> None:
+    """What each process found, and more that only one is asked for."""
+    every = [None, None]
+    torch.distributed.all_gather_object(every, results[0])
+    if torch.distributed.get_rank() == 0:
+        folder.with_suffix(".json").write_text(json.dumps([*every, *results[1:]]))
+
+
+def main(folder: str, *names: str):
+    on_cpu()
+    folder = Path(folder)
+    for name in names:
+        trainer = run(name, folder / name, processes=2)
+        assert trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        resumed = run(name, folder / f"{name}-resumed", 2, resume=str(folder / name / "checkpoint-2"))
+        write(folder / name, found(trainer), found(resumed))
+    if trainer.is_fsdp_enabled:
+        train_expert_parallel(folder / "expert_parallel")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

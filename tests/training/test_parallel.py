@@ -1,0 +1,95 @@
+"""Sharded over two CPU processes, a run has the losses, weights and selection biases of one process.
+
+FSDP2, DeepSpeed's ZeRO (where it is installed) and Transformers' expert parallelism, by the launch files that ship.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import is_deepspeed_available
+from hf_moe.training.launch import LAUNCH_FILES
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from .shard_worker import CASES, found, run
+
+ROOT = Path(__file__).resolve().parents[2]
+ZERO = pytest.mark.skipif(not is_deepspeed_available(), reason="needs deepspeed")
+LAYOUTS = ["fsdp2", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def sharded(request, tmp_path_factory):
+    """The folder with what two processes found, in every case."""
+    folder = tmp_path_factory.mktemp(request.param)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    launch += ["--config_file", str(LAUNCH_FILES / f"{request.param}.yaml")]
+    result = subprocess.run(
+        [*launch, str(ROOT / "tests/training/shard_worker.py"), str(folder), *CASES],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,  # an idle expert that some process waits for would never end
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """The same in this process, each case when it is asked for."""
+    folder, results = tmp_path_factory.mktemp("one"), {}
+
+    def result(name: str) -> tuple[dict, Path]:
+        if name not in results:
+            results[name] = found(run(name, folder / name, processes=1))
+        return results[name], folder / name / "final"
+
+    return result
+
+
+def assert_same_run(results: list[dict], expected: dict) -> None:
+    for result in results:
+        for entry, other in zip(result["history"], expected["history"], strict=True):
+            assert entry == pytest.approx(other, rel=1e-5)
+        assert result["biases"] == expected["biases"]
+
+
+def assert_close(folder: Path, expected: Path, name: str) -> None:
+    """Adam divides by the size of the gradient, so that the rounding of small ones shows."""
+    actual, expected = (load_file(path / name) for path in (folder, expected))
+    assert expected.keys() <= actual.keys() <= expected.keys() | {"lm_head.weight"}  # which may be tied
+    for key, weight in expected.items():
+        assert (actual[key].float() - weight.float()).norm() <= 1e-4 * weight.float().norm(), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sharded_run_is_that_of_one_process(sharded, one_process, name):
+    """Losses, gradient norms, counts and biases to 1e-5, on both processes; saved weights to 1e-4 of their norm."""
+    first, second, resumed = json.loads((sharded / f"{name}.json").read_text())
+    expected, final = one_process(name)
+    assert_same_run([first, second, resumed], expected)
+    assert_close(sharded / name / "final", final, CASES[name][2])
+    whole, again = (load_file(sharded / run / "final" / CASES[name][2]) for run in (name, f"{name}-resumed"))
+    assert all(torch.equal(again[key], weight) for key, weight in whole.items())
+    assert not list((sharded / name / "final").glob("_fsdp*")), "the code of PyTorch beside the model"
+
+
+def test_saved_folder_loads(sharded):
+    for name in ("biased", "idle"):
+        saved = AutoModelForCausalLM.from_pretrained(sharded / name / "final")
+        weights = load_file(sharded / name / "final" / "model.safetensors")
+        assert all(torch.equal(x, weights[key]) for key, x in saved.state_dict().items() if key in weights)
+
+
+@pytest.mark.parametrize("sharded", ["fsdp2"], indirect=True)
+def test_expert_parallel_run_is_that_of_one_process(sharded, one_process):
+    expected, final = one_process("biased")
+    assert_same_run(json.loads((sharded / "expert_parallel.json").read_text()), expected)
+    assert_close(sharded / "expert_parallel" / "final", final, "model.safetensors")
