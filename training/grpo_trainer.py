@@ -1,10 +1,11 @@
 """TRL's group-relative policy optimisation for mixture-of-experts models, with router replay."""
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from .policy import MoePolicyMixin, PolicyArguments
 from .router_replay import Indices, check_replayable, fit, of_batches, of_generation, recording, replayed
@@ -25,6 +26,14 @@ class MoeGRPOConfig(PolicyArguments, GRPOConfig):
             "choices": REPLAY,
         },
     )
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler with an order that the epoch's number decides, so that a resumed run goes on in the same one."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
 
 
 class MoeGRPOTrainer(MoePolicyMixin, GRPOTrainer):
@@ -77,6 +86,10 @@ class MoeGRPOTrainer(MoePolicyMixin, GRPOTrainer):
             self.model.train()
             self._prepare_inputs(next(iter(self.get_train_dataloader())))
         return [self.model_inputs(batch) for batch in self._buffered_inputs[:count]]
+
+    def _get_train_sampler(self, dataset=None) -> EpochSampler:
+        x = super()._get_train_sampler(dataset)
+        return EpochSampler(x.data_source, x.mini_repeat_count, x.batch_size, x.repeat_count, x.shuffle, x.seed)
 
     # ---- recording ----
 
@@ -132,9 +145,13 @@ class MoeGRPOTrainer(MoePolicyMixin, GRPOTrainer):
 
     # ---- replaying ----
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def training_records(self, inputs: dict) -> AbstractContextManager:
+        """The context in which the policy takes the experts recorded in a batch."""
         indices = {name.removeprefix(PREFIX): x for name, x in inputs.items() if name.startswith(PREFIX)}
-        self.replaying.enter_context(replayed(self.routers, indices))
+        return replayed(self.routers, indices)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.replaying.enter_context(self.training_records(inputs))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args, **kwargs):
