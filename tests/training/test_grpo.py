@@ -76,13 +76,7 @@ def test_balance_loss_counts_the_tokens_of_the_step_if_asked(tmp_path):
 
 @pytest.mark.parametrize(
     ("replay", "iterations", "recorded"),
-    [
-        ("none", 2, False),
-        ("old_policy", 1, False),
-        ("old_policy", 2, True),
-        ("rollout", 1, True),
-        ("rollout", 2, True),
-    ],
+    [("none", 2, False), ("old_policy", 1, False), ("old_policy", 2, True), ("rollout", 2, True)],
 )
 def test_training_takes_the_recorded_experts(replay, iterations, recorded, tmp_path, monkeypatch):
     """In every update, while the bias moves by more than any gap between scores; without a record they change."""
