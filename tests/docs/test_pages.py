@@ -1,0 +1,68 @@
+"""Every command and every piece of Python in the documentation runs; what can't run here is at least well formed."""
+
+import re
+import shutil
+
+import pytest
+import torch
+import typer
+from hf_moe.training.arguments import RecipeParser
+from hf_moe.training.recipe_files import shipped_recipes
+from hf_moe.training.stages import stage_module
+from hf_moe_cli import app
+
+from tests.docs.conftest import DOCS, PAGES, blocks, commands, run_page
+
+ROOT = DOCS.parent
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))])
+def test_its_blocks_run(page, prepared, tmp_path, monkeypatch):
+    if page == "README.md":
+        assert (prepared / "moe" / "config.json").is_file()
+        return
+    folder = shutil.copytree(prepared, tmp_path / "work")
+    monkeypatch.chdir(folder)
+    torch.set_num_threads(1)
+    run_page(page)
+
+
+def options_of(words: list[str]) -> set[str]:
+    return {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not all(block.runs for block in blocks(page))])
+def test_what_does_not_run_here_is_well_formed(page):
+    known = typer.main.get_command(app).commands
+    for block in blocks(page):
+        if block.runs:
+            continue
+        if block.language == "python":
+            compile(block.text, page, "exec")
+            continue
+        for words in commands(block):
+            if "hf-moe" not in words and "hf_moe_cli" not in words:
+                continue
+            command, *words = words[words.index("hf-moe" if "hf-moe" in words else "hf_moe_cli") + 1 :]
+            given = options_of(words)
+            options = {option for parameter in known[command].params for option in parameter.opts}
+            if command == "train" and not words[0].startswith("-"):
+                recipe = words[0] if words[0] in shipped_recipes() else "tiny/sft"
+                parser = RecipeParser(stage_module([recipe, *words[1:]]).ARGUMENTS)
+                options = options | {option for action in parser._actions for option in action.option_strings}
+                options.add("--stage")
+            assert given <= options, (page, command, given - options)
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            if not target.startswith("http"):
+                assert (DOCS / page).parent.joinpath(target).exists(), (page, target)
+
+
+def test_the_index_names_every_page_and_the_readme_the_index():
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert {page for page in PAGES if f"({page})" not in index} == {"README.md"}
+    assert "(docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
