@@ -1,15 +1,18 @@
-"""A dense model to 8 experts: hf_moe beside mergekit-moe and MixtureKit, and beside a plain copy of the same bytes.
+"""A dense model to 8 experts: hf_moe beside mergekit-moe and MixtureKit, and beside plain copies of the same bytes.
 
     python -m venv MERGEKIT && MERGEKIT/bin/pip install mergekit==0.1.5
     python -m venv MIXTUREKIT && MIXTUREKIT/bin/pip install MixtureKit==1.1.1
     python benchmarks/conversion.py WORK --mergekit MERGEKIT --mixturekit MIXTUREKIT \
         [--rounds 3] [--out benchmarks/results/conversion.md]
 
-WORK: a folder on the disk to measure, with 20 GB free. The dense model is a random bfloat16 Llama of TinyLlama's
+WORK: a folder on the disk to measure, with 30 GB free. The dense model is a random bfloat16 Llama of TinyLlama's
 sizes.
 Converters take turns, each in a process of its own; a round's output is removed before the next. Time counts until the
 bytes are on the disk (`sync`), imports included. Memory is the largest sum of RssAnon over the process and its
-children, looked at every 10 ms. The plain copy writes as many bytes from the same source file with copy_file_range.
+children, looked at every 10 ms. hf_moe is the command `hf-moe upcycle --no-verify`, as neither the
+peers nor a copy compare any logits. "cp -r" copies what it has just written; "copy from memory" writes as many bytes
+with copy_file_range out of the 2.2 GB source, which the system holds in memory, so that nothing is read from the disk.
+The same command with --dry-run says how long it takes to the first byte.
 
 What a conversion computes is compared on a small Llama of the same kind with biases, in float32, after the tools' own
 conversion of it: the largest difference between a logit of the result and of the dense model.
@@ -19,6 +22,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -47,13 +51,9 @@ SMALL = {
     "initializer_range": 0.1,  # outputs far from uniform, so that a wrong one shows
 }
 VOCAB_SIZE = 32000
+CP, FROM_MEMORY, DRY = "cp -r", "copy from memory", "hf_moe --dry-run"  # beside the converters
 
 # Run by the converter's own Python.
-OURS = """
-import sys
-from hf_moe.conversion import upcycle
-upcycle(sys.argv[1], sys.argv[2], experts={experts}, top_k={top_k}, verify=False, progress=False)
-"""
 MIXTUREKIT = """
 import sys
 import torch
@@ -129,8 +129,9 @@ def anonymous(pid: int) -> int:
 
 
 def measured(command: list[str], output: Path) -> dict:
-    """Run a converter. Its time until the disk has everything, its peak memory and the bytes it wrote."""
+    """Run a converter. Its time until the disk has everything, its CPU time, peak memory and the bytes it wrote."""
     os.sync()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -142,8 +143,10 @@ def measured(command: list[str], output: Path) -> dict:
         if process.returncode:
             log.seek(0)
             return {"error": log.read().strip().splitlines()[-1]}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "seconds": seconds,
+        "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "peak": peak,
         "bytes": sum(path.stat().st_size for path in output.rglob("*") if path.is_file()),
     }
@@ -151,7 +154,8 @@ def measured(command: list[str], output: Path) -> dict:
 
 def commands(args: argparse.Namespace, source: Path, output: Path, dtype: str) -> dict[str, list[str]]:
     sizes = {"experts": EXPERTS, "top_k": TOP_K, "dtype": dtype}
-    said = {"hf_moe": [sys.executable, "-c", OURS.format(**sizes), str(source), str(output)]}
+    ours = [str(Path(sys.executable).with_name("hf-moe")), "upcycle", str(source), str(output), "--no-verify"]
+    said = {"hf_moe": [*ours, "--experts", str(EXPERTS), "--top-k", str(TOP_K)]}
     if args.mergekit:
         config = args.work / f"mergekit-{dtype}.yaml"
         expert = f"  - source_model: {source}\n    positive_prompts: [w1]\n"
@@ -200,17 +204,25 @@ def main() -> None:
     shutil.rmtree(output, ignore_errors=True)  # of a run that was stopped
     results: dict[str, list[dict]] = {}
     loads = []
-    for turn in range(args.rounds):
-        for name, command in commands(args, large, output, "bfloat16").items():
-            results.setdefault(name, []).append(measured(command, output))
-            print(turn, name, results[name][-1], flush=True)
+    copied = args.work / "copied"
+
+    def measure(name: str, command: list[str], written: Path) -> dict:
+        results.setdefault(name, []).append(measured(command, written))
+        print(len(loads), name, results[name][-1], flush=True)
+        return results[name][-1]
+
+    for _ in range(args.rounds):
+        (ours, command), *peers = commands(args, large, output, "bfloat16").items()
+        measure(DRY, [*command, "--dry-run"], copied)
+        count = measure(ours, command, output)["bytes"]
+        measure(CP, ["cp", "-r", str(output), str(copied)], copied)
+        shutil.rmtree(copied)
+        shutil.rmtree(output)
+        measure(FROM_MEMORY, [sys.executable, "-c", COPY, str(large), str(output), str(count)], output)
+        shutil.rmtree(output)
+        for name, command in peers:
+            measure(name, command, output)
             shutil.rmtree(output, ignore_errors=True)
-            if name == "hf_moe":
-                count = results[name][-1]["bytes"]
-                copy = [sys.executable, "-c", COPY, str(large), str(output), str(count)]
-                results.setdefault("plain copy", []).append(measured(copy, output))
-                print(turn, "plain copy", results["plain copy"][-1], flush=True)
-                shutil.rmtree(output, ignore_errors=True)
         loads.append(os.getloadavg()[0])
 
     differences: dict[str, dict[str, str]] = {}
@@ -220,8 +232,7 @@ def main() -> None:
     shutil.rmtree(output, ignore_errors=True)
     print(json.dumps(differences, indent=1), flush=True)
 
-    imports = [measured([sys.executable, "-c", "import hf_moe.conversion"], output)["seconds"] for _ in range(3)]
-    text = table(results, differences, pythons, [loads, imports], args)
+    text = table(results, differences, pythons, loads, args)
     print(text)
     if args.out:
         args.out.write_text(text, encoding="utf-8")
@@ -237,23 +248,21 @@ def randomise_biases(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def table(results: dict, differences: dict, pythons: dict, around: list[list[float]], args: argparse.Namespace) -> str:
-    loads, imports = around
+def table(results: dict, differences: dict, pythons: dict, loads: list[float], args: argparse.Namespace) -> str:
     packages = {"hf_moe": "hf_moe", "mergekit-moe": "mergekit", "MixtureKit": "MixtureKit"}
-    copied = min(run["seconds"] for run in results["plain copy"])
+    seconds = {name: [run["seconds"] for run in runs if "seconds" in run] for name, runs in results.items()}
+    copied, first = min(seconds[CP]), min(seconds[DRY])
     rows = []
     for name, runs in results.items():
         ended = [run for run in runs if "seconds" in run]
         differ = differences.get(name, {})
         if not ended:
-            rows.append(f"| {name} | {runs[-1]['error'][:120]} | | | | | |")
+            rows.append(f"| {name} | {runs[-1]['error'][:120]} | | | | | | | |")
             continue
-        best, peak = min(run["seconds"] for run in ended), max(run["peak"] for run in ended)
-        rows.append(
-            f"| {name} | {best:.1f} | {max(run['seconds'] for run in ended):.1f} | {best / copied:.2f} | "
-            f"{peak / 1e9:.2f} | {ended[-1]['bytes'] / 1e9:.2f} | {differ.get('plain', '')} | "
-            f"{differ.get('with biases', '')} |"
-        )
+        best, peak = min(seconds[name]), max(run["peak"] for run in ended)
+        numbers = [f"{best:.1f}", f"{max(seconds[name]):.1f}", f"{best / copied:.2f}"]
+        numbers += [f"{min(run['cpu'] for run in ended):.1f}", f"{peak / 1e9:.2f}", f"{ended[-1]['bytes'] / 1e9:.2f}"]
+        rows.append("| " + " | ".join([name, *numbers, differ.get("plain", ""), differ.get("with biases", "")]) + " |")
     lines = [
         "# Upcycling a 1.1B Llama to 8 experts",
         "",
@@ -261,8 +270,8 @@ def table(results: dict, differences: dict, pythons: dict, around: list[list[flo
         "`python benchmarks/conversion.py`: " + f"the fastest of {args.rounds} rounds in which the tools take turns,",
         "and the slowest. Time includes imports and `sync`; memory is the peak of anonymous memory.",
         "",
-        "| | s, fastest | slowest | / plain copy | GB of memory | GB written | max \\|Δlogit\\| | with biases |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| | s, fastest | slowest | / cp -r | CPU s | GB of memory | GB written | max \\|Δlogit\\| | with biases |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         *rows,
         "",
         "- max |Δlogit|: a small Llama (4 layers, width 256, float32), converted and loaded by the tool's own "
@@ -279,7 +288,12 @@ def table(results: dict, differences: dict, pythons: dict, around: list[list[flo
         f"memory, Python {platform.python_version()}; load averages after the rounds "
         + ", ".join(f"{load:.1f}" for load in loads)
         + ": other work shared the machine, so minima mean more than the slowest.",
-        f"- Of hf_moe's time its imports are about {min(imports):.1f} s (fastest of 3 without any conversion).",
+        f"- hf_moe is the command `hf-moe upcycle --no-verify`. {CP} copies the files that it has just written; "
+        f"{FROM_MEMORY} writes as many bytes from the source alone, which is in memory: beside that hf_moe takes "
+        f"{min(seconds['hf_moe']) / min(seconds[FROM_MEMORY]):.2f} times as long.",
+        f"- Of hf_moe's time {first:.1f} s pass before the first byte is written, nearly all in importing torch and "
+        f"Transformers. Without them: {(min(seconds['hf_moe']) - first) / copied:.2f} of {CP}, "
+        f"{(min(seconds['hf_moe']) - first) / min(seconds[FROM_MEMORY]):.2f} of {FROM_MEMORY}.",
     ]
     return "\n".join(lines) + "\n"
 
