@@ -1,6 +1,7 @@
 """A Hub on loopback that the real client talks to, and a small model to send there."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -56,13 +57,18 @@ def model():
     return tiny_model(vocab_size=259)
 
 
-@pytest.fixture
-def folder(model, tmp_path):
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
     """The model in five shards, with a tokenizer."""
-    path = tmp_path / "model"
-    model.save_pretrained(path, max_shard_size="100KB")
+    path = tmp_path_factory.mktemp("hub") / "saved"
+    tiny_model(vocab_size=259).save_pretrained(path, max_shard_size="100KB")
     tiny_tokenizer().save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
 
 
 @pytest.fixture
