@@ -1,6 +1,6 @@
 """QLoRA: what is stored in 4 bits, fused experts too, and a run from recipe to merged model."""
 
-import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ from hf_moe import HfMoeForCausalLM
 from .models import hf_moe, hf_moe_biased, mixtral
 from .policies import BYTES, pairs, save_model, write_rows
 
+needs_package = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="4-bit weights need bitsandbytes: pip install 'hf_moe[qlora]'"
+)
 CPU = torch.device("cpu")
 # The 16 levels of NF4: https://arxiv.org/abs/2305.14314, appendix E.
 LEVELS = "-1 -0.6961928 -0.52507305 -0.3949175 -0.28444138 -0.18477343 -0.09105004 0 "
@@ -27,6 +30,9 @@ ALL_PARTS = {"mlp_layer_types": ["dense", "sparse"], "n_shared_experts": 1}
 def wide(**changes):
     """Whole blocks of 64, of several experts each."""
     return hf_moe(**ALL_PARTS, hidden_size=64, moe_intermediate_size=24, **changes)
+
+
+MODELS = {"hf_moe": wide, "mixtral": lambda: mixtral(hidden_size=64, intermediate_size=24)}
 
 
 def test_missing_package_is_named(monkeypatch):
@@ -40,11 +46,7 @@ def test_base_without_adapter():
         check_adapter_arguments(AdapterArguments(lora_base="nf4"), "all")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def bitsandbytes():
-    return pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes: pip install 'hf_moe[qlora]'")
-
-
+@needs_package
 def test_values_are_the_nearest_levels():
     torch.manual_seed(0)
     weight = torch.randn(3, 7, 64)
@@ -57,9 +59,8 @@ def test_values_are_the_nearest_levels():
     assert packed.shape == weight.shape and packed.bytes < 0.6 * weight.numel()
 
 
-@pytest.mark.parametrize(
-    "make", [wide, lambda: mixtral(hidden_size=64, intermediate_size=24)], ids=["hf_moe", "mixtral"]
-)
+@needs_package
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_every_matrix_is_covered_and_nothing_else(make):
     model, plain = make(), make()
     said = quantize(model, matrices(model), CPU)
@@ -73,14 +74,13 @@ def test_every_matrix_is_covered_and_nothing_else(make):
         coverage(plain, targets, 1, 1)
 
 
+@needs_package
 def test_adapter_trains_beside_4_bits_as_beside_their_values():
     """Forward and gradient, on a model whose weights are the values that the 4 bits stand for."""
     model = wide()
     quantize(model, matrices(model), CPU)
-    plain = copy.deepcopy(wide())
-    plain.load_state_dict(
-        {name: x.values() if isinstance(x, Nf4Weight) else x for name, x in model.state_dict().items()}
-    )
+    plain, weights = wide(), model.state_dict()
+    plain.load_state_dict({name: x.values() if isinstance(x, Nf4Weight) else x for name, x in weights.items()})
     parts, ids, results = ["attention", "dense_mlp", "routed_experts"], torch.arange(3, 33).view(2, 15), []
     for x in (model, plain):
         adapted, _ = add_adapter(x, AdapterArguments(lora_parts=parts, lora_r=3))
@@ -96,6 +96,7 @@ def test_adapter_trains_beside_4_bits_as_beside_their_values():
         torch.testing.assert_close(one, other)
 
 
+@needs_package
 def test_copies_keep_4_bits_and_other_types_do_not():
     weight = Nf4Weight.quantize(torch.randn(5, 64))
     moved = weight.moved(CPU)
@@ -122,6 +123,7 @@ def command(tmp_path_factory):
     return folder, words
 
 
+@needs_package
 def test_run_ends_in_a_merged_model_with_the_same_routes(command, capsys):
     folder, words = command
     metrics = main(words("whole", "--lora_merge", "float32"))
@@ -138,6 +140,7 @@ def test_run_ends_in_a_merged_model_with_the_same_routes(command, capsys):
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@needs_package
 def test_resumed_run_ends_bitwise_where_the_unbroken_one_ends(command):
     folder, words = command
     main(words("resumed", "--resume_from_checkpoint", folder / "whole" / "checkpoint-2"))
