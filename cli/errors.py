@@ -6,7 +6,7 @@ import typer
 UsageError = typer.BadParameter.__mro__[1]
 
 # The extra that brings a package.
-EXTRAS = {"datasets": "train", "peft": "train", "trl": "train", "llguidance": "guided"}
+EXTRAS = {"datasets": "train", "peft": "train", "trl": "train", "llguidance": "guided", "matplotlib": "plots"}
 
 
 def one_line(error: Exception) -> str | None:

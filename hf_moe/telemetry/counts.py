@@ -4,10 +4,12 @@ Shapes: T tokens that are not padding, E experts, K experts per token, N domains
 """
 
 import torch
+from accelerate import Accelerator
 
 from ..routers import Router, Routing
 
 RARE = 10  # an id that occurs less often says nothing of where it goes (OLMoE's threshold, too)
+SUMS = ("tokens_N", "chosen_NE", "first_NE", "together_EE", "entropy_N", "read_VE", "predicted_VE")
 FOLLOWED = 4096  # most frequent token ids whose experts are counted
 
 
@@ -50,6 +52,11 @@ class RouterCounts:
         for table_VE, row_T in ((self.read_VE, read_T), (self.predicted_VE, predicted_T)):
             cell = (row_T * logits_TE.shape[-1] + first_T)[row_T >= 0]
             table_VE.view(-1).index_add_(0, cell, torch.ones_like(cell))
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Add up the sums of all processes."""
+        for name in SUMS:
+            setattr(self, name, accelerator.reduce(getattr(self, name), reduction="sum"))
 
 
 def first_choice(routing: Routing) -> torch.Tensor:

@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from .sections import chosen_layers, off_diagonal
+
 INK, GRID, SOFT = "#1f2430", "#d3d7de", "#59627a"
 # Okabe and Ito's, darkened where white paper needs it; the page has its own for dark paper.
 SERIES = ("#0067a5", "#c4500b", "#00795a", "#a8417f", "#6b6b00", "#3f3f9f")
@@ -36,12 +38,6 @@ STYLE = {
 NARROW, WIDE, MOST_NARROW = 3.5, 8.0, 20  # inches; columns that fit the narrow one
 VECTOR = 600  # cells up to which a map is drawn as shapes
 CHANCE = "chance"
-
-
-def chosen_layers(numbers: dict) -> list[int]:
-    """Places of the first, the middle and the last layer."""
-    last = len(numbers["layers"]) - 1
-    return sorted({0, (last + 1) // 2, last})
 
 
 def heat_map(
@@ -194,10 +190,6 @@ def similarity(numbers: dict) -> Iterator[tuple[str, Figure]]:
         yield "", lines(labels(numbers), series, "cosine of two experts", percent=False)
 
 
-def off_diagonal(matrix: list[list[float]]) -> list[float]:
-    return [value for i, row in enumerate(matrix) for value in row[:i]]
-
-
 def pruning(numbers: dict) -> Iterator[tuple[str, Figure]]:
     costs = [{cost["expert"]: cost["loss_change"] for cost in layer["pruning"]} for layer in numbers["layers"]]
     places = {layer["router"]: place for place, layer in enumerate(numbers["layers"])}
@@ -225,7 +217,11 @@ FIGURES = {
 
 def draw(name: str, numbers: dict) -> list[tuple[str, Figure]]:
     with matplotlib.rc_context(STYLE):
-        return list(FIGURES[name](numbers))
+        panels = list(FIGURES[name](numbers))
+        for _, figure in panels:  # laid out once, for both files
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+    return panels
 
 
 def png(figure: Figure) -> bytes:

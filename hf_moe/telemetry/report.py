@@ -76,7 +76,7 @@ def render(numbers: dict[str, Any], found: list[Finding], panels: dict[str, list
 
     sections = []
     for name, section in SECTIONS.items():
-        if panels[name]:
+        if panels.get(name):
             said = [finding.text for finding in found if finding.section == name]
             tables = list(section.tables(numbers))
             shown = {"name": name, "said": said, "panels": panels[name], "tables": tables}

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from .figures import chosen_layers, off_diagonal
 from .findings import percent
 
 MIXTRAL, OLMOE = "Mixtral, arXiv 2401.04088", "OLMoE, arXiv 2409.02060"
@@ -23,6 +22,16 @@ class Section(NamedTuple):
     read: str  # how to read the figure, one or two sentences
     source: str
     tables: Callable[[dict], Iterator[Table]]
+
+
+def chosen_layers(numbers: dict) -> list[int]:
+    """Places of the first, the middle and the last layer."""
+    last = len(numbers["layers"]) - 1
+    return sorted({0, (last + 1) // 2, last})
+
+
+def off_diagonal(matrix: list[list[float]]) -> list[float]:
+    return [value for i, row in enumerate(matrix) for value in row[:i]]
 
 
 def per_expert(numbers: dict, title: str, value: Callable[[dict, int], str]) -> Table:

@@ -1,0 +1,104 @@
+"""Reading texts: what is read, how it is cut, and what is refused."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from hf_moe.telemetry.texts import Domain, named_sources, texts
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def as_lines(*rows):
+    return "\n".join(map(json.dumps, rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "read"),
+    [
+        ("a.txt", "one\ntwo\n", ["one\ntwo\n"]),
+        ("a.jsonl", as_lines({"text": "one"}, {"text": "two"}) + "\n\n", ["one", "two"]),
+        ("a.jsonl", as_lines({"prompt": "one ", "completion": "two"}), ["one two"]),
+        ("a.json", json.dumps([{"text": "one"}, {"text": "two"}]), ["one", "two"]),
+        ("a.csv", "id,text\n1,one\n2,two\n", ["one", "two"]),
+    ],
+    ids=["text", "jsonl", "prompt-completion", "json", "csv"],
+)
+def test_what_is_read(tmp_path, tokenizer, name, content, read):
+    assert list(texts(write(tmp_path, name, content), tokenizer)) == read
+
+
+def test_conversations_go_through_the_chat_template(tmp_path, tokenizer):
+    path = write(tmp_path, "a.jsonl", as_lines({"messages": CHAT}))
+    assert list(texts(path, tokenizer)) == [tokenizer.apply_chat_template(CHAT, tokenize=False)]
+
+
+def test_parquet(tmp_path, tokenizer):
+    Dataset.from_dict({"text": ["one", "two"]}).to_parquet(tmp_path / "a.parquet")
+    assert list(texts(str(tmp_path / "a.parquet"), tokenizer)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", '{"text": "one"}\n{"text": ', "line 2 is no JSON"),
+        ("a.jsonl", as_lines({"body": "one"}), "row 1 has the columns body; expected text, messages"),
+        ("a.jsonl", "[1]", "row 1 has the columns of no object"),
+        ("a.csv", "id,body\n1,one\n", "row 1 has the columns id, body"),
+        ("a.json", "[{", "cannot be read as rows"),
+        ("a.parquet", "no parquet", "cannot be read as rows"),
+        ("a.txt", b"one \xff\xfe two", "is no text in UTF-8"),
+        ("a.txt", " \n", "holds no text"),
+        ("a.jsonl", as_lines({"text": ""}), "holds no text"),
+    ],
+    ids=["cut", "column", "no-object", "csv-column", "json", "parquet", "binary", "blank", "empty-rows"],
+)
+def test_broken_texts_are_refused_in_one_line(tmp_path, tokenizer, name, content, said):
+    path = write(tmp_path, name, content)
+    with pytest.raises(ValueError, match=said) as error:
+        Domain("a", path, tokenizer, 16, None).count(512)
+    assert path in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["no/such/file.txt", "./nothing", "nothing"])
+def test_what_is_not_there(source, tokenizer):
+    with pytest.raises(FileNotFoundError, match=source):
+        list(texts(source, tokenizer))
+
+
+def test_windows_stay_within_a_text_and_the_limit(tmp_path, tokenizer):
+    rows = ["A dog ran far away.", "Hi.", "The cat sat on the mat and slept."]
+    path = write(tmp_path, "a.jsonl", as_lines(*({"text": text} for text in rows)))
+    whole = [tokenizer(text).input_ids for text in rows]
+    windows = list(Domain("a", path, tokenizer, 7, None).windows())
+    assert [token for ids in windows for token in ids] == [token for ids in whole for token in ids]
+    assert windows == [ids[i : i + 7] for ids in whole for i in range(0, len(ids), 7)]
+    limited = Domain("a", path, tokenizer, 7, 10)
+    assert sum(map(len, limited.windows())) == 10 and int(limited.count(512).sum()) == 10
+    batches = list(Domain("a", path, tokenizer, 7, None).batches(21))
+    assert len(batches) > 1 and all(batch.ids.numel() <= 21 for batch in batches)
+    rows = [row[mask.bool()].tolist() for ids, mask in batches for row, mask in zip(ids, mask, strict=True)]
+    assert sorted(rows) == sorted(windows)
+
+
+def test_names_of_domains(tmp_path):
+    (tmp_path / "a=b.txt").write_text("x")
+    assert named_sources(["x/a.txt", "y/a.txt", "b.jsonl"]) == {"x/a": "x/a.txt", "y/a": "y/a.txt", "b": "b.jsonl"}
+    assert named_sources(["code=x/a.txt", "owner/name"]) == {"code": "x/a.txt", "name": "owner/name"}
+    assert named_sources([str(tmp_path / "a=b.txt")]) == {"a=b": str(tmp_path / "a=b.txt")}
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [([], "no text to trace"), (["a.txt", "a.txt"], "given twice"), (["x=a.txt", "x=b.txt"], "called x")],
+)
+def test_names_that_clash(data, said):
+    with pytest.raises(ValueError, match=said):
+        named_sources(data)
