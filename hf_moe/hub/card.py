@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from . import tables
 from .curves import curve_table, draw_curves
 from .evaluations import evaluation_rows, held_out_results, lm_eval_results, merged
-from .folder import INHERITED, MARKER, SavedModel, card_of, own_metadata, read_folder
+from .folder import INHERITED, MARKER, SavedModel, card_of, own_metadata, read_folder, routed_experts
 from .routing_figures import read_trace
 
 FIGURES = "figures"
@@ -225,7 +225,8 @@ def metadata(
     family = saved.config.model_type if saved.config is not None else None
     method = saved.provenance.get("method")
     stages = [stage["stage"] for stage in saved.stages if "stage" in stage]
-    derived = filter(None, [family, "mixture-of-experts", method, KIND_TAGS.get(saved.kind)])
+    sparse = saved.config is None or routed_experts(saved.config)[0] > 1
+    derived = filter(None, [family, "mixture-of-experts" if sparse else None, method, KIND_TAGS.get(saved.kind)])
     return ModelCardData(
         **said,
         base_model_relation=RELATIONS.get(template) if said["base_model"] else None,

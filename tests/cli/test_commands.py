@@ -95,7 +95,9 @@ MISTAKES = {
     "generate-top-p": (("generate", DEMO_MODEL, "--prompt", "a", "--top-p", "0.5"), "--temperature"),
     "generate-temperature": (("generate", DEMO_MODEL, "--prompt", "a", "--temperature", "-1"), "--temperature"),
     "card-missing-folder": (("card", "{missing}"), "{missing}"),
-    "card-dense": (("card", DEMO_MODEL), "'llama'"),
+    "card-damaged-weights": (("card", "{cut}"), "cut short"),
+    "push-missing-folder": (("push", "{missing}", "me/model"), "{missing}"),
+    "push-repository-name": (("push", "{full}", "me/my model"), "'me/my model'"),
     "demo-output-not-empty": (("demo", "--out", "{full}"), "{full}"),
     "no-such-command": (("upcycel",), "upcycel"),
 }
