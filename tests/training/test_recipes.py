@@ -40,7 +40,7 @@ SMALL |= {"gradient_accumulation_steps": 2, "save_strategy": "no", "warmup_steps
 PRETRAIN = {"gradient_accumulation_steps": 1, "train_tokens": 1024, "batch_tokens": 512}
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.split("/")[1] in TRAINED])
 def test_recipe_runs_and_trains_its_parts(name, data_folder, text_folder, tmp_path):
     architecture, kind = name.split("/")
     stage = read_recipe(name).get("stage")
