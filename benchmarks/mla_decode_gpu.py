@@ -25,6 +25,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 from hf_moe.model.modeling_hf_moe import HfMoeExperts
 from hf_moe.model.router import HfMoeRouter
+from hf_moe.sizes import sizes
 from hf_moe.version import __version__
 
 CASES = [(1, 128), (1, 4096), (1, 32768), (16, 128), (16, 4096)]  # batch, context
@@ -116,8 +117,7 @@ def bytes_of_a_step(model, batch: int, context: int, new: int) -> float:
     one = sum(x.nbytes for x in experts[0].parameters()) / model.config.num_experts
     routed = sum(x.nbytes for module in experts for x in module.parameters())
     others = sum(x.nbytes for x in model.parameters()) - routed - model.get_input_embeddings().weight.nbytes
-    config = model.config
-    cached = 2 * config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
+    cached = sizes(model.config)["kv_cache_bytes_per_token"]
     chosen = statistics.mean(distinct) * len(experts)
     return chosen * one + others + batch * (context + new / 2) * cached
 

@@ -147,8 +147,7 @@ class HfMoeAttention(nn.Module):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
 
         if self.has_rope:
-            query = rotate(query, *position_embeddings, interleaved=self.config.rope_interleave)
-            key = rotate(key, *position_embeddings, interleaved=self.config.rope_interleave)
+            query, key = self.rotated(query, key, *position_embeddings)
             if self.config.qk_norm == "l2":
                 query, key = (l2_norm(x, self.config.rms_norm_eps) for x in (query, key))
         elif self.config.attn_temperature_tuning:
@@ -160,3 +159,9 @@ class HfMoeAttention(nn.Module):
             kwargs["s_aux"] = self.sinks
         output, probabilities = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.flatten(-2).contiguous()), probabilities
+
+    def rotated(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query and key [B, heads, S, d] at their positions; kernels take this method's place."""
+        return tuple(rotate(x, cos, sin, interleaved=self.config.rope_interleave) for x in (query, key))

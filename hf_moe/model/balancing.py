@@ -2,7 +2,8 @@
 
 Shape suffixes: T tokens, B sequences, E routed experts, G expert groups (devices). Each loss is per layer, and the
 model averages over its routers. (Pooling the layers before the product, as done elsewhere, lets opposite
-imbalances cancel.) Padding never counts.
+imbalances cancel.) Padding never counts. Every tensor may have one more dimension before these, the layers; a loss
+then has it, too: with one launch for all layers.
 
 A load (who was chosen how often) carries no gradient, so a loss is split in two: `statistics` counts, and the loss
 weighs this batch's scores by the counts. Counts of one batch give that batch's loss. Counts summed over the
@@ -48,10 +49,11 @@ def routed(
     eq. 19).
     """
     if mask_T is None:
-        mask_T = torch.ones_like(logits_TE[:, 0])
-    rows_TK = torch.arange(len(index_TK), device=index_TK.device) if token_S is None else token_S
+        mask_T = torch.ones_like(logits_TE[..., 0])
+    rows_T = torch.arange(index_TK.shape[-2], device=index_TK.device) if token_S is None else token_S
     chosen_TE = torch.zeros(logits_TE.shape, dtype=torch.bool, device=logits_TE.device)
-    chosen_TE[rows_TK.unsqueeze(-1).expand_as(index_TK), index_TK] = True
+    places_TK = rows_T.unsqueeze(-1) * logits_TE.shape[-1] + index_TK
+    chosen_TE.flatten(-2).scatter_(-1, places_TK.flatten(-2), True)  # a view
     affinity_TE = affinity_TE.float() / affinity_TE.float().sum(dim=-1, keepdim=True)
     return Routed(logits_TE.float(), affinity_TE, chosen_TE, mask_T.to(logits_TE.device).float(), sequences)
 
@@ -60,12 +62,12 @@ def routed(
 def statistics(batch: Routed, n_group: int = 1) -> Statistics:
     """Count one batch."""
     counted_TE = batch.chosen_TE * batch.mask_T.unsqueeze(-1)
-    groups_TGE = counted_TE.view(len(counted_TE), n_group, -1)
+    groups_TGE = counted_TE.unflatten(-1, (n_group, -1))
     return Statistics(
-        tokens=batch.mask_T.sum(),
-        sequences=(batch.mask_T.view(batch.sequences, -1).sum(dim=-1) > 0).sum().float(),
-        counts_E=counted_TE.sum(dim=0),
-        sent_G=groups_TGE.amax(dim=-1).sum(dim=0),
+        tokens=batch.mask_T.sum(dim=-1),
+        sequences=(batch.mask_T.unflatten(-1, (batch.sequences, -1)).sum(dim=-1) > 0).sum(dim=-1).float(),
+        counts_E=counted_TE.sum(dim=-2),
+        sent_G=groups_TGE.amax(dim=-1).sum(dim=-2),
     )
 
 
@@ -86,8 +88,8 @@ def spread_over_experts(load_G: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 def weighted_affinity(batch: Routed, load_E: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """sum_i load_i P_i, with P_i = sum_t s_{i,t} / tokens."""
-    P_E = (batch.affinity_TE * batch.mask_T.unsqueeze(-1)).sum(dim=0) / tokens.clamp_min(1.0)
-    return (load_E * P_E).sum()
+    P_E = (batch.affinity_TE * batch.mask_T.unsqueeze(-1)).sum(dim=-2) / tokens.clamp_min(1.0).unsqueeze(-1)
+    return (load_E * P_E).sum(dim=-1)
 
 
 def expert_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
@@ -103,10 +105,9 @@ def expert_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
 def device_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
     """sum_d f'_d P'_d, f'_d the mean of f over group d, P'_d the sum of P (DeepSeekMoE, eq. 15-17). 1 at balance."""
     load_E = expert_load(counted.counts_E)
-    num_experts, groups = len(load_E), len(counted.sent_G)
-    return weighted_affinity(
-        batch, spread_over_experts(load_E.view(groups, -1).mean(dim=-1), num_experts), counted.tokens
-    )
+    num_experts, groups = load_E.shape[-1], counted.sent_G.shape[-1]
+    load_G = load_E.unflatten(-1, (groups, -1)).mean(dim=-1)
+    return weighted_affinity(batch, spread_over_experts(load_G, num_experts), counted.tokens)
 
 
 def communication_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
@@ -114,8 +115,8 @@ def communication_loss(batch: Routed, counted: Statistics, config) -> torch.Tens
 
     M is topk_group. 1 at balance where every token reaches M groups, less where some reach fewer.
     """
-    num_experts, groups = len(counted.counts_E), len(counted.sent_G)
-    load_G = counted.sent_G * groups / (config.topk_group * counted.tokens.clamp_min(1.0))
+    num_experts, groups = counted.counts_E.shape[-1], counted.sent_G.shape[-1]
+    load_G = counted.sent_G * groups / (config.topk_group * counted.tokens.clamp_min(1.0).unsqueeze(-1))
     return weighted_affinity(batch, spread_over_experts(load_G, num_experts), counted.tokens)
 
 
@@ -124,17 +125,18 @@ def sequence_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
 
     1 at balance within every sequence. A row of the batch is a sequence.
     """
-    mask_BS1 = batch.mask_T.view(batch.sequences, -1, 1)
-    chosen_BSE = batch.chosen_TE.view(batch.sequences, -1, batch.chosen_TE.shape[-1])
-    load_BE = expert_load((chosen_BSE * mask_BS1).sum(dim=1))
-    P_BE = (batch.affinity_TE.view_as(chosen_BSE) * mask_BS1).sum(dim=1) / mask_BS1.sum(dim=1).clamp_min(1.0)
-    return (load_BE * P_BE).sum() / counted.sequences.clamp_min(1.0)
+    split = (batch.sequences, -1)
+    mask_BS1 = batch.mask_T.unflatten(-1, split).unsqueeze(-1)
+    load_BE = expert_load((batch.chosen_TE.unflatten(-2, split) * mask_BS1).sum(dim=-2))
+    affinity_BE = (batch.affinity_TE.unflatten(-2, split) * mask_BS1).sum(dim=-2)
+    P_BE = affinity_BE / mask_BS1.sum(dim=-2).clamp_min(1.0)
+    return (load_BE * P_BE).sum(dim=(-1, -2)) / counted.sequences.clamp_min(1.0)
 
 
 def z_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
     """mean_t (logsumexp_j x_{j,t})^2 (ST-MoE, https://arxiv.org/abs/2202.08906, eq. 5)."""
     squared_T = batch.logits_TE.logsumexp(dim=-1).square()
-    return (squared_T * batch.mask_T).sum() / counted.tokens.clamp_min(1.0)
+    return (squared_T * batch.mask_T).sum(dim=-1) / counted.tokens.clamp_min(1.0)
 
 
 # The coefficient of each loss in the configuration -> the loss.

@@ -17,14 +17,15 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
+from transformers.utils.output_capturing import capture_outputs
 
 logger = logging.get_logger(__name__)
 
 ROUND = 256  # capacities are multiples of this, so that texts of about one length share a cache and its graph
 WORTH_RECORDING = 8  # steps; recording costs about as much as three
 
-# Ways to make a step faster that these files lack: each takes the model and the number of rows, and is a context in
-# which the step is recorded. hf_moe.kernels adds its own.
+# Ways to be faster that these files lack: each takes the model and the number of tokens, and is a context in which the
+# prompt is read and the step recorded. hf_moe.kernels adds its own.
 SPEEDUPS: list[Callable[[nn.Module, int], AbstractContextManager]] = []
 
 # The cache and the graph of a model's last text, for its next one. Taken out while in use.
@@ -196,8 +197,15 @@ def reserve_cache(model: nn.Module, rows: int, positions: int) -> HfMoeReservedC
     return cache
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether somebody's hook is to see every call, which a replay doesn't make."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    # Transformers leaves its hooks where outputs were once recorded; they do nothing unless that is asked again.
+    return any(hook.__module__ != capture_outputs.__module__ for hook in hooks)
+
+
 def recordable(model: nn.Module) -> bool:
-    """Whether nothing in a step waits for the device, and everything is on one GPU."""
+    """Whether nothing in a step waits for the device, or for Python, and everything is on one GPU."""
     config = model.config
     ropes = str(config.rope_parameters)
     sparse = "sparse" in config.mlp_layer_types or config.attention_type == "moa"
@@ -209,6 +217,7 @@ def recordable(model: nn.Module) -> bool:
         and all(type(x) in (nn.Parameter, torch.Tensor) and x.device == model.device for x in model.parameters())
         and config._attn_implementation in ("eager", "sdpa")
         and not (sparse and config._experts_implementation == "eager")  # counts tokens on the host
+        and not any(map(watched, model.modules()))
         and not any(kind in ropes for kind in ("dynamic", "longrope"))  # look at the length on the host
     )
 
@@ -293,7 +302,10 @@ class HfMoeDecoding:
     ):
         """Transformers' `_sample` with the step replayed, and the end of the text noticed one step late."""
         rows = len(ids)
-        outputs = self._prefill(ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
+        with ExitStack() as speedups:
+            for speedup in SPEEDUPS:
+                speedups.enter_context(speedup(self, ids.numel()))
+            outputs = self._prefill(ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
         model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
         del outputs

@@ -421,11 +421,9 @@ class HfMoeForCausalLM(
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.project(outputs.last_hidden_state[:, kept])
+        logits, loss = self.predict(outputs.last_hidden_state[:, kept], labels, **kwargs)
 
-        loss = aux_loss = router_losses = mtp_loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        aux_loss = router_losses = mtp_loss = None
         if output_mtp_loss:
             mtp_loss = self.mtp_loss(outputs, labels, kwargs.get("num_items_in_batch"))
             loss = loss + config.mtp_loss_coef * mtp_loss.to(loss.device)
@@ -448,6 +446,14 @@ class HfMoeForCausalLM(
             router_losses=router_losses,
             router_indices=outputs.router_indices,
         )
+
+    def predict(
+        self, hidden_states: torch.Tensor, labels: torch.LongTensor | None, **kwargs
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Logits [B, S, V] of the normed [B, S, D] and, with labels, their loss; a kernel that gives the loss alone
+        takes this method's place."""
+        logits = self.project(hidden_states)
+        return logits, None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of the head for the normed [..., D]."""

@@ -8,32 +8,48 @@ from .outputs import HfMoeModelOutput
 from .routing import ROUTERS
 
 
+def stacked(routings: list[tuple]) -> list[tuple]:
+    """The routings of equal shapes on one device as one, with a first dimension of layers."""
+    groups = {}
+    for routing in routings:
+        kind = tuple(None if x is None else (x.shape, x.device) for x in routing)
+        groups.setdefault(kind, []).append(routing)
+    return [
+        tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*group, strict=True))
+        for group in groups.values()
+    ]
+
+
 class HfMoeRouterLosses:
     """Balance losses and REINFORCE over the layers' routers and, where they ran, those of the MTP modules."""
 
-    def routed(self, outputs: HfMoeModelOutput, attention_mask: torch.Tensor | dict | None) -> list[Routed]:
-        """What each router did with this batch. Padding is known from a [B, S] mask, what counts in MTP from its."""
-        sequences, length = outputs.last_hidden_state.shape[:2]
-        mask = None
+    def routings(self, outputs: HfMoeModelOutput, attention_mask: torch.Tensor | dict | None) -> list[tuple]:
+        """Of each router logits, index, mask and tokens. Padding is known from a [B, S] mask, what counts in MTP from
+        its own."""
+        length, mask = outputs.last_hidden_state.shape[1], None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             mask = attention_mask[:, -length:].reshape(-1)
-        affinity = ROUTERS[self.config.router_type].affinity
         ahead = [mask.reshape(-1) for mask in self.per_mtp_router((outputs.mtp_masks or ())[:-1])]
         masks = [mask] * (len(outputs.router_logits) - len(ahead)) + ahead
         tokens = outputs.router_tokens or [None] * len(masks)
-        rows = zip(outputs.router_logits, outputs.router_indices, masks, tokens, strict=True)
-        return [routed(logits, affinity(logits), index, *row, sequences) for logits, index, *row in rows]
+        return list(zip(outputs.router_logits, outputs.router_indices, masks, tokens, strict=True))
+
+    def routed(self, outputs: HfMoeModelOutput, routings: list[tuple]) -> list[Routed]:
+        """What the routers did with this batch, for each routing that `routings` gives."""
+        affinity = ROUTERS[self.config.router_type].affinity
+        sequences = len(outputs.last_hidden_state)
+        return [routed(logits, affinity(logits), index, *row, sequences) for logits, index, *row in routings]
 
     def router_losses(
         self, outputs: HfMoeModelOutput, attention_mask: torch.Tensor | dict | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The load-balance loss, and every loss that has a coefficient: averages over the routers."""
-        layers = self.routed(outputs, attention_mask)
-        counted = [statistics(layer, self.config.n_group) for layer in layers]
+        batches = self.routed(outputs, stacked(self.routings(outputs, attention_mask)))
+        counted = [statistics(batch, self.config.n_group) for batch in batches]
 
         def averaged(name: str) -> torch.Tensor:
-            losses = [LOSSES[name](layer, counts, self.config) for layer, counts in zip(layers, counted, strict=True)]
-            return torch.stack([x.to(losses[0].device) for x in losses]).mean()  # layers may live on several devices
+            losses = [LOSSES[name](batch, counts, self.config) for batch, counts in zip(batches, counted, strict=True)]
+            return torch.cat([x.to(losses[0].device) for x in losses]).mean()
 
         losses = {name: averaged(name) for name in dict.fromkeys(["router_aux_loss_coef", *self.active_losses()])}
         return losses["router_aux_loss_coef"], {name: losses[name] for name in self.active_losses()}
@@ -53,7 +69,7 @@ class HfMoeRouterLosses:
         args = self.config.router_args
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         costs = nn.functional.cross_entropy(logits.mT.float(), targets, reduction="none")
-        layers = self.routed(outputs, attention_mask)
+        layers = self.routed(outputs, self.routings(outputs, attention_mask))
         ahead = []
         if outputs.mtp_masks:
             with torch.no_grad():

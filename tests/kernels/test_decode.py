@@ -100,3 +100,28 @@ def test_a_step_with_the_kernels_is_the_step_of_the_modules(name, dtype, padding
     tolerance = TOLERANCE[dtype] * float(expected.float().abs().max())
     torch.testing.assert_close(torch.cat(steps, dim=1).float(), expected.float(), rtol=0, atol=tolerance)
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+PROMPT_CASES = [
+    pytest.param(name, torch.float32, id=name)
+    for name in ("mla, softmax_topk, shared", "gqa, norm a head, window", "mha, norm of all heads")[
+        : 3 if DEVICE == "cuda" else 2
+    ]
+]
+if DEVICE == "cuda":
+    PROMPT_CASES += [pytest.param(name, torch.bfloat16, id=f"{name}, bf16") for name in MODELS if "groups" not in name]
+
+
+@pytest.mark.parametrize(("name", "dtype"), PROMPT_CASES)
+@torch.no_grad()
+def test_a_prompt_with_the_kernels_is_the_prompt_of_the_modules(name, dtype):
+    model = model_of(MODELS[name] | (ALL if dtype == torch.bfloat16 else {}), dtype)
+    ids = torch.randint(1, 37, (3, 23), device=DEVICE)  # more tokens than a step has
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    expected = model(ids, attention_mask=mask).logits
+    with fused(model, ids.numel()) as methods:
+        assert methods
+        actual = model(ids, attention_mask=mask).logits
+    tolerance = TOLERANCE[dtype] * float(expected.float().abs().max())
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=0, atol=tolerance)

@@ -1,7 +1,7 @@
-"""A decoding step with fewer and faster launches: what each module's forward becomes while its step is recorded.
+"""Generation with fewer and faster launches: what modules' methods become for a prompt, or for a step of one token.
 
-`FORWARDS` names, for a class of modules, the function that gives a module's faster forward for a number of rows, or
-None where this module has what the kernels don't know; its own forward then stays.
+`METHODS` names, for a class of modules, the functions that give a module's faster methods for a number of tokens, or
+None where this module has what the kernels don't know; its own method then stays.
 """
 
 from contextlib import contextmanager
@@ -16,8 +16,8 @@ from ...model.mlp import HfMoeMLP
 from ...model.modeling_hf_moe import HfMoeDecoderLayer, HfMoeExperts, HfMoeSparseMoeBlock
 from ...model.norms import PLACEMENTS
 from ...model.rms_norm import HfMoeRMSNorm
-from ..experts import ACTIVATIONS
-from . import experts, grouped, latent, norms, products, routers
+from ..experts import ACTIVATIONS, hf_moe_experts_forward
+from . import experts, grouped, latent, norms, products, rotary, routers
 
 
 def plain(linear: nn.Module) -> bool:
@@ -53,25 +53,61 @@ def mlp_forward(module: HfMoeMLP, rows: int):
 def router_forward(gate: nn.Module, config):
     """weights and index [T, K] as a function of x [T, D]: by the kernels where the router is a plain one."""
     simple = config.router_type in routers.SCORES and gate.weight.numel() <= 2**20
-    limited = config.topk_group < config.n_group or config.router_args.get("router_bias")
-    if not simple or limited:
+    limited = config.topk_group < config.n_group or config.router_args.get("eval_capacity_factor")
+    if not simple or limited or config.router_args.get("router_bias"):
         return None
     bias, top_k = gate.e_score_correction_bias, config.num_experts_per_tok
     settings = (top_k, config.router_type, config.norm_topk_prob, float(config.routed_scaling_factor))
     return lambda x: routers.route(x, gate.weight, bias, *settings)[1:]
 
 
+def chooser(gate: nn.Module):
+    """weights and index [T, K] as a function of x [T, D], hidden_states' mask and token ids."""
+    choose = router_forward(gate, gate.config)
+
+    def chosen(x: torch.Tensor, token_mask: torch.Tensor | None, input_ids: torch.Tensor | None):
+        if choose is not None:
+            return choose(x)
+        ids = None if input_ids is None else input_ids.reshape(-1)
+        mask = None if token_mask is None else token_mask.reshape(-1)
+        return gate(x, mask, ids)[1:3]
+
+    return chosen
+
+
 def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
-    routed, config = module.experts, module.gate.config
+    routed = module.experts
     act = ACTIVATIONS.get(type(routed.act_fn))
     known = type(routed) is HfMoeExperts and act is not None  # another class has a gate of its own
-    known = known and module.shared_expert_gate is None and not module.scales_input
-    shared = None
+    if not known or module.shared_expert_gate is not None or module.scales_input:
+        return None
+    if rows > experts.MAX_TOKENS:
+        return many_forward(module)
+    return few_forward(module, act, rows)
+
+
+def many_forward(module: HfMoeSparseMoeBlock):
+    """Of a prompt: the kernels of training."""
+    chosen = chooser(module.gate)
+
+    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None) -> torch.Tensor:
+        x = hidden_states.flatten(0, -2)
+        weights, index = chosen(x, token_mask, input_ids)
+        out = hf_moe_experts_forward(module.experts, x, index, weights)
+        if module.shared_experts is not None:
+            out = out + module.shared_experts(x)
+        out = out.view_as(hidden_states)
+        return out if residual is None else out + residual
+
+    return forward
+
+
+def few_forward(module: HfMoeSparseMoeBlock, act: str, rows: int):
+    routed, config, shared = module.experts, module.gate.config, None
     if module.shared_experts is not None:
         shared = network(module.shared_experts, rows)
-        known = known and shared is not None
-    if not known or rows > experts.MAX_TOKENS:
-        return None
+        if shared is None:
+            return None
     up, biases = getattr(routed, routed.up_name), None
     if routed.has_bias:
         biases = (getattr(routed, f"{routed.up_name}_bias"), routed.down_proj_bias)
@@ -80,16 +116,11 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
         weights_of = experts.Network(*up.chunk(2, dim=1), routed.down_proj, biases)
     else:
         weights_of = experts.Network(None, up, routed.down_proj, biases and (None, *biases))
-    choose = router_forward(module.gate, config)
+    chosen = chooser(module.gate)
 
     def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None) -> torch.Tensor:
         x = hidden_states.flatten(0, -2)
-        if choose is not None:
-            weights, index = choose(x)
-        else:
-            ids = None if input_ids is None else input_ids.reshape(-1)
-            mask = None if token_mask is None else token_mask.reshape(-1)
-            _, weights, index, _, _ = module.gate(x, mask, ids)
+        weights, index = chosen(x, token_mask, input_ids)
         return experts.mixture(x, weights, index, weights_of, shared, act, residual).view_as(hidden_states)
 
     return forward
@@ -110,11 +141,13 @@ def visible(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def latent_forward(module: HfMoeLatentAttention, rows: int):
+    if rows > experts.MAX_TOKENS:
+        return None
     config, up = module.config, module.up_projections()
     names = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
     first = getattr(module, names[0])
     linears = [getattr(module, name) for name in (*names, "kv_a_proj_with_mqa", "o_proj")]
-    simple = all(plain(linear) for linear in linears) and rows <= experts.MAX_TOKENS
+    simple = all(plain(linear) for linear in linears)
     if up is None or module.absorb is False or not simple:
         return None
     sizes = [config.qk_nope_head_dim, config.v_head_dim]
@@ -154,9 +187,11 @@ def latent_forward(module: HfMoeLatentAttention, rows: int):
 
 
 def grouped_forward(module: HfMoeAttention, rows: int):
+    if rows > experts.MAX_TOKENS:
+        return None
     config, names = module.config, ("q_proj", "k_proj", "v_proj", "o_proj")
     normed = config.qk_norm in ("head", "projection")
-    simple = all(plain(getattr(module, name)) for name in names) and rows <= experts.MAX_TOKENS
+    simple = all(plain(getattr(module, name)) for name in names)
     simple = simple and module.has_rope and config.clip_qkv is None and not config.attention_sinks
     simple = simple and config.qk_norm != "l2" and (not normed or type(module.q_norm) is HfMoeRMSNorm)
     if not simple:
@@ -189,6 +224,20 @@ def grouped_forward(module: HfMoeAttention, rows: int):
     return forward
 
 
+def many_rotated(module: HfMoeAttention, rows: int):
+    """RoPE of a prompt's queries and keys; one token's is part of `grouped_forward`."""
+    if rows <= experts.MAX_TOKENS:
+        return None
+    interleaved, original = module.config.rope_interleave, type(module).rotated
+
+    def rotated(query, key, cos, sin):
+        if cos.shape[-1] != module.head_dim:
+            return original(module, query, key, cos, sin)
+        return rotary.rotated(query, key, cos, sin, interleaved)
+
+    return rotated
+
+
 def layer_forward(module: HfMoeDecoderLayer, rows: int):
     norm = getattr(module, "post_attention_layernorm", None)
     if module.norms != PLACEMENTS["pre"] or module.residual_multiplier != 1 or type(norm) is not HfMoeRMSNorm:
@@ -206,33 +255,31 @@ def layer_forward(module: HfMoeDecoderLayer, rows: int):
     return forward
 
 
-FORWARDS = {
-    HfMoeDecoderLayer: layer_forward,
-    HfMoeRMSNorm: norm_forward,
-    HfMoeMLP: mlp_forward,
-    HfMoeSparseMoeBlock: moe_forward,
-    HfMoeLatentAttention: latent_forward,
-    HfMoeAttention: grouped_forward,
+METHODS = {
+    HfMoeDecoderLayer: {"forward": layer_forward},
+    HfMoeRMSNorm: {"forward": norm_forward},
+    HfMoeMLP: {"forward": mlp_forward},
+    HfMoeSparseMoeBlock: {"forward": moe_forward},
+    HfMoeLatentAttention: {"forward": latent_forward},
+    HfMoeAttention: {"forward": grouped_forward, "rotated": many_rotated},
 }
 
 
 @contextmanager
 def fused(model: nn.Module, rows: int):
-    """Inside, the modules of `model` that the kernels know compute one token of each of `rows` rows with them.
+    """Inside, the modules of `model` that the kernels know compute `rows` tokens with them, without gradients.
 
     Gives the functions that do so: what they hold must live as long as what was recorded.
     """
     changed = []
     try:
         for module in model.modules():
-            make = FORWARDS.get(type(module))
-            if make is None or "forward" in vars(module):
-                continue
-            forward = make(module, rows)
-            if forward is not None:
-                module.forward = forward
-                changed.append(module)
-        yield [module.forward for module in changed]
+            for name, make in METHODS.get(type(module), {}).items():
+                method = None if name in vars(module) else make(module, rows)
+                if method is not None:
+                    setattr(module, name, method)
+                    changed.append((module, name))
+        yield [getattr(module, name) for module, name in changed]
     finally:
-        for module in changed:
-            del module.forward
+        for module, name in changed:
+            delattr(module, name)

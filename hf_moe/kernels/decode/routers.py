@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .overlap import OVERLAP, let_next_start, wait_for_last
 
+MANY = 64  # tokens; with more, a matrix product reads the weights less often
 SCORES = {"softmax_topk": 0, "topk_softmax": 1, "sigmoid_topk": 2}
 
 
@@ -76,6 +77,27 @@ def choice_kernel(
     tl.store(index_ptr + token * K + slot, chosen.to(tl.int64), mask=slot < K)
 
 
+def router_logits(x: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor) -> None:
+    """x W^T in float32: of 16-bit x and W every product is exact in float32, so a sum in float32 is all it takes."""
+    (tokens, dim), experts = x.shape, len(weight)
+    if tokens > MANY and x.is_cuda and x.dtype == weight.dtype != torch.float32:
+        torch.mm(x, weight.mT, out_dtype=torch.float32, out=logits)
+    elif tokens > MANY:
+        torch.mm(x.float(), weight.float().mT, out=logits)
+    else:
+        logits_kernel[(tokens, triton.cdiv(experts, 8))](
+            x,
+            weight,
+            logits,
+            dim,
+            experts,
+            BLOCK_E=8,
+            BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+            num_warps=4,
+            **OVERLAP,
+        )
+
+
 def route(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -86,14 +108,11 @@ def route(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits [T, E] and weights [T, K] in float32, expert indices [T, K], of x [T, D] and the gate's weight [E, D]."""
-    (tokens, dim), experts = x.shape, len(weight)
+    tokens, experts = len(x), len(weight)
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
     index = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
-    block_d = min(1024, triton.next_power_of_2(dim))
-    logits_kernel[(tokens, triton.cdiv(experts, 8))](
-        x, weight, logits, dim, experts, BLOCK_E=8, BLOCK_D=block_d, num_warps=4, **OVERLAP
-    )
+    router_logits(x, weight, logits)
     choice_kernel[(tokens,)](
         logits,
         bias,

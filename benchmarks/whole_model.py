@@ -1,0 +1,138 @@
+"""OLMoE-1B-7B's shape on a GPU: a training step, a prefill, decoding through generate(), beside Transformers' OLMoE.
+
+    python benchmarks/whole_model.py --out benchmarks/results/whole_model.json
+
+6.92B parameters in bfloat16 with random weights, one model at a time. Tokens a second: of a training step forward and
+backward over 2 x 4096 tokens, with the memory at its peak, weights and gradients included, and with Liger's kernels
+where they know the model; of generate() with one token after 8192; of greedy decoding after 128 tokens, the time of
+1 + new tokens less that of 1. Medians of several rounds,
+after a warm-up. Transformers' model runs as it is loaded, then (`compiled`) with a static cache and the compiled step
+that comes with it. `floor` of decoding is the bytes that a step must read, at the speed of a large copy.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from mla_decode_gpu import bytes_of_a_step, copy_speed, decode_speed
+from mla_decode_gpu import seconds as generation_seconds
+from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers.integrations.liger import apply_liger_kernel
+
+from hf_moe import HfMoeConfig, HfMoeForCausalLM
+from hf_moe.kernels import liger
+from hf_moe.version import __version__
+
+SHAPE = HfMoeConfig.from_preset("olmoe-1b-7b")
+
+
+def hf_moe_model():
+    return HfMoeForCausalLM(HfMoeConfig.from_preset("olmoe-1b-7b"))
+
+
+def transformers_model():
+    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    names += ["num_experts", "num_experts_per_tok", "rms_norm_eps", "max_position_embeddings", "router_aux_loss_coef"]
+    fields = {name: getattr(SHAPE, name) for name in names}
+    return OlmoeForCausalLM(OlmoeConfig(**fields, intermediate_size=SHAPE.moe_intermediate_size))
+
+
+# name -> (what builds the model, its experts' implementation in training and prefill, how it decodes)
+PEERS = {
+    "hf_moe": (hf_moe_model, "hf_moe", {}),
+    "transformers": (transformers_model, "grouped_mm", {}),
+    "transformers, hf_moe's experts": (transformers_model, "hf_moe", None),
+    "transformers, compiled": (transformers_model, None, {"cache_implementation": "static"}),
+}
+
+
+def build(make):
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = make()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def median_seconds(function, rounds: int) -> float:
+    """Of `rounds` calls, after two that load and tune."""
+    times = []
+    for _ in range(rounds + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def training(model, rounds: int) -> dict[str, float]:
+    ids = torch.randint(0, SHAPE.vocab_size, (2, 4096), device="cuda")
+    model.train()
+    apply_liger_kernel(model, None)  # as TrainingArguments(use_liger_kernel=True) does
+
+    def step():
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    torch.cuda.reset_peak_memory_stats()
+    seconds = median_seconds(step, rounds)
+    return {
+        "tokens_per_second": round(ids.numel() / seconds, 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+    }
+
+
+def prefill(model, rounds: int) -> dict[str, float]:
+    ids = torch.randint(0, SHAPE.vocab_size, (1, 8192), device="cuda")
+    seconds = median_seconds(lambda: generation_seconds(model.eval(), ids, 1), rounds)
+    return {"tokens_per_second": round(ids.numel() / seconds, 1)}
+
+
+def decoding(model, name: str, options: dict, rounds: int, bandwidth: float) -> dict[str, dict[str, float]]:
+    results = {}
+    for batch in (1, 16):
+        results[f"decoding, batch {batch}"] = row = decode_speed(model.eval(), batch, 128, 128, rounds, **options)
+        if name == "hf_moe":
+            bound = bandwidth / bytes_of_a_step(model, batch, 128, 128) * batch
+            row["floor_tokens_per_second"] = round(bound, 1)
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    args = parser.parse_args()
+    liger.register()
+    results, bandwidth = {}, copy_speed()
+    for name in args.peers:
+        make, implementation, options = PEERS[name]
+        model, results[name] = build(make), {}
+        if options is not None:
+            results[name] |= decoding(model, name, options, args.rounds, bandwidth)
+        if implementation is not None:
+            model.set_experts_implementation(implementation)
+            results[name]["prefill"] = prefill(model, args.rounds)
+            results[name]["training"] = training(model, args.rounds)
+        for work, row in results[name].items():
+            print(f"{name:32s} {work:20s} {row}", flush=True)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    versions = {"hf_moe": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    report = {"device": torch.cuda.get_device_name(), "versions": versions}
+    report["copy_terabytes_per_second"] = round(bandwidth / 1e12, 2)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report | {"results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
