@@ -41,9 +41,10 @@ def test_what_does_not_run_here_is_well_formed(page):
             compile(block.text, page, "exec")
             continue
         for words in commands(block):
-            if "hf-moe" not in words and "hf_moe_cli" not in words:
+            name = next((name for name in ("hf_moe_cli", "hf-moe") if name in words), None)
+            if name is None:  # another program's
                 continue
-            command, *words = words[words.index("hf-moe" if "hf-moe" in words else "hf_moe_cli") + 1 :]
+            command, *words = words[words.index(name) + 1 :]
             given = options_of(words)
             options = {option for parameter in known[command].params for option in parameter.opts}
             if command == "train" and not words[0].startswith("-"):
