@@ -10,6 +10,7 @@ from .demo import demo
 from .errors import one_line
 from .generate import generate
 from .inspect import inspect, presets
+from .plan import plan
 from .push import push
 from .trace import trace
 from .train import train
@@ -33,6 +34,7 @@ app.command()(card)
 app.command()(push)
 app.command()(inspect)
 app.command()(presets)
+app.command()(plan)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ each, and `main(argv)`, which runs a recipe and returns its metrics.
 import argparse
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from .recipe_files import read_recipe, shipped_recipes
 
@@ -53,3 +54,13 @@ def check_recipe(name: str) -> int:
     from .arguments import RecipeParser
 
     return RecipeParser(module.ARGUMENTS).check(name)
+
+
+def arguments_of(name: str) -> dict[str, Any]:
+    """Every argument of a recipe, those that it leaves out with their defaults. Raises as `check_recipe`."""
+    check_recipe(name)
+    from .arguments import RecipeParser
+
+    parser = RecipeParser(stage_module([name]).ARGUMENTS)
+    parser.take_recipe(name)
+    return vars(parser.parse_args([]))

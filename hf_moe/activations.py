@@ -1,0 +1,102 @@
+"""What a training forward keeps for the backward pass, counted on fake tensors: nothing is allocated or computed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from transformers.integrations import moe
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+OUTSIDE = -1  # of all layers
+
+
+def activation_bytes(model: nn.Module, rows: int, length: int, bf16: bool, checkpointing: bool) -> int | None:
+    """Bytes that the decoder of `model` keeps of a micro-batch [rows, length], without the head's logits.
+
+    `model` is on the meta device, frozen where it will be, and made fake. The tensors that autograd saves are added
+    up, weights apart, storage by storage; copies of weights that autocast makes count. With checkpointing, the input
+    of every layer and all of the largest layer. Experts are Transformers' grouped_mm, attention is causal, with no
+    mask in memory. None where the routing decides about sizes, so that they cannot be counted.
+    """
+    decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+    saved: dict[int, dict[int, torch.UntypedStorage]] = {}  # layer -> what it saved first
+    inputs: list[int] = []
+    with FakeTensorMode(), fake_grouped_mm():
+        make_fake(model)
+        own = {x.untyped_storage()._cdata for x in model.parameters()}
+        seen = set(own)
+        place = [OUTSIDE]
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
+                saved.setdefault(place[0], {})[storage._cdata] = storage
+            return tensor
+
+        def enter(module, args):
+            place[0] = len(inputs)
+            inputs.append(args[0].nbytes)
+
+        def leave(module, args, output):
+            place[0] = OUTSIDE
+
+        for layer in decoder.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.register_forward_pre_hook(enter)
+                layer.register_forward_hook(leave)
+        decoder.train()
+        decoder.config._experts_implementation = "grouped_mm"
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        # Told that there is nothing to mask; asked, Transformers makes masks of fake tensors that it would leave out.
+        no_masks = dict.fromkeys(decoder.config.layer_types)
+        try:
+            with (
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+                torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            ):
+                decoder(input_ids=ids, attention_mask=no_masks, use_cache=False)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return None
+    bytes_of = {place: sum(storage.nbytes() for storage in kept.values()) for place, kept in saved.items()}
+    outside = bytes_of.pop(OUTSIDE, 0)
+    if checkpointing:
+        return outside + sum(inputs) + max(bytes_of.values(), default=0)
+    return outside + sum(bytes_of.values())
+
+
+def make_fake(model: nn.Module) -> None:
+    """In place of the meta tensors of `model` fake ones, on the CPU as autocast and attention see it."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:  # tied weights stay tied
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    made[id(tensor)] = (
+                        nn.Parameter(fake, tensor.requires_grad) if table is module._parameters else fake
+                    )
+                table[name] = made[id(tensor)]
+
+
+@contextmanager
+def fake_grouped_mm() -> Iterator[None]:
+    """In place of the grouped product inside Transformers' grouped_mm one that saves the same and has its shapes.
+
+    PyTorch's own knows no fake tensors in float32, and autocast leaves it alone.
+    """
+
+    def product(rows: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return rows.to(weight.dtype) @ weight[0]
+
+    real = moe._grouped_mm
+    moe._grouped_mm = product
+    try:
+        yield
+    finally:
+        moe._grouped_mm = real

@@ -1,0 +1,227 @@
+"""The plan beside what PyTorch allocates for small models that really train; and the scaling laws beside the paper."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hf_moe.training.parameter_groups import GROUPS, train_group
+
+from hf_moe import HfMoeForCausalLM, scaling_laws
+from hf_moe.plan import MEASURED, Rate, Run, meta_model, model_to_train, plan, run_of_recipe
+from hf_moe.routers import find_routers
+from hf_moe.sizes import sizes
+
+from .conftest import tiny_config, tiny_model
+
+SHARED = {"n_shared_experts": 1, "shared_expert_intermediate_size": 16}
+SMALL = {"max_length": 24, "per_device_train_batch_size": 2, "bf16": False, "gradient_checkpointing": False}
+
+
+def allocated(model) -> dict[str, int]:
+    """Bytes of weights, gradients and AdamW's state after one step."""
+    trained = [x for x in model.parameters() if x.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    model.train()
+    ids = torch.arange(2, 26).unsqueeze(0)
+    model(ids, labels=ids).loss.backward()
+    for parameter in trained:  # an expert without a token
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    optimizer.step()
+    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    return {
+        "weights": sum(x.nbytes for x in [*model.parameters(), *model.buffers()]),
+        "gradients": sum(x.grad.nbytes for x in model.parameters() if x.grad is not None),
+        "optimizer": sum(x.nbytes for x in states),
+    }
+
+
+def assert_planned(run: Run, config, model):
+    found = plan(config, run)
+    expected = allocated(model)
+    for part, size in expected.items():
+        assert found["memory_per_gpu"][part] == pytest.approx(size, rel=0.05), part
+    assert found["trained_params"] == sum(x.numel() for x in model.parameters() if x.requires_grad)
+    assert found["memory_per_gpu_total"] == sum(found["memory_per_gpu"].values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_memory_of_a_group_is_what_pytorch_allocates(group, dtype):
+    config = tiny_config(**SHARED)
+    model = HfMoeForCausalLM(config).to(getattr(torch, dtype))
+    train_group(model, group)
+    assert_planned(Run(trainable=group, dtype=dtype, **SMALL), config, model)
+
+
+@pytest.mark.parametrize("parts", [["attention"], ["routed_experts", "shared_experts"]], ids=" ".join)
+def test_memory_of_an_adapter(parts):
+    adapters = pytest.importorskip("hf_moe.training.adapters")
+    config = tiny_config(**SHARED)
+    model, _ = adapters.add_adapter(HfMoeForCausalLM(config), adapters.AdapterArguments(lora_parts=parts, lora_r=3))
+    assert_planned(Run(lora_parts=parts, lora_r=3, **SMALL), config, model)
+
+
+def test_memory_of_chosen_experts():
+    esft = pytest.importorskip("hf_moe.training.esft")
+    config = tiny_config()
+    model = HfMoeForCausalLM(config)
+    esft.split_experts(model, dict.fromkeys(find_routers(model), torch.tensor([0, 4, 6])))  # a share of 0.4 of seven
+    assert_planned(Run(esft_p=0.4, **SMALL), config, model)
+
+
+def test_weights_in_four_bits():
+    plain, packed = (
+        plan(tiny_config(), Run(lora_parts=["attention"], lora_base=base, **SMALL)) for base in (None, "nf4")
+    )
+    model = meta_model(tiny_config(), "float32")
+    kept = sum(x.numel() for name, x in model.named_parameters() if x.dim() == 1 or "gate.weight" in name)
+    kept += 2 * model.lm_head.weight.numel()
+    matrices = sum(x.numel() for x in model.parameters()) - kept
+    saved = plain["memory_per_gpu"]["weights"] - packed["memory_per_gpu"]["weights"]
+    assert saved == pytest.approx(matrices * (4 - 0.516), rel=1e-3)
+
+
+def saved_bytes(model, rows: int, length: int) -> int:
+    """What autograd really keeps in a forward of the decoder, weights apart."""
+    own, kept = {x.untyped_storage().data_ptr() for x in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.train().model(input_ids=torch.randint(1, 97, (rows, length)), use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, SHARED, {"router_type": "sigmoid_topk"}, {"num_key_value_heads": 6, "qk_norm": "head"}],
+    ids=["plain", "shared", "sigmoid", "mha"],
+)
+@pytest.mark.parametrize("group", ["all", "router_only"])
+def test_activations_are_what_autograd_keeps(changes, group):
+    model = tiny_model(**changes)
+    model.set_experts_implementation("grouped_mm")
+    train_group(model, group)
+    run = Run(trainable=group, **SMALL)
+    assert plan(model.config, run)["memory_per_gpu"]["activations"] == pytest.approx(
+        saved_bytes(model, 2, 24), rel=0.02
+    )
+
+
+def test_checkpointing_keeps_the_input_of_each_layer():
+    def activations(layers: int, checkpointing: bool = True):
+        config = tiny_config(num_hidden_layers=layers, mlp_layer_types=["sparse"] * layers)
+        run = Run(**SMALL | {"gradient_checkpointing": checkpointing})
+        return plan(config, run)["memory_per_gpu"]["activations"]
+
+    assert activations(5) - activations(4) == 2 * 24 * 48 * 4
+    assert activations(5, False) > 3 * activations(5)
+
+
+def test_what_the_data_decide_is_not_guessed():
+    report = plan(
+        tiny_config(router_type="base", router_args={"solver": "auction"}, num_experts_per_tok=1), Run(**SMALL)
+    )
+    assert report["memory_per_gpu"]["activations"] is None and not report["activations_known"]
+
+
+def test_sharding_cuts_what_it_says():
+    none, zero1, zero2, zero3 = (
+        plan(tiny_config(), Run(gpus=3, sharding=name, **SMALL))["memory_per_gpu"]
+        for name in ("none", "zero1", "zero2", "zero3")
+    )
+    whole = plan(tiny_config(), Run(**SMALL))["memory_per_gpu"]
+    assert none == whole | {"gradient_buckets": whole["gradients"]}
+    third = {name: -(-whole[name] // 3) for name in ("weights", "gradients", "optimizer")}
+    assert zero1 == whole | {"optimizer": third["optimizer"]}
+    assert zero2 == whole | {"optimizer": third["optimizer"], "gradients": third["gradients"]}
+    assert {name: zero3[name] for name in third} == third and zero3["gathered_layers"] > 0
+
+
+def test_time_from_a_rate():
+    config, run = tiny_config(), Run(**SMALL | {"gradient_checkpointing": True}, gpus=2, train_tokens=1e6)
+    forward = sizes(config, 24)["flops_per_token"]
+    report = plan(config, run, Rate(1e9, "mine"))
+    assert report["tokens_per_second"] == pytest.approx(2 * 1e9 / (4 * forward))
+    assert report["days"] == pytest.approx(1e6 / report["tokens_per_second"] / 86400)
+    model_rate = plan(config, run, Rate(1e9, "mine", counts_recomputation=False))
+    assert model_rate["tokens_per_second"] == pytest.approx(2 * 1e9 / (3 * forward))
+    frozen = plan(config, Run(**SMALL, trainable="router_only"), Rate(1e9, "mine"))
+    assert 1 / 2.1 < frozen["tokens_per_second"] * forward / 1e9 < 1 / 2
+
+
+def test_default_rate_is_the_measured_one():
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "moe_layer.json"
+    measured = json.loads(path.read_text(encoding="utf-8"))["results"]["OLMoE-1B-7B"]["grouped_mm"]
+    assert MEASURED.flops == measured["forward_backward_tflops"] * 1e12
+
+
+def test_a_recipe_says_what_it_says():
+    stages = pytest.importorskip("hf_moe.training.stages")
+    run = run_of_recipe(stages.arguments_of("olmoe-1b-7b/dense_only"), gpus=4)
+    assert (run.trainable, run.dtype, run.bf16, run.stage, run.gpus) == ("dense_only", "float32", True, "sft", 4)
+    assert (run.per_device_train_batch_size, run.max_length, run.gradient_checkpointing) == (4, 4096, True)
+    assert run.optim == "adamw_torch" and run.lora_parts is None
+    config = tiny_config()
+    assert "logits" not in plan(config, run_of_recipe({"stage": "sft"}, **SMALL))["memory_per_gpu"]
+    assert plan(config, Run(**SMALL))["memory_per_gpu"]["logits"] == 2 * 24 * 97 * 8
+    assert plan(config, Run(**SMALL, ema_decay=0.99))["cpu_memory_ema"] == 4 * plan(config, Run())["trained_params"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sharding": "fsdp"}, "sharding is fsdp; plan knows none, zero1"),
+        ({"optim": "lion"}, "optim is lion; plan knows adamw_torch"),
+        ({"gpus": 0}, "gpus is 0; it must be at least 1"),
+        ({"trainable": "moe"}, "trainable is 'moe'"),
+        ({"lora_parts": ["router"]}, "lora_parts is"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_refused(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        plan(tiny_config(), Run(**SMALL | changes))
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_is_allocated():
+    model = model_to_train(tiny_config(), Run())
+    assert {x.device.type for x in model.parameters()} == {"meta"}
+
+
+# ---- the laws ----
+
+# DeepSeek LLM, table 2: layers, hidden size, learning rate, batch in sequences of 4096; both saw 2T tokens.
+PUBLISHED = {"7B": (30, 4096, 4.2e-4, 2304), "67B": (95, 8192, 3.2e-4, 4608)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_laws_give_the_settings_of_the_models_they_were_made_for(name):
+    layers, hidden, rate, batch = PUBLISHED[name]
+    compute = (72 * layers * hidden**2 + 12 * layers * hidden * 4096) * 2e12
+    assert scaling_laws.learning_rate(compute) == pytest.approx(rate, rel=0.03)
+    assert scaling_laws.batch_tokens(compute) == pytest.approx(batch * 4096, rel=0.1)
+
+
+@pytest.mark.parametrize("compute", [1e17, 3e20, 1e24])
+def test_model_and_data_make_the_compute(compute):
+    report = scaling_laws.planned(compute)
+    assert report["model_flops_per_token"] * report["train_tokens"] == pytest.approx(compute, rel=1e-3)
+
+
+def test_no_compute():
+    with pytest.raises(ValueError, match="flops is 0; it must be above 0"):
+        scaling_laws.planned(0)
+
+
+def test_model_scale_of_a_dense_transformer_is_the_papers():
+    """Eq. 2, with a gated MLP of 8/3 the hidden size."""
+    config = tiny_config(mlp_layer_types=["dense"] * 3, intermediate_size=128, num_key_value_heads=6)
+    m = sizes(config, 64)["non_embedding_training_flops_per_token"]
+    assert m == 72 * 3 * 48**2 + 12 * 3 * 48 * 64
