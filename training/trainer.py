@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import IntervalStrategy, PreTrainedModel, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from hf_moe.kernels import liger
 from hf_moe.routers import Routing, captured, find_routers
 
 from .balance import Balance, over_processes
@@ -20,10 +22,11 @@ from .moe_arguments import moe_argument
 from .multi_step import multi_step_schedule
 from .multi_token import looking_ahead, mtp_coefficient
 from .publishing import PublishingMixin
-from .refusals import check_arguments, check_checkpointing
+from .refusals import check_arguments, check_checkpointing, check_finite
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
 from .step import Step
 from .weight_average import WeightAverage
+from .zero3 import gather_experts_whole
 
 LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
 
@@ -42,6 +45,8 @@ class MoeTrainerMixin(PublishingMixin):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.use_liger_kernel:
+            liger.register()
         self.balance_over = moe_argument(self.args, "balance_over")
         self.step = Step([])
         self.logged = []  # the rows of each optimizer step since the last log
@@ -59,6 +64,8 @@ class MoeTrainerMixin(PublishingMixin):
         """Look for the routers of the present model, and for what they are to be balanced by."""
         self.moe = base_model(self.accelerator.unwrap_model(self.model))
         self.routers = find_routers(self.moe)
+        if is_deepspeed_zero3_enabled():
+            gather_experts_whole(self.moe, self.routers)
         self.balance = Balance(self.moe, self.routers, self.args)
         self.selection_bias = SelectionBias(self.routers)
         self.bias_speed = moe_argument(self.args, "router_bias_update_speed")
@@ -115,6 +122,7 @@ class MoeTrainerMixin(PublishingMixin):
         if mtp_loss is not None:
             whole = 1 if num_items_in_batch is not None else len(self.step.batches) or 1
             self.step.mtp_loss += mtp_loss.detach().to(self.args.device) / whole / (1 if averaged else processes)
+        check_finite(loss, self.state.global_step)
         return (loss, outputs) if return_outputs else loss
 
     def model_inputs(self, inputs: dict) -> dict:
