@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_moe.routers import captured, find_routers
 
@@ -139,7 +140,12 @@ def split_experts(model: nn.Module, chosen: dict[str, torch.Tensor]) -> str:
 
 
 def specialise(trainer: Trainer, args: EsftArguments, checkpoint: str | None) -> str:
-    """Split the trainer's model before it trains: by its first training batches, or as `checkpoint` was split."""
+    """Split the trainer's model before it trains: by its first training batches, or as `checkpoint` was split.
+
+    Raises ValueError under DeepSpeed's ZeRO-3, which frees the rows between the forward and the backward pass.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(f"esft_p is {args.esft_p}, and ZeRO-3 cannot train some experts alone: use fsdp2 or zero2.")
     model = trainer.accelerator.unwrap_model(trainer.model)
     if checkpoint is not None:
         chosen, _ = read_rows(model, checkpoint)

@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import hf_moe_cli
 import transformers.trainer
-from hf_moe.training import sft  # noqa: F401  (imported once, for all forks)
 from hf_moe.training.checkpoints import last_checkpoint
 from transformers import TrainerCallback
 
@@ -31,8 +31,6 @@ class Kill(TrainerCallback):
 
 def train(argv: list[str], rank: int, processes: int, port: int, step: int | None) -> None:
     """Never returns."""
-    import hf_moe_cli
-
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -90,6 +88,7 @@ def run(argv: list[str], output: str, processes: int, step: int | None = None, k
 
 def main(jobs: str) -> None:
     transformers.trainer.DEFAULT_CALLBACKS.append(Kill)
+    hf_moe_cli.main(["train", "--check", "tiny/sft"])  # imports what every fork needs
     print(json.dumps([run(**job) for job in json.loads(Path(jobs).read_text())]))
 
 

@@ -20,7 +20,7 @@ from .conftest import SIZES, tiny_tokenizer
 from .models import BIASED
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 5
+STEPS = 4
 RUN = ["--max_steps", STEPS, "--save_steps", 2, "--save_total_limit", 9, "--per_device_train_batch_size", 2]
 RUN += ["--learning_rate", "1e-2", "--lr_scheduler_type", "constant", "--logging_steps", 1000]
 LORA = ["--lora_parts", "attention", "routed_experts", "--lora_r", 2]

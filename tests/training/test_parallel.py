@@ -21,17 +21,19 @@ from .shard_worker import CASES, found, run
 ROOT = Path(__file__).resolve().parents[2]
 ZERO = pytest.mark.skipif(not is_deepspeed_available(), reason="needs deepspeed")
 LAYOUTS = ["fsdp2", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)]
+REFUSED = {("zero3", "esft")}  # by `specialise`
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def sharded(request, tmp_path_factory):
     """The folder with what two processes found, in every case."""
     folder = tmp_path_factory.mktemp(request.param)
+    cases = [name for name in CASES if (request.param, name) not in REFUSED]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     launch += ["--config_file", str(LAUNCH_FILES / f"{request.param}.yaml")]
     result = subprocess.run(
-        [*launch, str(ROOT / "tests/training/shard_worker.py"), str(folder), *CASES],
+        [*launch, str(ROOT / "tests/training/shard_worker.py"), str(folder), *cases],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -70,8 +72,13 @@ def assert_close(folder: Path, expected: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_sharded_run_is_that_of_one_process(sharded, one_process, name):
-    """Losses, gradient norms, counts and biases to 1e-5, on both processes; saved weights to 1e-4 of their norm."""
+def test_sharded_run_is_that_of_one_process(sharded, one_process, name, request):
+    """Losses, gradient norms, counts to 1e-5 and biases exactly, on both processes; saved weights to 1e-4 of their norm.
+
+    The resumed run's are those of the unbroken one bit for bit.
+    """
+    if (request.node.callspec.params["sharded"], name) in REFUSED:
+        pytest.skip("refused")
     first, second, resumed = json.loads((sharded / f"{name}.json").read_text())
     expected, final = one_process(name)
     assert_same_run([first, second, resumed], expected)
