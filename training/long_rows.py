@@ -52,4 +52,4 @@ def measure(table: pa.Table, args: SFTConfig, cuts: bool) -> tuple[np.ndarray, n
     elif cuts:
         last = np.minimum(last, first + args.max_length)
     counted = np.concatenate([[0], np.cumsum(labels.flatten().to_numpy() != -100)])
-    return lengths, counted[last] - counted[first]
+    return lengths, counted[last] - counted[np.minimum(first + 1, last)]  # nothing predicts the first

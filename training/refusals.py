@@ -1,5 +1,6 @@
 """What hf_moe's trainers refuse: arguments without a use, and set-ups that would make the balance losses wrong."""
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 
@@ -71,3 +72,12 @@ def check_checkpointing(model: nn.Module, coefficients: dict[str, float]) -> Non
                 f"use_reentrant=True would cut {', '.join(coefficients)} off from the router; use "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}, or set them to 0.'
             )
+
+
+def check_finite(loss: torch.Tensor, step: int) -> None:
+    """Raises ValueError where a training loss is no number, before it moves a weight. The Trainer would hide it."""
+    if not loss.isfinite():
+        raise ValueError(
+            f"The loss is {loss.item()} in step {step + 1}: training stops before any weight moves by it. Go on from "
+            "the last checkpoint with a lower --learning_rate or --max_grad_norm, or look for the rows that cause it."
+        )

@@ -14,7 +14,7 @@ from hf_moe.conversion import upcycle
 from hf_moe.training.run import TEMPLATES
 from hf_moe.training.sft import main
 from hf_moe.training.sft_trainer import MoeSFTTrainer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .conftest import tiny_tokenizer, write_rows
@@ -161,6 +161,35 @@ def test_rows_without_a_token_to_learn_from_are_counted(command, tmp_path, capsy
     assert "train_data: 2 of 5 rows have no token to learn from within max_length 50\n" in capsys.readouterr().err
 
 
+LONG = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * size}]}
+    for size in (5, 90, 7, 80)
+]
+
+
+@pytest.mark.parametrize("kind", ["text", "packed"])
+def test_long_rows_are_left_out_or_refused(command, tmp_path, capsys, kind):
+    rows = [{"text": row["messages"][1]["content"]} for row in LONG] if kind == "text" else LONG
+    short = ["--max_length", "50", "--max_steps", "1", *(["--packing"] if kind == "packed" else [])]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    longer = "train_data: 2 of 4 rows are longer than max_length 50"
+    main(command(*short, "--on_long_rows", "drop", data=data, output="dropped"))
+    assert f"{longer}: left out\n" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"{longer}, the first of them row 1 with 1?[0-9]{{2}} tokens: raise"):
+        main(command(*short, "--on_long_rows", "error", data=data, output="refused"))
+
+
+def test_loss_that_is_no_number_stops_before_a_weight_moves(command, model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="The loss is nan in step 1: training stops before any weight moves") as error:
+        main(command("--max_steps", "3", "--save_steps", "1", model=tmp_path / "model"))
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
 class TestRefusals:
     """Each is one line, and none leaves anything in the output folder."""
 
@@ -212,6 +241,17 @@ class TestRefusals:
         recipe.write_text("{use_cpu: true, bf16: false}")
         message = r"no chat template: give --chat_template_path FILE.jinja, or one of deepseek_v2, mixtral, olmoe"
         self.refused([str(recipe), *command()[1:]], ValueError, message, tmp_path)
+
+    def test_template_without_marks(self, command, tmp_path):
+        (tmp_path / "mine.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+        message = "the chat template marks no word of the assistant: enclose its words"
+        given = ["--chat_template_path", str(tmp_path / "mine.jinja"), "--assistant_only_loss"]
+        self.refused(command(*given), ValueError, message, tmp_path)
+
+    def test_conversations_without_the_assistant(self, command, tmp_path):
+        data = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}] * 3)
+        message = "train_data has no token to learn from within max_length"
+        self.refused(command("--assistant_only_loss", data=data), ValueError, message, tmp_path)
 
     def test_output_folder_in_use(self, command, tmp_path):
         (tmp_path / "out").mkdir()
