@@ -73,7 +73,7 @@ def assert_close(folder: Path, expected: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_sharded_run_is_that_of_one_process(sharded, one_process, name, request):
-    """Losses, gradient norms, counts to 1e-5 and biases exactly, on both processes; saved weights to 1e-4 of their norm.
+    """Losses, gradient norms, counts to 1e-5 and biases exactly, on each process; saved weights to 1e-4 of their norm.
 
     The resumed run's are those of the unbroken one bit for bit.
     """
