@@ -29,7 +29,7 @@ def trace(
         typer.Option(
             min=0,
             help="Tokens to spend on leaving out experts, all together; 0: none.",
-            show_default="half of those that are traced",
+            show_default="a quarter of those that are traced",
         ),
     ] = None,
     trust_remote_code: Annotated[

@@ -52,7 +52,8 @@ def dead(numbers: dict) -> list[Finding]:
     total = sum(layer["experts"] for layer in numbers["layers"])
     found = [(layer["label"], expert) for layer in numbers["layers"] for expert in layer["dead"]]
     rest = sum(0 < x < NEARLY_DEAD for layer in numbers["layers"] for x in layer["load"])
-    idle = f" {rest} more {'gets' if rest == 1 else 'get'} less than a tenth of the fair load." if rest else ""
+    more = f"{rest} more" if found else f"But {rest}"
+    idle = f" {more} {'gets' if rest == 1 else 'get'} less than a tenth of the fair load." if rest else ""
     if found:
         where = few([f"expert {expert} of layer {label}" for label, expert in found])
         text = f"{len(found)} of {total} experts got not one of {numbers['tokens']:,} tokens: {where}.{idle}"
@@ -136,12 +137,13 @@ def pairs(numbers: dict) -> list[Finding]:
     """The two experts that travel together most, beyond what their loads alone make likely."""
     best = (0.0, 0.0, None)
     for layer in numbers["layers"]:
+        idle = NEARLY_DEAD * layer["top_k"] / layer["experts"]  # chance alone makes pairs of those
         share = [count / max(sum(layer["tokens"]) / max(layer["top_k"], 1), 1) for count in layer["tokens"]]
         for i, row in enumerate(layer["coactivation"]):
             for j, value in enumerate(row):
                 # of the tokens of the busier one, so that a pair needs both
                 both = min(value, layer["coactivation"][j][i])
-                if share[j] > 0 and both / share[j] > best[0]:
+                if share[j] > idle and both / share[j] > best[0]:
                     best = (both / share[j], both, (i, j, layer["label"], share[j]))
     ratio, both, pair = best
     if pair is None or ratio < TOGETHER:
@@ -163,7 +165,12 @@ def pruned(numbers: dict) -> list[Finding]:
     if not costs:
         return []
     low, high = min(costs), max(costs)
-    free = sum(change < 2 * error + 1e-6 for change, error, *_ in costs)
+    free = sum(change < 2 * error + 1e-4 for change, error, *_ in costs)
+    if free == len(costs):
+        text = (
+            f"None of the {free} experts tried is missed: without it {numbers['pruning_tokens']} tokens show no loss."
+        )
+        return [Finding(PLAIN, text, "pruning")]
     text = (
         f"Losing expert {high[2]} of layer {high[3]} costs most: {high[0]:+.3f} nats of loss. {free} of the "
         f"{len(costs)} experts tried can each go without a loss that {numbers['pruning_tokens']} tokens would show; "

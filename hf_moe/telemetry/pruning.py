@@ -102,16 +102,23 @@ def prune(
     routers: dict[str, Router],
     experts: dict[str, int],
     tried: list[tuple[str, int]],
-    batch: Batch,
+    batches: list[Batch],
     progress: Callable[[int], None],
 ) -> dict[tuple[str, int], Cost]:
     """The cost of each expert in `tried` on the same tokens; none where a router has no logits (hash routers)."""
-    inputs = {"input_ids": batch.ids.to(model.device), "attention_mask": batch.mask.to(model.device)}
-    whole, costs = token_losses(model(**inputs, use_cache=False).logits, batch), {}
+
+    def losses() -> torch.Tensor:
+        found = []
+        for batch in batches:
+            ids, mask = (x.to(model.device) for x in batch)
+            found.append(token_losses(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, batch))
+        return torch.cat(found).double()
+
+    tokens, whole, costs = sum(int(batch.mask.sum()) for batch in batches), losses(), {}
     for name, expert in tried:
         with without_expert(routers[name], expert, experts[name]) as closed:
-            change = (token_losses(model(**inputs, use_cache=False).logits, batch) - whole).double()
+            change = losses() - whole
         if closed():
             costs[name, expert] = Cost(change.mean().item(), change.std().item() / math.sqrt(len(change)))
-        progress(int(batch.mask.sum()))
+        progress(tokens)
     return costs

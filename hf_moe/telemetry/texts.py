@@ -44,14 +44,7 @@ class Domain:
     def batches(self, tokens: int) -> Iterator[Batch]:
         """The windows, together up to about `tokens` places a batch."""
         for windows in chunks(self.windows(), SORTED):
-            windows.sort(key=len)
-            rows = []
-            for ids in windows:
-                if rows and len(ids) * (len(rows) + 1) > tokens:
-                    yield padded(rows)
-                    rows = []
-                rows.append(ids)
-            yield padded(rows)
+            yield from together(windows, tokens)
 
     def count(self, vocab_size: int) -> torch.Tensor:
         """How often each token id occurs, [V] int64. Reads everything, so that what is broken shows before the model
@@ -67,6 +60,17 @@ class Domain:
         if not counts.any():
             raise ValueError(f"{self.source} holds no text: not one token to trace.")
         return counts
+
+
+def together(windows: list[list[int]], tokens: int) -> Iterator[Batch]:
+    """Windows of about the same length in batches of up to about `tokens` places."""
+    rows = []
+    for ids in sorted(windows, key=len):
+        if rows and len(ids) * (len(rows) + 1) > tokens:
+            yield padded(rows)
+            rows = []
+        rows.append(ids)
+    yield padded(rows)
 
 
 def padded(rows: list[list[int]]) -> Batch:

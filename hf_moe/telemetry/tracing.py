@@ -20,7 +20,7 @@ from .measures import favourite_tokens, router_numbers
 from .pruning import plan, prune, token_losses
 from .report import writing
 from .saturation import saturation
-from .texts import Batch, Domain, named_sources, padded
+from .texts import Batch, Domain, named_sources, padded, together
 
 MAX_TOKENS = 100_000  # of each domain
 WINDOW = 512  # tokens that are read together
@@ -46,7 +46,7 @@ def trace(
     model: a folder, a Hub id, or a loaded causal language model with its `tokenizer`. data: text files, row files,
     folders or Hub data sets, each a domain; "NAME=SOURCE" gives a name. compare: checkpoints of the same model for
     router saturation. max_tokens: of each domain; None reads all. prune_tokens: how many tokens to spend on leaving
-    out experts one by one, together; by default half of those that are traced, 0 for none.
+    out experts one by one, together; by default a quarter of those traced, 0 for none.
 
     Returns a summary: tokens, perplexity by domain, findings, files, seconds. Raises FileNotFoundError,
     FileExistsError, OSError or ValueError of one line: a dense model, a broken or empty text, a folder that is not
@@ -77,7 +77,7 @@ def trace(
             with watch("experts"):
                 run.compare_experts()
             with watch("prune"):
-                run.prune_experts(run.tokens // 2 if prune_tokens is None else prune_tokens)
+                run.prune_experts(run.tokens // 4 if prune_tokens is None else prune_tokens)
             with watch("compare"):
                 for checkpoint in compare:
                     run.compare_routing(checkpoint, trust_remote_code)
@@ -202,8 +202,8 @@ class Run:
 
     # ---- experts ----
 
-    def sample(self, tokens: int) -> Batch:
-        """About so many tokens, as many of each domain, windows of each in turn."""
+    def sample(self, tokens: int) -> list[Batch]:
+        """About so many tokens, as many of each domain."""
         rows, share = [], -(-tokens // len(self.domains))
         for domain in self.domains:
             left = share
@@ -212,10 +212,10 @@ class Run:
                 left -= len(rows[-1])
                 if left <= 0:
                     break
-        return padded(rows)
+        return list(together(rows, BATCH_TOKENS))
 
     def compare_experts(self) -> None:
-        inputs = expert_inputs(self.model, self.routers, self.sample(WINDOW))
+        inputs = expert_inputs(self.model, self.routers, self.sample(WINDOW)[-1])
         bar = tqdm(self.counts.items(), desc="experts", unit="layer", disable=not self.progress)
         for name, counts in bar:
             experts = counts.chosen_NE.shape[-1]
@@ -242,15 +242,16 @@ class Run:
         if not chosen or not budget:
             return
         tokens, tried = plan(budget, chosen)
-        batch = self.sample(tokens)
-        if int(batch.mask.sum()) < 2 or int(batch.mask[:, 1:].sum()) < 2:
+        batches = self.sample(tokens)
+        tokens = sum(int(batch.mask.sum()) for batch in batches)
+        if sum(int(batch.mask[:, 1:].sum()) for batch in batches) < 2:  # predictions, for a mean and its error
             return
-        with self.bar("prune", int(batch.mask.sum()) * len(tried)) as bar:
-            costs = prune(self.model, self.routers, experts, tried, batch, bar.update)
+        with self.bar("prune", tokens * len(tried)) as bar:
+            costs = prune(self.model, self.routers, experts, tried, batches, bar.update)
         for (name, expert), cost in costs.items():
             entry = {"expert": expert, "loss_change": cost.mean, "standard_error": cost.error}
             self.found[name]["pruning"].append(entry)
-        self.prune_sample = int(batch.mask.sum())
+        self.prune_sample = tokens
 
     # ---- checkpoints ----
 

@@ -70,7 +70,7 @@ def test_the_cost_of_an_expert_equals_that_of_a_router_written_anew():
             for m in (model, other)
         ]
     change = (losses[1] - losses[0]).double()
-    costs = prune(model, routers, dict.fromkeys(routers, 6), [(name, closed)], BATCH, lambda tokens: None)
+    costs = prune(model, routers, dict.fromkeys(routers, 6), [(name, closed)], [BATCH], lambda tokens: None)
     assert costs[name, closed].mean == pytest.approx(change.mean().item(), abs=1e-6) and change.abs().max() > 1e-3
     assert costs[name, closed].error == pytest.approx(change.std().item() / math.sqrt(12), abs=1e-6)
 
@@ -83,7 +83,7 @@ def test_experts_that_are_copies_cost_nothing_and_are_found():
                 p.copy_(p[:1].expand_as(p))
     routers = find_routers(model)
     costs = prune(
-        model, routers, dict.fromkeys(routers, 6), [(name, 2) for name in routers], BATCH, lambda tokens: None
+        model, routers, dict.fromkeys(routers, 6), [(name, 2) for name in routers], [BATCH], lambda tokens: None
     )
     assert len(costs) == 2 and all(abs(cost.mean) < 1e-5 for cost in costs.values())
     for name in routers:
@@ -98,7 +98,7 @@ def test_a_hash_router_has_no_logits_to_close():
     model = any_hf_moe(router_type="hash", vocab_size=61).eval()
     routers = find_routers(model)
     name = next(iter(routers))
-    assert prune(model, routers, {name: 6}, [(name, 1)], BATCH, lambda tokens: None) == {}
+    assert prune(model, routers, {name: 6}, [(name, 1)], [BATCH], lambda tokens: None) == {}
 
 
 def test_similarities_equal_slow_ones():
