@@ -150,34 +150,40 @@ def model_to_train(config: HfMoeConfig, run: Run) -> nn.Module:
 def memory(model: nn.Module, config: HfMoeConfig, run: Run) -> dict[str, int | None]:
     """Part -> bytes on each GPU; None for activations that cannot be counted. The model's tensors become fake.
 
+    logits: in float32, and their gradient; TRL's heads, of all stages but distil, make them in tiles.
+    """
+    rows, length = run.per_device_train_batch_size, run.max_length
+    parts: dict[str, int | None] = dict(state_memory(model, config, run))
+    if run.stage in (None, "distil"):
+        parts["logits"] = rows * length * config.vocab_size * 4 * 2
+    return parts | {"activations": activation_bytes(model, rows, length, run.bf16, run.gradient_checkpointing)}
+
+
+def state_memory(model: nn.Module, config: HfMoeConfig, run: Run) -> dict[str, int]:
+    """What does not depend on the batch: part -> bytes on each GPU.
+
     gradient_buckets: DistributedDataParallel's copy of the gradients. gathered_layers: with zero3 the layer at work
-    and the next are whole. logits: in float32, and their gradient; TRL's heads, of all stages but distil, make them in
-    tiles.
+    and the next are whole.
     """
     trained = [x for x in model.parameters() if x.requires_grad]
-    weights = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
+    gradients, states = sum(x.nbytes for x in trained), STATES[run.optim]
+    parts = {
+        "weights": sum(x.nbytes for x in [*model.parameters(), *model.buffers()]),
+        "gradients": gradients,
+        "optimizer": sum(states * x.nbytes + (4 if states else 0) for x in trained),
+    }
     if run.lora_base == "nf4":
         from .training.adapters import matrices
 
         plain = meta_model(config, run.dtype)
         packed = [plain.get_parameter(name) for name in matrices(plain)]
-        weights += round(sum(NF4 * x.numel() - x.nbytes for x in packed))
-    gradients = sum(x.nbytes for x in trained)
-    states = STATES[run.optim]
-    optimizer = sum(states * x.nbytes + (4 if states else 0) for x in trained)
-    parts: dict[str, int | None] = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+        parts["weights"] += round(sum(NF4 * x.numel() - x.nbytes for x in packed))
     for name in SHARDING[run.sharding]:
         parts[name] = math.ceil(parts[name] / run.gpus)
     if run.gpus > 1 and run.sharding == "none":
         parts["gradient_buckets"] = gradients
     if run.gpus > 1 and run.sharding == "zero3":
         parts["gathered_layers"] = 2 * largest_layer(model) * (2 if run.bf16 else 4)
-    tokens = run.per_device_train_batch_size * run.max_length
-    if run.stage in (None, "distil"):
-        parts["logits"] = tokens * config.vocab_size * 4 * 2
-    parts["activations"] = activation_bytes(
-        model, run.per_device_train_batch_size, run.max_length, run.bf16, run.gradient_checkpointing
-    )
     return parts
 
 
