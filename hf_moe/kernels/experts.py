@@ -38,10 +38,8 @@ def hf_moe_experts_forward(
     Transformers' "grouped_mm" computes.
     """
     name = "gate_up_proj" if self.has_gate else "up_proj"
-    up, down = getattr(self, name), self.down_proj
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else up.dtype
-    reason = obstacle(self, dtype) or unusable(device)
+    up, down, dtype = getattr(self, name), self.down_proj, compute_dtype(self, hidden_states)
+    reason = obstacle(self, dtype) or unusable(hidden_states.device.type)
     if reason is not None:
         warn(reason)
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
@@ -62,6 +60,12 @@ def hf_moe_experts_forward(
         save,
     )[0]
     return output.to(hidden_states.dtype)
+
+
+def compute_dtype(experts: nn.Module, hidden_states: torch.Tensor) -> torch.dtype:
+    """Autocast's where that is on, else the experts' own."""
+    device = hidden_states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else experts.down_proj.dtype
 
 
 def obstacle(experts: nn.Module, dtype: torch.dtype) -> str | None:

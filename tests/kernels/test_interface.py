@@ -6,6 +6,7 @@ import transformers
 import triton
 from torch.utils.checkpoint import checkpoint
 
+from hf_moe.kernels import auto
 from hf_moe.kernels import experts as implementation
 from tests.conftest import tiny_model, tokens
 
@@ -169,3 +170,25 @@ def test_lora_on_the_experts(device, no_fallback):
     lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
     model = peft.get_peft_model(model, lora)
     agree(model, device)
+
+
+def test_auto_takes_the_fastest_that_knows_the_experts(monkeypatch, device):
+    experts = tiny_model().to(device).model.layers[-1].mlp.experts
+    x = torch.zeros(3, experts.hidden_dim, device=device)
+    assert auto.fastest(experts, x) == "hf_moe"
+    monkeypatch.setattr(auto, "is_sonicmoe_loadable", lambda: True)
+    assert auto.fastest(experts, x) == "hf_moe"  # float32
+    assert auto.fastest(experts.bfloat16(), x.bfloat16()) == "sonicmoe"
+    experts.config.hidden_act = "quick_gelu"
+    assert auto.fastest(experts, x.bfloat16()) == "hf_moe"
+    monkeypatch.setattr(auto, "unusable", lambda device: "need a GPU")
+    assert auto.fastest(experts, x.bfloat16()) == "grouped_mm"
+
+
+def test_auto_computes_what_it_names(device):
+    model, ids = tiny_model().to(device).eval(), tokens(1, 7).to(device)
+    outputs = []
+    for name in ("eager", "auto"):
+        model.set_experts_implementation(name)
+        outputs.append(model(ids).logits)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-5)
