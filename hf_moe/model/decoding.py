@@ -206,15 +206,15 @@ def watched(module: nn.Module) -> bool:
 
 def recordable(model: nn.Module) -> bool:
     """Whether nothing in a step waits for the device, or for Python, and everything is on one GPU."""
-    config = model.config
+    config, device = model.config, model.device  # which looks through all parameters
     ropes = str(config.rope_parameters)
     sparse = "sparse" in config.mlp_layer_types or config.attention_type == "moa"
     return (
-        model.device.type == "cuda"
+        device.type == "cuda"
         and not model.training
         and getattr(model, "hf_quantizer", None) is None
         and len(set(getattr(model, "hf_device_map", {"": 0}).values())) == 1
-        and all(type(x) in (nn.Parameter, torch.Tensor) and x.device == model.device for x in model.parameters())
+        and all(type(x) in (nn.Parameter, torch.Tensor) and x.device == device for x in model.parameters())
         and config._attn_implementation in ("eager", "sdpa")
         and not (sparse and config._experts_implementation == "eager")  # counts tokens on the host
         and not any(map(watched, model.modules()))
