@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo
 from transformers.trainer import HubStrategy, PushInProgress
 from transformers.utils.hub import hf_api
 
-from hf_moe.hub import MARKER, plain_errors, push_folder, write_model_card
+from hf_moe.hub import MARKER, check_base, plain_errors, push_folder, write_model_card
 
 from .record import write_record
 
@@ -22,7 +22,7 @@ class PublishingMixin:
     """Saves a record of the run beside every model, and pushes folders that load anywhere.
 
     A new repository is private unless `hub_private_repo` is False. Raises ValueError for a `hub_strategy` that would
-    upload the optimizer's state, which is a pickle.
+    upload the optimizer's state, which is a pickle, and for an adapter whose base model is a folder.
     """
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -31,6 +31,8 @@ class PublishingMixin:
                 f"hub_strategy is {self.args.hub_strategy.value}, which would upload pickles; it can be "
                 f"{' or '.join(strategy.value for strategy in STRATEGIES)}."
             )
+        for config in getattr(self.model, "peft_config", {}).values():
+            check_base(config.base_model_name_or_path)
         private = self.args.hub_private_repo if private is None else private
         repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         with plain_errors(repo_id, token or self.args.hub_token):
@@ -106,7 +108,7 @@ class PublishingMixin:
         revision: str | None = None,
         remove: bool = False,
     ):
-        """The commit, or a future of it; `remove` the folder in the end."""
+        """The commit, or a future of it, whose failure is said at once; `remove` the folder in the end."""
 
         def job() -> CommitInfo:
             try:
@@ -118,6 +120,10 @@ class PublishingMixin:
                     message=message,
                     token=token or self.args.hub_token,
                 )
+            except (OSError, ValueError) as error:
+                if not blocking:
+                    print(error, file=sys.stderr)
+                raise
             finally:
                 if remove:
                     shutil.rmtree(folder, ignore_errors=True)

@@ -1,10 +1,14 @@
 """What a run was: its model, its data and its seed, written down beside every model that it saves."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from transformers import PreTrainedModel
 
 from hf_moe.hub import RECORD, inherited, stages_of
@@ -39,8 +43,21 @@ def stages(facts: dict[str, Any], model: PreTrainedModel) -> list[dict[str, Any]
     known = {name: value for name, value in stage.items() if value not in (None, "", [])}
     if not known:
         return []  # a model that was made here
-    earlier = stages_of(folder) if here else []
-    return [*earlier, {**known, **(inherited(folder) if here else {}), "hf_moe_version": __version__}]
+    if not here:
+        folder = snapshot(base, stage["base_revision"])
+    return [*stages_of(folder), {**known, **inherited(folder), "hf_moe_version": __version__}]
+
+
+def snapshot(base: str, revision: str | None) -> Path:
+    """A folder with what a model of the Hub says of itself; it stays empty where that cannot be had."""
+    folder = Path(
+        constants.HF_HUB_CACHE, repo_folder_name(repo_id=base, repo_type="model"), "snapshots", str(revision)
+    )
+    if revision is not None:
+        for name in ("README.md", RECORD):
+            with contextlib.suppress(OSError, EntryNotFoundError):
+                hf_hub_download(base, name, revision=revision)
+    return folder
 
 
 def write_record(facts: dict[str, Any], model: PreTrainedModel, folder: str | Path) -> None:

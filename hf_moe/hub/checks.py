@@ -103,12 +103,7 @@ def is_pickle(path: Path) -> bool:
 
 def check_loads(saved: SavedModel) -> None:
     """Raises FileNotFoundError or a ValueError for code, weights or a base model that others would miss."""
-    base = saved.adapter.get("base_model_name_or_path")
-    if base and (base.startswith((".", "/", "~")) or Path(base).exists()):
-        raise ValueError(
-            f"{saved.folder / ADAPTER} names its base model {base}, a folder of this machine; put the Hub id of that "
-            "model into base_model_name_or_path."
-        )
+    check_base(saved.adapter.get("base_model_name_or_path"))
     for file in (CONFIG, "tokenizer_config.json"):
         check_code(saved.folder, file)
     if saved.is_hf_moe:
@@ -118,6 +113,15 @@ def check_loads(saved: SavedModel) -> None:
                 "save it again with save_pretrained."
             )
         check_weights(saved)
+
+
+def check_base(name: str | None) -> None:
+    """Raises a ValueError where an adapter's base model is a folder, which others do not have."""
+    if name and (name.startswith((".", "/", "~")) or Path(name).exists()):
+        raise ValueError(
+            f"The adapter's base model is {name}, a folder of this machine: put the Hub id of that model into "
+            f"{ADAPTER}, base_model_name_or_path, or train from that id."
+        )
 
 
 def check_code(folder: Path, file: str) -> None:

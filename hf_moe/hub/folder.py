@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class SavedModel:
     def has_chat_template(self) -> bool:
         return (self.folder / "chat_template.jinja").is_file()
 
+    @cached_property
     def parameters(self) -> tuple[int, int]:
         """Total parameters, and how many of them one token meets: K of the E routed experts, and all the rest."""
         if self.is_hf_moe and self.config.architectures == ["HfMoeForCausalLM"]:

@@ -17,13 +17,14 @@ TOKENS = re.compile(
     r"|sk-[A-Za-z0-9_-]{32,}|AKIA[0-9A-Z]{16}|xox[abprs]-[A-Za-z0-9-]{20,})\b"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
+SHORTEST = 8  # what is shorter is no token, and stands in any text
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
 
 
 def known_tokens(token: str | None = None) -> list[str]:
     """The tokens of this machine's user: `token`, the environment's and the one that `hf auth login` stored."""
     found = {token, get_token(), *(os.environ.get(name) for name in VARIABLES)}
-    return sorted((x for x in found if x), key=len, reverse=True)
+    return sorted((x for x in found if x and len(x) >= SHORTEST), key=len, reverse=True)
 
 
 def redacted(text: str, token: str | None = None) -> str:

@@ -36,11 +36,12 @@ save_file({"logits": model(ids).logits.detach()}, folder + "/logits.safetensors"
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     """The client's constants were read from the environment when it was imported, so they are what is changed."""
     server = Hub()
     constants = {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
     constants["HUGGINGFACE_CO_URL_TEMPLATE"] = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    constants["HF_HUB_CACHE"] = str(tmp_path / "cache")
     for name, value in constants.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # made with the first endpoint

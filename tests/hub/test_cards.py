@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from hf_moe import HfMoeConfig
-from hf_moe.hub import write_model_card
+from hf_moe.hub import push, write_model_card
 from hf_moe.hub.curves import curve_table
 from tests.conftest import tiny_model
 
@@ -96,6 +96,8 @@ def test_a_family_of_transformers_has_a_card_too(tmp_path):
     assert "trust_remote_code" not in card.text and "AutoModelForCausalLM.from_pretrained" in card.text
     assert "The folder records no origin and no training" in card.text
     assert card.data.tags == ["olmoe", "mixture-of-experts"]
+    files = push(tmp_path, "me/olmoe", dry_run=True)["files"]
+    assert files.keys() == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 
 
 def log(steps: int) -> list[dict]:

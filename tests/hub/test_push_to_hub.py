@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from hf_moe.training.record import stages
 from hf_moe.training.sft import main
 from huggingface_hub import HfApi, ModelCard
+from peft import LoraConfig, get_peft_model
 
 import hf_moe
 from hf_moe.hub import push
@@ -69,7 +71,7 @@ def test_a_recipe_pushes_each_checkpoint_and_the_end(hub, model_folder, data_fol
 
 
 def test_what_the_trainer_cannot_push_is_refused_before_training(hub, model, tmp_path):
-    def trainer(**changes):
+    def trainer(model=model, **changes):
         args = hf_moe.MoeTrainingArguments(
             tmp_path / "out", use_cpu=True, report_to="none", push_to_hub=True, max_steps=1, **changes
         )
@@ -81,3 +83,20 @@ def test_what_the_trainer_cannot_push_is_refused_before_training(hub, model, tmp
         trainer(hub_model_id="somebody/model")
     assert trainer(hub_private_repo=False, hub_model_id="tester/open").hub_model_id == "tester/open"
     assert not hub.repos["tester/open"].private
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match=f"The adapter's base model is {tmp_path}, a folder of this machine"):
+        trainer(adapted)
+
+
+def test_training_from_a_model_of_the_hub_carries_its_licence_and_its_stages(hub, model, folder):
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    (folder / "training.json").write_text(json.dumps({"stages": [{"stage": "pretrain"}]}))
+    push(folder, "tester/base")
+    model.config._name_or_path, model.config._commit_hash = "tester/base", hub.repos["tester/base"].branches["main"]
+    first, second = stages({"stage": "sft"}, model)
+    assert first == {"stage": "pretrain"} and second["source_card"] == {"license": "mit"}
+    assert second["base_model"] == "tester/base" and second["base_revision"] == model.config._commit_hash
+    hub.refuse = lambda method, path: Refusal(500, "down")
+    model.config._commit_hash = "0" * 40
+    assert [stage.get("source_card") for stage in stages({"stage": "sft"}, model)] == [None]
