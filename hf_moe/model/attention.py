@@ -52,31 +52,16 @@ def eager_attention(
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
-def attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention that `attn_implementation` names: output [B, S, H, d] and, from eager, the probabilities."""
-    config = module.config
-    implementation = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
-    output, probabilities = implementation(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=config.attention_dropout if module.training else 0.0,
-        scaling=module.scaling,
-        sliding_window=module.sliding_window,
-        softcap=config.attn_logit_softcapping,
-        **kwargs,
-    )
-    # vLLM's attention, which keeps keys and values itself, gives each token's heads in one row.
-    return output.reshape(query.shape[0], query.shape[2], query.shape[1], -1), probabilities
+def attention_settings(module: nn.Module) -> dict:
+    """What the function that `attn_implementation` names is told, but for the scaling.
+
+    Its call stands in each attention's own forward, with the scaling by name: vLLM reads it there, in the source.
+    """
+    return {
+        "dropout": module.config.attention_dropout if module.training else 0.0,
+        "sliding_window": module.sliding_window,
+        "softcap": module.config.attn_logit_softcapping,
+    }
 
 
 def attention_scaling(config: HfMoeConfig) -> float:
@@ -157,8 +142,11 @@ class HfMoeAttention(nn.Module):
 
         if self.config.attention_sinks:
             kwargs["s_aux"] = self.sinks
-        output, probabilities = attend(self, query, key, value, attention_mask, **kwargs)
-        return self.o_proj(output.flatten(-2).contiguous()), probabilities
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        kwargs |= attention_settings(self)
+        output, probabilities = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        # [B, S, H, d]; of vLLM, which keeps keys and values itself, [B S, H d].
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), probabilities
 
     def rotated(
         self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

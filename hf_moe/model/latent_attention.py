@@ -9,8 +9,9 @@ import math
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import attend
+from .attention import attention_settings, eager_attention
 from .configuration_hf_moe import HfMoeConfig
 from .growing_layer import grow_in_place
 from .rms_norm import HfMoeRMSNorm
@@ -111,24 +112,20 @@ class HfMoeLatentAttention(nn.Module):
             output, probabilities = self.absorbed(query_nope, query_rope, latent, key_rope, attention_mask, weight)
         else:
             query = torch.cat((query_nope, query_rope), dim=-1)
-            output, probabilities = self.expanded(query, latent, key_rope, attention_mask, **kwargs)
-        return self.o_proj(output.flatten(-2).contiguous()), probabilities
+            key, value = self.expanded(latent, key_rope)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
+            kwargs |= attention_settings(self)
+            output, probabilities = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), probabilities
 
-    def expanded(
-        self,
-        query: torch.Tensor,
-        latent: torch.Tensor,
-        key_rope: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention [B, s, H, d_v] of query [B, H, s, d_nope + d_rope] on keys and values made from the latents."""
+    def expanded(self, latent: torch.Tensor, key_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [B, H, S, d_nope + d_rope] and values [B, H, S, d_v] made from latents and rotated keys."""
         sizes = [self.config.qk_nope_head_dim, self.config.v_head_dim]
         expanded = self.kv_b_proj(latent.squeeze(1))
         expanded = expanded.view(*expanded.shape[:-1], -1, sum(sizes)).transpose(1, 2)
         key_nope, value = expanded.split(sizes, dim=-1)
         key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
-        return attend(self, query, key, value, attention_mask, **kwargs)
+        return key, value
 
     def up_projections(self) -> torch.Tensor | None:
         """The weight [H (d_nope + d_v), r] of kv_b_proj, or None where a product with it is not all that layer does.

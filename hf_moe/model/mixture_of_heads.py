@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.integrations.moe import _grouped_linear
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import attend, attention_scaling, has_rope
+from .attention import attention_scaling, attention_settings, eager_attention, has_rope
 from .configuration_hf_moe import HfMoeConfig
 from .norms import make_norm
 from .rotary import rotate
@@ -114,8 +115,10 @@ class HfMoeMixtureOfHeads(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        output, probabilities = attend(self, query, key, value, attention_mask, **kwargs)
-        heads = output.reshape(*output.shape[:-2], -1, top_k, self.head_dim).transpose(-3, -2)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        kwargs |= attention_settings(self)
+        output, probabilities = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        heads = output.reshape(*hidden_states.shape[:2], -1, top_k, self.head_dim).transpose(-3, -2)
         heads = heads.reshape(len(experts), -1)  # [T K, H_kv d]
         output = linear(heads, experts, self.o_experts).view(*weights.shape, -1)  # [T, K, D]
         output = (output * weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)

@@ -5,8 +5,10 @@ By its documentation ("Writing custom models") and its code: it builds auto_map'
 row of tokens without a cache of Transformers'.
 """
 
+import ast
 import inspect
 import re
+import textwrap
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_moe.model.modeling_hf_moe import ATTENTIONS
 from tests.conftest import tiny_config, tiny_model, tokens
 
 MODELS = {
@@ -146,6 +149,21 @@ def test_the_class_and_its_files_say_that_they_comply(tmp_path):
     stages = list(config.base_model_pp_plan)
     assert stages == ["embed_tokens", "layers", "norm"] and set(stages) <= set(children)
     assert [name for name in stages if isinstance(children[name], nn.ModuleList)] == ["layers"]
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_the_attentions_source_shows_its_one_call(kind):
+    """It looks there for the function of the interface, and for the scaling that it is called with."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(ATTENTIONS[kind].forward)))
+    names = [
+        node.targets[0].id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS.get_interface(")
+    ]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in names]
+    assert len(names) == len(calls) == 1
+    assert {word.arg: ast.unparse(word.value) for word in calls[0].keywords}["scaling"] == "self.scaling"
 
 
 @pytest.mark.parametrize("kind", ["sliding", "shared", "mla"])
