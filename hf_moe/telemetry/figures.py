@@ -54,8 +54,8 @@ def heat_map(
     """A cell for each value; what is NaN stays empty."""
     rows, columns = values.shape
     width = NARROW if columns <= MOST_NARROW else WIDE
-    cell = (width - 1.2) / columns
-    figure = Figure(figsize=(width, min(max(1.9, 1.1 + rows * min(max(cell, 0.13), 0.3)), 9)))
+    row = min((width - 1.2) / columns, max(4.2 / rows, 0.12))
+    figure = Figure(figsize=(width, min(max(1.9, 1.1 + rows * row), 9)))
     axes = figure.add_subplot()
     raster = values.size > VECTOR
     image = axes.pcolormesh(
