@@ -13,18 +13,19 @@ from trl import SFTTrainer
 
 from .arguments import DataArguments, ModelArguments, RecipeParser
 from .checkpoints import load_model
+from .mixture import mix
 from .run import (
     check_template,
     checkpoint_to_resume,
     choose_trained,
     find_template,
-    load_data,
     load_tokenizer,
     load_trained_model,
     say_summary,
     train,
 )
 from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
+from .sources import load_sources, together
 
 
 @dataclass
@@ -105,19 +106,19 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilCon
     check_distil_arguments(args)
     checkpoint = checkpoint_to_resume(args)
     args.chat_template_path = find_template(args.chat_template_path)
-    train_rows, eval_rows = load_data(data_args, args, text_field=args.dataset_text_field)
-    args.eval_on_start = eval_rows is not None and checkpoint is None
+    sources, held_out = load_sources(data_args, args, text_field=args.dataset_text_field)
+    args.eval_on_start = bool(held_out) and checkpoint is None
     source = checkpoint or model_args.model_name_or_path
     tokenizer = load_tokenizer(source, model_args, args)
-    check_template(tokenizer, train_rows, args)
+    check_template(tokenizer, next(iter(sources.values())), args)
     model = load_trained_model(source, model_args, args)
     choose_trained(model, model_args.trainable, args)
     trainer = MoeDistilTrainer(
         model=model,
         args=args,
         processing_class=tokenizer,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
+        train_dataset=mix(sources, data_args.train_weights, args.seed),
+        eval_dataset=together(held_out, data_args.eval_by_source),
         teacher=load_teacher(model, tokenizer, model_args, args),
     )
     metrics = train(trainer, checkpoint)

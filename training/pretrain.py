@@ -19,17 +19,18 @@ from hf_moe.sizes import sizes
 
 from .arguments import DataArguments, ModelArguments, RecipeParser
 from .data import is_conversational
+from .mixture import mix
 from .run import (
     checkpoint_to_resume,
     choose_trained,
     implementations,
-    load_data,
     load_tokenizer,
     load_trained_model,
     say_summary,
     train,
 )
 from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
+from .sources import load_sources, together
 
 
 @dataclass
@@ -75,11 +76,11 @@ def main(argv: list[str]) -> dict[str, float]:
 def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainConfig) -> dict[str, float]:
     """Train, evaluate before and after, save to `output_dir`; returns the metrics, with `eval_loss_before`."""
     checkpoint = checkpoint_to_resume(args)
-    train_rows, eval_rows = load_data(data_args, args, text_field=args.dataset_text_field)
-    args.eval_on_start = eval_rows is not None and checkpoint is None
+    sources, held_out = load_sources(data_args, args, text_field=args.dataset_text_field)
+    args.eval_on_start = bool(held_out) and checkpoint is None
     source = checkpoint or model_args.model_name_or_path
     tokenizer = load_tokenizer(source, model_args, args)
-    check_text(train_rows, tokenizer, args)
+    check_text([*sources.values(), *held_out.values()], tokenizer, args)
     print(size_run(source, args), file=sys.stderr)
     if args.from_scratch and checkpoint is None:
         model = new_model(source, model_args, args)
@@ -87,20 +88,25 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainC
         model = load_trained_model(source, model_args, args)
     choose_trained(model, model_args.trainable, args)
     trainer = MoeSFTTrainer(
-        model=model, args=args, processing_class=tokenizer, train_dataset=train_rows, eval_dataset=eval_rows
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=mix(sources, data_args.train_weights, args.seed),
+        eval_dataset=together(held_out, data_args.eval_by_source),
     )
     metrics = train(trainer, checkpoint)
     say_summary(trainer, metrics)
     return metrics
 
 
-def check_text(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: MoePretrainConfig) -> None:
-    """Raises ValueError where the rows are no plain text, or nothing tells where a document ends."""
-    if is_conversational(rows) or args.dataset_text_field not in rows.column_names:
-        raise ValueError(
-            f"stage pretrain reads text, but train_data has the columns {', '.join(rows.column_names)}: give rows "
-            f"with {args.dataset_text_field}, or another --dataset_text_field."
-        )
+def check_text(groups: list[Dataset], tokenizer: PreTrainedTokenizerBase, args: MoePretrainConfig) -> None:
+    """Raises ValueError where rows are no plain text, or nothing tells where a document ends."""
+    for rows in groups:
+        if is_conversational(rows) or args.dataset_text_field not in rows.column_names:
+            raise ValueError(
+                f"stage pretrain reads text, but there are rows with the columns {', '.join(rows.column_names)}: give "
+                f"rows with {args.dataset_text_field}, or another --dataset_text_field."
+            )
     if tokenizer.eos_token is None:
         raise ValueError("The tokenizer has no eos_token, which ends a document.")
 

@@ -97,6 +97,16 @@ def test_laws_need_to_know_how_much(command, tmp_path):
         main([str(recipe), *command()[1:]])
 
 
+def test_sources_are_mixed_by_weight(command, text_folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pretrain, "train", lambda trainer, checkpoint: seen.append(trainer) or {})
+    both = [str(text_folder / "train.jsonl"), str(text_folder / "val.jsonl")]
+    main(command(*SHORT, "--train_data", *both, "--train_weights", "1", "3"))
+    main(command(*SHORT, "--train_data", *both, output="plain"))
+    tokens = [sum(map(len, trainer.train_dataset["input_ids"])) for trainer in seen]
+    assert tokens[0] > 2 * tokens[1]  # the few rows of the heavier source again and again
+
+
 def test_rows_that_are_no_text(command, data_folder):
-    with pytest.raises(ValueError, match="stage pretrain reads text, but train_data has the columns messages"):
+    with pytest.raises(ValueError, match="stage pretrain reads text, but there are rows with the columns messages"):
         main(command(data=data_folder / "train.jsonl"))
