@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from .moe_arguments import MoeArguments
+from .moe_arguments import MoeArguments, moe_argument
 from .run import find_template
 from .trainer import MoeTrainerMixin
 
@@ -37,8 +37,8 @@ class PolicyArguments(MoeArguments):
 class MoePolicyMixin(MoeTrainerMixin):
     """MoeTrainerMixin for TRL's trainers of a policy, which compute their loss from a fused head.
 
-    Modules for multi-token prediction stand still. Raises ValueError where a selection bias would move in the
-    reference, too.
+    Modules for multi-token prediction stand still. Raises ValueError where they are to learn, or where a selection
+    bias would move in the reference, too.
     """
 
     takes_model_loss = False
@@ -50,6 +50,8 @@ class MoePolicyMixin(MoeTrainerMixin):
     def find_routing(self) -> None:
         super().find_routing()
         self.balance.multi_token = None
+        if ahead := moe_argument(self.args, "mtp_loss_coef"):
+            raise ValueError(f"mtp_loss_coef is {ahead}, but a policy is not trained on next tokens: leave it out.")
         if self.bias_speed and self.model is not self.moe and self.args.beta:
             raise ValueError(
                 f"router_bias_update_speed is {self.bias_speed}, but the reference of an adapter is the same model "

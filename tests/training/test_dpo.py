@@ -141,6 +141,7 @@ def test_what_trains_is_what_was_asked_for(words, parts, whole, tmp_path):
         ("--lora_parts attention --router_bias_update_speed 0.1", "the reference of an adapter is the same model"),
         ("--chat_template_path absent.jinja", "there is no file absent.jinja"),
         ("--lora_merge float32", "there is no adapter"),
+        ("--mtp_loss_coef 0.1", "mtp_loss_coef is 0.1"),
     ],
 )
 def test_refused(words, message, whole, tmp_path):
