@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
 from .parameter_groups import part_of
-from .quantized import check_quantization
+from .quantized import STORED, check_quantization
 from .selection_bias import base_name
 
 # Each is made of matrices only; what else is in them (biases, sinks) stays as it is.
@@ -38,8 +38,9 @@ class AdapterArguments:
     lora_base: str | None = field(
         default=None,
         metadata={
-            "help": "Store the model's own matrices, routed experts too, in 4 bits (QLoRA); needs bitsandbytes.",
-            "choices": ["nf4"],
+            "help": "Store the model's own matrices, routed experts too, in 4 bits (nf4: QLoRA; needs bitsandbytes) "
+            "or as float8 in blocks of 128 x 128 (fp8: as DeepSeek-V3 is released).",
+            "choices": list(STORED),
         },
     )
     lora_merge: str | None = field(
@@ -75,7 +76,7 @@ def check_adapter_arguments(args: AdapterArguments, trainable: str) -> None:
             "lora_parts to attention alone."
         )
     if args.lora_base is not None:
-        check_quantization()
+        check_quantization(args.lora_base)
 
 
 def matrices(model: nn.Module) -> dict[str, str]:

@@ -48,6 +48,10 @@ class ModelArguments:
     experts_implementation: str | None = field(
         default=None, metadata={"help": "grouped_mm, batched_mm, eager; default: the model's own."}
     )
+    float8: bool = field(
+        default=False,
+        metadata={"help": "Multiply linear layers in float8, by torchao, beside bf16. Needs compute capability 8.9."},
+    )
     expert_parallel_size: int = field(
         default=1,
         metadata={

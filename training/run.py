@@ -22,6 +22,7 @@ import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
 from .arguments import DataArguments, ModelArguments
 from .checkpoints import is_complete, last_checkpoint, load_model
 from .data import is_conversational
+from .float8 import check_float8, compute_in_float8
 from .mixture import mix
 from .parameter_groups import GROUPS, train_group
 from .sources import load_sources, loss_names, together
@@ -110,6 +111,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: Trai
 
 def load_trained_model(source: str, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedModel:
     """The model in `source`, loaded as the arguments say."""
+    if model_args.float8:
+        check_float8(args.device)
     model = load_model(
         source,
         dtype=model_args.dtype,
@@ -120,6 +123,8 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
         **(args.model_init_kwargs or {}),
     )
     args.model_init_kwargs = None  # used
+    if model_args.float8:
+        print(compute_in_float8(model), file=sys.stderr)
     return model
 
 

@@ -26,9 +26,9 @@ def check_choices(model_args: ModelArguments, adapter_args: AdapterArguments, es
 
 
 def store_base(model: PreTrainedModel, adapter_args: AdapterArguments, args: TrainingArguments) -> None:
-    """Before an adapter is put on it: the model's matrices in 4 bits, if the arguments say so; says what they are."""
+    """Before an adapter is put on it: the model's matrices in fewer bits, if the arguments say so; says which."""
     if adapter_args.lora_base is not None:
-        print(quantize(model, matrices(model), args.device), file=sys.stderr)
+        print(quantize(model, matrices(model), args.device, adapter_args.lora_base), file=sys.stderr)
 
 
 def merge_trained(

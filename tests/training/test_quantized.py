@@ -128,7 +128,7 @@ def test_run_ends_in_a_merged_model_with_the_same_routes(command, capsys):
     folder, words = command
     metrics = main(words("whole", "--lora_merge", "float32"))
     said = capsys.readouterr().err
-    assert "4 bits for 8 matrices of attention, 3 matrices of dense_mlp" in said and "MiB instead of" in said
+    assert "nf4 for 8 matrices of attention, 3 matrices of dense_mlp" in said and "MiB instead of" in said
     assert metrics["merge_changed_routes"] == 0.0
     base = HfMoeForCausalLM.from_pretrained(folder / "model")
     quantize(base, matrices(base), CPU)
