@@ -43,6 +43,10 @@ def stages(facts: dict[str, Any], model: PreTrainedModel) -> list[dict[str, Any]
     known = {name: value for name, value in stage.items() if value not in (None, "", [])}
     if not known:
         return []  # a model that was made here
+    if not here and stage["base_revision"] is None:  # resumed: the checkpoint knows
+        earlier = stages_of(Path(model.config._name_or_path))
+        if earlier and earlier[-1].get("base_model") == base:
+            return earlier
     if not here:
         folder = snapshot(base, stage["base_revision"])
     return [*stages_of(folder), {**known, **inherited(folder), "hf_moe_version": __version__}]

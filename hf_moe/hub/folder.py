@@ -26,6 +26,9 @@ INHERITED = ("license", "license_name", "license_link", "datasets", "language")
 # Routed experts in the names of tensors: hf_moe's and most families', GraniteMoE's.
 ROUTED = re.compile(r"\.experts\.|\.block_sparse_moe\.(input|output)_linear\.")
 
+# Tensors that nobody trains by gradient: the selection bias; in expert rows, which rows they are.
+BUFFERS = ("e_score_correction_bias", ".experts")
+
 
 @dataclass(frozen=True)
 class SavedModel:
@@ -59,8 +62,7 @@ class SavedModel:
         if self.is_hf_moe and self.config.architectures == ["HfMoeForCausalLM"]:
             said = sizes(self.config)
             return said["total_params"], said["active_params"]
-        # In expert rows a tensor NAME.experts says which rows they are.
-        counts = {name: math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(".experts")}
+        counts = {name: math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(BUFFERS)}
         total = sum(counts.values())
         if self.config is None:
             return total, total
@@ -72,9 +74,11 @@ class SavedModel:
 def routed_experts(config: PreTrainedConfig) -> tuple[int, int]:
     """E and K of a config, 1 and 1 where it is dense."""
     text = config.get_text_config()
+    places = (text, getattr(text, "ffn_config", None))  # DBRX has them one level below
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    experts = next((value for name in names if (value := getattr(text, name, None))), 1)
-    return experts, next((k for name in ("num_experts_per_tok", "moe_top_k") if (k := getattr(text, name, None))), 1)
+    experts = next((value for place in places for name in names if (value := getattr(place, name, None))), 1)
+    names = ("num_experts_per_tok", "moe_top_k")
+    return experts, next((value for place in places for name in names if (value := getattr(place, name, None))), 1)
 
 
 def read_folder(folder: str | Path, provenance: dict[str, Any] | None = None) -> SavedModel:

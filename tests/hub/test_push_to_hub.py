@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hf_moe.training.record import stages
+from hf_moe.training.record import stages, write_record
 from hf_moe.training.sft import main
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
@@ -89,7 +89,7 @@ def test_what_the_trainer_cannot_push_is_refused_before_training(hub, model, tmp
         trainer(adapted)
 
 
-def test_training_from_a_model_of_the_hub_carries_its_licence_and_its_stages(hub, model, folder):
+def test_training_from_a_model_of_the_hub_carries_its_licence_and_its_stages(hub, model, folder, tmp_path):
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     (folder / "training.json").write_text(json.dumps({"stages": [{"stage": "pretrain"}]}))
     push(folder, "tester/base")
@@ -97,6 +97,12 @@ def test_training_from_a_model_of_the_hub_carries_its_licence_and_its_stages(hub
     first, second = stages({"stage": "sft"}, model)
     assert first == {"stage": "pretrain"} and second["source_card"] == {"license": "mit"}
     assert second["base_model"] == "tester/base" and second["base_revision"] == model.config._commit_hash
+    resumed = tmp_path / "checkpoint-1"
+    resumed.mkdir()
+    write_record({"base_model": "tester/base", "stage": "sft"}, model, resumed)
+    model.config._name_or_path, model.config._commit_hash = str(resumed), None
+    assert stages({"base_model": "tester/base", "stage": "sft"}, model) == [first, second]
     hub.refuse = lambda method, path: Refusal(500, "down")
+    model.config._name_or_path = "tester/base"
     model.config._commit_hash = "0" * 40
     assert [stage.get("source_card") for stage in stages({"stage": "sft"}, model)] == [None]
