@@ -4,7 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+# After a word, a digit or a bracket a minus is an operator: 5-3 ends with 3.
+NUMBER = r"(?:(?<![\w)\]])-)?\d[\d,]*(?:\.\d+)?"
 # How texts announce their answer; the first kind found counts, and of it the last.
 ANNOUNCED = (
     re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"),

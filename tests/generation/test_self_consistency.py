@@ -16,6 +16,8 @@ from hf_moe.generation.self_consistency import extract_answer, majority
         (r"So 7 of 8: \boxed{\frac{7}{8}}.", r"\frac{7}{8}"),
         (r"\boxed{3} or rather \boxed{ 4 }", "4"),
         ("It rains 3 days, then 4, so -7.50 in all", "-7.5"),
+        ("That makes 5-3 of them, $12", "12"),
+        ("5-3", "3"),
         ("0", "0"),
         ("100", "100"),
         ("  the frog\n and the fox ", "the frog and the fox"),
