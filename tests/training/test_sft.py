@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .conftest import tiny_tokenizer, write_rows
 
 
-
 @pytest.fixture
 def command(model_folder, data_folder, tmp_path):
     """The arguments of a run with the tiny recipe, cut to a few seconds."""
