@@ -1,5 +1,6 @@
 """Tokens of conversations: those of Transformers and TRL, whoever tokenises; cached by content; never half a cache."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,9 @@ from hf_moe.training.run import shipped_templates
 from hf_moe.training.sft_trainer import MoeSFTConfig
 from hf_moe.training.token_cache import cached, can_tokenise, tokenised
 from hf_moe.training.tokens import Encoder, message_column
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.normalizers import NFC
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from .conftest import tiny_tokenizer
 
@@ -29,16 +32,20 @@ TALK = [
 ROWS = Dataset.from_list([{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in TALK])
 
 
-def expected(tokenizer, template: str) -> list[list[list[int]]]:
+def expected(tokenizer, template: str, rows: Dataset = ROWS) -> list[list[list[int]]]:
     """Ids and labels by Transformers, one row after the other."""
     answer = []
-    for row in ROWS:
+    for row in rows:
         out = tokenizer.apply_chat_template(
             row["messages"], chat_template=template, return_dict=True, return_assistant_tokens_mask=True
         )
         pairs = zip(out["input_ids"], out["assistant_masks"], strict=True)
         answer.append([out["input_ids"], [token if marked else -100 for token, marked in pairs]])
     return answer
+
+
+def lists(table) -> list[list[list[int]]]:
+    return [list(pair) for pair in zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True)]
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["tokie", "transformers"])
@@ -48,18 +55,44 @@ def test_tokens_are_those_of_transformers(name, fast, monkeypatch):
     if fast:
         assert Encoder(tokenizer, template, True).agrees_with_transformers(ROWS)
         monkeypatch.setattr(Encoder, "with_transformers", None)
-    table = Encoder(tokenizer, template, True, fast)(ROWS.with_format("arrow")[:])
-    found = [list(pair) for pair in zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True)]
-    assert found == expected(tokenizer, template)
+    assert lists(Encoder(tokenizer, template, True, fast)(ROWS.with_format("arrow")[:])) == expected(
+        tokenizer, template
+    )
+
+
+def test_rows_that_are_normalised_are_left_to_transformers(monkeypatch):
+    """A letter and its accent become one character, of fewer bytes, in one row of four."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = NFC()
+    template = Path(shipped_templates()["deepseek_v2"]).read_text(encoding="utf-8")
+    rows = ROWS.to_list()
+    rows[2]["messages"][1]["content"] = "e\u0301"
+    rows, slow = Dataset.from_list(rows), []
+    encoder = Encoder(tokenizer, template, True)
+    assert encoder.agrees_with_transformers(rows)
+    found = Encoder.with_transformers
+    monkeypatch.setattr(Encoder, "with_transformers", lambda self, pieces: slow.append(pieces) or found(self, pieces))
+    assert lists(encoder(rows.with_format("arrow")[:])) == expected(tokenizer, template, rows)
+    assert ["e\u0301" in "".join(row) for (row,) in slow] == [True]
+
+
+def test_vocabulary_that_lacks_a_byte():
+    """On which tokie may panic."""
+    described = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    del described["model"]["vocab"]["ĉ"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)), bos_token="<s>", eos_token="</s>"
+    )
+    assert not Encoder(tokenizer, "{{ messages[0]['content'] }}", False).agrees_with_transformers(ROWS)
 
 
 def test_vocabulary_of_pieces_of_words(shared_data):
-    """Not byte-level, so that widths do not add up: Transformers tokenises, batch by batch."""
+    """Not byte-level, so that no row's bytes add up."""
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "stories260K-hf")
     template = Path(shipped_templates()["plain"]).read_text(encoding="utf-8")
-    table = Encoder(tokenizer, template, True)(ROWS.with_format("arrow")[:])
-    found = [list(pair) for pair in zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True)]
-    assert found == expected(tokenizer, template)
+    encoder = Encoder(tokenizer, template, True)
+    assert not encoder.agrees_with_transformers(ROWS)
+    assert lists(encoder(ROWS.with_format("arrow")[:])) == expected(tokenizer, template)
 
 
 @pytest.fixture
