@@ -69,6 +69,25 @@ def test_five_steps_change_exactly_the_group(group):
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     assert {names[id(x)] for x in optimizer.state} == expected
     assert {names[id(x)] for entry in optimizer.param_groups for x in entry["params"]} == expected
+    held = sum(x.numel() for state in optimizer.state.values() for name, x in state.items() if name != "step")
+    assert held == 2 * sum(model.get_parameter(name).numel() for name in expected)  # Adam's moments, and no more
+
+
+# Endings of what the experts' groups hold in Transformers' own families.
+EXPERT_SIDE = ("mlp.gate.weight", "mlp.router.weight", "experts.gate_up_proj", "experts.down_proj")
+
+
+@pytest.mark.parametrize("group", ["dense_only", "moe_only"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "mixtral"])
+def test_five_steps_change_exactly_the_group_of_a_published_family(name, group):
+    model = PUBLISHED[name]()
+    moe = {parameter for parameter, _ in model.named_parameters() if parameter.endswith(EXPERT_SIDE)}
+    assert len(moe) == 3 * 2
+    expected = moe if group == "moe_only" else {name for name, _ in model.named_parameters()} - moe
+    train_group(model, group)
+    before = snapshot(model)
+    train_one_step(model, 1, **RUN)
+    assert {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])} == expected
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
