@@ -78,11 +78,11 @@ def measure(path: Path, tokenizer_path: str, template: str, cache: Path, max_len
     import datasets
     import pyarrow.compute as pc
     from hf_moe.training.data import load_rows
+    from hf_moe.training.packing import pack
     from hf_moe.training.run import shipped_templates
-    from hf_moe.training.sft_trainer import PACKED_TOGETHER, MoeSFTConfig
+    from hf_moe.training.sft_trainer import MoeSFTConfig
     from hf_moe.training.token_cache import tokenised
     from transformers import AutoTokenizer
-    from trl import pack_dataset
 
     datasets.config.HF_DATASETS_CACHE = cache
     datasets.disable_progress_bars()
@@ -111,9 +111,7 @@ def measure(path: Path, tokenizer_path: str, template: str, cache: Path, max_len
 
     rows = stage("read and check", lambda: load_rows([str(path)], split="train"))
     tokens = stage("render, tokenise, mark, cache", lambda: tokenised(rows, "rows", tokenizer, args))
-    packed = stage(
-        "pack", lambda: pack_dataset(tokens, max_length, "bfd", {"num_proc": PROCESSES, "batch_size": PACKED_TOGETHER})
-    )
+    packed = stage("pack", lambda: pack(tokens, max_length, PROCESSES))
     lengths = packed.data.column("seq_lengths").combine_chunks().flatten()
     filled = pc.sum(lengths).as_py()
     some = range(0, len(packed), max(1, len(packed) // 500))

@@ -4,14 +4,14 @@ import copy
 from dataclasses import dataclass, field
 
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import SFTConfig, SFTTrainer
 
 from .long_rows import ON_LONG_ROWS, fit
 from .moe_arguments import MoeArguments
+from .packing import pack
 from .token_cache import processes
 from .trainer import MoeTrainerMixin
 
-PACKED_TOGETHER = 5000  # rows
 NAMES = {"train": "train_data", "eval": "eval_data"}  # TRL's -> the arguments'
 
 
@@ -42,7 +42,7 @@ class MoeSFTTrainer(MoeTrainerMixin, SFTTrainer):
         self.aux_loss_enabled = False  # TRL's own
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """TRL's own, with rows that `max_length` cuts counted between tokenising and cutting, and denser packs."""
+        """TRL's own, with rows that `max_length` cuts counted between tokenising and cutting, and quicker packing."""
         prepare = super()._prepare_dataset
         if not isinstance(dataset, Dataset):
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
@@ -54,11 +54,9 @@ class MoeSFTTrainer(MoeTrainerMixin, SFTTrainer):
             except RuntimeError as error:  # a conversation without the assistant
                 raise ValueError(" ".join(str(error).split())) from error
             dataset = fit(dataset, NAMES.get(dataset_name, f"eval_data {dataset_name}"), args, packing)
-        if not packing or args.max_length is None:
+        if not packing or args.packing_strategy != "bfd" or args.max_length is None:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         rows = dataset.select_columns(["input_ids", "labels"])
         with args.main_process_first(desc=f"packing {dataset_name}"):
-            # TRL would pack a thousand rows at a time, and leave the last pack of each thousand half empty.
-            how = {"num_proc": processes(rows, args), "batch_size": PACKED_TOGETHER, "desc": f"Packing {dataset_name}"}
             rows = rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
-            return pack_dataset(rows, args.max_length, args.packing_strategy, how)
+            return pack(rows, args.max_length, processes(rows, args), f"Packing {dataset_name}")

@@ -2,13 +2,17 @@
 
 import json
 import random
+from itertools import chain
 
 import pytest
 import torch
+from datasets import Dataset
+from hf_moe.training.packing import pack
 from hf_moe.training.sft import main
 from hf_moe.training.sft_trainer import MoeSFTConfig, MoeSFTTrainer
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from trl import pack_dataset
 
 from .conftest import tiny_hf_moe, tiny_tokenizer, write_rows
 from .models import hf_moe
@@ -36,8 +40,6 @@ def tokens(count: int, low: int = 3, high: int = 60) -> list[dict]:
 
 
 def trainer(rows: list[dict], tmp_path, model=None, **changes) -> MoeSFTTrainer:
-    from datasets import Dataset
-
     args = MoeSFTConfig(
         output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", max_length=128, **changes
     )
@@ -77,12 +79,21 @@ def test_packs_hold_each_row_once_and_are_full(tmp_path):
     rows = tokens(3000)
     packs = trainer(rows, tmp_path, packing=True).train_dataset
     found = []
-    for pack in packs:
-        assert len(pack["input_ids"]) == len(pack["labels"]) == sum(pack["seq_lengths"]) <= 128
-        ends = torch.tensor(pack["seq_lengths"]).cumsum(0).tolist()
-        found += [pack["input_ids"][stop - n : stop] for stop, n in zip(ends, pack["seq_lengths"], strict=True)]
+    for row in packs:
+        assert len(row["input_ids"]) == len(row["labels"]) == sum(row["seq_lengths"]) <= 128
+        ends = torch.tensor(row["seq_lengths"]).cumsum(0).tolist()
+        found += [row["input_ids"][stop - n : stop] for stop, n in zip(ends, row["seq_lengths"], strict=True)]
     assert sorted(found) == sorted(row["input_ids"] for row in rows)
     assert sum(map(len, found)) / (128 * len(packs)) > 0.995
+
+
+@pytest.mark.parametrize("longest", [40, 200])
+def test_packs_are_those_of_trl(longest):
+    """As many, as full; which of equally long rows share a pack is left open."""
+    rows = Dataset.from_list(tokens(501, high=longest))
+    ours, theirs = pack(rows, 128), pack_dataset(rows, 128, "bfd")
+    assert sorted(map(len, ours["input_ids"])) == sorted(map(len, theirs["input_ids"]))
+    assert sorted(chain(*ours["seq_lengths"])) == sorted(chain(*theirs["seq_lengths"]))
 
 
 class Stop(TrainerCallback):
