@@ -56,6 +56,11 @@ class SavedModel:
     def has_chat_template(self) -> bool:
         return (self.folder / "chat_template.jinja").is_file()
 
+    @property
+    def has_router_bias(self) -> bool:
+        """Selection biases beside an adapter or expert rows, without which its router would choose otherwise."""
+        return (self.folder / "router_bias.safetensors").is_file()
+
     @cached_property
     def parameters(self) -> tuple[int, int]:
         """Total parameters, and how many of them one token meets: K of the E routed experts, and all the rest."""

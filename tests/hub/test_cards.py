@@ -231,6 +231,9 @@ def test_an_adapter_and_expert_rows_name_their_base(tmp_path):
     count = sum(math.prod(x.shape) for name, x in adapted.named_parameters() if "lora_" in name)
     assert f"A LoRA adapter with {count / 1000:.3g}K parameters for [someone/moe]" in card.text
     assert "| Rank | 3 |" in card.text and 'PeftModel.from_pretrained(base, "lora")' in card.text
+    assert "load_router_bias" not in card.text
+    (tmp_path / "lora" / "router_bias.safetensors").touch()
+    assert 'hf_moe.load_router_bias(model, snapshot_download("lora"))' in card_of(tmp_path / "lora").text
 
     model = tiny_model()
     split_experts(model, {"model.layers.1.mlp.gate": torch.tensor([0, 4])})
@@ -241,7 +244,7 @@ def test_an_adapter_and_expert_rows_name_their_base(tmp_path):
     card = card_of(tmp_path / "rows")
     assert (card.data.base_model, card.data.base_model_relation) == ("someone/moe", "adapter")
     assert f"with {2 * 3 * 24 * 48 / 1000:.3g}K parameters" in card.text
-    assert 'load_rows(model, snapshot_download("rows"))' in card.text and "| Revision | 2222" in card.text
+    assert 'folder = snapshot_download("rows")' in card.text and "| Revision | 2222" in card.text
 
 
 def test_a_trace_is_shown_only_of_its_own_model(tmp_path, command):
