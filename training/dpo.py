@@ -6,22 +6,18 @@ import sys
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .adapters import AdapterArguments, check_coverage, lora_config
+from .adapters import AdapterArguments
 from .arguments import DataArguments, ModelArguments, RecipeParser
 from .dpo_trainer import MoeDPOConfig, MoeDPOTrainer
 from .esft import EsftArguments, specialise
-from .policy import use_template
+from .policy import load_policy, load_tokenizer_and_template
 from .run import (
-    check_template,
     checkpoint_to_resume,
-    choose_trained,
     load_data,
-    load_tokenizer,
-    load_trained_model,
     say_summary,
     train,
 )
-from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, store_base
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeDPOConfig, AdapterArguments, EsftArguments)
 # The second: conversations or texts that begin with the same prompt.
@@ -50,9 +46,7 @@ def run(
     checkpoint = checkpoint_to_resume(args)
     train_rows, eval_rows = load_data(data_args, args, kinds=COLUMNS)
     args.eval_on_start = eval_rows is not None and checkpoint is None
-    tokenizer = load_tokenizer(checkpoint or model_args.model_name_or_path, model_args, args)
-    use_template(tokenizer, args.chat_template_path)
-    check_template(tokenizer, train_rows, args)
+    tokenizer = load_tokenizer_and_template(checkpoint or model_args.model_name_or_path, model_args, args, train_rows)
     trainer = build_trainer(model_args, args, adapter_args, tokenizer, train_rows, eval_rows)
     if esft_args.esft_p is not None:
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
@@ -68,30 +62,23 @@ def build_trainer(
     adapter_args: AdapterArguments,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Dataset,
-    eval_rows: Dataset | None,
+    eval_rows: Dataset | dict[str, Dataset] | None,
 ) -> MoeDPOTrainer:
-    """The trainer with policy and reference as they are before any step: resuming restores the policy's weights.
+    """The trainer before any step.
 
     The reference is a copy of the model, router and selection bias included; of an adapter, the model without it.
     """
-    model = load_trained_model(model_args.model_name_or_path, model_args, args)
-    config, targets, reference = None, {}, None
-    if adapter_args.lora_parts is None:
-        if not args.precompute_ref_log_probs:
-            reference = copy.deepcopy(model).requires_grad_(False)
-        choose_trained(model, model_args.trainable, args)
-    else:
-        store_base(model, adapter_args, args)
-        config, targets = lora_config(model, adapter_args)
+    policy, reference = load_policy(model_args, args, adapter_args), None
+    if policy.peft_config is None and not args.precompute_ref_log_probs:
+        reference = copy.deepcopy(policy.model).requires_grad_(False)
     trainer = MoeDPOTrainer(
-        model=model,
+        model=policy.model,
         ref_model=reference,
         args=args,
         processing_class=tokenizer,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        peft_config=config,
+        peft_config=policy.peft_config,
     )
-    if config is not None:
-        print(check_coverage(trainer.model, targets, adapter_args.lora_parts), file=sys.stderr)
+    policy.say_coverage(trainer, adapter_args)
     return trainer

@@ -6,21 +6,17 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .adapters import AdapterArguments, check_coverage, lora_config
+from .adapters import AdapterArguments
 from .arguments import DataArguments, ModelArguments, RecipeParser
 from .grpo_trainer import MoeGRPOConfig, MoeGRPOTrainer
-from .policy import use_template
+from .policy import load_policy, load_tokenizer_and_template
 from .rewards import NEED_ANSWER, REWARDS, find_rewards, true_answer
 from .run import (
-    check_template,
     checkpoint_to_resume,
-    choose_trained,
     load_data,
-    load_tokenizer,
-    load_trained_model,
     train,
 )
-from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, store_base
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
 
 
 @dataclass
@@ -58,15 +54,14 @@ def run(
     names = (reward_args or RewardArguments()).reward_funcs
     check_choices(model_args, adapter_args, NO_ESFT)
     rewards = find_rewards(names, args.reward_weights)
+    if data_args.eval_by_source:
+        raise ValueError("eval_by_source is true, but TRL's GRPO reports rewards without their source: leave it out.")
     checkpoint = checkpoint_to_resume(args)
-    train_rows, eval_rows = (
-        None if rows is None else questions(rows, names, what)
-        for rows, what in zip(load_data(data_args, args, kinds=COLUMNS), ("train_data", "eval_data"), strict=True)
-    )
+    train_rows, eval_rows = load_data(data_args, args, kinds=COLUMNS)
+    train_rows = questions(train_rows, names, "train_data")
+    eval_rows = None if eval_rows is None else questions(eval_rows, names, "eval_data")
     args.eval_on_start = eval_rows is not None and checkpoint is None
-    tokenizer = load_tokenizer(checkpoint or model_args.model_name_or_path, model_args, args)
-    use_template(tokenizer, args.chat_template_path)
-    check_template(tokenizer, train_rows, args)
+    tokenizer = load_tokenizer_and_template(checkpoint or model_args.model_name_or_path, model_args, args, train_rows)
     trainer = build_trainer(model_args, args, adapter_args, rewards, tokenizer, train_rows, eval_rows)
     metrics = train(trainer, checkpoint)
     metrics = metrics | merge_trained(trainer, adapter_args)
@@ -106,26 +101,20 @@ def build_trainer(
     train_rows: Dataset,
     eval_rows: Dataset | None,
 ) -> MoeGRPOTrainer:
-    """The trainer with policy and, if `beta` is above 0, reference as they are before any step."""
-    model = load_trained_model(model_args.model_name_or_path, model_args, args)
-    config, targets = None, {}
-    if adapter_args.lora_parts is None:
-        choose_trained(model, model_args.trainable, args)
-        args.model_init_kwargs = {"revision": model_args.model_revision} if args.beta else None  # TRL's reference
-    else:
-        store_base(model, adapter_args, args)
-        config, targets = lora_config(model, adapter_args)
+    """The trainer before any step, with a reference if `beta` is above 0."""
+    policy = load_policy(model_args, args, adapter_args)
+    if policy.peft_config is None and args.beta:
+        args.model_init_kwargs = {"revision": model_args.model_revision}  # TRL loads the reference itself
     trainer = MoeGRPOTrainer(
-        model=model,
+        model=policy.model,
         reward_funcs=rewards,
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=config,
+        peft_config=policy.peft_config,
     )
-    if config is not None:
-        print(check_coverage(trainer.model, targets, adapter_args.lora_parts), file=sys.stderr)
+    policy.say_coverage(trainer, adapter_args)
     return trainer
 
 

@@ -1,12 +1,19 @@
 """What dpo and grpo share: a policy is trained beside a reference, and nothing but its own loss moves it."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from .adapters import AdapterArguments, check_coverage, lora_config
+from .arguments import ModelArguments
 from .moe_arguments import MoeArguments, moe_argument
-from .run import find_template
+from .run import check_template, choose_trained, find_template, load_tokenizer, load_trained_model
+from .trained import store_base
 from .trainer import MoeTrainerMixin
 
 
@@ -59,10 +66,38 @@ class MoePolicyMixin(MoeTrainerMixin):
             )
 
 
-def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
-    """Give the tokenizer the chat template in a file, or the shipped one of that name."""
-    if name is not None:
-        path = Path(find_template(name))
+def load_tokenizer_and_template(
+    source: str, model_args: ModelArguments, args: TrainingArguments, rows: Dataset
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in `source`, with the chat template that the arguments name. Raises ValueError or OSError."""
+    tokenizer = load_tokenizer(source, model_args, args)
+    if args.chat_template_path is not None:
+        path = Path(find_template(args.chat_template_path))
         if not path.is_file():
-            raise FileNotFoundError(f"chat_template_path {name} is no file and no template that comes along.")
+            raise FileNotFoundError(f"chat_template_path {path} is no file and no template that comes along.")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
+    check_template(tokenizer, rows, args)
+    return tokenizer
+
+
+class Policy(NamedTuple):
+    """A model before any step, and the adapter that TRL is to put on it, if any, so that it knows the reference."""
+
+    model: PreTrainedModel
+    peft_config: LoraConfig | None = None
+    targets: dict[str, str] | None = None  # the weights that the adapter is to reach, and their parts
+
+    def say_coverage(self, trainer: Trainer, adapter_args: AdapterArguments) -> None:
+        """What the adapter reaches. Raises ValueError as `check_coverage`."""
+        if self.peft_config is not None:
+            print(check_coverage(trainer.model, self.targets, adapter_args.lora_parts), file=sys.stderr)
+
+
+def load_policy(model_args: ModelArguments, args: TrainingArguments, adapter_args: AdapterArguments) -> Policy:
+    """The model that a run begins with, also where it is resumed: the trainer then restores the policy's weights."""
+    model = load_trained_model(model_args.model_name_or_path, model_args, args)
+    if adapter_args.lora_parts is None:
+        choose_trained(model, model_args.trainable, args)
+        return Policy(model)
+    store_base(model, adapter_args, args)
+    return Policy(model, *lora_config(model, adapter_args))

@@ -167,6 +167,11 @@ def test_resumed_run_ends_bitwise_where_the_unbroken_one_ends(whole):
     assert all(torch.equal(other[name], x) for name, x in one.items())
 
 
+def test_rewards_by_source_are_refused(whole, tmp_path):
+    with pytest.raises(ValueError, match="eval_by_source is true, but TRL's GRPO reports rewards without"):
+        run_tiny("grpo", whole[1], tmp_path / "out", "--eval_by_source", "true")
+
+
 def test_rows_become_questions(capsys):
     rows = Dataset.from_list(
         [
