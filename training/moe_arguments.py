@@ -75,6 +75,10 @@ class MoeArguments:
     log_each_router: bool = field(
         default=False, metadata={"help": "Log the routing metrics of each router beside their summary."}
     )
+    log_routing_figures: bool = field(
+        default=False,
+        metadata={"help": "Log load, entropy and co-activation as pictures, to TensorBoard or Weights & Biases."},
+    )
 
 
 @dataclass

@@ -59,6 +59,10 @@ class MoeTrainerMixin(PublishingMixin):
         self.average = None if decay is None else WeightAverage(decay)
         self.find_routing()
         self.add_callback(RoutingCallback(self))
+        if moe_argument(self.args, "log_routing_figures"):
+            from hf_moe.telemetry.live import RoutingFigures  # draws with matplotlib, of the extra "plots"
+
+            self.add_callback(RoutingFigures(self))
 
     def find_routing(self) -> None:
         """Look for the routers of the present model, and for what they are to be balanced by."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hf_moe.training.moe_arguments import MoeTrainingArguments
 from hf_moe.training.trainer import MoeTrainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -33,8 +34,8 @@ class WandbCallback(TrainerCallback):
         self.logged.append(values)
 
 
-def make(model, folder, callbacks, trainer_class=Trainer, **arguments):
-    args = TrainingArguments(
+def make(model, folder, callbacks, trainer_class=Trainer, arguments_class=TrainingArguments, **arguments):
+    args = arguments_class(
         str(folder),
         max_steps=2,
         logging_steps=1,
@@ -80,9 +81,8 @@ def test_what_is_counted(name, checkpointing, tmp_path, monkeypatch):
 def test_where_the_pictures_go(tmp_path):
     torch.set_num_threads(1)
     board, wandb = TensorBoardCallback(), WandbCallback()
-    trainer = make(hf_moe(n_group=1, topk_group=1), tmp_path, [board, wandb], MoeTrainer)
-    trainer.add_callback(live.RoutingFigures(trainer))
-    trainer.train()
+    model = hf_moe(n_group=1, topk_group=1)
+    make(model, tmp_path, [board, wandb], MoeTrainer, MoeTrainingArguments, log_routing_figures=True).train()
     names = ["routing/load", "routing/entropy", "routing/coactivation-layer-0", "routing/coactivation-layer-1"]
     assert board.figures == [(name, step) for step in (1, 2) for name in names]
     assert [[key for key in entry if key != "train/global_step"] for entry in wandb.logged] == [[x] for x in 2 * names]
