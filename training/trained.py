@@ -1,9 +1,11 @@
 """What a run trains: a group of parameters, an adapter or a task's experts; checked before it, merged after it."""
 
+import os
 import sys
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .adapters import AdapterArguments, check_adapter_arguments, matrices
 from .arguments import ModelArguments
@@ -23,6 +25,12 @@ def check_choices(model_args: ModelArguments, adapter_args: AdapterArguments, es
     if adapter_args.lora_parts is not None:
         given["lora_parts"] = adapter_args.lora_parts
     check_esft_arguments(esft_args, given)
+    whole = {"lora_merge": adapter_args.lora_merge, "lora_base": adapter_args.lora_base}
+    for name, value in (whole | {"esft_merge": esft_args.esft_merge}).items():
+        if value and (os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                f"{name} is {value}, which needs whole weights on each process: leave it out, or use zero2."
+            )
 
 
 def store_base(model: PreTrainedModel, adapter_args: AdapterArguments, args: TrainingArguments) -> None:
