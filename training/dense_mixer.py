@@ -15,6 +15,7 @@ import inspect
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_moe.routers import Router
 
@@ -22,17 +23,26 @@ TOP_K = ("softmax_topk", "topk_softmax", "sigmoid_topk")
 EXPERT_INPUTS = ["hidden_states", "top_k_index", "top_k_weights"]
 
 
-def add_dense_mixer(model: nn.Module, routers: dict[str, Router]) -> None:
-    """Give every router in `model` this gradient, in training. Raises ValueError for one that it does not fit."""
+def check_dense_mixer(model: nn.Module, routers: dict[str, Router]) -> None:
+    """Raises ValueError for a router of `model` that this gradient does not fit."""
     if getattr(model.config, "expert_input_scaling", False):
         raise ValueError(
             "densemixer is on, but the model's router weights multiply the experts' input, not their output."
         )
     for name, router in routers.items():
-        layer = model.get_submodule(name.rpartition(".")[0])
+        layer = around(model, name)
         if not (chooses_top_k(router.module) and hasattr(layer, "experts") and takes_choice(layer.experts)):
             raise ValueError(f"densemixer is on, but {name} does not choose the top k of fused experts for a token.")
-        mix(router, layer.experts)
+
+
+def add_dense_mixer(model: nn.Module, routers: dict[str, Router]) -> list[RemovableHandle]:
+    """Give every router in `model` this gradient, in training, until the handles are removed."""
+    return [handle for name, router in routers.items() for handle in mix(router, around(model, name).experts)]
+
+
+def around(model: nn.Module, name: str) -> nn.Module:
+    """The layer that a router is in."""
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def chooses_top_k(router: nn.Module) -> bool:
@@ -45,7 +55,7 @@ def takes_choice(experts: nn.Module) -> bool:
     return list(inspect.signature(base.forward).parameters)[:3] == EXPERT_INPUTS
 
 
-def mix(router: Router, experts: nn.Module) -> None:
+def mix(router: Router, experts: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
     """Hooks on both: the router's logits are known when the experts have answered."""
     logits = []
 
@@ -62,8 +72,7 @@ def mix(router: Router, experts: nn.Module) -> None:
         weights_TE = other_weights(router.affinity(logits.pop().float()), index_TK, weights_TK)
         return StraightThrough.apply(output, weights_TE, hidden_TD, index_TK, module)
 
-    router.module.register_forward_hook(remember)
-    experts.register_forward_hook(learn_from_all)
+    return router.module.register_forward_hook(remember), experts.register_forward_hook(learn_from_all)
 
 
 def other_weights(affinity_TE: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
@@ -90,6 +99,8 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_TD):
+        if not ctx.needs_input_grad[1]:
+            return grad_TD, None, None, None, None
         hidden_TD, index_TK = ctx.saved_tensors
         others = ctx.num_experts - index_TK.shape[1]
         grad_TE = hidden_TD.new_zeros(len(hidden_TD), ctx.num_experts, dtype=torch.float32)

@@ -14,7 +14,7 @@ from hf_moe.routers import Routing, captured, find_routers
 from .balance import Balance, over_processes
 from .callbacks import RoutingCallback
 from .checkpoints import check_adapter, load_model
-from .dense_mixer import add_dense_mixer
+from .dense_mixer import add_dense_mixer, check_dense_mixer
 from .esft import chosen_experts, load_rows, save_rows
 from .label_smoothing import ShiftedLabelSmoother
 from .metrics import FIRST_LOSS, rows, split, summarize
@@ -55,6 +55,7 @@ class MoeTrainerMixin(PublishingMixin):
         self.experts = {True: {}, False: {}}  # training or not: router -> E, of the routers that a forward uses
         if self.label_smoother is not None and self._loss_shifts_labels:
             self.label_smoother = ShiftedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
+        self.mixing = []  # hooks of the dense mixer, while training
         decay = moe_argument(self.args, "ema_decay")
         self.average = None if decay is None else WeightAverage(decay)
         self.find_routing()
@@ -79,7 +80,7 @@ class MoeTrainerMixin(PublishingMixin):
         if not self.routers:
             self.balance.coefficients = {}  # those that every configuration of the family has
         if moe_argument(self.args, "densemixer"):
-            add_dense_mixer(self.moe, self.routers)
+            check_dense_mixer(self.moe, self.routers)
 
     @property
     def takes_model_loss(self) -> bool:
@@ -195,6 +196,13 @@ class MoeTrainerMixin(PublishingMixin):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            while self.mixing:
+                self.mixing.pop().remove()
+
     def begin_routing(self) -> None:
         """Called when training begins."""
         if base_model(self.accelerator.unwrap_model(self.model)) is not self.moe:  # a new one, from model_init
@@ -205,6 +213,8 @@ class MoeTrainerMixin(PublishingMixin):
         if self.average is not None and self.state.global_step == 0:
             self.average.start(self.accelerator.unwrap_model(self.model))
         check_checkpointing(self.moe, self.balance.coefficients)
+        if moe_argument(self.args, "densemixer"):
+            self.mixing += add_dense_mixer(self.moe, self.routers)
 
     def end_routing_step(self) -> None:
         """Move the selection biases and keep the step's metrics; called after the optimizer moved."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_moe.training.dense_mixer import add_dense_mixer
+from hf_moe.training.dense_mixer import add_dense_mixer, check_dense_mixer
 from torch.utils.checkpoint import checkpoint
 
 from hf_moe.routers import find_routers
@@ -106,13 +106,42 @@ def graph(tensor: torch.Tensor) -> str:
 def test_a_run_with_it_moves_routers_otherwise_and_adds_up_over_micro_batches():
     none = {"router_aux_loss_coef": 0.0}
     plain, _ = train_one_step(olmoe(), 4, **none)
-    whole, _ = train_one_step(olmoe(), 1, densemixer=True, **none)
+    model = olmoe()
+    whole, _ = train_one_step(model, 1, densemixer=True, **none)
+    assert not any(module._forward_hooks for module in model.modules())  # it leaves the model as it was
     parts, _ = train_one_step(olmoe(), 4, densemixer=True, **none)
     for name, gradient in parts.items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-3, atol=1e-6)
         if "gate.weight" in name or "layers.1.mlp.experts" in name:  # the last layer's experts lie below no router
             same = torch.allclose(gradient, plain[name], rtol=1e-3, atol=1e-6)
             assert same == ("experts" in name), name
+
+
+def test_under_an_adapter_of_the_experts():
+    """The experts that were not chosen answer with their adapters."""
+    adapters = pytest.importorskip("hf_moe.training.adapters")
+    adapted, _ = adapters.add_adapter(olmoe(), adapters.AdapterArguments(lora_parts=["routed_experts"], lora_r=2))
+    model = adapted.get_base_model().train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    layer, inputs, wanted = model.model.layers[1].mlp, torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    layer.gate.weight.requires_grad_()
+    plain = torch.autograd.grad((layer(inputs) * wanted).sum(), layer.gate.weight)[0]
+    add_dense_mixer(model, find_routers(model))
+    (layer(inputs) * wanted).sum().backward()
+    expected = plain.clone()
+    flat, out = inputs.flatten(0, 1), wanted.flatten(0, 1)
+    with torch.no_grad():
+        _, _, index = layer.gate(flat)[:3]
+    for expert in range(6):
+        answer = layer.experts(flat, torch.full((6, 1), expert), torch.ones(6, 1)).detach()
+        scores = (flat @ layer.gate.weight.T).softmax(-1)[:, expert]
+        away = (index != expert).all(dim=1)
+        loss = (scores * (answer * out).sum(dim=1) * away).sum()
+        expected += torch.autograd.grad(loss, layer.gate.weight)[0]
+    torch.testing.assert_close(layer.gate.weight.grad, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -123,5 +152,5 @@ def test_a_run_with_it_moves_routers_otherwise_and_adds_up_over_micro_batches():
 def test_refused_where_it_has_no_meaning(changes):
     model = hf_moe(n_group=1, topk_group=1, **changes)
     with pytest.raises(ValueError, match=r"densemixer is on, but .*gate does not choose the top k") as error:
-        add_dense_mixer(model, find_routers(model))
+        check_dense_mixer(model, find_routers(model))
     assert "\n" not in str(error.value)
