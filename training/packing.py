@@ -1,7 +1,7 @@
 """Whole rows put into packs of a given length, by best fit decreasing.
 
-The packs of TRL's `bfd` in a third of its time, and of more rows at once: TRL's trainer packs a thousand at a time, and
-leaves one pack of each half empty.
+The packs of TRL's `bfd` in a third of its time, and of more rows at once: TRL's trainer packs a thousand at a time,
+and leaves one pack of each half empty.
 """
 
 from bisect import bisect_left, insort
