@@ -51,6 +51,10 @@ TRAINING = {
     "MoeTrainingArguments": "moe_arguments",
     "MoeSFTTrainer": "sft_trainer",
     "MoeSFTConfig": "sft_trainer",
+    "MoeDPOTrainer": "dpo_trainer",
+    "MoeDPOConfig": "dpo_trainer",
+    "MoeGRPOTrainer": "grpo_trainer",
+    "MoeGRPOConfig": "grpo_trainer",
     "load_router_bias": "selection_bias",
 }
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset
-from hf_moe.training.dpo_trainer import MoeDPOConfig, MoeDPOTrainer
 from hf_moe.training.parameter_groups import part_of
 from hf_moe.training.stages import main
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hf_moe import MoeDPOConfig, MoeDPOTrainer
 from hf_moe.routers import captured, find_routers
 
 from .balance_worker import Gradient, difference, slow_losses

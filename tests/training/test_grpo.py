@@ -4,10 +4,11 @@ import pytest
 import torch
 from datasets import Dataset
 from hf_moe.training.grpo import questions as answerable
-from hf_moe.training.grpo_trainer import PREFIX, MoeGRPOConfig, MoeGRPOTrainer
+from hf_moe.training.grpo_trainer import PREFIX
 from hf_moe.training.router_replay import UNKNOWN
 from safetensors.torch import load_file
 
+from hf_moe import MoeGRPOConfig, MoeGRPOTrainer
 from hf_moe.routers import captured, find_routers
 
 from .balance_worker import Gradient, difference, slow_losses
