@@ -1,7 +1,6 @@
 """`hf-moe generate`."""
 
 import json as json_format
-import re
 import sys
 import time
 from pathlib import Path
@@ -85,24 +84,10 @@ def generate(
 
 def load(model: str | Path, trust_remote_code: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model, in the precision it was saved in and on the GPU if there is one, and its tokenizer."""
-    # A path that is not there would otherwise be asked for on the Hub.
-    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(model)):
-        raise FileNotFoundError(f"{model} is neither a folder nor a model id such as owner/name.")
     hide_loading_bars()
-    import torch
-    import transformers
+    from hf_moe.loading import load
 
-    import hf_moe  # noqa: F401  (registers model_type "hf_moe")
-
-    transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{model} has no tokenizer that can be loaded: {error}") from error
-    language_model = transformers.AutoModelForCausalLM.from_pretrained(
-        model, dtype="auto", trust_remote_code=trust_remote_code
-    )
-    return language_model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return load(model, trust_remote_code)
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: bool) -> dict:
