@@ -38,7 +38,10 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def run_page(page: str) -> None:
-    """Run a page's Python and commands here, in one process; a block named as a file becomes that file."""
+    """Run a page's Python and commands here, in one process; a block named as a file becomes that file.
+
+    Words behind ```bash are options that the commands are run with: dry-run, where others test the whole conversion.
+    """
     names: dict = {}
     for block in blocks(page):
         if block.language == "python" and block.runs:
@@ -46,7 +49,7 @@ def run_page(page: str) -> None:
         elif block.language == "bash" and block.runs:
             for words in commands(block):
                 assert words[0] == "hf-moe", f"{page}: mark as no-run: {words}"
-                assert main(words[1:]) == 0, words
+                assert main(words[1:] + [f"--{word}" for word in block.words]) == 0, words
         elif block.language in ("json", "yaml") and block.words:
             Path(block.words[0]).write_text(block.text, encoding="utf-8")
 
