@@ -147,17 +147,18 @@ def report(results: dict[str, dict], arguments: argparse.Namespace, size: int) -
     for run, total in totals.items():
         for unit in total:
             total[unit] = sum(stage[unit] for name, stage in results[run]["stages"].items() if "packs" not in name)
+    lines.append("")
     for run, total in totals.items():
         rows = results[run]["rows"]
         lines += [
-            "",
             f"- {run.capitalize()}: {rows / total['wall_s']:,.0f} examples a second by the clock, "
             f"{PROCESSES * rows / total['cpu_s']:,.0f} by the CPU time of {PROCESSES} cores "
             f"({results[run]['tokens'] / total['wall_s'] / 1e6:.2f} million tokens a second by the clock). Peak "
             f"memory {results[run]['own_gb']:.2f} GB, with the mapped cache files {results[run]['all_gb']:.2f} GB.",
         ]
     lines += [
-        "",
+        "- CPU time is what two cores to themselves would take; by the clock, whatever else runs on them counts, too. "
+        "Mapped files are the cache on disk, whose pages the kernel drops when it needs them.",
         f"- {first['packs']:,} packs, {first['full']:.2%} full.",
         f"- {cpu_name()}; load {os.getloadavg()[0]:.1f} at the end, this run's own included.",
         f"- Python {platform.python_version()}, "
