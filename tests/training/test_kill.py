@@ -1,6 +1,6 @@
 """Killed at a random step and resumed, `hf-moe train` ends bitwise where the unbroken run ends, on 1 and 2 processes.
 
-HF_MOE_KILLS=N in the environment kills each run N times, at a random moment rather than in a step.
+HF_MOE_KILLS=N in the environment runs each case on both, killed N times at a random moment rather than in a step.
 """
 
 import json
@@ -32,6 +32,9 @@ CASES = {
     "esft": (True, ["--esft_p", 0.4, "--esft_batches", 2], ["expert_rows.safetensors", "router_bias.safetensors"]),
 }
 KILLS = int(os.environ.get("HF_MOE_KILLS", "0"))
+RUNS = [("full", 2), ("bias", 1), ("lora", 1), ("esft", 2)]
+if KILLS:
+    RUNS = [(name, processes) for name in CASES for processes in (1, 2)]
 
 
 def save_model(folder: Path, biased: bool) -> None:
@@ -51,15 +54,14 @@ def runs(tmp_path_factory, data_folder):
     for biased in (False, True):
         save_model(folder / f"model-{biased}", biased)
     jobs = {}
-    for name, (biased, extra, _) in CASES.items():
-        for processes in (1, 2):
-            places = ["--model_name_or_path", folder / f"model-{biased}", "--train_data", data_folder / "train.jsonl"]
-            argv = [str(word) for word in ("tiny/sft", *places, *RUN, *extra)]
-            job = {"argv": argv, "processes": processes}
-            output = str(folder / f"{name}-{processes}")
-            how = {"kills": KILLS} if KILLS else {"step": random.SystemRandom().randint(2, STEPS - 1)}
-            jobs[f"{name}-{processes}-unbroken"] = job | {"output": f"{output}-unbroken"}
-            jobs[f"{name}-{processes}"] = job | how | {"output": output}
+    for name, processes in RUNS:
+        biased, extra, _ = CASES[name]
+        places = ["--model_name_or_path", folder / f"model-{biased}", "--train_data", data_folder / "train.jsonl"]
+        job = {"argv": [str(word) for word in ("tiny/sft", *places, *RUN, *extra)], "processes": processes}
+        output = str(folder / f"{name}-{processes}")
+        how = {"kills": KILLS} if KILLS else {"step": random.SystemRandom().randint(2, STEPS - 1)}
+        jobs[f"{name}-{processes}-unbroken"] = job | {"output": f"{output}-unbroken"}
+        jobs[f"{name}-{processes}"] = job | how | {"output": output}
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     result = subprocess.run(
@@ -73,8 +75,7 @@ def runs(tmp_path_factory, data_folder):
     return folder, ended, result.stderr
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "processes"), RUNS)
 def test_killed_and_resumed_run_ends_bitwise_where_the_unbroken_one_ends(runs, name, processes):
     folder, ended, messages = runs
     run = f"{name}-{processes}"
