@@ -3,7 +3,7 @@
     python benchmarks/trace.py MODEL --data text.txt --tokens 4000 16000 --out table.md
 
 Every measurement is a process of its own, so that peak memory is its own, too. `plain` runs the batches of `trace`
-through the model and keeps nothing; `trace` is all that the command does after loading, with its default options:
+through the model and keeps nothing; `count` adds the counting alone, which grows with the text; `trace` is all that the command does after loading, with its default options:
 reading, counting, comparing experts, leaving them out, writing. CPU seconds count both cores, and matter where others
 use the machine.
 """
@@ -22,10 +22,10 @@ import transformers
 
 from hf_moe.loading import load
 from hf_moe.telemetry import trace
-from hf_moe.telemetry.tracing import BATCH_TOKENS, WINDOW, Domain
+from hf_moe.telemetry.tracing import BATCH_TOKENS, WINDOW, Domain, Run
 from hf_moe.version import __version__
 
-KINDS = ("plain", "trace")
+KINDS = ("plain", "count", "trace")
 
 
 @torch.inference_mode()
@@ -42,6 +42,10 @@ def measure(kind: str, name: str, data: str, tokens: int) -> dict:
     parts = {}
     if kind == "plain":
         plain(model, tokenizer, data, tokens)
+    elif kind == "count":
+        run = Run(model, tokenizer, name, {"text": data}, tokens, progress=False)
+        run.count_tokens()
+        run.count_routing()
     else:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
@@ -80,8 +84,9 @@ def main():
         f"{'CUDA' if torch.cuda.is_available() else platform.machine() + ' CPU'}, {torch.get_num_threads()} threads; "
         f"the first tokens of {Path(args.data).name}, {WINDOW} read together.",
         "",
-        "| tokens | plain, s | trace, s | ratio | plain, CPU s | trace, CPU s | ratio | plain, MB | trace, MB |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| tokens | plain, CPU s | count, CPU s | ratio | trace, CPU s | ratio | plain, s | trace, s "
+        "| plain, MB | trace, MB |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for tokens in args.tokens:
         found = {}
@@ -90,11 +95,11 @@ def main():
             done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, check=True)
             found[kind] = json.loads(done.stdout.splitlines()[-1])
             print(kind, tokens, found[kind], file=sys.stderr, flush=True)
-        cells = [f"{tokens:,}"]
-        for clock in ("wall", "cpu"):
-            seconds = [found[kind][clock] for kind in KINDS]
-            cells += [*(f"{x:.1f}" for x in seconds), f"{seconds[1] / seconds[0]:.2f}"]
-        cells += [f"{found[kind]['peak']:,.0f}" for kind in KINDS]
+        cpu = {kind: found[kind]["cpu"] for kind in KINDS}
+        cells = [f"{tokens:,}", f"{cpu['plain']:.1f}"]
+        cells += [x for kind in KINDS[1:] for x in (f"{cpu[kind]:.1f}", f"{cpu[kind] / cpu['plain']:.2f}")]
+        cells += [f"{found[kind]['wall']:.0f}" for kind in ("plain", "trace")]
+        cells += [f"{found[kind]['peak']:,.0f}" for kind in ("plain", "trace")]
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
     print(text)
