@@ -117,6 +117,8 @@ def run_table(report: dict[str, Any]):
     for name, size in report["memory_per_gpu"].items():
         yield f"  {name.replace('_', ' ')}", "decided by the data" if size is None else gigabytes(size)
     yield "  sum", gigabytes(report["memory_per_gpu_total"])
+    if report["not_counted"]:
+        yield "  not counted", report["not_counted"]
     if report["cpu_memory_ema"]:
         yield "  on the CPU", f"{gigabytes(report['cpu_memory_ema'])} for the average of the weights"
     yield from time_rows(report)

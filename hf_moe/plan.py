@@ -23,8 +23,15 @@ SHARDING = {
     "zero2": ("gradients", "optimizer"),
     "zero3": ("weights", "gradients", "optimizer"),
 }
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Bytes of state beside a number of the weight's own size; torch's AdamW keeps a 4-byte step a tensor, too.
 STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}
+# Stage -> what a run holds beside the trained model and its rows.
+NOT_COUNTED = {
+    "dpo": "the reference model, and the second answer of each row",
+    "grpo": "generation: its cache, and the logits of the answers",
+    "distil": "the teacher",
+}
 NF4 = 0.5 + (1 + 4 / 256) / 64  # bytes a number: 4 bits, and scales of 64, in 8 bits with a scale for 256
 
 
@@ -95,6 +102,7 @@ def plan(config: HfMoeConfig, run: Run, rate: Rate = MEASURED) -> dict[str, Any]
         "memory_per_gpu": parts,
         "memory_per_gpu_total": sum(known),
         "activations_known": len(known) == len(parts),
+        "not_counted": NOT_COUNTED.get(run.stage),
         "cpu_memory_ema": 0 if run.ema_decay is None else 4 * trained,
         "flops_per_token": flops,
         "flops_per_second": rate.flops,
@@ -110,7 +118,7 @@ def plan(config: HfMoeConfig, run: Run, rate: Rate = MEASURED) -> dict[str, Any]
 
 def check(run: Run) -> None:
     """Raises ValueError for a choice that there is not, or a size below 1."""
-    for name, choices in (("sharding", SHARDING), ("optim", STATES)):
+    for name, choices in (("sharding", SHARDING), ("optim", STATES), ("dtype", DTYPES)):
         if getattr(run, name) not in choices:
             raise ValueError(f"{name} is {getattr(run, name)}; plan knows {', '.join(choices)}.")
     for name in ("gpus", "per_device_train_batch_size", "max_length"):

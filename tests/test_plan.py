@@ -167,6 +167,7 @@ def test_a_recipe_says_what_it_says():
     assert (run.per_device_train_batch_size, run.max_length, run.gradient_checkpointing) == (4, 4096, True)
     assert run.optim == "adamw_torch" and run.lora_parts is None
     config = tiny_config()
+    assert plan(config, run_of_recipe({"stage": "distil"}, **SMALL))["not_counted"] == "the teacher"
     assert "logits" not in plan(config, run_of_recipe({"stage": "sft"}, **SMALL))["memory_per_gpu"]
     assert plan(config, Run(**SMALL))["memory_per_gpu"]["logits"] == 2 * 24 * 97 * 8
     assert plan(config, Run(**SMALL, ema_decay=0.99))["cpu_memory_ema"] == 4 * plan(config, Run())["trained_params"]
@@ -177,6 +178,7 @@ def test_a_recipe_says_what_it_says():
     [
         ({"sharding": "fsdp"}, "sharding is fsdp; plan knows none, zero1"),
         ({"optim": "lion"}, "optim is lion; plan knows adamw_torch"),
+        ({"dtype": "int3"}, "dtype is int3; plan knows auto, float32"),
         ({"gpus": 0}, "gpus is 0; it must be at least 1"),
         ({"trainable": "moe"}, "trainable is 'moe'"),
         ({"lora_parts": ["router"]}, "lora_parts is"),

@@ -84,13 +84,6 @@ def command(model_folder, data_folder, tmp_path):
     return arguments
 
 
-def test_a_model_is_at_no_distance_from_itself(command, data_folder, tmp_path):
-    extra = ["--kl_weight", "1", "--router_aux_loss_coef", "0", "--max_steps", "1", "--eval_data", str(data_folder)]
-    metrics = main(command(*extra))
-    assert abs(metrics["eval_loss_before"]) < 1e-5
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-
-
 def test_refusals(command, model_folder, tmp_path):
     def refused(message, *extra, **places):
         with pytest.raises(ValueError, match=message) as error:
