@@ -81,7 +81,7 @@ def run(argv: list[str], output: str, processes: int, step: int | None = None, k
         if not resume:
             shutil.rmtree(output, ignore_errors=True)
         ended.append(finish(start([*argv, *resume], processes, step if not ended else None), moment))
-        if any(code not in (0, -signal.SIGKILL) for code in ended[-1]):
+        if any(ended[-1]) and -signal.SIGKILL not in ended[-1]:  # it failed by itself
             break
     return ended
 
