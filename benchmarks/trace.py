@@ -3,9 +3,9 @@
     python benchmarks/trace.py MODEL --data text.txt --tokens 4000 16000 --out table.md
 
 Every measurement is a process of its own, so that peak memory is its own, too. `plain` runs the batches of `trace`
-through the model and keeps nothing; `count` adds the counting alone, which grows with the text; `trace` is all that the command does after loading, with its default options:
-reading, counting, comparing experts, leaving them out, writing. CPU seconds count both cores, and matter where others
-use the machine.
+through the model and keeps nothing; `count` adds the counting alone, which grows with the text; `trace` is all that
+the command does after loading, with its default options: reading, counting, comparing experts, leaving them out,
+writing. CPU seconds count all cores, and matter where others use the machine.
 """
 
 import argparse
