@@ -1,0 +1,60 @@
+"""The measured speeds as one picture: hf_moe beside Transformers on the same card, in the same run.
+
+    python benchmarks/speed_picture.py
+
+Reads moe_layer.json, whole_model.json and mla_decode_gpu.json in benchmarks/results/ and writes speed.png there.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+WORKS = ["training", "prefill", "decoding, batch 1", "decoding, batch 16"]
+
+
+def rows() -> list[tuple[str, float, float, str]]:
+    """Label, Transformers' number, ours, unit."""
+    layers, whole, latent = (
+        json.loads((RESULTS / f"{name}.json").read_text())["results"]
+        for name in ("moe_layer", "whole_model", "mla_decode_gpu")
+    )
+    speed = "forward_backward_tflops"
+    found = [
+        (f"{name} layer, forward and backward", row["grouped_mm"][speed], row["hf_moe"][speed], "TFLOP/s")
+        for name, row in layers.items()
+    ]
+    for work in WORKS:
+        theirs, ours = (whole[peer][work]["tokens_per_second"] for peer in ("transformers", "hf_moe"))
+        found.append((f"OLMoE-1B-7B, {work}", theirs, ours, "tok/s"))
+    for case in ("batch 1, context 32768", "batch 16, context 4096"):
+        theirs, ours = (latent[f"{peer}, {case}"]["tokens_per_second"] for peer in ("transformers", "hf_moe"))
+        found.append((f"DeepSeek-V2-Lite, decoding,\n{case}", theirs, ours, "tok/s"))
+    return found
+
+
+def main():
+    found = rows()
+    figure, axes = plt.subplots(figsize=(9, 5))
+    ratios = [ours / theirs for _, theirs, ours, _ in found]
+    places = range(len(found))
+    axes.barh(places, ratios, color="#0072B2")
+    for place, ratio, (_, theirs, ours, unit) in zip(places, ratios, found, strict=True):
+        axes.text(ratio + 0.1, place, f"{ratio:.1f}x   {theirs:,.0f} to {ours:,.0f} {unit}", va="center", fontsize=9)
+    axes.axvline(1, color="#555555", linewidth=1)
+    axes.set_yticks(places, [label for label, *_ in found])
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(ratios) * 1.45)
+    axes.set_xlabel("times Transformers' speed")
+    axes.set_title(json.loads((RESULTS / "whole_model.json").read_text())["device"] + ", bfloat16", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "speed.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
