@@ -21,6 +21,7 @@ from .metrics import FIRST_LOSS, rows, split, summarize
 from .moe_arguments import moe_argument
 from .multi_step import multi_step_schedule
 from .multi_token import looking_ahead, mtp_coefficient
+from .precision import keep_precision
 from .publishing import PublishingMixin
 from .refusals import check_arguments, check_checkpointing, check_finite
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
@@ -47,6 +48,7 @@ class MoeTrainerMixin(PublishingMixin):
         super().__init__(*args, **kwargs)
         if self.args.use_liger_kernel:
             liger.register()
+        keep_precision(self.accelerator, self.model)
         self.balance_over = moe_argument(self.args, "balance_over")
         self.step = Step([])
         self.logged = []  # the rows of each optimizer step since the last log

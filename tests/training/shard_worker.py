@@ -54,6 +54,7 @@ CASES = {
     "biased": (hf_moe_biased, BIASED, "model.safetensors"),
     "adapter": (adapted, BIASED, "adapter_model.safetensors"),
     "esft": (some_experts, BIASED, "expert_rows.safetensors"),
+    "bf16": (hf_moe_biased, BIASED | {"bf16": True, "save_strategy": "no"}, "model.safetensors"),
     "idle": (idle, {"router_aux_loss_coef": 0.0, "accumulation": 16, "save_strategy": "no"}, "model.safetensors"),
 }
 RESUMED = ("biased", "adapter")
