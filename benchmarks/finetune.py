@@ -58,7 +58,7 @@ def accuracy(folder: str, rows: list[dict], batch: int = 100) -> float:
 
 def tune(name: str, model: str, output: Path, args) -> dict:
     """Run one recipe; what it measured, with the loss of every step."""
-    from hf_moe.training import sft
+    from hf_moe.training import sft, stages
 
     recipe, merged = RECIPES[name]
     counted, original = {}, sft.train
@@ -76,7 +76,7 @@ def tune(name: str, model: str, output: Path, args) -> dict:
     given = f"{recipe} --model_name_or_path {model} --train_data {args.train} --eval_data {args.val}"
     given += f" --output_dir {output} --max_steps {args.steps} {SHARED}"
     try:
-        sft.main(given.split())
+        stages.main(given.split())
     finally:
         sft.train = original
     results = {}

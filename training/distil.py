@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTTrainer
 
-from .arguments import DataArguments, ModelArguments, RecipeParser
+from .arguments import DataArguments, ModelArguments
 from .checkpoints import load_model
 from .mixture import mix
 from .run import (
@@ -89,16 +89,6 @@ def softened_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float
     """T^2 KL(softmax(teacher / T) || softmax(student / T)) of each row of logits [N, V]: [N]."""
     student, teacher = ((logits / temperature).log_softmax(dim=-1) for logits in (student, teacher))
     return temperature**2 * (teacher.exp() * (teacher - student)).sum(dim=-1)
-
-
-def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeDistilConfig]:
-    """The arguments of a run from [recipe, --key, value, ...]."""
-    return RecipeParser(ARGUMENTS).parse(argv)
-
-
-def main(argv: list[str]) -> dict[str, float]:
-    """Run the recipe argv[0] with the arguments after it. Raises ValueError or OSError for the user's mistakes."""
-    return run(*parse(argv))
 
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilConfig) -> dict[str, float]:

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .adapters import AdapterArguments
-from .arguments import DataArguments, ModelArguments, RecipeParser
+from .arguments import DataArguments, ModelArguments
 from .dpo_trainer import MoeDPOConfig, MoeDPOTrainer
 from .esft import EsftArguments, specialise
 from .policy import load_policy, load_tokenizer_and_template
@@ -22,16 +22,6 @@ from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
 ARGUMENTS = (ModelArguments, DataArguments, MoeDPOConfig, AdapterArguments, EsftArguments)
 # The second: conversations or texts that begin with the same prompt.
 COLUMNS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
-
-
-def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeDPOConfig, AdapterArguments, EsftArguments]:
-    """The arguments of a run from [recipe, --key, value, ...]."""
-    return RecipeParser(ARGUMENTS).parse(argv)
-
-
-def main(argv: list[str]) -> dict[str, float]:
-    """Run the recipe argv[0] with the arguments after it. Raises ValueError or OSError for the user's mistakes."""
-    return run(*parse(argv))
 
 
 def run(

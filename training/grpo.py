@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .adapters import AdapterArguments
-from .arguments import DataArguments, ModelArguments, RecipeParser
+from .arguments import DataArguments, ModelArguments
 from .grpo_trainer import MoeGRPOConfig, MoeGRPOTrainer
 from .policy import load_policy, load_tokenizer_and_template
 from .rewards import NEED_ANSWER, REWARDS, find_rewards, true_answer
@@ -31,16 +31,6 @@ class RewardArguments:
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeGRPOConfig, AdapterArguments, RewardArguments)
 COLUMNS = (("prompt", "answer"), ("question", "answer"), ("messages",), ("prompt",))
-
-
-def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeGRPOConfig, AdapterArguments, RewardArguments]:
-    """The arguments of a run from [recipe, --key, value, ...]."""
-    return RecipeParser(ARGUMENTS).parse(argv)
-
-
-def main(argv: list[str]) -> dict[str, float]:
-    """Run the recipe argv[0] with the arguments after it. Raises ValueError or OSError for the user's mistakes."""
-    return run(*parse(argv))
 
 
 def run(

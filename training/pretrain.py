@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from hf_moe.scaling_laws import batch_tokens, learning_rate
 from hf_moe.sizes import sizes
 
-from .arguments import DataArguments, ModelArguments, RecipeParser
+from .arguments import DataArguments, ModelArguments
 from .data import is_conversational
 from .mixture import mix
 from .run import (
@@ -61,16 +61,6 @@ class MoePretrainConfig(MoeSFTConfig):
 
 
 ARGUMENTS = (ModelArguments, DataArguments, MoePretrainConfig)
-
-
-def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoePretrainConfig]:
-    """The arguments of a run from [recipe, --key, value, ...]."""
-    return RecipeParser(ARGUMENTS).parse(argv)
-
-
-def main(argv: list[str]) -> dict[str, float]:
-    """Run the recipe argv[0] with the arguments after it. Raises ValueError or OSError for the user's mistakes."""
-    return run(*parse(argv))
 
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainConfig) -> dict[str, float]:

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .adapters import AdapterArguments, add_adapter
-from .arguments import DataArguments, ModelArguments, RecipeParser
+from .arguments import DataArguments, ModelArguments
 from .esft import EsftArguments, specialise
 from .mixture import mix
 from .run import (
@@ -26,16 +26,6 @@ from .token_cache import can_tokenise, tokenised
 from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, store_base
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments)
-
-
-def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments]:
-    """The arguments of a run from [recipe, --key, value, ...]."""
-    return RecipeParser(ARGUMENTS).parse(argv)
-
-
-def main(argv: list[str]) -> dict[str, float]:
-    """Run the recipe argv[0] with the arguments after it. Raises ValueError or OSError for the user's mistakes."""
-    return run(*parse(argv))
 
 
 def run(

@@ -1,7 +1,7 @@
 """The stages of training: what a recipe's `stage` names. Each is a module, imported only when it is used.
 
-A stage's module has `ARGUMENTS`, the dataclasses that its recipes fill, `parse(argv)`, which returns one instance of
-each, and `main(argv)`, which runs a recipe and returns its metrics.
+A stage's module has `ARGUMENTS`, the dataclasses that its recipes fill, and `run`, which takes one instance of each
+and returns the metrics.
 """
 
 import argparse
@@ -38,29 +38,34 @@ def stage_module(argv: list[str]) -> ModuleType:
     return import_module(STAGES[stage])
 
 
+def parser_of(argv: list[str]):
+    """What reads the arguments of the stage that [recipe, --key, value, ...] runs."""
+    from .arguments import RecipeParser  # TRL, which takes seconds to import
+
+    return RecipeParser(stage_module(argv).ARGUMENTS)
+
+
 def parse(argv: list[str]) -> tuple:
     """The arguments of the run that [recipe, --key, value, ...] describes: one instance of each dataclass."""
-    return stage_module(argv).parse(argv)
+    return parser_of(argv).parse(argv)
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the recipe argv[0] with the arguments after it. Raises ValueError or OSError for the user's mistakes."""
-    return stage_module(argv).main(argv)
+    """Run the recipe argv[0] with the arguments after it; returns the metrics.
+
+    Raises ValueError or OSError for the user's mistakes.
+    """
+    return stage_module(argv).run(*parse(argv))
 
 
 def check_recipe(name: str) -> int:
     """Validate every argument of a recipe without training; returns how many it gives. Raises as RecipeParser."""
-    module = stage_module([name])
-    from .arguments import RecipeParser
-
-    return RecipeParser(module.ARGUMENTS).check(name)
+    return parser_of([name]).check(name)
 
 
 def arguments_of(name: str) -> dict[str, Any]:
     """Every argument of a recipe, those that it leaves out with their defaults. Raises as `check_recipe`."""
     check_recipe(name)
-    from .arguments import RecipeParser
-
-    parser = RecipeParser(stage_module([name]).ARGUMENTS)
+    parser = parser_of([name])
     parser.take_recipe(name)
     return vars(parser.parse_args([]))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from hf_moe.training.record import stages, write_record
-from hf_moe.training.sft import main
+from hf_moe.training.stages import main
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
 

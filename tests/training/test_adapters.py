@@ -14,7 +14,7 @@ from hf_moe.training.adapters import (
 )
 from hf_moe.training.parameter_groups import part_of
 from hf_moe.training.selection_bias import BIAS_FILE, load_router_bias
-from hf_moe.training.sft import main
+from hf_moe.training.stages import main
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM

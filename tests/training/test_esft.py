@@ -14,7 +14,7 @@ from hf_moe.training.esft import (
     select_experts,
     split_experts,
 )
-from hf_moe.training.sft import main
+from hf_moe.training.stages import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 from hf_moe.training.packing import pack
-from hf_moe.training.sft import main
 from hf_moe.training.sft_trainer import MoeSFTConfig, MoeSFTTrainer
+from hf_moe.training.stages import main
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import pack_dataset

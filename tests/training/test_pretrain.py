@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from hf_moe.training import pretrain
-from hf_moe.training.pretrain import main, parse, size_run
+from hf_moe.training.pretrain import size_run
+from hf_moe.training.stages import main, parse
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hf_moe.conversion import upcycle
 from hf_moe.training.run import TEMPLATES
-from hf_moe.training.sft import main
 from hf_moe.training.sft_trainer import MoeSFTTrainer
+from hf_moe.training.stages import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
