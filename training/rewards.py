@@ -4,43 +4,18 @@ Each takes lists, one entry a completion, and returns one number each, or None w
 are those of GSM8K (https://arxiv.org/abs/2110.14168): the text ends in `#### 42`.
 """
 
-import re
 from collections.abc import Callable
 from decimal import Decimal
 
-MARK = "####"
-# A minus that stands after a word, a digit or a bracket, or away from its number, is an operator: 5-3 holds 5 and 3.
-# Commas group by three, or the number is none.
-SIGN = r"((?<![\w)\]])[-−])?\$?"
-DIGITS = r"((?<!\d)\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)(?![,.]?\d)"
-NUMBER = re.compile(SIGN + DIGITS)
+from hf_moe.answers import MARK, last_number, marked_number, whole_number
 
 Completion = str | list[dict[str, str]]
 
 
-def to_number(match: re.Match) -> Decimal:
-    """Exactly the number that was written: -$1,234.50 is -1234.5."""
-    number = Decimal(match[2].replace(",", ""))
-    return -number if match[1] else number
-
-
-def marked_number(text: str) -> Decimal | None:
-    """The number right after the last `####`."""
-    _, mark, after = text.rpartition(MARK)
-    match = NUMBER.match(after.lstrip()) if mark else None
-    return to_number(match) if match else None
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number in the text."""
-    matches = list(NUMBER.finditer(text))
-    return to_number(matches[-1]) if matches else None
-
-
 def true_answer(answer: str) -> Decimal | None:
     """A row's answer: the number after its `####`, or all of it where it has none."""
-    match = NUMBER.fullmatch(answer.strip())
-    return to_number(match) if match else marked_number(answer)
+    number = whole_number(answer.strip())
+    return marked_number(answer) if number is None else number
 
 
 def text_of(completion: Completion) -> str:
@@ -70,7 +45,7 @@ def gsm8k_format(completions: list[Completion], **columns) -> list[float]:
     def ends_right(text: str) -> bool:
         before, mark, after = text.rstrip().rpartition(MARK)
         one = bool(mark) and MARK not in before and (before == "" or before.endswith("\n"))
-        return one and NUMBER.fullmatch(after.strip()) is not None
+        return one and whole_number(after.strip()) is not None
 
     return [float(ends_right(text_of(completion))) for completion in completions]
 

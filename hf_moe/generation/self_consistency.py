@@ -4,14 +4,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-# After a word, a digit or a bracket a minus is an operator: 5-3 ends with 3.
-NUMBER = r"(?:(?<![\w)\]])-)?\d[\d,]*(?:\.\d+)?"
+from ..answers import last_number, whole_number
+
 # How texts announce their answer; the first kind found counts, and of it the last.
 ANNOUNCED = (
     re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"),
     re.compile(r"####\s*(.+)"),
     re.compile(r"answer is:?\s*(.+?)(?:\.\s|\.?$)", flags=re.IGNORECASE | re.MULTILINE),
-    re.compile(rf"({NUMBER})"),
 )
 
 
@@ -20,14 +19,12 @@ def extract_answer(text: str) -> str | None:
 
     Numbers are written one way: "$1,200.0" is "1200". None for an empty text.
     """
-    found = next((answers for pattern in ANNOUNCED if (answers := pattern.findall(text))), [text])
-    answer = " ".join(found[-1].split())
-    number = re.fullmatch(rf"\$?\s*({NUMBER})\s*\.?", answer)
+    announced = next((answers for pattern in ANNOUNCED if (answers := pattern.findall(text))), None)
+    answer = " ".join((announced[-1] if announced else text).split())
+    number = whole_number(answer.removesuffix(".")) if announced else last_number(text)
     if number is None:
         return answer or None
-    whole, _, fraction = number.group(1).replace(",", "").partition(".")
-    fraction = fraction.rstrip("0")
-    return f"{whole}.{fraction}" if fraction else whole
+    return f"{number.normalize():f}"
 
 
 def majority(answers: Sequence[str | None]) -> tuple[str | None, int]:

@@ -5,7 +5,9 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from hf_moe.training.rewards import REWARDS, find_rewards, last_number, marked_number, true_answer
+from hf_moe.training.rewards import REWARDS, find_rewards, true_answer
+
+from hf_moe.answers import last_number, marked_number
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "sft" / "train.jsonl"
 
