@@ -19,7 +19,7 @@ ALL = {"num_experts_per_tok": 6}  # of six: rounding may then choose no other ex
 
 def tiny(**fields) -> HfMoeConfig:
     base = {"vocab_size": 37, "hidden_size": 40, "intermediate_size": 56, "moe_intermediate_size": 24}
-    base |= {"num_hidden_layers": 2, "num_attention_heads": 3, "num_experts": 6, "num_experts_per_tok": 2}
+    base |= {"num_hidden_layers": 1, "num_attention_heads": 3, "num_experts": 6, "num_experts_per_tok": 2}
     return HfMoeConfig(**(base | {"max_position_embeddings": 64, "pad_token_id": 0} | fields))
 
 
@@ -32,6 +32,7 @@ MODELS = {
     | {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "rope_interleave": True},
     "mla, groups, soft-cap": LATENT | {"n_group": 3, "topk_group": 2, "attn_logit_softcapping": 5.0},
     "gqa, topk_softmax, dense first": {"router_type": "topk_softmax", "mlp_layer_types": ["dense", "sparse"]}
+    | {"num_hidden_layers": 2}
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
     "gqa, norm a head, window": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6, "qk_norm": "head"}
     | {"sliding_window": 5, "rope_interleave": True},

@@ -267,13 +267,15 @@ def test_a_model_from_model_init_is_balanced(tmp_path):
     assert trainer.state.log_history[0]["aux_loss"] > 1
 
 
-def test_import_of_a_trainer_loads_trl_only_for_trl():
+def test_trainer_needs_neither_trl_nor_peft():
     code = """
-import sys, hf_moe
+import sys
+sys.modules["peft"] = None  # as if it were not installed
+import hf_moe
 assert "trl" not in sys.modules and "hf_moe.training" not in sys.modules
 from hf_moe import MoeTrainer
 assert "trl" not in sys.modules
-sys.modules["trl"] = None  # as if it were not installed
+sys.modules["trl"] = None
 try:
     from hf_moe import MoeSFTTrainer
 except ImportError as error:

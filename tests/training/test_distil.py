@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from hf_moe.training.distil import MoeDistilConfig, MoeDistilTrainer, main, softened_kl
+from hf_moe.training.distil import MoeDistilConfig, MoeDistilTrainer, softened_kl
+from hf_moe.training.stages import main
 
 from .balance_worker import Gradient
 from .conftest import tiny_hf_moe, tiny_olmoe, tiny_tokenizer
