@@ -38,16 +38,16 @@ def stage_module(argv: list[str]) -> ModuleType:
     return import_module(STAGES[stage])
 
 
-def parser_of(argv: list[str]):
-    """What reads the arguments of the stage that [recipe, --key, value, ...] runs."""
+def parser_of(stage: ModuleType):
+    """What reads the arguments of a stage."""
     from .arguments import RecipeParser  # TRL, which takes seconds to import
 
-    return RecipeParser(stage_module(argv).ARGUMENTS)
+    return RecipeParser(stage.ARGUMENTS)
 
 
 def parse(argv: list[str]) -> tuple:
     """The arguments of the run that [recipe, --key, value, ...] describes: one instance of each dataclass."""
-    return parser_of(argv).parse(argv)
+    return parser_of(stage_module(argv)).parse(argv)
 
 
 def main(argv: list[str]) -> dict[str, float]:
@@ -55,17 +55,18 @@ def main(argv: list[str]) -> dict[str, float]:
 
     Raises ValueError or OSError for the user's mistakes.
     """
-    return stage_module(argv).run(*parse(argv))
+    stage = stage_module(argv)
+    return stage.run(*parser_of(stage).parse(argv))
 
 
 def check_recipe(name: str) -> int:
     """Validate every argument of a recipe without training; returns how many it gives. Raises as RecipeParser."""
-    return parser_of([name]).check(name)
+    return parser_of(stage_module([name])).check(name)
 
 
 def arguments_of(name: str) -> dict[str, Any]:
     """Every argument of a recipe, those that it leaves out with their defaults. Raises as `check_recipe`."""
-    check_recipe(name)
-    parser = parser_of([name])
+    parser = parser_of(stage_module([name]))
+    parser.check(name)
     parser.take_recipe(name)
     return vars(parser.parse_args([]))
