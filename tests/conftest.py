@@ -1,6 +1,7 @@
 """Fixtures that the whole suite shares: tiny configurations on odd sizes, and the shared data where it exists."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,6 +25,15 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def compiled_for_one_test():
+    """Dynamo counts what it compiled for one code object, and every model shares its host's `forward`: the ninth
+    model compiled in a process would be over its limit, and which test that is would depend on the order."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 @pytest.fixture(scope="session")
