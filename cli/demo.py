@@ -55,7 +55,8 @@ def run_demo(out: Path, steps: int = 120) -> None:
     Raises FileExistsError if `out` holds something, typer.Exit(1) if the logits differ beyond TOLERANCE.
     """
     import torch
-    from hf_moe.conversion.staging import staged
+
+    from hf_moe.staging import staged
 
     # The model is too small to be shared between threads: they would wait for each other.
     torch.set_num_threads(1)

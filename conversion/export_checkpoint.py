@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_moe.staging import check_destination
+
 from ..model.configuration_hf_moe import HfMoeConfig
 from .families import ENCODER_DECODERS, FAMILIES, Family
 from .families.family import same
@@ -14,7 +16,6 @@ from .families.regions import Region
 from .nearest_families import family_config, fits
 from .output import convert
 from .source import Source, open_source
-from .staging import check_destination
 from .writer import Output
 
 # What an hf_moe checkpoint is read by: every field and every tensor under its own name.

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from hf_moe.staging import check_destination
+
 from .families import FAMILIES
 from .output import convert
 from .source import open_source
-from .staging import check_destination
 
 
 def import_checkpoint(

@@ -11,6 +11,8 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
+from hf_moe.staging import check_destination, resumable
+
 from ..hub import inherited, write_model_card
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
@@ -18,7 +20,6 @@ from ..sizes import sizes
 from ..version import __version__
 from .hashing import BUFFER, Hashing, fingerprint
 from .source import Source
-from .staging import check_destination, resumable
 from .tokenizer import keep_class, load_tokenizer
 from .verify import check_memory, memory_needed, verify
 from .writer import Output, Shard, check_space, plan_shards, write_shards

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from hf_moe.staging import check_destination
+
 from .families import DENSE_FAMILIES
 from .hashing import Hashing
 from .output import convert
 from .source import Source, open_source, tensor_shapes
-from .staging import check_destination
 from .upcycling import DEFAULT_STRATEGY
 from .upcycling.plan import Plan
 from .upcycling.strategy import Strategy

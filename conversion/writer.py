@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from hf_moe.staging import Journal
+
 from .checkpoint import DTYPES, INDEX_FILE
-from .staging import Journal
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK_BYTES = 1 << 24  # how much is written between two looks at the clock (and at Ctrl-C)

@@ -23,9 +23,7 @@ def read_trace(saved: SavedModel, trace: Path, figures: Path) -> dict[str, Any]:
         traced, here = layers[0]["experts"], routed_experts(saved.config)[0]
         raise ValueError(f"{trace} is of another model, with {traced} experts in a layer; this one has {here}.")
     facts = {
-        "Text": ", ".join(
-            f"{domain['name']} (perplexity {domain['perplexity']:.4g})" for domain in numbers["domains"]
-        ),
+        "Text": ", ".join(map(said, numbers["domains"])),
         "Tokens": f"{numbers['tokens']:,}",
         "Busiest expert, times its fair load": f"{max(max(layer['load']) for layer in layers):.3g}",
         "Experts that no token chose": str(sum(len(layer["dead"]) for layer in layers)),
@@ -47,6 +45,12 @@ def read_trace(saved: SavedModel, trace: Path, figures: Path) -> dict[str, Any]:
                     }
                 )
     return {"rows": [list(row) for row in facts.items()], "findings": numbers["findings"], "figures": shown}
+
+
+def said(domain: dict[str, Any]) -> str:
+    """A text and the model's perplexity on it, which rows of one token have not."""
+    perplexity = domain["perplexity"]
+    return domain["name"] if perplexity is None else f"{domain['name']} (perplexity {perplexity:.4g})"
 
 
 def mean(layers: list[dict[str, Any]], name: str) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..conversion.staging import staged
+from ..staging import staged
 from .findings import Finding, findings
 
 DIGITS = 6  # of the numbers in the JSON

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import hf_moe.conversion
-from hf_moe.conversion import staging, writer
+from hf_moe.conversion import writer
+
+from hf_moe import staging
 
 CODE = str(Path(hf_moe.conversion.__file__).resolve().parent)
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 from hf_moe.conversion import export_checkpoint, import_checkpoint, output, upcycle, verify, writer
-from hf_moe.conversion.staging import journal_file, staging_folder
 
+from hf_moe.staging import journal_file, staging_folder
 from tests.conversion.conftest import files_of
 from tests.conversion.kill_worker import convert
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from hf_moe.conversion import writer
-from hf_moe.conversion.staging import Journal, staged
 from hf_moe.conversion.writer import Output, check_space, plan_shards, write_shards
 from safetensors.torch import load_file
+
+from hf_moe.staging import Journal, staged
 
 
 def write(folder: Path, shards: list, advance) -> None:

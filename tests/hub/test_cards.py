@@ -250,7 +250,7 @@ def test_an_adapter_and_expert_rows_name_their_base(tmp_path):
 def test_a_trace_is_shown_only_of_its_own_model(tmp_path, command):
     layer = {"experts": 7, "load": [2.5, 0.0] + [0.9] * 5, "dead": [1], "load_entropy": 0.75, "routing_entropy": 0.5}
     numbers = {"tokens": 1234, "layers": [layer, layer], "findings": ["Two experts do nothing."]}
-    numbers["domains"] = [{"name": "stories", "perplexity": 12.5}]
+    numbers["domains"] = [{"name": "stories", "perplexity": 12.5}, {"name": "single words", "perplexity": None}]
     trace, folder = tmp_path / "trace", saved(tmp_path / "model")
     (trace / "figures").mkdir(parents=True)
     for name in ("load", "domains-layer-1", "pruning"):
@@ -258,7 +258,11 @@ def test_a_trace_is_shown_only_of_its_own_model(tmp_path, command):
     (trace / "numbers.json").write_text(json.dumps(numbers))
     assert command("card", folder, "--trace", trace).code == 0
     text = (folder / "README.md").read_text()
-    for row in ("Text | stories (perplexity 12.5)", "Tokens | 1,234", "Busiest expert, times its fair load | 2.5"):
+    for row in (
+        "Text | stories (perplexity 12.5), single words",
+        "Tokens | 1,234",
+        "Busiest expert, times its fair load | 2.5",
+    ):
         assert f"| {row} |" in text
     assert "\n- Two experts do nothing.\n" in text
     assert "![Domain specialisation, layer 1](figures/routing-domains-layer-1.png)" in text
