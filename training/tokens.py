@@ -116,36 +116,33 @@ class Encoder:
         return np.fromiter((x for row in encodings for x in row.ids), np.int32, counts.sum()), counts, counted
 
     def with_tokie(self, pieces: list[list[str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        ids, counts, ends, sizes, odd = self.with_bytes(pieces)
+        ids, counts, ends, (starts, stops), odd = self.with_bytes(pieces)
         if len(pieces) == 1 and odd[0]:
             return self.with_transformers(pieces)
         if odd.any():  # until the odd ones are alone
             middle = len(pieces) // 2
             halves = self.with_tokie(pieces[:middle]), self.with_tokie(pieces[middle:])
             return tuple(map(np.concatenate, zip(*halves, strict=True)))
-        begins = accumulate(map(sum, sizes), initial=0)
-        found = [(begin + a, begin + b) for row, begin in zip(sizes, begins, strict=False) for a, b in spans(row)]
-        starts, stops = np.array(found, dtype=np.int64).reshape(-1, 2).T
-        change = np.zeros(len(ids) + 1, dtype=np.int64)
-        np.add.at(change, np.searchsorted(ends, starts, side="right"), 1)
-        np.add.at(change, np.searchsorted(ends, stops - 1, side="right") + 1, -1)
-        return ids.astype(np.int32), counts, np.cumsum(change[:-1]) > 0
+        first, last = (np.searchsorted(ends, bytes_, side="right") for bytes_ in (starts, stops - 1))
+        opened, closed = (np.bincount(tokens, minlength=len(ids) + 1) for tokens in (first, last + 1))
+        return ids.astype(np.int32), counts, np.cumsum(opened - closed)[:-1] > 0
 
-    def with_bytes(self, pieces: list[list[str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list, np.ndarray]:
-        """Token ids and their counts by tokie; where each token ends, and how long each piece is, in bytes.
+    def with_bytes(self, pieces: list[list[str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids and their counts by tokie; where each token ends and the assistant's spans, in bytes of all rows.
 
         Also which rows are odd: their tokens' bytes don't add up, for a character was normalised or is unknown.
         """
-        texts = ["".join(row) for row in pieces]
-        sizes = [
-            [len(piece) if text.isascii() else len(piece.encode()) for piece in row]
-            for text, row in zip(texts, pieces, strict=True)
-        ]
-        ids, counts = self.tokie.encode_batch_flat(texts, add_special_tokens=False)
+        ids, counts = self.tokie.encode_batch_flat(["".join(row) for row in pieces], add_special_tokens=False)
         counts = counts.astype(np.int64)
         ends = np.cumsum(self.widths[ids])
         widths = np.diff(np.concatenate([[0], ends])[np.cumsum(counts)], prepend=0)
-        return ids, counts, ends, sizes, widths != [sum(row) for row in sizes]
+        sizes = np.array([len(x) if x.isascii() else len(x.encode()) for row in pieces for x in row])
+        parts = np.array([len(row) for row in pieces])
+        begins = np.cumsum(parts) - parts
+        place = np.arange(len(sizes)) - np.repeat(begins, parts)
+        stops = np.cumsum(sizes)
+        marked = np.stack([stops - sizes, stops])[:, (place % 2 == 1) & (sizes > 0)]
+        return ids, counts, ends, marked, widths != np.add.reduceat(sizes, begins)
 
     @cached_property
     def description(self) -> str:
