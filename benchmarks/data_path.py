@@ -5,6 +5,9 @@
 The rows recombine sentences of `--text`, a file of conversations. Each stage is what `hf-moe train` calls: read and
 check the file, render the chat template, tokenise, mark the assistant's words, cache, drop what cannot train, pack. It
 runs in a process of its own, tied to two cores; memory is that process's and its children's, ten times a second.
+
+In a control group whose memory is limited (`systemd-run --scope -p MemoryMax=2G python ...`), the page cache of files
+counts, too, and the report names the limit.
 """
 
 import argparse
@@ -159,6 +162,7 @@ def report(results: dict[str, dict], arguments: argparse.Namespace, size: int) -
     lines += [
         "- CPU time is what two cores to themselves would take; by the clock, whatever else runs on them counts, too. "
         "Mapped files are the cache on disk, whose pages the kernel drops when it needs them.",
+        *memory_limit(),
         f"- {first['packs']:,} packs, {first['full']:.2%} full.",
         f"- {cpu_name()}; load {os.getloadavg()[0]:.1f} at the end, this run's own included.",
         f"- Python {platform.python_version()}, "
@@ -166,6 +170,21 @@ def report(results: dict[str, dict], arguments: argparse.Namespace, size: int) -
         + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def memory_limit() -> list[str]:
+    """A line that says how much memory the control group of this process may take, where there is a limit."""
+    root, lines = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+    for line in lines.read_text().splitlines() if lines.exists() else []:
+        _, controllers, name = line.split(":", 2)
+        for file in (root / f".{name}/memory.max", root / f"memory/.{name}/memory.limit_in_bytes"):
+            belongs = "memory" in controllers.split(",") if "limit" in file.name else not controllers
+            if belongs and file.exists() and (limit := file.read_text().strip()).isdigit() and int(limit) < 1 << 60:
+                size = f"{int(limit) / 1e9:.2f} GB"
+                return [
+                    f"- All of it in a control group of at most {size}, which counts the page cache of files, too."
+                ]
+    return []
 
 
 def cpu_name() -> str:
