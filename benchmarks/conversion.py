@@ -287,7 +287,7 @@ def table(results: dict, differences: dict, pythons: dict, loads: list[float], a
         f"- {os.cpu_count()} cores, {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GB of "
         f"memory, Python {platform.python_version()}; load averages after the rounds "
         + ", ".join(f"{load:.1f}" for load in loads)
-        + ": other work shared the machine, so minima mean more than the slowest.",
+        + ", this run's own included.",
         f"- hf_moe is the command `hf-moe upcycle --no-verify`. {CP} copies the files that it has just written; "
         f"{FROM_MEMORY} writes as many bytes from the source alone, which is in memory: beside that hf_moe takes "
         f"{min(seconds['hf_moe']) / min(seconds[FROM_MEMORY]):.2f} times as long.",
