@@ -1,7 +1,5 @@
 """The recipes of policies and of 4-bit weights, end to end, on tiny models of their architectures."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from hf_moe.training.adapters import LORA_PARTS
@@ -48,8 +46,6 @@ def test_every_recipe_is_run_by_one_test_or_the_other():
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_runs_and_changes_its_parts(name, tmp_path, monkeypatch):
     architecture, kind = name.split("/")
-    if kind == "qlora" and find_spec("bitsandbytes") is None:
-        pytest.skip("4-bit weights need bitsandbytes: pip install 'hf_moe[qlora]'")
     for reward in ("gsm8k_format", "digit_share"):  # every other text is better, so that there is something to learn
         monkeypatch.setitem(
             REWARDS, reward, lambda completions, **rest: [float(i % 2) for i in range(len(completions))]

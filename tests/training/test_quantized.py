@@ -1,6 +1,7 @@
 """QLoRA: what is stored in 4 bits, fused experts too, and a run from recipe to merged model."""
 
-from importlib.util import find_spec
+from contextlib import redirect_stderr
+from io import StringIO
 
 import pytest
 import torch
@@ -17,9 +18,6 @@ from hf_moe import HfMoeForCausalLM
 from .models import hf_moe, hf_moe_biased, mixtral
 from .policies import BYTES, pairs, save_model, write_rows
 
-needs_package = pytest.mark.skipif(
-    find_spec("bitsandbytes") is None, reason="4-bit weights need bitsandbytes: pip install 'hf_moe[qlora]'"
-)
 CPU = torch.device("cpu")
 # The 16 levels of NF4: https://arxiv.org/abs/2305.14314, appendix E.
 LEVELS = "-1 -0.6961928 -0.52507305 -0.3949175 -0.28444138 -0.18477343 -0.09105004 0 "
@@ -46,7 +44,6 @@ def test_base_without_adapter():
         check_adapter_arguments(AdapterArguments(lora_base="nf4"), "all")
 
 
-@needs_package
 def test_values_are_the_nearest_levels():
     torch.manual_seed(0)
     weight = torch.randn(3, 7, 64)
@@ -59,7 +56,6 @@ def test_values_are_the_nearest_levels():
     assert packed.shape == weight.shape and packed.bytes < 0.6 * weight.numel()
 
 
-@needs_package
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_every_matrix_is_covered_and_nothing_else(make):
     model, plain = make(), make()
@@ -74,7 +70,6 @@ def test_every_matrix_is_covered_and_nothing_else(make):
         coverage(plain, targets, 1, 1)
 
 
-@needs_package
 def test_adapter_trains_beside_4_bits_as_beside_their_values():
     """Forward and gradient, on a model whose weights are the values that the 4 bits stand for."""
     model = wide()
@@ -96,7 +91,6 @@ def test_adapter_trains_beside_4_bits_as_beside_their_values():
         torch.testing.assert_close(one, other)
 
 
-@needs_package
 def test_copies_keep_4_bits_and_other_types_do_not():
     weight = Nf4Weight.quantize(torch.randn(5, 64))
     moved = weight.moved(CPU)
@@ -109,7 +103,8 @@ def test_copies_keep_4_bits_and_other_types_do_not():
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
+def run(tmp_path_factory):
+    """A finished run: its folder, its metrics, what it said, and the words of another like it."""
     folder = tmp_path_factory.mktemp("qlora")
     model = save_model(folder / "model", hf_moe_biased(**BYTES, **ALL_PARTS, router_bias_update_speed=1e-2))
     said = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(9)]
@@ -120,14 +115,13 @@ def command(tmp_path_factory):
         given += ["--lora_parts", "attention", "routed_experts", "--lora_base", "nf4", "--learning_rate", 1e-2]
         return ["tiny/sft", *map(str, [*given, "--max_steps", 4, "--save_steps", 2, *extra])]
 
-    return folder, words
+    with redirect_stderr(StringIO()) as said:
+        metrics = main(words("whole", "--lora_merge", "float32"))
+    return folder, metrics, said.getvalue(), words
 
 
-@needs_package
-def test_run_ends_in_a_merged_model_with_the_same_routes(command, capsys):
-    folder, words = command
-    metrics = main(words("whole", "--lora_merge", "float32"))
-    said = capsys.readouterr().err
+def test_run_ends_in_a_merged_model_with_the_same_routes(run):
+    folder, metrics, said, _ = run
     assert "nf4 for 8 matrices of attention, 3 matrices of dense_mlp" in said and "MiB instead of" in said
     assert metrics["merge_changed_routes"] == 0.0
     base = HfMoeForCausalLM.from_pretrained(folder / "model")
@@ -140,9 +134,8 @@ def test_run_ends_in_a_merged_model_with_the_same_routes(command, capsys):
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-@needs_package
-def test_resumed_run_ends_bitwise_where_the_unbroken_one_ends(command):
-    folder, words = command
+def test_resumed_run_ends_bitwise_where_the_unbroken_one_ends(run):
+    folder, *_, words = run
     main(words("resumed", "--resume_from_checkpoint", folder / "whole" / "checkpoint-2"))
     for file in ("adapter_model.safetensors", BIAS_FILE):
         whole, resumed = (load_file(folder / name / file) for name in ("whole", "resumed"))
