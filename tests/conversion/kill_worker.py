@@ -10,7 +10,8 @@ from hf_moe.conversion import writer
 
 from hf_moe import staging
 
-CODE = str(Path(hf_moe.conversion.__file__).resolve().parent)
+# Compiled code says its file as it was imported.
+CODE = (str(Path(hf_moe.conversion.__file__).parent), staging.__file__)
 
 
 def convert(function: str, arguments: dict, kill_at: int | None, counts: Path | None = None) -> None:
