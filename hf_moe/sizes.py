@@ -92,12 +92,15 @@ def cached_elements(config: HfMoeConfig) -> int:
     return 2 * config.num_key_value_heads * config.head_dim
 
 
-def cache_alternatives(config: HfMoeConfig, groups: int = 8) -> dict[str, int]:
-    """The same model's kv_cache_bytes_per_token with MHA, GQA of `groups` key-value heads, and MQA.
+def cache_alternatives(config: HfMoeConfig) -> dict[str, int]:
+    """The same model's kv_cache_bytes_per_token with MHA, GQA and MQA.
 
-    A head's size in latent attention is d_h = qk_nope_head_dim (DeepSeek-V2, table 1).
+    GQA has as many key-value heads as divide the heads, at most the usual 8; none where only 1 does. A head's size in
+    latent attention is d_h = qk_nope_head_dim (DeepSeek-V2, table 1).
     """
     head_dim = config.qk_nope_head_dim if config.attention_type == "mla" else config.head_dim
-    heads = {"MHA": config.num_attention_heads, f"GQA, {groups} key-value heads": groups, "MQA": 1}
+    whole = config.num_attention_heads
+    groups = [count for count in range(2, min(8, whole - 1) + 1) if whole % count == 0][-1:]
+    heads = {"MHA": whole, **{f"GQA, {count} key-value heads": count for count in groups}, "MQA": 1}
     layers = config.num_hidden_layers
     return {name: layers * 2 * count * head_dim * BYTES[CACHE_DTYPE] for name, count in heads.items()}

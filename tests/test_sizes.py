@@ -154,11 +154,11 @@ def test_the_context_is_the_models_where_that_is_short():
 
 def test_alternatives_of_the_cache():
     """MHA 2 n_h d_h, GQA 2 n_g d_h, MQA 2 d_h a layer (https://arxiv.org/abs/2405.04434, table 1), in bfloat16."""
-    assert list(cache_alternatives(tiny_config(**MLA), groups=2).values()) == [
-        3 * 2 * count * 6 * 2 for count in (6, 2, 1)
-    ]
-    config = tiny_config(num_key_value_heads=2)
-    assert cache_alternatives(config, groups=2)["GQA, 2 key-value heads"] == sizes(config)["kv_cache_bytes_per_token"]
+    assert list(cache_alternatives(tiny_config(**MLA)).values()) == [3 * 2 * count * 6 * 2 for count in (6, 3, 1)]
+    config = tiny_config(num_key_value_heads=3)
+    assert cache_alternatives(config)["GQA, 3 key-value heads"] == sizes(config)["kv_cache_bytes_per_token"]
+    prime = tiny_config(num_attention_heads=5, num_key_value_heads=1, head_dim=8)
+    assert list(cache_alternatives(prime)) == ["MHA", "MQA"]
 
 
 def test_the_largest_preset_takes_seconds():
