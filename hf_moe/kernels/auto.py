@@ -6,7 +6,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sonicmoe import ACT_MAP, is_sonicmoe_loadable
 from transformers.utils import logging
 
-from .experts import compute_dtype, obstacle, unusable
+from .experts import compute_dtype, fallback, obstacle, unusable
 
 logger = logging.get_logger(__name__)
 
@@ -21,11 +21,11 @@ def auto_experts_forward(
 
 
 def fastest(experts: nn.Module, hidden_states: torch.Tensor) -> str:
-    """`sonicmoe` where it is installed and knows the experts, else our kernels, else Transformers' grouped_mm."""
+    """`sonicmoe` where it is installed and knows the experts, else our kernels, else Transformers'."""
     device, dtype = hidden_states.device.type, compute_dtype(experts, hidden_states)
     obstacles = obstacle(experts, dtype) or unusable(device)
     if obstacles is not None:
-        return "grouped_mm"
+        return fallback(getattr(experts, "gate_up_proj" if experts.has_gate else "up_proj"), experts.down_proj)
     # SonicMoE computes in the weights' dtype, whatever autocast says.
     known = experts.has_gate and experts.config.hidden_act in ACT_MAP and hidden_states.dtype == dtype != torch.float32
     return "sonicmoe" if known and experts.down_proj.dtype == dtype and is_sonicmoe_loadable() else "hf_moe"

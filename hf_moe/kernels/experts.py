@@ -1,11 +1,11 @@
-"""The experts implementation "hf_moe": what the kernels can compute they compute, the rest goes to "grouped_mm"."""
+"""The experts implementation "hf_moe": what the kernels can compute they compute, Transformers the rest."""
 
 from importlib.util import find_spec
 
 import torch
 from torch import nn
 from transformers import activations
-from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.utils import logging
 
 from .operators import experts as experts_operator
@@ -34,15 +34,16 @@ def hf_moe_experts_forward(
     """sum_k weight_{t,k} FFN_{index_{t,k}}(x_t): [T, D] from hidden_states [T, D], index and weights [T, K].
 
     An index of E or more ("on another rank", or dropped) adds nothing. Computed in the experts' dtype, or in
-    autocast's; sums over a token's experts are in float32. Where the kernels do not apply, one warning says why and
-    Transformers' "grouped_mm" computes.
+    autocast's; sums over a token's experts are in float32. Where the kernels do not apply, one warning says why, and
+    what computes instead.
     """
     name = "gate_up_proj" if self.has_gate else "up_proj"
     up, down, dtype = getattr(self, name), self.down_proj, compute_dtype(self, hidden_states)
     reason = obstacle(self, dtype) or unusable(hidden_states.device.type)
     if reason is not None:
-        warn(reason)
-        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        other = fallback(up, down)
+        warn(reason, other)
+        return ALL_EXPERTS_FUNCTIONS[other](self, hidden_states, top_k_index, top_k_weights)
     up_bias, down_bias = (getattr(self, f"{name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
     operands = [None if tensor is None else tensor.to(dtype) for tensor in (up, down, up_bias, down_bias)]
     x = hidden_states.to(dtype)
@@ -97,6 +98,13 @@ def unusable(device: str) -> str | None:
     return None
 
 
+def fallback(*weights: torch.Tensor) -> str:
+    """Transformers' implementation for these weights [E, out, in]: "grouped_mm", or where that raises "batched_mm"."""
+    row_bytes = [size * weight.itemsize for weight in weights for size in weight.shape[1:]]
+    grouped = all(weight.dtype in DTYPES for weight in weights) and not any(row % 16 for row in row_bytes)
+    return "grouped_mm" if grouped else "batched_mm"
+
+
 @torch._dynamo.assume_constant_result
-def warn(reason: str) -> None:
-    logger.warning_once(f'The experts implementation "hf_moe" falls back to "grouped_mm": its kernels {reason}.')
+def warn(reason: str, other: str) -> None:
+    logger.warning_once(f'The experts implementation "hf_moe" falls back to "{other}": its kernels {reason}.')

@@ -48,7 +48,7 @@ def agree(model, device):
 
 @pytest.fixture
 def no_fallback(monkeypatch):
-    def refuse(reason):
+    def refuse(reason, other):
         raise AssertionError(f"fell back: {reason}")
 
     monkeypatch.setattr(implementation, "warn", refuse)
@@ -148,12 +148,25 @@ REASONS = {
 @pytest.mark.parametrize(("changes", "reason"), REASONS.values(), ids=REASONS)
 def test_a_fallback_says_why(device, changes, reason, monkeypatch):
     reasons = []
-    monkeypatch.setattr(implementation, "warn", reasons.append)
+    monkeypatch.setattr(implementation, "warn", lambda reason, other: reasons.append(reason))
     experts, arguments = layer(device, **changes)
     actual = step(experts, arguments)
     assert len(reasons) == 1 and reason in reasons[0]
     experts.config._experts_implementation = "eager"
     torch.testing.assert_close(actual, step(experts, arguments))
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(7, torch.float32), (8, torch.float64)], ids=["odd rows", "float64"])
+@pytest.mark.parametrize("name", ["hf_moe", "auto"])
+def test_a_fallback_computes_what_grouped_mm_cannot(device, monkeypatch, name, size, dtype):
+    for module in (implementation, auto):
+        monkeypatch.setattr(module, "unusable", lambda device: "need a GPU")
+    model = tiny_model(num_hidden_layers=1, mlp_layer_types=["sparse"], moe_intermediate_size=size).to(device, dtype)
+    outputs = []
+    for implementation_name in ("eager", name):
+        model.set_experts_implementation(implementation_name)
+        outputs.append(model(tokens(1, 5).to(device)).logits)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
 
 
 def test_where_the_kernels_cannot_run(monkeypatch):
