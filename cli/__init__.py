@@ -26,8 +26,8 @@ app.command()(upcycle)
 app.command("import")(import_)
 app.command()(export)
 app.command()(verify)
-# A recipe's keys are its own business, so train takes any option and passes it on.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+# A recipe's keys are its own business, so train takes any option and passes it on; its --help tells of them, too.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(train)
 app.command()(generate)
 app.command()(trace)
 app.command()(card)

@@ -22,9 +22,20 @@ def train(
             "expert_parallel, or a file of yours. Without a recipe, print where the launch file is.",
         ),
     ] = None,
+    help_: Annotated[
+        bool, typer.Option("--help", "-h", help="Show this message, or after RECIPE its arguments, and exit.")
+    ] = False,
 ) -> None:
     """Train a model as a recipe says. `--key value` replaces the recipe's value of that key."""
-    if list_ or show is not None:
+    if help_ and recipe is None:
+        print(context.get_help())
+    elif help_:
+        from hf_moe.training.stages import parser_of, stage_module
+
+        parser = parser_of(stage_module([recipe, *context.args]))
+        parser.take_recipe(recipe)
+        parser.print_help()
+    elif list_ or show is not None:
         from hf_moe.training.recipe_files import list_recipes, recipe_text
 
         print(list_recipes() if list_ else recipe_text(show).rstrip("\n"))

@@ -70,7 +70,7 @@ class MoeArguments:
         },
     )
     lr_gamma: float = field(
-        default=0.316, metadata={"help": "Factor at each of lr_milestones: 31.6%, then 10% of the maximum."}
+        default=0.316, metadata={"help": "Factor at each of lr_milestones: 31.6%%, then 10%% of the maximum."}
     )
     log_each_router: bool = field(
         default=False, metadata={"help": "Log the routing metrics of each router beside their summary."}

@@ -20,6 +20,12 @@ def test_show_prints_the_file(command):
     assert (code, out) == (0, shipped_recipes()["tiny/sft"].read_text(encoding="utf-8"))
 
 
+def test_help_after_a_recipe_names_its_arguments(command):
+    code, out, _ = command("train", "tiny/sft", "--help")
+    assert code == 0 and "usage: hf-moe train RECIPE" in out
+    assert "--router_bias_update_speed" in out and "router_only" in out and "31.6%, then 10%" in " ".join(out.split())
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_check_of_a_shipped_recipe(command, name):
     code, out, _ = command("train", "--check", name)
