@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -74,7 +74,10 @@ def row_columns(found: list[str], kinds: tuple[tuple[str, ...], ...], label: str
 
 
 def check_values(rows: Dataset, columns: tuple[str, ...], label: str) -> None:
-    """Every row has a value, and no conversation is empty; the first tells whether messages are what TRL reads."""
+    """Every row has a value, no conversation is empty, and all is text or messages that TRL reads.
+
+    Where a column's type says that its values are text, the first row tells the rest.
+    """
     for name in columns:
         column = rows.data.column(name)
         bad = pc.is_null(column)
@@ -83,14 +86,34 @@ def check_values(rows: Dataset, columns: tuple[str, ...], label: str) -> None:
         row = pc.index(bad, True).as_py()
         if row >= 0:
             raise ValueError(f"{label}: row {row} has no {name}.")
-        check_shape(rows[0][name], name, label)
+        for value in [rows[0][name]] if holds_text(rows.features[name], name) else rows[name]:
+            check_shape(value, name, label)
+    kinds = {name: "messages" if isinstance(rows[0][name], list) else "text" for name in columns if name != "answer"}
+    if len(set(kinds.values())) > 1:
+        found = " and ".join(f"{name} is {kind}" for name, kind in kinds.items())
+        raise ValueError(f"{label}: {found}, but all must be the same.")
+
+
+def holds_text(feature, name: str) -> bool:
+    """Whether the type of a column leaves nothing but text, or messages of text."""
+    fields = getattr(feature, "feature", None)
+    texts = [fields.get(key) for key in message_keys(name)] if isinstance(fields, dict) else [feature]
+    return all(isinstance(text, Value) and text.dtype in ("string", "large_string") for text in texts)
+
+
+def message_keys(name: str) -> tuple[str, str]:
+    return ("from", "value") if name == "conversations" else ("role", "content")
 
 
 def check_shape(value, name: str, label: str) -> None:
-    keys = {"from", "value"} if name == "conversations" else {"role", "content"}
+    who, what = message_keys(name)
     if isinstance(value, list):
-        if not isinstance(value[0], dict) or not keys <= value[0].keys():
-            raise ValueError(f"{label}: each entry of {name} needs {' and '.join(sorted(keys))}; found {value[0]!r}.")
+        for message in value:
+            needed = {who} if isinstance(message, dict) and message.get("tool_calls") else {who, what}
+            if not isinstance(message, dict) or not needed <= message.keys():
+                raise ValueError(f"{label}: each entry of {name} needs {who} and {what}; found {message!r}.")
+            if not isinstance(message[who], str) or not isinstance(message.get(what), str | list | None):
+                raise ValueError(f"{label}: {who} and {what} of {name} must be text; found {message!r}.")
     elif name in ("messages", "conversations"):
         raise ValueError(f"{label}: {name} must be a list of messages, but is {type(value).__name__}.")
     elif not isinstance(value, str):

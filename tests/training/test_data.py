@@ -29,6 +29,12 @@ def test_messages_come_before_a_prompt_without_completion(tmp_path):
     assert load_rows([str(path)], split="train").column_names == ["messages", "tools"]
 
 
+def test_message_of_a_tool_call_needs_no_content(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [MESSAGES[0], call, MESSAGES[1]]}])
+    assert load_rows([str(path)], split="train")[0]["messages"][2] == MESSAGES[1]
+
+
 def test_own_text_field(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"body": "Hi"}])
     assert load_rows([str(path)], split="train", text_field="body")[0] == {"body": "Hi"}
@@ -60,10 +66,14 @@ def test_folder_has_splits(data_folder):
         ([{"text": "a"}, {"id": 3}], "row 1 has no text"),
         ([{"messages": MESSAGES}, {"messages": []}], "row 1 has no messages"),
         ([{"messages": []}, {"messages": MESSAGES}], "row 0 has no messages"),
-        ([{"messages": SHAREGPT}], "each entry of messages needs content and role"),
+        ([{"messages": SHAREGPT}], "each entry of messages needs role and content"),
         ([{"conversations": MESSAGES}], "each entry of conversations needs from and value"),
         ([{"messages": "Hi"}], "messages must be a list of messages, but is str"),
         ([{"text": 3}], "text must be text or a list of messages, but is int"),
+        ([{"messages": MESSAGES}, {"messages": [{"content": "Hi"}]}], "needs role and content; found .'content': 'Hi'"),
+        ([{"messages": MESSAGES}, {"messages": [MESSAGES[0], {"role": "assistant", "content": 3}]}], "must be text; .*3"),
+        ([{"messages": [MESSAGES[0], {"role": None, "content": "Ho"}]}], "must be text; found .'role': None"),
+        ([{"prompt": "Hi", "completion": MESSAGES[1:]}], "prompt is text and completion is messages, but all must be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
