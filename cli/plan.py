@@ -40,20 +40,22 @@ def plan(
     """Say what a training run takes: memory by part, and time; or what a compute budget is best spent on."""
     with messages_on_stderr():
         rate = chosen_rate(tflops, mfu)
-        if flops is not None:
-            report = spend(flops, gpus, rate)
-        else:
-            given = {
-                "trainable": trainable,
-                "lora_parts": lora_parts,
-                "dtype": dtype,
-                "per_device_train_batch_size": micro_batch,
-                "max_length": length,
-                "gradient_checkpointing": checkpointing,
-                "train_tokens": tokens,
-            }
-            chosen = {name: value for name, value in given.items() if value is not None}
+        given = {
+            "trainable": trainable,
+            "lora_parts": lora_parts,
+            "dtype": dtype,
+            "per_device_train_batch_size": micro_batch,
+            "max_length": length,
+            "gradient_checkpointing": checkpointing,
+            "train_tokens": tokens,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        if flops is None:
             report = run_plan(model, recipe, rate, gpus=gpus, sharding=sharding, **chosen)
+        elif model or recipe or chosen or sharding != "none":
+            raise ValueError("--flops plans without a model: only --gpus, --tflops or --mfu, and --json go with it.")
+        else:
+            report = spend(flops, gpus, rate)
     if json:
         print_report(report, as_json=True)
     else:
