@@ -70,8 +70,14 @@ def test_folder_has_splits(data_folder):
         ([{"conversations": MESSAGES}], "each entry of conversations needs from and value"),
         ([{"messages": "Hi"}], "messages must be a list of messages, but is str"),
         ([{"text": 3}], "text must be text or a list of messages, but is int"),
-        ([{"messages": MESSAGES}, {"messages": [{"content": "Hi"}]}], "needs role and content; found .'content': 'Hi'"),
-        ([{"messages": MESSAGES}, {"messages": [MESSAGES[0], {"role": "assistant", "content": 3}]}], "must be text; .*3"),
+        (
+            [{"messages": MESSAGES}, {"messages": [{"content": "Hi"}]}],
+            "needs role and content; found .'content': 'Hi'",
+        ),
+        (
+            [{"messages": MESSAGES}, {"messages": [MESSAGES[0], {"role": "assistant", "content": 3}]}],
+            "must be text; .*3",
+        ),
         ([{"messages": [MESSAGES[0], {"role": None, "content": "Ho"}]}], "must be text; found .'role': None"),
         ([{"prompt": "Hi", "completion": MESSAGES[1:]}], "prompt is text and completion is messages, but all must be"),
     ],
