@@ -67,7 +67,11 @@ class HfMoeDispatch:
             )
 
     def _grouped_mm_can_dispatch(self) -> bool:
-        # Rows of the grouped product must be multiples of 16 bytes; where they are not, eager is the default.
+        # The grouped product takes no float64, and rows that are multiples of 16 bytes; else eager is the default.
+        if torch.get_default_dtype() == torch.float64:
+            raise ValueError(
+                'grouped_mm computes no torch.float64: use experts_implementation="eager" or "batched_mm".'
+            )
         bytes_per_value = torch.get_default_dtype().itemsize
         sizes = {name: getattr(self.config, name) for name in ("hidden_size", "moe_intermediate_size")}
         if self.config.attention_type == "moa":

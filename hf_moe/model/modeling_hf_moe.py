@@ -37,9 +37,9 @@ from .multi_token import HfMoeMultiToken, HfMoeMultiTokenLayer, predict_ahead
 from .norms import PLACEMENTS, HfMoeUnitOffsetRMSNorm, make_norm
 from .outputs import HfMoeCausalLMOutput, HfMoeModelOutput
 from .rotary import HfMoeRotaryEmbedding, HfMoeRotaryEmbeddings, position_embeddings
-from .router import HfMoeRouter
+from .router import HfMoeHashTables, HfMoeRouter
 from .router_losses import HfMoeRouterLosses
-from .routing import HASHES, ROUTERS, frequency_hash, spread
+from .routing import ROUTERS
 
 ATTENTIONS = {"gqa": HfMoeAttention, "mla": HfMoeLatentAttention, "moa": HfMoeMixtureOfHeads}
 
@@ -185,7 +185,7 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
         return residual + (change if self.residual_multiplier == 1 else change * self.residual_multiplier)
 
 
-class HfMoePreTrainedModel(HfMoeDispatch, PreTrainedModel):
+class HfMoePreTrainedModel(HfMoeDispatch, HfMoeHashTables, PreTrainedModel):
     """What Transformers needs to know of the family: initialisation, what it supports, what it can record."""
 
     config_class = HfMoeConfig
@@ -233,24 +233,11 @@ class HfMoePreTrainedModel(HfMoeDispatch, PreTrainedModel):
                 if tensor is not None:
                     init.zeros_(tensor)
             if module.hash_table is not None:
-                hash_tokens = HASHES[self.config.router_args.get("hash", "random")]
-                first = hash_tokens(self.config.vocab_size, self.config.num_experts, module.seed)
-                init.copy_(module.hash_table, spread(first, self.config.num_experts_per_tok, self.config.num_experts))
+                init.copy_(module.hash_table, module.first_hash_table())
         elif isinstance(module, HfMoeUnitOffsetRMSNorm):
             init.zeros_(module.weight)
         elif isinstance(module, HfMoeAttention) and self.config.attention_sinks:
             init.normal_(module.sinks, mean=0.0, std=std)
-
-    @torch.no_grad()
-    def balance_hash_tables(self, token_counts: torch.Tensor):
-        """Rebuild the tables of a "frequency" hash router from how often each token occurs: [V] counts."""
-        if len(token_counts) != self.config.vocab_size:
-            raise ValueError(f"token_counts has {len(token_counts)} entries, the vocabulary {self.config.vocab_size}.")
-        experts, top_k = self.config.num_experts, self.config.num_experts_per_tok
-        table = spread(frequency_hash(token_counts.cpu(), experts), top_k, experts)
-        for module in self.modules():
-            if isinstance(module, HfMoeRouter) and module.hash_table is not None:
-                module.hash_table.copy_(table)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = torch.utils.checkpoint.checkpoint, **kwargs
@@ -326,7 +313,8 @@ class HfMoeModel(HfMoePreTrainedModel):
         hidden_states = inputs_embeds
         shared = {"position_ids": position_ids, "token_mask": token_mask, "input_ids": input_ids} | kwargs
         rotary = position_embeddings(self.rotary_emb, hidden_states, position_ids, self.config.layer_types)
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+        kept = self.config.layer_types[: self.config.num_hidden_layers]  # `assistant_early_exit` lowers the number
+        for layer, layer_type in zip(self.layers, kept, strict=False):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],

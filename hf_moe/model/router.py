@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .configuration_hf_moe import HfMoeConfig
-from .routing import ROUTERS, RouterState
+from .routing import HASHES, ROUTERS, RouterState, frequency_hash, spread
 
 
 class HfMoeRouter(nn.Module):
@@ -66,6 +66,38 @@ class HfMoeRouter(nn.Module):
             scale = nn.functional.softplus(nn.functional.linear(x, self.noise_weight.float()))
             logits = logits + torch.randn_like(logits) * scale
         return logits
+
+    def first_hash_table(self) -> torch.Tensor:
+        """The experts [V, K] that each token is hashed to before any text is known."""
+        config = self.config
+        first = HASHES[config.router_args.get("hash", "random")](config.vocab_size, config.num_experts, self.seed)
+        return spread(first, config.num_experts_per_tok, config.num_experts)
+
+
+class HfMoeHashTables:
+    """What a model with hash routers does with their tables."""
+
+    def hash_routers(self) -> list[HfMoeRouter]:
+        return [x for x in self.modules() if isinstance(x, HfMoeRouter) and x.hash_table is not None]
+
+    @torch.no_grad()
+    def balance_hash_tables(self, token_counts: torch.Tensor) -> None:
+        """Rebuild the tables of a "frequency" hash router from how often each token occurs: [V] counts."""
+        if len(token_counts) != self.config.vocab_size:
+            raise ValueError(f"token_counts has {len(token_counts)} entries, the vocabulary {self.config.vocab_size}.")
+        experts, top_k = self.config.num_experts, self.config.num_experts_per_tok
+        table = spread(frequency_hash(token_counts.cpu(), experts), top_k, experts)
+        for router in self.hash_routers():
+            router.hash_table.copy_(table)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As Transformers' own; in hash tables old tokens keep their experts, and new ones get some."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for router in self.hash_routers():
+            old, table = router.hash_table, router.first_hash_table().to(router.hash_table)
+            table[: len(old)] = old[: len(table)]
+            router.hash_table = table
+        return embeddings
 
 
 def hash_logits(index: torch.Tensor, num_experts: int) -> torch.Tensor:

@@ -91,6 +91,13 @@ def test_rows_that_grouped_mm_cannot_read_run_eager():
         model.set_experts_implementation("grouped_mm")
 
 
+def test_float64_runs_eager(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    double = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(double(tokens()).logits.float(), model(tokens()).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["", "sigmoid-gate"])
 def test_shared_experts_are_a_sum_of_small_ones(gated):
     moe = block("gated", n_shared_experts=3, shared_expert_intermediate_size=10, shared_expert_gate=gated)

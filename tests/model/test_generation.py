@@ -87,6 +87,12 @@ def test_a_dense_draft_model_assists():
     assert torch.equal(model.generate(ids, assistant_model=draft, **options), model.generate(ids, **options))
 
 
+def test_the_first_layers_assist():
+    model, ids = tiny_model(), tokens(1, 6)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(ids, assistant_early_exit=2, **options), greedy_without_cache(model, ids, 8))
+
+
 def test_continuous_batching():
     from transformers import GenerationConfig
 

@@ -216,6 +216,21 @@ def test_hash_routing_depends_on_the_token_alone():
         model(inputs_embeds=torch.randn(1, 3, 48))
 
 
+@pytest.mark.parametrize("size", [103, 64], ids=["more", "fewer"])
+def test_hash_tables_follow_the_vocabulary(size, tmp_path):
+    model = tiny_model(router_type="hash", num_mtp_layers=1)
+    old = model.model.layers[-1].mlp.gate.hash_table.clone()
+    model.resize_token_embeddings(size)
+    table = model.model.layers[-1].mlp.gate.hash_table
+    assert len(table) == size and torch.equal(table[:97], old[:size])
+    ids = torch.tensor([[5, size - 1, 7]])
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(
+        loaded(ids, labels=ids, output_mtp_loss=True).loss, model(ids, labels=ids, output_mtp_loss=True).loss
+    )
+
+
 def test_hash_tables_follow_the_text_and_are_saved(tmp_path):
     model = tiny_model(router_type="hash", router_args={"hash": "frequency"})
     counts = torch.arange(97) ** 2
