@@ -58,6 +58,25 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_config(folder: Path) -> dict:
+    """The config.json in `folder`. Raises as `read_json` does, and where a field to choose by has another type."""
+    path = folder / "config.json"
+    said = read_json(path)
+    for name, kind in (("model_type", str), ("quantization_config", dict)):
+        if said.get(name) is not None and not isinstance(said[name], kind):
+            raise ValueError(f"{path} says {name}={said[name]!r}, which is no {kind.__name__}.")
+    return said
+
+
+def read_text(path: Path, characters: int = -1) -> str:
+    """The text in `path`, or its beginning. Raises an OSError or a ValueError that names the file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(characters)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}.") from None
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     content = dict(pairs)
     if len(content) < len(pairs):

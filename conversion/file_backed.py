@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry
+from .source import built
 from .writer import Output
 
 
@@ -23,9 +24,7 @@ def load(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """
     model, checkpoint = empty(config), Checkpoint(folder)
     if not is_file_backed(model, checkpoint.entries):
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        ).eval()
+        return ready(in_memory(folder))
     state = {name: checkpoint.tensor(name) for name in stored_names(model)}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -34,6 +33,32 @@ def load(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     for group in groups(model):
         group.register_forward_pre_hook(in_float32)
         group.register_forward_hook(back_to_the_file)
+    return ready(model)
+
+
+def in_memory(folder: Path) -> PreTrainedModel:
+    """The model as Transformers loads it. Raises a ValueError where it would go on with weights drawn at random."""
+    model, said = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    if said["mismatched_keys"]:
+        name, stored, meant = min(said["mismatched_keys"])
+        raise ValueError(f"{folder}: {name} has shape {list(stored)}, but the config calls for {list(meant)}.")
+    if said["missing_keys"]:
+        raise ValueError(f"{folder} lacks {min(said['missing_keys'])}, which its config calls for.")
+    return model
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """The model for inference, its experts one by one where their rows are no multiple of 16 bytes."""
+    experts = [parameter for parameter in model.parameters() if parameter.ndim == 3]
+    if any(size % 4 for parameter in experts for size in parameter.shape[1:]):
+        model.set_experts_implementation("eager")  # the grouped product would refuse them
     return model.eval()
 
 
@@ -48,7 +73,8 @@ def memory(config: PreTrainedConfig, tensors: Mapping[str, Entry | Output]) -> i
 def empty(config: PreTrainedConfig) -> PreTrainedModel:
     """The model with parameters that have no memory, and with real buffers."""
     with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        what = f"A {config.model_type} with this config cannot be built"
+        return built(AutoModelForCausalLM.from_config, what, config, dtype=torch.float32, trust_remote_code=False)
 
 
 def stored_names(model: PreTrainedModel) -> list[str]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from .block_fp8 import BlockFP8Checkpoint, block_size
-from .checkpoint import WEIGHT_DTYPES, Checkpoint, check_inside, read_json
+from .checkpoint import WEIGHT_DTYPES, Checkpoint, check_inside, read_config
 from .families import DENSE_FAMILIES, ENCODER_DECODERS, FAMILIES, PARALLEL_BLOCKS, Family
 from .families.family import mtp_prefix
 from .families.regions import Region
@@ -105,7 +105,7 @@ class Source:
 
         Raises a ValueError that names the tensor which is missing, left over, or of another shape or dtype.
         """
-        shapes = tensor_shapes(config)
+        shapes = built(tensor_shapes, f"{self.name} cannot be carried", config)
         entries = self.checkpoint.entries
         regions = self.family.match(shapes, entries, config)
         used = {region.name for parts in regions.values() for region in parts}
@@ -184,7 +184,7 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
     carry, damaged files.
     """
     folder, name, revision = locate(src)
-    said = read_json(folder / "config.json")
+    said = read_config(folder)
     model_type, quantization = said.get("model_type"), said.get("quantization_config")
     is_part = model_type in TEXT_PARTS and TEXT_PARTS[model_type].family in families
     model_type = TEXT_PARTS[model_type].family if is_part else model_type
@@ -240,7 +240,8 @@ def built(make: Callable, what: str, *arguments: Any, **fields: Any) -> Any:
     try:
         return make(*arguments, **fields)
     except (StrictDataclassError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{what}: {' '.join(str(error.__cause__ or error).split())}") from error
+        reason = f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error.__cause__ or error)
+        raise ValueError(f"{what}: {' '.join(reason.split())}") from error
 
 
 def _unknown_family(name: str, model_type: Any, families: Mapping[str, Family]) -> str:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from . import file_backed
-from .checkpoint import Checkpoint, Entry, read_json
+from .checkpoint import Checkpoint, Entry, read_config, read_text
 from .source import built, locate
 from .tokenizer import load_tokenizer
 from .writer import Output
@@ -98,7 +98,7 @@ def verify(
 def opened(model: str | Path) -> tuple[Path, PreTrainedConfig]:
     """Folder and config of a model, its weight files checked. Raises FileNotFoundError or a ValueError of one line."""
     folder, _, _ = locate(model)
-    read_json(folder / "config.json")
+    read_config(folder)
     Checkpoint(folder)
     config = built(AutoConfig.from_pretrained, f"{model} cannot be loaded", folder, trust_remote_code=False)
     return folder, config.get_text_config()  # of a model that sees pictures, the language model's
@@ -111,7 +111,7 @@ def token_ids(folder: Path, data: str | Path | None, vocab_size: int, max_tokens
         if data is not None:
             raise ValueError(f"{folder} has no tokenizer to read {data} with.")
         return torch.randint(vocab_size, (max_tokens,), generator=torch.Generator().manual_seed(seed))
-    text = TEXT if data is None else Path(data).read_text(encoding="utf-8")
+    text = TEXT if data is None else read_text(Path(data))
     return tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
 
 

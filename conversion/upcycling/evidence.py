@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from ...model.configuration_hf_moe import HfMoeConfig
 from ...model.modeling_hf_moe import HfMoeForCausalLM
+from ..checkpoint import read_text
 from ..tokenizer import load_tokenizer
 from ..writer import Output
 
@@ -128,8 +129,7 @@ def read_texts(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no calibration text {path}.")
     if path.suffix not in ROW_FILES:
-        with path.open(encoding="utf-8") as file:
-            return [file.read(MAX_TOKENS * CHARACTERS)]
+        return [read_text(path, MAX_TOKENS * CHARACTERS)]
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -147,7 +147,7 @@ def read_prompts(path: Path) -> list[list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of prompts {path}.")
     try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+        said = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     prompts = [[entry] if isinstance(entry, str) else entry for entry in said] if isinstance(said, list) else []

@@ -258,6 +258,10 @@ BAD_CONFIGS = {
     "fewer layers than tensors": ({"num_hidden_layers": 2}, r"holds model\.layers\.2\."),
     "biases without tensors": ({"mlp_bias": True}, r"lacks model\.layers\.0\.mlp.*bias"),
     "another width": ({"intermediate_size": 40}, r"mlp.*shape \[36, 24\].*\[40, 24\]"),
+    "no activation": ({"hidden_act": "magic"}, "llama cannot be carried: 'magic' is missing or unknown"),
+    "no rotation": ({"rope_parameters": {"rope_type": "magic", "rope_theta": 9.0}}, "'magic' is missing or unknown"),
+    "a list for a family": ({"model_type": ["llama"]}, r"model_type=\['llama'\], which is no str"),
+    "a word for a quantization": ({"quantization_config": "int8"}, "quantization_config='int8', which is no dict"),
     "untrue tie": ({"tie_word_embeddings": True}, "lm_head.weight differs"),
 }
 

@@ -1,5 +1,8 @@
 """verify: its figures against a direct computation, and what cannot be compared."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from hf_moe.conversion import verify
@@ -50,6 +53,15 @@ def test_a_model_equals_itself(pair):
     assert (report["max_abs_diff"], report["mean_abs_diff"], report["kl"], report["top1_agreement"]) == (0, 0, 0, 1)
 
 
+def test_experts_of_any_width(tmp_path):
+    # Transformers' grouped product refuses rows that are no multiple of 16 bytes.
+    model = build("mixtral", intermediate_size=19, num_local_experts=3)
+    for name, fused in [("fused", True), ("per-expert", False)]:
+        model.save_pretrained(tmp_path / name, save_original_format=not fused)
+    report = verify(tmp_path / "fused", tmp_path / "per-expert", max_tokens=40)
+    assert report["max_abs_diff"] == 0 and report["tokens"] == 40
+
+
 def test_a_nan_is_not_passed_over(pair, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(pair[0])
     with torch.no_grad():
@@ -87,3 +99,25 @@ def test_refuses(pair, tmp_path, shared_data):
         assert "\n" not in str(raised.value)
     with pytest.raises(FileNotFoundError, match="absent"):
         verify(stories, stories, data=tmp_path / "absent.txt")
+    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt is no UTF-8 text"):
+        verify(stories, stories, data=tmp_path / "latin.txt")
+
+
+UNLIKE = {
+    "a layer more": ({"num_hidden_layers": 4}, r"lacks model\.layers\.3\."),
+    "another width": ({"intermediate_size": 40}, r"mlp\.\w+\.weight has shape \[.*36.*\], .*calls for \[.*40"),
+    "activation": ({"hidden_act": "magic"}, "'magic' is missing or unknown"),
+    "model_type": ({"model_type": ["llama"]}, r"model_type=\['llama'\], which is no str"),
+    "quantization": ({"quantization_config": "int8"}, "quantization_config='int8', which is no dict"),
+}
+
+
+@pytest.mark.parametrize(("changes", "match"), UNLIKE.values(), ids=UNLIKE)
+def test_refuses_a_model_that_is_not_what_its_config_says(changes, match, pair, tmp_path):
+    said = json.loads((pair[1] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(said | changes))
+    shutil.copyfile(pair[1] / "model.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=match) as raised:
+        verify(pair[0], tmp_path, max_tokens=10)
+    assert "\n" not in str(raised.value)
