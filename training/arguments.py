@@ -1,12 +1,14 @@
 """Every argument of a run: dataclasses, filled from a YAML recipe and from `--key value` after it."""
 
 import difflib
+import math
 import re
 from dataclasses import dataclass, field
 from typing import NoReturn, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import TrlParser
 
 from .parameter_groups import GROUPS
@@ -15,6 +17,15 @@ from .record import describe
 from .stages import STAGES
 
 REQUIRED = ("model_name_or_path", "train_data", "output_dir")
+# The least and the most of numbers that nothing below refuses: with others a run divides by zero or learns nonsense.
+RANGES = {
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "max_length": (2, math.inf),
+    "label_smoothing_factor": (0, 1),
+    "beta": (0, math.inf),
+}
 
 
 @dataclass
@@ -118,8 +129,17 @@ class RecipeParser(TrlParser):
         parsed = self.parse_dict(vars(namespace))
         for part in parsed:
             if isinstance(part, TrainingArguments):
+                check_reporters(part.report_to)
                 part.facts = describe(vars(namespace))
         return parsed
+
+    def parse_dict(self, args: dict, *further, **options) -> tuple:
+        for name, (least, most) in RANGES.items():
+            value = args.get(name)
+            if value is not None and not least <= value <= most:
+                within = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise ValueError(f"{name} is {value}; it must be {within}.")
+        return super().parse_dict(args, *further, **options)
 
     def take_recipe(self, name: str) -> int:
         """Make a recipe's values the defaults, each of its argument's type; returns how many. ValueError where not."""
@@ -158,3 +178,11 @@ class RecipeParser(TrlParser):
         if key not in self.known:
             nearest = difflib.get_close_matches(key, self.known, n=1, cutoff=0.0)[0]
             self.error(f"unknown argument {key}; the nearest known one is {nearest}.")
+
+
+def check_reporters(names: list[str]) -> None:
+    """Raises ValueError for what Transformers would report to, were its package there."""
+    missing = [name for name in names if name in INTEGRATION_TO_CALLBACK]
+    missing = [name for name in missing if name not in get_available_reporting_integrations()]
+    if missing:
+        raise ValueError(f"report_to is {missing[0]}, whose package is not installed: install it, or say none.")

@@ -114,8 +114,8 @@ def size_run(source: str, args: MoePretrainConfig) -> str:
     if args.max_length is None:
         raise ValueError("max_length is null, but packing fills rows of max_length tokens: give it.")
     for name in ("train_tokens", "batch_tokens"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise ValueError(f"{name} is {getattr(args, name):g}; it must be above 0.")
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(args, name):g}; it must be above 0, and a number.")
     by_law = [name for name in ("learning_rate", "batch_tokens") if getattr(args, name) is None]
     total = args.train_tokens
     if total is None and args.max_steps > 0 and args.batch_tokens is not None:

@@ -110,18 +110,21 @@ def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: Trai
 
 
 def load_trained_model(source: str, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedModel:
-    """The model in `source`, loaded as the arguments say."""
+    """The model in `source`, loaded as the arguments say. ValueError where they need a package that is not there."""
     if model_args.float8:
         check_float8(args.device)
-    model = load_model(
-        source,
-        dtype=model_args.dtype,
-        revision=model_args.model_revision,
-        trust_remote_code=args.trust_remote_code,
-        **implementations(model_args),
-        **expert_parallel(model_args.expert_parallel_size),
-        **(args.model_init_kwargs or {}),
-    )
+    try:
+        model = load_model(
+            source,
+            dtype=model_args.dtype,
+            revision=model_args.model_revision,
+            trust_remote_code=args.trust_remote_code,
+            **implementations(model_args),
+            **expert_parallel(model_args.expert_parallel_size),
+            **(args.model_init_kwargs or {}),
+        )
+    except ImportError as error:  # of attn_implementation and the like
+        raise ValueError(" ".join(str(error).split())) from error
     args.model_init_kwargs = None  # used
     if model_args.float8:
         print(compute_in_float8(model), file=sys.stderr)

@@ -82,6 +82,7 @@ def test_what_is_null_comes_from_the_laws(command, model_folder):
         (["--gradient_accumulation_steps", "2"], "gradient_accumulation_steps is 2.*batch_tokens decides it"),
         (["--train_tokens=0"], "train_tokens is 0"),
         (["--batch_tokens=-3"], "batch_tokens is -3"),
+        (["--train_tokens=inf"], "train_tokens is inf"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -205,10 +205,11 @@ class TestRefusals:
                 FileNotFoundError,
                 "no file chatml; the templates.* mixtral, olmoe, plain",
             ),
+            (["--attn_implementation", "flash_attention_2"], ValueError, "FlashAttention2 has been toggled on"),
             (["--model_name_or_path", "./absent"], FileNotFoundError, "there is no folder ./absent"),
             (["--resume_from_checkpoint", "true"], ValueError, "holds no complete checkpoint"),
             (["--resume_from_checkpoint", "absent"], ValueError, "absent is not a complete checkpoint"),
-            (["--max_length", "1", "--assistant_only_loss"], ValueError, "no token to learn from within max_length 1"),
+            (["--max_length", "2", "--assistant_only_loss"], ValueError, "no token to learn from within max_length 2"),
         ],
         ids=lambda value: value[0] if isinstance(value, list) else "",
     )
