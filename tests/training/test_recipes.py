@@ -5,8 +5,10 @@ import torch
 from hf_moe.training.adapters import LORA_PARTS
 from hf_moe.training.parameter_groups import GROUPS, part_of
 from hf_moe.training.recipe_files import read_recipe, shipped_recipes
-from hf_moe.training.stages import main
+from hf_moe.training.stages import arguments_of, main
 from transformers import AutoModelForCausalLM
+
+from hf_moe.presets import preset_config
 
 from .conftest import tiny_tokenizer
 from .models import LATENT, hf_moe, mixtral, olmoe
@@ -62,3 +64,14 @@ def test_recipe_runs_and_trains_its_parts(name, data_folder, text_folder, tmp_pa
     assert after.keys() == before.keys()
     changed = {part_of(key) for key, x in after.items() if not torch.equal(x, before[key])}
     assert changed == set(TRAINED[kind]) & {part_of(key) for key in before}
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("deepseek-v2-lite/")])
+def test_the_releases_own_balance_loss_is_off(name):
+    """DeepSeek-V2-Lite's configuration has a loss within sequences, which a recipe that is silent on it would keep."""
+    assert preset_config("deepseek-v2-lite").seq_aux_loss_coef > 0
+    given = arguments_of(name)
+    assert given["seq_aux_loss_coef"] == 0
+    sparse_layers = 26  # DeepSeek adds its loss in each, hf_moe takes their mean
+    expected = 0.001 * sparse_layers if name.endswith("/pretrain") else 0
+    assert given["router_aux_loss_coef"] == pytest.approx(expected)
