@@ -8,17 +8,30 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 
 def load(model: str | Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in the precision it was saved in and on the GPU if there is one, and its tokenizer.
+    """The model, as `load_model` has it, and its tokenizer.
 
     Raises FileNotFoundError, OSError or ValueError where either cannot be had.
     """
-    # A path that is not there would otherwise be asked for on the Hub.
-    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(model)):
-        raise FileNotFoundError(f"{model} is neither a folder nor a model id such as owner/name.")
-    AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    check_model(model, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
         raise ValueError(f"{model} has no tokenizer that can be loaded: {error}") from error
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made from the config, without files
+        raise ValueError(f"{model} has no tokenizer; save one beside the model.")
+    return load_model(model, trust_remote_code), tokenizer
+
+
+def load_model(model: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model, in the precision it was saved in and on the GPU if there is one."""
+    check_model(model, trust_remote_code)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code)
-    return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_model(model: str | Path, trust_remote_code: bool = False) -> None:
+    """Raises FileNotFoundError, OSError or ValueError where `model` has no config that loads. No weights are read."""
+    # A path that is not there would otherwise be asked for on the Hub.
+    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(model)):
+        raise FileNotFoundError(f"{model} is neither a folder nor a model id such as owner/name.")
+    AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)

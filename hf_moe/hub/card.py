@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from . import tables
@@ -43,10 +44,12 @@ def write_model_card(
     evaluations: results files of lm_eval. trace: a folder that `hf-moe trace` wrote for this model.
 
     What is not known is left out, and what an earlier card was told is kept. Raises FileNotFoundError where there is
-    no saved model, ValueError for a damaged one, or where README.md was written by someone else, OSError of one line
-    where the card cannot be written; then the last one stays.
+    no saved model, ValueError for a damaged one, for a base_model that is no Hub id, or where README.md was written by
+    someone else, OSError of one line where the card cannot be written; then the last one stays.
     """
     folder = Path(folder)
+    if base_model is not None:
+        validate_repo_id(base_model)
     told = {
         "base_model": base_model,
         "license": license,

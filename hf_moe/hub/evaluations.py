@@ -1,5 +1,6 @@
 """Evaluation results as the Hub's model-index, and as a table."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,16 @@ def lm_eval_results(path: str | Path, task: str) -> list[EvalResult]:
     if not path.is_file():
         raise FileNotFoundError(f"The results file {path} does not exist.")
     said = read_json(path)
-    if not isinstance(said.get("results"), dict):
-        raise ValueError(f"{path} has no results as lm_eval writes them; give its results_*.json.")
-    return [
+    tasks = said.get("results")
+    found = [
         result
-        for name, metrics in said["results"].items()
+        for name, metrics in (tasks.items() if isinstance(tasks, dict) else ())
+        if isinstance(metrics, dict)
         for result in task_results(name, metrics, said.get("configs", {}).get(name, {}), said, task)
     ]
+    if not found:
+        raise ValueError(f"{path} has no results as lm_eval writes them; give its results_*.json.")
+    return found
 
 
 def task_results(
@@ -53,7 +57,9 @@ def task_results(
     found = []
     for key, value in metrics.items():
         metric, _, filtered = key.partition(",")
-        if not isinstance(value, int | float) or not filtered or metric.endswith("_stderr"):
+        if not filtered or metric.endswith("_stderr"):
+            continue
+        if not isinstance(value, int | float) or not math.isfinite(value):  # nothing was measured
             continue
         error = metrics.get(f"{metric}_stderr,{filtered}")
         args = {"num_few_shot": shots, "stderr": error if isinstance(error, int | float) else None}

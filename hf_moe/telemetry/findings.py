@@ -77,7 +77,9 @@ def duplicate(numbers: dict) -> list[Finding]:
 
 
 def certainty(numbers: dict) -> list[Finding]:
-    layers = numbers["layers"]
+    layers = [layer for layer in numbers["layers"] if layer["experts"] > 1]  # one expert alone leaves no choice
+    if not layers:
+        return []
     mean = sum(x["routing_entropy"] for x in layers) / len(layers)
     low, high = (choose(layers, key=lambda x: x["routing_entropy"]) for choose in (min, max))
     if mean >= RANDOM:
@@ -90,7 +92,7 @@ def certainty(numbers: dict) -> list[Finding]:
     text += (
         f"; the surest is layer {low['label']} ({percent(low['routing_entropy'])}), the least sure layer "
         f"{high['label']} ({percent(high['routing_entropy'])})."
-        if len(layers) > 1
+        if percent(low["routing_entropy"]) != percent(high["routing_entropy"])
         else "."
     )
     return [Finding(PLAIN, text, "entropy")]

@@ -28,8 +28,9 @@ def load_entropy(counts_E: torch.Tensor) -> float:
 
 
 def coactivation(together_EE: torch.Tensor) -> torch.Tensor:
-    """N_ij / N_i, the share of expert i's tokens that expert j gets, too (OLMoE, arXiv 2409.02060, 5.2); 0 if i is
-    dead. The diagonal is 0.
+    """N_ij / N_i, the share of expert i's tokens that expert j gets, too (OLMoE, arXiv 2409.02060, section 5).
+
+    0 if i is dead. The diagonal is 0.
     """
     together_EE = together_EE.double()
     shares = together_EE / together_EE.diagonal().clamp_min(1).unsqueeze(-1)
@@ -37,7 +38,7 @@ def coactivation(together_EE: torch.Tensor) -> torch.Tensor:
 
 
 def domain_specialization(chosen_NE: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
-    """N_{E_i, D} / N_D, the share of a domain's tokens for which expert i is chosen (OLMoE, 5.3): [N, E].
+    """N_{E_i, D} / N_D, the share of a domain's tokens for which expert i is chosen (OLMoE, section 5): [N, E].
 
     Chance is K / E with the K experts of a token, and 1 / E with the first alone.
     """
@@ -47,8 +48,8 @@ def domain_specialization(chosen_NE: torch.Tensor, tokens_N: torch.Tensor) -> to
 def vocabulary_specialization(table_VE: torch.Tensor, rare: int) -> tuple[torch.Tensor, torch.Tensor]:
     """max_i N_{x, E_i} / N_x of each token id x that occurs `rare` times or more, and which expert i it is.
 
-    The share of the id's occurrences that go first to its favourite expert (OLMoE, 5.4, with k = 1). -1 and NaN for
-    rarer ids.
+    The share of the id's occurrences that go first to its favourite expert (OLMoE, section 5, with k = 1). -1 and NaN
+    for rarer ids.
     """
     counts_V = table_VE.sum(dim=-1)
     best_V, expert_V = (table_VE.double() / counts_V.clamp_min(1).unsqueeze(-1)).max(dim=-1)

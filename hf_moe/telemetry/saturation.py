@@ -21,11 +21,13 @@ def saturation(
 ) -> dict[str, float]:
     """Router -> mean over all tokens of `overlap` with `other` on the same text.
 
-    Raises ValueError where the two have not the same routers.
+    Raises ValueError where the two have not the same routers, or where `other` does not know all tokens.
     """
     pair = [(part, find_routers(part)) for part in (model, other)]
     if pair[0][1].keys() != pair[1][1].keys():
         raise ValueError("they have not the same routers")
+    if other.config.get_text_config().vocab_size < model.config.get_text_config().vocab_size:
+        raise ValueError("it knows fewer tokens")
     sums, tokens = {}, 0
     for batch in batches:
         chosen = []
@@ -34,11 +36,13 @@ def saturation(
                 ids, mask = batch.ids.to(part.device), batch.mask.to(part.device)
                 part.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
             kept = mask.flatten().nonzero().flatten()
-            chosen.append({name: routing.index_SK[kept] for name, routing in routings.items()})
+            sizes = {name: (x.index_SK.shape[-1], x.logits_TE.shape[-1]) for name, x in routings.items()}
+            chosen.append(({name: routing.index_SK[kept] for name, routing in routings.items()}, sizes))
         tokens += int(batch.mask.sum())
-        for name, index_TK in chosen[0].items():
-            if index_TK.shape != chosen[1][name].shape:
-                raise ValueError("their routers choose another number of experts")
-            sums[name] = sums.get(name, 0.0) + overlap(index_TK, chosen[1][name]).sum().item()
+        (mine, sizes), (theirs, other_sizes) = chosen
+        if sizes != other_sizes:
+            raise ValueError("their routers choose another number of experts, or among another number")
+        for name, index_TK in mine.items():
+            sums[name] = sums.get(name, 0.0) + overlap(index_TK, theirs[name]).sum().item()
         progress(int(batch.mask.sum()))
     return {name: total / tokens for name, total in sums.items()}

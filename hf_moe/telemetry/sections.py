@@ -157,35 +157,35 @@ SECTIONS = {
         "Load",
         "Each cell is an expert: 1 is its fair share of the layer's choices, blue is less, orange more. An even "
         "picture means that all experts are used; a dead one has 0.",
-        "DeepSeekMoE, arXiv 2401.06066, eq. 13",
+        "DeepSeekMoE, arXiv 2401.06066",
         load,
     ),
     "entropy": Section(
         "Certainty of the routers",
         "Low entropy of a token's probabilities: the router is sure of its choice. High entropy of the load: over "
         "all tokens the experts are used alike. A trained router is low in the first and high in the second.",
-        "ST-MoE, arXiv 2202.08906, 7",
+        "ST-MoE, arXiv 2202.08906",
         entropy,
     ),
     "domains": Section(
         "Domains",
         "The share of a domain's tokens for which an expert is chosen. Grey is chance; orange in one row alone is an "
         "expert of that domain.",
-        f"{OLMOE}, 5.3; {MIXTRAL}, 5",
+        f"{OLMOE}, section 5; {MIXTRAL}, figure 7",
         domains,
     ),
     "vocabulary": Section(
         "Words",
         "How often a token id goes first to its favourite expert, averaged over the frequent ids: near the dashed "
         "line the layer does not look at the word, near 100% it looks at nothing else.",
-        f"{OLMOE}, 5.4",
+        f"{OLMOE}, section 5",
         vocabulary,
     ),
     "coactivation": Section(
         "Experts that work together",
         "Of the tokens of the row's expert, the share that the column's expert gets, too. A bright cell is a pair "
         "that could as well be one expert; at most the 16 experts with the strongest pairs are shown.",
-        f"{OLMOE}, 5.2",
+        f"{OLMOE}, section 5",
         coactivation,
     ),
     "similarity": Section(
@@ -199,7 +199,7 @@ SECTIONS = {
         "Router saturation",
         "The share of a token's experts that a checkpoint chooses, too, by layer. Near 100%: the routing was settled "
         "by then; the dashed line is what two strangers would have in common.",
-        f"{OLMOE}, 5.1",
+        f"{OLMOE}, section 5",
         saturation,
     ),
     "pruning": Section(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 PIECE = 32_768  # characters of a plain text that are tokenized together
@@ -99,7 +100,7 @@ def named_sources(data: Sequence[str]) -> dict[str, str]:
     named = {}
     for entry in data:
         name, equals, source = str(entry).partition("=")
-        if not equals or not name or Path(entry).expanduser().exists():
+        if not (equals and name and source) or Path(entry).expanduser().exists():
             name, source = None, str(entry)
         if source in named:
             raise ValueError(f"{source} is given twice; each --data is a domain of its own.")
@@ -170,6 +171,8 @@ def data_set_rows(source: str, *args, **kwargs) -> Iterator[dict]:
         if "train" not in splits and len(splits) > 1:
             raise ValueError(f"it has no split train, but {', '.join(splits)}; save the one you mean as a file")
         yield from splits.get("train", next(iter(splits.values())))
+    except StopIteration:  # what datasets says of an empty JSON file
+        raise ValueError(f"{source} holds no text: a JSON file there is empty.") from None
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"{source} is neither a file nor a folder here, nor a data set on the Hub.") from error
     except (ValueError, ConnectionError) as error:
@@ -189,4 +192,10 @@ def row_text(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
         raise ValueError(f"{where} has the columns {', '.join(row) or 'of no object'}; expected {COLUMNS}.")
     if not tokenizer.chat_template:
         raise ValueError(f"{where} is a conversation, and the model's tokenizer has no chat template.")
-    return tokenizer.apply_chat_template([message for part in parts for message in part], tokenize=False)
+    messages = [message for part in parts for message in part]
+    if not all(isinstance(message, dict) and "role" in message for message in messages):
+        raise ValueError(f"{where} has a message that is no object with a role.")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"{where} does not go through the model's chat template: {error}.") from error

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..loading import load
+from ..loading import check_model, load, load_model
 from ..routers import captured, find_routers
 from ..version import __version__
 from .counts import RARE, RouterCounts, first_choice, followed_ids
@@ -59,6 +59,8 @@ def trace(
     with writing(out) as write:
         watch, name = Stopwatch(), str(model)
         with watch("load"):
+            for checkpoint in compare:  # a name that is wrong shows before the work, not after it
+                check_model(checkpoint, trust_remote_code)
             if isinstance(model, PreTrainedModel):
                 if tokenizer is None:
                     raise ValueError("A loaded model needs its tokenizer: give tokenizer=...")
@@ -256,7 +258,7 @@ class Run:
     # ---- checkpoints ----
 
     def compare_routing(self, checkpoint: str | Path, trust_remote_code: bool) -> None:
-        other, _ = load(checkpoint, trust_remote_code)
+        other = load_model(checkpoint, trust_remote_code)
         batches = (batch for domain in self.domains for batch in domain.batches(BATCH_TOKENS))
         try:
             with self.bar(f"compare {Path(checkpoint).name}", self.tokens) as bar:

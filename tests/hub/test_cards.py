@@ -70,6 +70,8 @@ def test_what_the_user_tells_comes_first_and_stays(tmp_path, command):
             and "[someone/dense](https://huggingface.co/someone/dense)" in told.text
         )
         told = card_of(folder)
+    code, _, err = command("card", folder, "--base-model", "/home/someone/dense")
+    assert code == 2 and "/home/someone/dense" in err and err.count("\n") == 1
 
 
 def test_a_merged_model_names_all_its_bases(tmp_path):
@@ -208,8 +210,11 @@ def test_results_of_lm_eval_become_the_model_index(tmp_path, command):
     results.write_text(json.dumps({**LM_EVAL, "results": {"gsm8k": LM_EVAL["results"]["gsm8k"]}}))
     values = [r.metric_value for r in card_of(folder, evaluations=[results]).data.eval_results]
     assert values == [0.4375, 0.4, 0.25]
+    for number, said in enumerate(({}, {"arc": 3}, {"arc": {"acc,none": float("nan")}})):
+        (tmp_path / f"{number}.json").write_text(json.dumps({"results": said}))
     for path, words in (
         (folder / "config.json", "has no results as lm_eval writes them"),
+        *((tmp_path / f"{number}.json", f"{number}.json has no results") for number in range(3)),
         (tmp_path / "no", "does not exist"),
     ):
         code, _, err = command("card", folder, "--evaluation", path)

@@ -13,7 +13,8 @@ from hf_moe.telemetry.saturation import saturation
 from hf_moe.telemetry.texts import padded
 
 from ..training.models import hf_moe as any_hf_moe
-from .conftest import MODELS
+from ..training.models import olmoe
+from .conftest import FIELDS, MODELS
 
 BATCH = padded([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16, 17, 18, 19]])
 TOKENS = BATCH.mask.bool()
@@ -138,6 +139,16 @@ def test_saturation_equals_a_slow_count():
         assert share == pytest.approx(sum(len(set(a) & set(b)) / 2 for a, b in rows) / 15)
         assert 0 < share < 1
     assert set(saturation(model, model, 2, [BATCH], lambda tokens: None).values()) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"num_experts": 5}, "among another number"), ({"vocab_size": 31}, "fewer tokens")],
+    ids=["experts", "vocabulary"],
+)
+def test_saturation_needs_the_same_choice(changes, said):
+    with pytest.raises(ValueError, match=said):
+        saturation(built("olmoe"), olmoe(**FIELDS | changes).eval(), 2, [BATCH], lambda tokens: None)
 
 
 @pytest.mark.parametrize(

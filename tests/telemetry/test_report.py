@@ -210,10 +210,29 @@ def test_numbers_out_of_range(texts, tmp_path, given, said):
         trace("nothing", texts / "river.txt", tmp_path / "out", **given)
 
 
-def test_a_checkpoint_with_other_routers(saved, texts, tokenizer, tmp_path):
+def test_a_checkpoint_with_other_routers(saved, texts, tmp_path):
     pytest.importorskip("matplotlib")
     other = tmp_path / "other"
-    MODELS["olmoe"](num_experts=4, num_hidden_layers=1).save_pretrained(other)
-    tokenizer.save_pretrained(other)
+    MODELS["olmoe"](num_experts=4, num_hidden_layers=1).save_pretrained(other)  # needs no tokenizer of its own
     with pytest.raises(ValueError, match=r"cannot be compared with .*: they have not the same routers"):
         trace(saved, texts / "river.txt", tmp_path / "out", compare=[other], prune_tokens=0, progress=False)
+
+
+def test_a_checkpoint_that_is_not_there_shows_before_the_work(saved, texts, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("hf_moe.telemetry.tracing.load", None)
+    with pytest.raises(FileNotFoundError, match=r"\./nothing is neither a folder nor a model id"):
+        trace(saved, texts / "river.txt", tmp_path / "out", compare=["./nothing"], progress=False)
+
+
+def test_a_model_without_tokenizer(texts, tmp_path):
+    pytest.importorskip("matplotlib")
+    MODELS["olmoe"]().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="model has no tokenizer"):
+        trace(tmp_path / "model", texts / "river.txt", tmp_path / "out", progress=False)
+
+
+def test_one_expert_alone_is_no_toss():
+    numbers = numbers_by_hand()
+    numbers["layers"] = [layer | {"experts": 1, "routing_entropy": 1.0} for layer in numbers["layers"]]
+    assert not [finding for finding in findings(numbers) if finding.section == "entropy"]

@@ -53,12 +53,30 @@ def test_parquet(tmp_path, tokenizer):
         ("a.jsonl", "[1]", "row 1 has the columns of no object"),
         ("a.csv", "id,body\n1,one\n", "row 1 has the columns id, body"),
         ("a.json", "[{", "cannot be read as rows"),
+        ("a.json", "", "a JSON file there is empty"),
+        ("a.jsonl", as_lines({"messages": [1]}), "row 1 has a message that is no object with a role"),
+        ("a.jsonl", as_lines({"messages": [{"text": "one"}]}), "row 1 has a message that is no object with a role"),
+        ("a.jsonl", as_lines({"messages": [{"role": "user"}]}), "row 1 does not go through .* template"),
         ("a.parquet", "no parquet", "cannot be read as rows"),
         ("a.txt", b"one \xff\xfe two", "is no text in UTF-8"),
         ("a.txt", " \n", "holds no text"),
         ("a.jsonl", as_lines({"text": ""}), "holds no text"),
     ],
-    ids=["cut", "column", "no-object", "csv-column", "json", "parquet", "binary", "blank", "empty-rows"],
+    ids=[
+        "cut",
+        "column",
+        "no-object",
+        "csv-column",
+        "json",
+        "empty-json",
+        "no-message",
+        "no-role",
+        "no-content",
+        "parquet",
+        "binary",
+        "blank",
+        "empty-rows",
+    ],
 )
 def test_broken_texts_are_refused_in_one_line(tmp_path, tokenizer, name, content, said):
     path = write(tmp_path, name, content)
@@ -67,10 +85,10 @@ def test_broken_texts_are_refused_in_one_line(tmp_path, tokenizer, name, content
     assert path in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["no/such/file.txt", "./nothing", "nothing"])
+@pytest.mark.parametrize("source", ["no/such/file.txt", "./nothing", "nothing", "name="])
 def test_what_is_not_there(source, tokenizer):
     with pytest.raises(FileNotFoundError, match=source):
-        list(texts(source, tokenizer))
+        list(texts(*named_sources([source]).values(), tokenizer))
 
 
 def test_windows_stay_within_a_text_and_the_limit(tmp_path, tokenizer):
