@@ -34,17 +34,28 @@ def load_model(path: str, auto_class=AutoModelForCausalLM, **kwargs) -> PreTrain
 
 
 def check_adapter(path: str | Path, model: nn.Module) -> None:
-    """Raises ValueError where the adapter in `path` lacks a weight of the PEFT model: PEFT would leave it as it is."""
+    """Raises ValueError where the adapter in `path` lacks a weight of the PEFT model, which PEFT would leave as it is.
+
+    Also where one has another size.
+    """
     from peft import get_peft_model_state_dict
 
     try:
         with safe_open(Path(path) / ADAPTER_FILE, framework="pt") as file:
-            saved = set(file.keys())
+            names = file.keys()
+            saved = {name: file.get_slice(name).get_shape() for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} has no adapter that can be read: {error}") from error
-    missing = sorted(set(get_peft_model_state_dict(model)) - saved)
+    expected = {name: list(weight.shape) for name, weight in get_peft_model_state_dict(model).items()}
+    missing = sorted(expected.keys() - saved.keys())
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of the adapter's weights, the first of them {missing[0]}.")
+    wrong = sorted(name for name, shape in expected.items() if saved[name] != shape)
+    if wrong:
+        raise ValueError(
+            f"{path} has {len(wrong)} of the adapter's weights in another size, the first of them {wrong[0]}: "
+            f"{saved[wrong[0]]} for {expected[wrong[0]]}."
+        )
 
 
 def is_complete(checkpoint: str | Path) -> bool:

@@ -1,10 +1,16 @@
 """TRL's direct preference optimisation for mixture-of-experts models."""
 
+import copy
+import sys
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from .policy import MoePolicyMixin, PolicyArguments
+from .sft_trainer import NAMES
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
 
@@ -23,3 +29,44 @@ class MoeDPOTrainer(MoePolicyMixin, DPOTrainer):
 
     def model_inputs(self, inputs: dict) -> dict:
         return {name: inputs[name] for name in MODEL_INPUTS}
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """TRL's own, which cuts and leaves out rows by `max_length` without a word; here they are counted."""
+        prepare = super()._prepare_dataset
+        if not isinstance(dataset, Dataset) or args.max_length is None:
+            return prepare(dataset, processing_class, args, dataset_name)
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        rows = prepare(dataset, processing_class, uncut, dataset_name)
+        return fit(rows, NAMES.get(dataset_name, f"eval_data {dataset_name}"), args)
+
+
+def fit(rows: Dataset, name: str, args: DPOConfig) -> Dataset:
+    """The pairs of which `max_length` leaves some answer; says how many it cuts. Raises ValueError if none is left.
+
+    The collator does the cutting.
+    """
+    parts = [lengths(table) for table in rows.with_format("arrow").iter(batch_size=10_000)]
+    prompts, answers = (np.concatenate(part) for part in zip(*parts, strict=True))
+    keep = np.ones(len(rows), dtype=bool) if args.truncation_mode == "keep_end" else prompts < args.max_length
+    cut = int((keep & (prompts + answers > args.max_length)).sum())
+    if cut:
+        print(
+            f"{name}: {cut} of {len(rows)} pairs are longer than max_length {args.max_length}: cut to it",
+            file=sys.stderr,
+        )
+    if not keep.any():
+        raise ValueError(f"{name} has no pair whose prompt is shorter than max_length {args.max_length}: raise that.")
+    if not keep.all():
+        lost = f"{len(rows) - int(keep.sum())} of {len(rows)} pairs"
+        print(f"{name}: the prompts of {lost} fill max_length {args.max_length}: left out", file=sys.stderr)
+    return rows if keep.all() else rows.select(np.flatnonzero(keep))
+
+
+def lengths(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Of each pair the tokens of its prompt, and of its longer answer."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    prompt, chosen, rejected = (
+        table[x].combine_chunks().value_lengths().to_numpy(zero_copy_only=False) for x in names
+    )
+    return prompt, np.maximum(chosen, rejected)

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,8 @@ def run(
     names = (reward_args or RewardArguments()).reward_funcs
     check_choices(model_args, adapter_args, NO_ESFT)
     rewards = find_rewards(names, args.reward_weights)
+    if args.use_vllm and find_spec("vllm") is None:
+        raise ValueError("use_vllm is true, which needs vLLM: install it, or say --use_vllm false.")
     if data_args.eval_by_source:
         raise ValueError("eval_by_source is true, but TRL's GRPO reports rewards without their source: leave it out.")
     checkpoint = checkpoint_to_resume(args)
@@ -62,12 +65,19 @@ def run(
 def questions(rows: Dataset, rewards: list[str], what: str) -> Dataset:
     """Rows with a prompt and, where a reward needs it, an answer; rows without one that can be read are counted.
 
-    A `question` becomes one message; of `messages` the last is the answer. Raises ValueError if no row is left.
+    A `question` becomes one message; of `messages` the last is the answer, and rows without another are counted, too.
+    Raises ValueError if no row is left.
     """
     if "question" in rows.column_names:
         rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})
     elif "messages" in rows.column_names:
-        rows = rows.map(lambda row: {"prompt": row["messages"][:-1], "answer": row["messages"][-1]["content"]})
+        asked = rows.filter(lambda row: len(row["messages"]) > 1)
+        if len(asked) == 0:
+            raise ValueError(f"{what} has no row whose messages are a question and an answer.")
+        if len(asked) < len(rows):
+            lost = f"{len(rows) - len(asked)} of {len(rows)}"
+            print(f"{what}: {lost} rows have one message alone, and are left out", file=sys.stderr)
+        rows = asked.map(lambda row: {"prompt": row["messages"][:-1], "answer": row["messages"][-1]["content"] or ""})
     needing = [name for name in rewards if name in NEED_ANSWER]
     if needing:
         if "answer" not in rows.column_names:

@@ -57,6 +57,10 @@ class MoePolicyMixin(MoeTrainerMixin):
     def find_routing(self) -> None:
         super().find_routing()
         self.balance.multi_token = None
+        if smoothing := self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {smoothing}, but the loss of a policy has no labels: set it to 0."
+            )
         if ahead := moe_argument(self.args, "mtp_loss_coef"):
             raise ValueError(f"mtp_loss_coef is {ahead}, but a policy is not trained on next tokens: leave it out.")
         if self.bias_speed and self.model is not self.moe and self.args.beta:

@@ -142,12 +142,27 @@ def test_what_trains_is_what_was_asked_for(words, parts, whole, tmp_path):
         ("--chat_template_path absent.jinja", "there is no file absent.jinja"),
         ("--lora_merge float32", "there is no adapter"),
         ("--mtp_loss_coef 0.1", "mtp_loss_coef is 0.1"),
+        ("--label_smoothing_factor 0.1", "label_smoothing_factor is 0.1, but the loss of a policy has no labels: set"),
+        ("--max_length 4", "train_data has no pair whose prompt is shorter than max_length 4: raise that"),
     ],
 )
 def test_refused(words, message, whole, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         run_tiny("dpo", whole[1], tmp_path / "out", *words.split())
     assert "\n" not in str(error.value)
+
+
+def test_long_pairs_are_counted(whole, tmp_path, capsys):
+    """Prompts of 8 to 16 bytes, or tokens: some fill what there is, others leave a part of their answers."""
+    run_tiny("dpo", whole[1], tmp_path / "out", "--max_length", 14, "--max_steps", 1, "--save_steps", 1)
+    prompts = [len(row["prompt"]) for row in pairs(11)]
+    answers = [max(len(row["chosen"]), len(row["rejected"])) + 1 for row in pairs(11)]
+    lost = sum(prompt >= 14 for prompt in prompts)
+    cut = sum(prompt < 14 < prompt + answer for prompt, answer in zip(prompts, answers, strict=True))
+    said = capsys.readouterr().err
+    assert 0 < lost < 11 and 0 < cut < 11
+    assert f"train_data: {cut} of 11 pairs are longer than max_length 14: cut to it" in said
+    assert f"train_data: the prompts of {lost} of 11 pairs fill max_length 14: left out" in said
 
 
 def test_wrong_columns(whole, tmp_path):

@@ -184,6 +184,11 @@ def test_rows_become_questions(capsys):
     assert kept[:] == {"prompt": [[{"role": "user", "content": "7"}]], "answer": ["#### 7"]}
     assert "train_data: 1 of 2 rows have no answer that gsm8k_answer can read" in capsys.readouterr().err
     assert len(answerable(rows, ["gsm8k_format"], "train_data")) == 2
+    alone = Dataset.from_list([{"messages": [{"role": "user", "content": "7"}]}, rows[0]])
+    assert len(answerable(alone, ["gsm8k_answer"], "train_data")) == 1
+    assert "train_data: 1 of 2 rows have one message alone, and are left out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="train_data has no row whose messages are a question and an answer"):
+        answerable(alone.select([0]), ["gsm8k_format"], "train_data")
     with pytest.raises(ValueError, match="train_data has no row with an answer"):
         answerable(rows.select([1]), ["gsm8k_answer"], "train_data")
     with pytest.raises(ValueError, match="needs a column answer in eval_data"):
