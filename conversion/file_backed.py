@@ -3,6 +3,7 @@
 So two models can be compared on a machine that could hold neither.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def memory(config: PreTrainedConfig, tensors: Mapping[str, Entry | Output]) -> i
 
 def empty(config: PreTrainedConfig) -> PreTrainedModel:
     """The model with parameters that have no memory, and with real buffers."""
+    config = copy.deepcopy(config)  # else the dtype here would be written as the checkpoint's
     with init_empty_weights():
         what = f"A {config.model_type} with this config cannot be built"
         return built(AutoModelForCausalLM.from_config, what, config, dtype=torch.float32, trust_remote_code=False)

@@ -55,13 +55,15 @@ def plan_shards(outputs: list[Output], max_shard_size: int | str) -> list[Shard]
     by_name = {output.name: output for output in outputs}
     assert len(by_name) == len(outputs), "two outputs have one name"
     try:
+        if str(max_shard_size).lstrip().startswith("-"):
+            raise ValueError
         split = split_state_dict_into_shards_factory(
             by_name,
             get_storage_size=lambda output: output.nbytes,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"max_shard_size {max_shard_size!r} is no size; write it like '5GB' or '200MB'.") from None
     return [_shard(file, [by_name[name] for name in names]) for file, names in split.filename_to_tensors.items()]
 

@@ -4,6 +4,7 @@ Shapes: T tokens, D hidden size, E experts.
 """
 
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -135,11 +136,16 @@ def read_texts(path: Path) -> list[str]:
 
     try:
         rows = load_dataset(ROW_FILES[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as rows: {str(error.__cause__ or error).splitlines()[0]}") from error
+    except (DatasetGenerationError, ValueError, StopIteration) as error:
+        reason = str(error.__cause__ or error).splitlines() or ["it has no rows"]  # StopIteration says nothing
+        raise ValueError(f"{path} cannot be read as rows: {reason[0]}") from error
     if "text" not in rows.column_names:
         raise ValueError(f"{path} has the columns {', '.join(rows.column_names)}; the calibration text is in text.")
-    return rows[:MAX_TOKENS]["text"]
+    texts = rows[:MAX_TOKENS]["text"]
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: row {index} of the column text is {reprlib.repr(text)}, which is no text.")
+    return texts
 
 
 def read_prompts(path: Path) -> list[list[str]]:

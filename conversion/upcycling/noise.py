@@ -3,6 +3,7 @@
 Equal experts get equal gradients wherever the router weighs them alike; a little noise sets them apart.
 """
 
+import math
 from functools import cached_property
 
 import torch
@@ -18,8 +19,9 @@ class Noise(Whole):
 
     @classmethod
     def sizes(cls, request: Request) -> Sizes:
-        if not request.options["noise_scale"] > 0:
-            raise ValueError(f"noise_scale ({request.options['noise_scale']}) must be above 0; without it use copy.")
+        scale = request.options["noise_scale"]
+        if not 0 < scale < math.inf:
+            raise ValueError(f"noise_scale ({scale}) must be above 0 and finite; without it use copy.")
         return super().sizes(request)
 
     @cached_property

@@ -1,5 +1,6 @@
 """What an upcycling is going to do, checked as a whole before anything is written."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ class Plan:
             for start in sorted(set(self._router_inits.values()))
         }
         std = given.get("router_std", 0.0)
-        if std < 0:
-            raise ValueError(f"router_std ({std}) must not be negative.")
+        if not 0 <= std < math.inf:
+            raise ValueError(f"router_std ({std}) must be finite and not negative.")
         self.sizes, self.exact = self._agreed_sizes()
 
         evidence = Evidence(
