@@ -53,7 +53,7 @@ class HfMoeRouter(nn.Module):
         return logits, weights, index, token, baseline
 
     def explore(self, x: torch.Tensor) -> torch.Tensor:
-        """In training: jitter (Switch, https://arxiv.org/abs/2101.03961, 2.2) and dropout on the input."""
+        """In training: jitter (Switch, https://arxiv.org/abs/2101.03961, C) and dropout on the input."""
         args = self.config.router_args
         if self.training and (eps := args.get("jitter", 0.0)) > 0:
             x = x * torch.empty_like(x).uniform_(1 - eps, 1 + eps)
