@@ -13,7 +13,7 @@ from transformers.utils.output_capturing import install_output_capuring_hook
 from .configuration_hf_moe import HfMoeConfig
 from .norms import make_norm
 from .router import HfMoeRouter
-from .speculation import check_speculation, speculative_decoding
+from .speculation import check_lengths, check_speculation, speculative_decoding
 
 
 class HfMoeMultiTokenLayer(nn.Module):
@@ -136,6 +136,7 @@ class HfMoeMultiToken:
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _assisted_decoding(self, input_ids, generation_config, inputs_tensor=None, **kwargs):
+        check_lengths(self.config, input_ids.shape[1], generation_config.max_length)
         if not generation_config.use_mtp:
             kwargs["inputs_tensor"] = inputs_tensor
             return super()._assisted_decoding(input_ids, generation_config=generation_config, **kwargs)

@@ -2,7 +2,7 @@
 
 Shapes: B rows, N tokens known so far, C drafts, D hidden size, V vocabulary. The text has the distribution of plain
 decoding, and is the same where that is greedy, as long as the experts of a token do not depend on the other tokens
-of its batch (they do with expert choice).
+of its batch (they do with router_args["eval_capacity_factor"]).
 """
 
 from dataclasses import dataclass
@@ -142,6 +142,23 @@ def check_speculation(model: nn.Module, mode: str, config: GenerationConfig, mod
     if any(asked.values()):
         names = ", ".join(name for name, value in asked.items() if value)
         raise ValueError(f"use_mtp does not go with {names}: leave one of them out.")
+
+
+def check_lengths(config, length: int, max_length: int) -> None:
+    """Raise ValueError where RoPE's frequencies would change on the way from `length` to `max_length` tokens.
+
+    Drafts would then be verified by other frequencies than those of plain decoding.
+    """
+    by_type = config.rope_parameters.values() if config.rope_by_layer_type else [config.rope_parameters]
+    for rope in by_type:
+        limits = {"longrope": rope.get("original_max_position_embeddings"), "dynamic": config.max_position_embeddings}
+        limit = limits.get(rope["rope_type"])
+        crosses = limit is not None and max_length > limit
+        if crosses and (length <= limit or rope["rope_type"] == "dynamic"):
+            raise ValueError(
+                f"Drafts do not go with rope_type {rope['rope_type']!r} where a text outgrows {limit} tokens; this one "
+                f"may have {max_length}: lower max_new_tokens, or leave out use_mtp and other drafts."
+            )
 
 
 def check_cache(cache: Cache) -> None:

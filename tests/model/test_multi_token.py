@@ -591,6 +591,22 @@ def test_sampled_text_has_the_models_distribution(batch, variant, cache):
     assert chi_square_p_value(observed, p) > 1e-3
 
 
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+ROPES = {"longrope": {"original_max_position_embeddings": 12, **FACTORS}, "dynamic": {}}
+
+
+@pytest.mark.parametrize("rope_type", ROPES)
+def test_no_drafts_where_frequencies_change(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0, **ROPES[rope_type]}
+    model = tiny_model(num_mtp_layers=1, rope_parameters=rope, max_position_embeddings=12)
+    ids, greedy = tokens(1, 7), {"do_sample": False}
+    drafted = model.generate(ids, use_mtp=True, max_new_tokens=5, **greedy)
+    assert torch.equal(drafted, model.generate(ids, max_new_tokens=5, **greedy))
+    for drafts in ({"use_mtp": True}, {"prompt_lookup_num_tokens": 2}):
+        with pytest.raises(ValueError, match=f"'{rope_type}' where a text outgrows 12 tokens"):
+            model.generate(ids, max_new_tokens=6, **greedy, **drafts)
+
+
 def test_errors_name_the_way_out(drafting_model):
     ids = sequences(2, 5)
     options = {"max_new_tokens": 4, "attention_mask": torch.ones_like(ids), "use_mtp": True}
