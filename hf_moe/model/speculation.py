@@ -156,8 +156,8 @@ def check_lengths(config, length: int, max_length: int) -> None:
         crosses = limit is not None and max_length > limit
         if crosses and (length <= limit or rope["rope_type"] == "dynamic"):
             raise ValueError(
-                f"Drafts do not go with rope_type {rope['rope_type']!r} where a text outgrows {limit} tokens; this one "
-                f"may have {max_length}: lower max_new_tokens, or leave out use_mtp and other drafts."
+                f"Drafts do not go with rope_type {rope['rope_type']!r} where a text outgrows {limit} tokens; this "
+                f"one may have {max_length}: lower max_new_tokens, or leave out use_mtp and other drafts."
             )
 
 
