@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .routing import ROUTERS, Range
@@ -17,6 +18,18 @@ AUTO_MAP = {
     # `transformers serve` asks for this one first, and then only for classes of Transformers itself.
     "AutoModelForDecision": "modeling_hf_moe.HfMoeForCausalLM",
 }
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "n_group"),
+)
+COEFFICIENTS = (
+    *("router_aux_loss_coef", "router_z_loss_coef", "seq_aux_loss_coef", "device_aux_loss_coef"),
+    *("comm_aux_loss_coef", "mtp_loss_coef", "router_bias_update_speed", "initializer_range", "rms_norm_eps"),
+)
+# Field -> the least that it may be; those of CAPS are above 0, or None.
+LEAST = dict.fromkeys(SIZES, 1) | dict.fromkeys(("n_shared_experts", "num_mtp_layers", *COEFFICIENTS), 0)
+CAPS = ("clip_qkv", "attn_logit_softcapping", "final_logit_softcapping")
 
 
 @strict
@@ -184,7 +197,7 @@ class HfMoeConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            default = self.hidden_size // self.num_attention_heads
+            default = self.hidden_size // max(self.num_attention_heads, 1)
             self.head_dim = (self.qk_rope_head_dim or default) if self.attention_type == "mla" else default
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
@@ -265,8 +278,17 @@ class HfMoeConfig(PreTrainedConfig):
         plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in names}
         return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
 
+    def validate_amounts(self):
+        """The first by name, and so the first to run: the others divide by what it checks."""
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}.")
+        for name in CAPS:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0, or None.")
+
     def validate_attention(self):
-        if self.head_dim * self.num_attention_heads <= 0 or self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})."
@@ -287,6 +309,10 @@ class HfMoeConfig(PreTrainedConfig):
             )
 
     def validate_block(self):
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act {self.hidden_act!r} is unknown; Transformers has {', '.join(sorted(ACT2FN))}."
+            )
         if self.norm_type == "layer_norm" and self.rms_norm_unit_offset:
             raise ValueError("rms_norm_unit_offset (True) needs norm_type 'rms_norm', not 'layer_norm'.")
         if self.logits_scaling == 0:
@@ -359,11 +385,6 @@ class HfMoeConfig(PreTrainedConfig):
         for name in ("attention_bias", "qk_norm", "attention_sinks", "attn_temperature_tuning"):
             if getattr(self, name) not in (False, None, "head"):
                 raise ValueError(f"{name} ({getattr(self, name)!r}) needs attention_type 'gqa', not 'moa'.")
-
-    def validate_multi_token_prediction(self):
-        for name in ("num_mtp_layers", "mtp_loss_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0.")
 
     def validate_experts(self):
         if not 1 <= self.num_experts_per_tok <= self.num_experts:

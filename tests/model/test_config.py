@@ -37,6 +37,12 @@ def test_other_families_name_for_the_experts(name):
         ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is None"),
         ({"layer_types": ["linear_attention"] * 3}, r"has \['linear_attention'\]"),
         ({"mlp_layer_types": ["sparse"]}, r"num_hidden_layers` \(3\)"),
+        ({"num_attention_heads": 0}, r"num_attention_heads \(0\) must be at least 1"),
+        ({"n_group": 0}, r"n_group \(0\) must be at least 1"),
+        ({"n_shared_experts": -1}, r"n_shared_experts \(-1\) must be at least 0"),
+        ({"router_aux_loss_coef": -0.1}, r"router_aux_loss_coef \(-0.1\) must be at least 0"),
+        ({"final_logit_softcapping": 0}, r"final_logit_softcapping \(0\) must be above 0, or None"),
+        ({"hidden_act": "magic"}, "hidden_act 'magic' is unknown; Transformers has .*silu"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
