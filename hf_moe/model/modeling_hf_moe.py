@@ -283,6 +283,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         output_mtp_hidden_states: bool = False,
         **kwargs,
     ) -> HfMoeModelOutput:
+        """Normed states [B, S, D] of input_ids [B, S] or inputs_embeds [B, S, D]; ValueError for both or neither."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
