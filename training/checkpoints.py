@@ -67,6 +67,16 @@ def is_complete(checkpoint: str | Path) -> bool:
     return True
 
 
+def check_optimizer(checkpoint: str | Path) -> None:
+    """Raises ValueError where a checkpoint holds no state of the optimizer: the Trainer would begin with a new one."""
+    # DeepSpeed has its own folder for it; all else is called optimizer.pt, optimizer.bin or optimizer_0.
+    if not any(any(Path(checkpoint).glob(pattern)) for pattern in ("optimizer*", "global_step*")):
+        raise ValueError(
+            f"{checkpoint} has no state of the optimizer, so that no run can go on from it as it was (save_only_model "
+            "leaves it out): give it as --model_name_or_path of a new run."
+        )
+
+
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest complete checkpoint in `folder`; one that a kill cut short does not count."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"

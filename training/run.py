@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
 
 from .arguments import DataArguments, ModelArguments
-from .checkpoints import is_complete, last_checkpoint, load_model
+from .checkpoints import check_optimizer, is_complete, last_checkpoint, load_model
 from .data import is_conversational
 from .float8 import check_float8, compute_in_float8
 from .mixture import mix
@@ -35,7 +35,8 @@ LAST = ("config.json", "adapter_config.json")  # a folder without them does not 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint that `resume_from_checkpoint` means, a folder or true for the last one; else None.
 
-    Raises ValueError if there is none, or if `output_dir` holds something that this run would overwrite.
+    Raises ValueError if there is none, as `check_optimizer`, or if `output_dir` holds something that this run would
+    overwrite.
     """
     wanted, output = args.resume_from_checkpoint, Path(args.output_dir)
     if output.exists() and not output.is_dir():
@@ -50,9 +51,11 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         checkpoint = last_checkpoint(output)
         if checkpoint is None:
             raise ValueError(f"output_dir {output} holds no complete checkpoint to resume from.")
+        check_optimizer(checkpoint)
         return checkpoint
     if not is_complete(wanted) or Path(wanted).resolve() == output.resolve():
         raise ValueError(f"resume_from_checkpoint {wanted} is not a complete checkpoint.")
+    check_optimizer(wanted)
     return wanted
 
 

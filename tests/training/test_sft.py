@@ -248,6 +248,11 @@ class TestRefusals:
         message = "train_data has no token to learn from within max_length"
         self.refused(command("--assistant_only_loss", data=data), ValueError, message, tmp_path)
 
+    def test_checkpoint_without_its_optimizer(self, command, tmp_path):
+        main(command("--max_steps", "1", "--save_steps", "1", "--save_only_model", "true"))
+        message = "checkpoint-1 has no state of the optimizer, so that no run can go on from it as it was"
+        self.refused(command("--resume_from_checkpoint", "true"), ValueError, message, tmp_path)
+
     def test_output_folder_in_use(self, command, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine.txt").write_text("mine")
