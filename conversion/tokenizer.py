@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .checkpoint import read_json
 
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

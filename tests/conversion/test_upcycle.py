@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,17 @@ def test_the_tokenizer_stays_the_same(case, named, unchanged, checkpoint, shared
     carried = json.loads((tmp_path / "moe" / "tokenizer_config.json").read_text())
     assert (carried == said) == unchanged
     assert carried | {"tokenizer_class": None} == said | {"tokenizer_class": None}
+
+
+def test_a_tokenizer_of_mistrals_own_format_goes_along(llama, tmp_path):
+    tokens = [bytes([byte]) for byte in range(256)] + [b"th"]
+    vocabulary = [{"rank": rank, "token_bytes": b64encode(token).decode()} for rank, token in enumerate(tokens)]
+    special = [{"rank": rank, "token_str": token} for rank, token in enumerate(["<unk>", "<s>", "</s>"])]
+    said = {"config": {"pattern": r"\S+|\s+", "version": "v3"}, "vocab": vocabulary, "special_tokens": special}
+    (llama / "tekken.json").write_text(json.dumps(said))
+    upcycle(llama, tmp_path / "moe", experts=2, top_k=1, verify=False, progress=False)
+    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "moe", llama))
+    assert ours("the cat").input_ids == theirs("the cat").input_ids
 
 
 def test_refuses_a_tokenizer_that_cannot_be_loaded(llama, tmp_path):
