@@ -1,6 +1,10 @@
 """What hf_moe's trainers refuse: arguments without a use, and set-ups that would make the balance losses wrong."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers import TrainingArguments
 
@@ -81,3 +85,12 @@ def check_finite(loss: torch.Tensor, step: int) -> None:
             f"The loss is {loss.item()} in step {step + 1}: training stops before any weight moves by it. Go on from "
             "the last checkpoint with a lower --learning_rate or --max_grad_norm, or look for the rows that cause it."
         )
+
+
+@contextmanager
+def plain_template_errors() -> Iterator[None]:
+    """What a chat template says of a conversation that it refuses, as a ValueError of one line."""
+    try:
+        yield
+    except TemplateError as error:
+        raise ValueError(f"The chat template refuses a conversation: {' '.join(str(error).split())}") from error

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from .arguments import DataArguments
-from .data import load_rows
+from .data import EXTRA_COLUMNS, load_rows
 from .mixture import check_weights
 
 
@@ -27,13 +27,27 @@ def load_sources(
     if data_args.eval_by_source and data_args.eval_data:
         held_out = source_names(data_args.eval_data)
     common = {"config": data_args.dataset_config, **columns}
+    sources = {name: load_rows(paths, split=data_args.train_split, **common) for name, paths in train.items()}
+    check_alike(sources)
     return (
-        {name: load_rows(paths, split=data_args.train_split, **common) for name, paths in train.items()},
+        sources,
         {
             name: load_rows(paths, split=data_args.eval_split, what="eval_data", **common)
             for name, paths in held_out.items()
         },
     )
+
+
+def check_alike(sources: dict[str, Dataset]) -> None:
+    """Raises ValueError where rows that are to be mixed are not of one kind: TRL looks at the first for all."""
+    kinds = {name: [x for x in rows.column_names if x not in EXTRA_COLUMNS] for name, rows in sources.items()}
+    (first, expected), *others = kinds.items()
+    for name, kind in others:
+        if kind != expected:
+            raise ValueError(
+                f"{first} has rows of {' and '.join(expected)}, {name} of {' and '.join(kind)}: sources that are "
+                "mixed need the same columns."
+            )
 
 
 def source_names(sources: list[str]) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ from .multi_step import multi_step_schedule
 from .multi_token import looking_ahead, mtp_coefficient
 from .precision import keep_precision
 from .publishing import PublishingMixin
-from .refusals import check_arguments, check_checkpointing, check_finite
+from .refusals import check_arguments, check_checkpointing, check_finite, plain_template_errors
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
 from .step import Step
 from .weight_average import WeightAverage
@@ -45,7 +45,8 @@ class MoeTrainerMixin(PublishingMixin):
     """
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        with plain_template_errors():
+            super().__init__(*args, **kwargs)
         if self.args.use_liger_kernel:
             liger.register()
         keep_precision(self.accelerator, self.model)
@@ -200,7 +201,8 @@ class MoeTrainerMixin(PublishingMixin):
 
     def train(self, *args, **kwargs):
         try:
-            return super().train(*args, **kwargs)
+            with plain_template_errors():
+                return super().train(*args, **kwargs)
         finally:
             while self.mixing:
                 self.mixing.pop().remove()

@@ -12,7 +12,7 @@ from hf_moe import MoeDPOConfig, MoeDPOTrainer
 from hf_moe.routers import captured, find_routers
 
 from .balance_worker import Gradient, difference, slow_losses
-from .conftest import tiny_tokenizer
+from .conftest import tiny_tokenizer, write_rows
 from .models import hf_moe, olmoe
 from .policies import BALANCED, BYTES, pairs, run_tiny, save_model
 
@@ -163,6 +163,19 @@ def test_long_pairs_are_counted(whole, tmp_path, capsys):
     assert 0 < lost < 11 and 0 < cut < 11
     assert f"train_data: {cut} of 11 pairs are longer than max_length 14: cut to it" in said
     assert f"train_data: the prompts of {lost} of 11 pairs fill max_length 14: left out" in said
+
+
+def test_conversations_that_the_template_refuses(whole, tmp_path):
+    """In dpo while rows are prepared; grpo meets them in its first step."""
+    template = tmp_path / "strict.jinja"
+    template.write_text("{{ raise_exception('roles must\\nalternate') }}", encoding="utf-8")
+    row = {"prompt": [{"role": "user", "content": "Hi"}]}
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    rows = write_rows(tmp_path / "rows.jsonl", [row | answers] * 8)
+    given = ["--model_name_or_path", whole[1], "--train_data", rows, "--chat_template_path", template]
+    for stage in ("dpo", "grpo"):
+        with pytest.raises(ValueError, match="The chat template refuses a conversation: roles must alternate"):
+            main([f"tiny/{stage}", *map(str, given), "--output_dir", str(tmp_path / stage)])
 
 
 def test_wrong_columns(whole, tmp_path):

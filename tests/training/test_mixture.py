@@ -64,6 +64,16 @@ def test_weights_that_are_refused_before_anything_is_read(tmp_path, data, weight
         load_sources(DataArguments(train_data=data, train_weights=weights), TrainingArguments(tmp_path))
 
 
+def test_sources_of_two_kinds(tmp_path):
+    rows = [{"text": "a"}], [{"prompt": "a", "completion": "b"}]
+    paths = [str(write_rows(tmp_path / f"{i}.jsonl", x)) for i, x in enumerate(rows)]
+    message = (
+        "0.jsonl has rows of text, train_data .*1.jsonl of prompt and completion: sources that are mixed need the"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_sources(DataArguments(train_data=paths, train_weights=[1, 1]), TrainingArguments(tmp_path))
+
+
 def test_sources_of_their_own(tmp_path):
     paths = [str(write_rows(tmp_path / f"{name}.jsonl", [{"text": name}] * 3)) for name in ("math", "chat")]
     args = TrainingArguments(tmp_path)
