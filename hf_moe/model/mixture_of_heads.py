@@ -32,7 +32,9 @@ def batched_linear(rows: torch.Tensor, expert: torch.Tensor, weight: torch.Tenso
 
 
 def grouped_linear(rows: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The same with the rows sorted by expert and one grouped product."""
+    """The same with the rows sorted by expert and one grouped product, where that takes the dtype and rows' bytes."""
+    if weight.itemsize > 4 or any(size * weight.itemsize % 16 for size in weight.shape[1:]):
+        return batched_linear(rows, expert, weight)
     expert, order = expert.sort()
     experts = torch.arange(len(weight), device=expert.device)
     ends = torch.searchsorted(expert, experts, right=True, out_int32=True)

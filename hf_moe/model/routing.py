@@ -204,7 +204,7 @@ def balanced(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
 def sampled(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
     """In training K experts drawn from the softmax without replacement, outside it the K best.
 
-    Weights are probabilities.     The draw is a policy, trained by REINFORCE on the token's loss
+    Weights are probabilities. The draw is a policy, trained by REINFORCE on the token's loss
     (https://arxiv.org/abs/2202.01169, 3.3): see `balancing.policy_loss`.
     """
     choice_TE = logits_TE.detach()

@@ -206,6 +206,16 @@ def test_every_linear_equals_the_loop(linear, dtype):
     assert not results[0][2][4].any()
 
 
+@pytest.mark.parametrize(("head_dim", "dtype"), [(10, torch.float32), (8, torch.float64)], ids=["odd rows", "float64"])
+def test_heads_that_a_grouped_product_cannot_read_are_batched(head_dim, dtype):
+    sizes = {"num_key_value_heads": 1, "num_attention_heads": 3, "head_dim": head_dim, "mlp_layer_types": ["dense"]}
+    model, outputs = tiny_model(**{**HEADS, **sizes, "num_hidden_layers": 1}).to(dtype), []
+    for name in ("eager", "hf_moe"):
+        model.set_experts_implementation(name)
+        outputs.append(model(tokens()).logits)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
 def test_every_experts_implementation_equals_eager(implementation):
     model, ids = tiny_model(**HEADS), tokens()
