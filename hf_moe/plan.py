@@ -124,6 +124,8 @@ def check(run: Run) -> None:
     for name in ("gpus", "per_device_train_batch_size", "max_length"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} is {getattr(run, name)}; it must be at least 1.")
+    if run.train_tokens is not None and not 0 < run.train_tokens < math.inf:
+        raise ValueError(f"train_tokens is {run.train_tokens:g}; it must be above 0, and a number.")
 
 
 def meta_model(config: HfMoeConfig, dtype: str) -> HfMoeForCausalLM:

@@ -5,6 +5,8 @@ and backward, attention included, M = 72 n_layer d_model^2 + 12 n_layer d_model 
 For a mixture of experts M counts the parameters that work on a token; that the laws hold for it is an assumption.
 """
 
+import math
+
 
 def learning_rate(compute: float) -> float:
     """Best peak learning rate, 0.3118 C^-0.1250 (eq. 1)."""
@@ -27,9 +29,9 @@ def data_tokens(compute: float) -> float:
 
 
 def planned(compute: float) -> dict[str, float]:
-    """All four for `compute` FLOPs. Raises ValueError where it is not above 0."""
-    if not compute > 0:
-        raise ValueError(f"flops is {compute:g}; it must be above 0.")
+    """All four for `compute` FLOPs. Raises ValueError where it is not above 0, or infinite."""
+    if not 0 < compute < math.inf:
+        raise ValueError(f"flops is {compute:g}; it must be above 0, and a number.")
     return {
         "flops": compute,
         "model_flops_per_token": model_flops(compute),

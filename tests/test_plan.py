@@ -180,6 +180,7 @@ def test_a_recipe_says_what_it_says():
         ({"optim": "lion"}, "optim is lion; plan knows adamw_torch"),
         ({"dtype": "int3"}, "dtype is int3; plan knows auto, float32"),
         ({"gpus": 0}, "gpus is 0; it must be at least 1"),
+        ({"train_tokens": -1.0}, "train_tokens is -1; it must be above 0"),
         ({"trainable": "moe"}, "trainable is 'moe'"),
         ({"lora_parts": ["router"]}, "lora_parts is"),
     ],
@@ -217,8 +218,9 @@ def test_model_and_data_make_the_compute(compute):
 
 
 def test_no_compute():
-    with pytest.raises(ValueError, match="flops is 0; it must be above 0"):
-        scaling_laws.planned(0)
+    for compute in (0, float("inf")):
+        with pytest.raises(ValueError, match=f"flops is {compute}; it must be above 0, and a number"):
+            scaling_laws.planned(compute)
 
 
 def test_model_scale_of_a_dense_transformer_is_the_papers():
