@@ -50,6 +50,8 @@ def generate(
     """Write text with any causal language model of Transformers; greedy unless a temperature is given."""
     if best_of and self_consistency:
         raise ValueError("--best-of and --self-consistency both choose the text: leave one of them out.")
+    if use_mtp and (best_of or self_consistency):
+        raise ValueError("--use-mtp writes one text at a time: leave it out, or --best-of and --self-consistency.")
     for option, given in (
         ("--top-p chooses among sampled tokens", top_p < 1.0),
         ("--best-of chooses among sampled texts", best_of),
@@ -122,6 +124,8 @@ def make_guide(
             schema = json_format.loads(json_schema.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"--json-schema {json_schema} is not JSON: {error}") from error
+        if not isinstance(schema, dict):
+            raise ValueError(f"--json-schema {json_schema} must hold a JSON object, but holds {schema!r:.40}.")
     return GuidedLogitsProcessor(tokenizer, schema, regex, model.generation_config.eos_token_id)
 
 

@@ -160,12 +160,20 @@ def test_self_consistency_takes_the_answer_of_most(command):
         (["--json-schema", __file__], "is not JSON: "),
         (["--json-schema", "missing.json"], "does not exist"),
         (["--use-mtp"], "--use-mtp needs modules for multi-token prediction, but"),
+        (["--use-mtp", "--best-of", 2, "--temperature", 1], "--use-mtp writes one text at a time"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(command, words, message):
     code, out, err = command("generate", DEMO_MODEL, "--prompt", PROMPT, *words)
     assert (code, out) == (2, "")
     assert message in err.splitlines()[-1]
+
+
+def test_a_schema_that_is_no_object_is_one_line(command, tmp_path):
+    (tmp_path / "schema.json").write_text("[1]")
+    code, out, err = command("generate", DEMO_MODEL, "--prompt", PROMPT, "--json-schema", tmp_path / "schema.json")
+    assert (code, out) == (2, "")
+    assert "schema.json must hold a JSON object, but holds [1]" in err.splitlines()[-1]
 
 
 def test_guiding_without_its_package_names_the_extra(command, monkeypatch):
