@@ -21,7 +21,7 @@ from ..version import __version__
 from .hashing import BUFFER, Hashing, fingerprint
 from .source import Source
 from .tokenizer import keep_class, load_tokenizer
-from .verify import check_memory, memory_needed, verify
+from .verify import MAX_TOKENS, check_memory, memory_needed, token_ids, verify
 from .writer import Output, Shard, check_space, plan_shards, write_shards
 
 
@@ -75,6 +75,8 @@ def convert(
         return report
     if check:
         check_memory(verify_memory)
+        for sibling, text in domains:  # not after hours of writing
+            token_ids(sibling.checkpoint.folder, text, model.vocab_size, MAX_TOKENS, seed=0)
     check_space(dst, nbytes)
     tokenizer = load_tokenizer(source.checkpoint.folder)
     plan = plan_of(source, config, shards, provenance, max_shard_size)

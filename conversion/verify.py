@@ -56,10 +56,6 @@ def verify(
             f"The models cannot be compared: {a} has {config_a.vocab_size} tokens, {b} has {config_b.vocab_size}."
         )
     ids = token_ids(folder_a, data, config_a.vocab_size, max_tokens, seed)
-    if len(ids) < 2:
-        raise ValueError(f"{data} has {len(ids)} tokens; at least 2 are needed.")
-    if ids.max() >= config_a.vocab_size:
-        raise ValueError(f"The tokenizer of {a} gives token {ids.max()}, the model knows {config_a.vocab_size}.")
     window = min(WINDOW, config_a.max_position_embeddings, config_b.max_position_embeddings)
     windows = [part for part in ids.split(window) if len(part) > 1]
     models = [(config_a, Checkpoint(folder_a).entries), (config_b, Checkpoint(folder_b).entries)]
@@ -105,14 +101,19 @@ def opened(model: str | Path) -> tuple[Path, PreTrainedConfig]:
 
 
 def token_ids(folder: Path, data: str | Path | None, vocab_size: int, max_tokens: int, seed: int) -> torch.Tensor:
-    """The tokens to compare on, [T] int64."""
+    """The tokens to compare on, [T] int64. Raises an OSError or a ValueError where there are none to compare on."""
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         if data is not None:
             raise ValueError(f"{folder} has no tokenizer to read {data} with.")
         return torch.randint(vocab_size, (max_tokens,), generator=torch.Generator().manual_seed(seed))
     text = TEXT if data is None else read_text(Path(data))
-    return tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
+    if len(ids) < 2:
+        raise ValueError(f"{data} has {len(ids)} tokens; at least 2 are needed.")
+    if ids.max() >= vocab_size:
+        raise ValueError(f"The tokenizer of {folder} gives token {ids.max()}, the model knows {vocab_size}.")
+    return ids
 
 
 def logits_of(folder: Path, config: PreTrainedConfig, windows: list[torch.Tensor]) -> Iterator[torch.Tensor]:

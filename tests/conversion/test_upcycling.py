@@ -468,6 +468,10 @@ def test_refuses_sources_that_are_no_siblings(sources, siblings, tmp_path):
     texts = [siblings[0] / "text.txt", tmp_path / "nowhere"]
     with pytest.raises(FileNotFoundError, match=r"no domain text .*nowhere"):
         upcycle([siblings[0]] * 2, tmp_path / "moe", experts=2, top_k=1, strategy="merge", domain_texts=texts)
+    texts[1].write_text("")
+    with pytest.raises(ValueError, match="nowhere has 0 tokens"):
+        upcycle([siblings[0]] * 2, tmp_path / "moe", experts=2, top_k=1, strategy="merge", domain_texts=texts)
+    assert not (tmp_path / ".moe.partial").exists()
 
 
 def test_needs_a_tokenizer_only_to_read(checkpoint, sources, tmp_path, monkeypatch):
