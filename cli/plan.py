@@ -21,7 +21,7 @@ def plan(
     ] = "none",
     trainable: Annotated[str | None, typer.Option(help="Parameter group, as in recipes.")] = None,
     lora_parts: Annotated[list[str] | None, typer.Option(help="A part that gets an adapter; may be repeated.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Type of the weights: float32, bfloat16, auto.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type of the weights: auto, float32, bfloat16, float16.")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows of a forward pass on one GPU.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row.")] = None,
     checkpointing: Annotated[
