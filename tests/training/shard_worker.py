@@ -16,6 +16,7 @@ from hf_moe.training.checkpoints import load_model
 from hf_moe.training.esft import split_experts
 from transformers.distributed import DistributedConfig
 
+from hf_moe.kernels import experts
 from hf_moe.routers import find_routers
 from tests.training.balance_worker import COEFFICIENTS, train_one_step
 from tests.training.models import hf_moe, hf_moe_biased
@@ -49,12 +50,25 @@ def idle():
     return model
 
 
+def with_kernels():
+    """Only for a process of its own, in which nothing falls back any more."""
+    model = hf_moe_biased()
+    model.set_experts_implementation("hf_moe")
+    experts.warn = no_fallback
+    return model
+
+
+def no_fallback(reason: str, other: str) -> None:
+    raise AssertionError(f"{other} computes: the kernels {reason}")
+
+
 # Name -> model, arguments of the run, the file that it saves.
 CASES = {
     "biased": (hf_moe_biased, BIASED, "model.safetensors"),
     "adapter": (adapted, BIASED, "adapter_model.safetensors"),
     "esft": (some_experts, BIASED, "expert_rows.safetensors"),
     "bf16": (hf_moe_biased, BIASED | {"bf16": True, "save_strategy": "no"}, "model.safetensors"),
+    "kernels": (with_kernels, BIASED | {"save_strategy": "no"}, "model.safetensors"),
     "idle": (idle, {"router_aux_loss_coef": 0.0, "accumulation": 16, "save_strategy": "no"}, "model.safetensors"),
 }
 RESUMED = ("biased", "adapter")

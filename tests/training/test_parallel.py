@@ -80,7 +80,7 @@ def test_sharded_run_in_bf16_begins_as_that_of_one_process(sharded, one_process)
         assert result["history"][0] == pytest.approx(expected["history"][0], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "bf16"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("bf16", "kernels")])
 def test_sharded_run_is_that_of_one_process(sharded, one_process, name, request):
     """Losses, gradient norms, counts to 1e-5 and biases exactly, on each process; saved weights to 1e-4 of their norm.
 
@@ -97,6 +97,12 @@ def test_sharded_run_is_that_of_one_process(sharded, one_process, name, request)
         whole, again = (load_file(sharded / run / "final" / CASES[name][2]) for run in (name, f"{name}-resumed"))
         assert all(torch.equal(again[key], weight) for key, weight in whole.items())
     assert not list((sharded / name / "final").glob("_fsdp*")), "the code of PyTorch beside the model"
+
+
+def test_kernels_in_a_sharded_run_compute_what_transformers_does_in_one_process(sharded, one_process):
+    expected, final = one_process("biased")
+    assert_same_run(json.loads((sharded / "kernels.json").read_text()), expected)
+    assert_close(sharded / "kernels" / "final", final, "model.safetensors")
 
 
 def test_saved_folder_loads(sharded):
