@@ -129,9 +129,22 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
     except ImportError as error:  # of attn_implementation and the like
         raise ValueError(" ".join(str(error).split())) from error
     args.model_init_kwargs = None  # used
+    say_new_positions(model, args)
     if model_args.float8:
         print(compute_in_float8(model), file=sys.stderr)
     return model
+
+
+def say_new_positions(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """One line where rows may be longer than what the model has seen, which lengthens its context, or is a mistake."""
+    length = getattr(args, "max_length", None)
+    seen = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length and seen and length > seen:
+        print(
+            f"max_length is {length}, beyond the model's max_position_embeddings, {seen}: positions from there on are "
+            "new to it.",
+            file=sys.stderr,
+        )
 
 
 def implementations(model_args: ModelArguments) -> dict[str, str]:

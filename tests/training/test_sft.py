@@ -3,17 +3,19 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hf_moe.conversion import upcycle
-from hf_moe.training.run import TEMPLATES
+from hf_moe.training.run import TEMPLATES, say_new_positions
 from hf_moe.training.sft_trainer import MoeSFTTrainer
 from hf_moe.training.stages import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .conftest import tiny_tokenizer, write_rows
+from .models import hf_moe
 
 
 @pytest.fixture
@@ -72,6 +74,13 @@ def test_shared_stories(command, shared_data, tmp_path):
     upcycle(dense, sparse, experts=3, top_k=2, verify=False, progress=False)
     metrics = main(command(*short, data=train, model=sparse))
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.05
+
+
+def test_rows_beyond_the_models_own_context_are_said(capsys):
+    for length in (None, 64, 65):
+        say_new_positions(hf_moe(), SimpleNamespace(max_length=length))
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("max_length is 65, beyond the model's max_position_embeddings, 64: positions from there")
 
 
 MESSAGES = (
