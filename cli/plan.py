@@ -63,7 +63,7 @@ def plan(
 
 
 def chosen_rate(tflops: float | None, mfu: float | None):
-    """Raises ValueError where both are given, or one is not above 0."""
+    """Raises ValueError where both are given, or one is not above 0, or is more than can be."""
     from hf_moe.plan import H100_PEAK, MEASURED, Rate
 
     if tflops is not None and mfu is not None:
@@ -71,6 +71,8 @@ def chosen_rate(tflops: float | None, mfu: float | None):
     for name, value in (("--tflops", tflops), ("--mfu", mfu)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} is {value:g}; it must be above 0.")
+    if mfu is not None and mfu > 1:
+        raise ValueError(f"--mfu is {mfu:g}; it is a share of the card's peak, at most 1.")
     if tflops is not None:
         return Rate(tflops * 1e12, "--tflops")
     if mfu is not None:

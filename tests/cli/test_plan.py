@@ -54,6 +54,7 @@ def test_compute_budget(command):
         ([], "Name a model"),
         (["olmoe-1b-7b", "--tflops", "3", "--mfu", "0.3"], "--tflops and --mfu"),
         (["--flops", "1e20", "--mfu", "0"], "--mfu is 0; it must be above 0"),
+        (["--flops", "1e20", "--mfu", "40"], "--mfu is 40; it is a share of the card's peak, at most 1"),
         (["--flops", "-1"], "flops is -1"),
         (["olmoe-1b-7b", "--flops", "1e20"], "--flops"),
         (["--flops", "1e20", "--length", "4096"], "--flops"),
