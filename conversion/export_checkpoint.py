@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_moe.staging import check_destination
-
 from ..model.configuration_hf_moe import HfMoeConfig
+from ..staging import check_destination
 from .families import ENCODER_DECODERS, FAMILIES, Family
 from .families.family import same
 from .families.regions import Region

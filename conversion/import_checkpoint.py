@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hf_moe.staging import check_destination
-
+from ..staging import check_destination
 from .families import FAMILIES
 from .output import convert
 from .source import open_source

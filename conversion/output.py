@@ -11,12 +11,11 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from hf_moe.staging import check_destination, resumable
-
 from ..hub import inherited, write_model_card
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from ..sizes import sizes
+from ..staging import check_destination, resumable
 from ..version import __version__
 from .hashing import BUFFER, Hashing, fingerprint
 from .source import Source

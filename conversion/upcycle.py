@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_moe.staging import check_destination
-
+from ..staging import check_destination
 from .families import DENSE_FAMILIES
 from .hashing import Hashing
 from .output import convert

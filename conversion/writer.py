@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from hf_moe.staging import Journal
-
+from ..staging import Journal
 from .checkpoint import DTYPES, INDEX_FILE
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -23,8 +23,7 @@ def load(model: str | Path, trust_remote_code: bool = False) -> tuple[PreTrained
 
 
 def load_model(model: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model, in the precision it was saved in and on the GPU if there is one."""
-    check_model(model, trust_remote_code)
+    """The model, which `check_model` has let through, in its saved precision and on the GPU if there is one."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code)
     return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -113,8 +113,6 @@ class RecipeParser(TrlParser):
 
     def parse(self, argv: list[str]) -> tuple:
         """One instance per dataclass from [recipe, --key, value, ...]; the command line wins."""
-        if argv[0] in ("-h", "--help"):
-            self.parse_args(argv)
         name, *overrides = argv
         self.take_recipe(name)
         namespace, unknown = self.parse_known_args(overrides)

@@ -48,12 +48,10 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
             )
         return None
     if wanted.lower() in ("true", "yes"):
-        checkpoint = last_checkpoint(output)
-        if checkpoint is None:
+        wanted = last_checkpoint(output)
+        if wanted is None:
             raise ValueError(f"output_dir {output} holds no complete checkpoint to resume from.")
-        check_optimizer(checkpoint)
-        return checkpoint
-    if not is_complete(wanted) or Path(wanted).resolve() == output.resolve():
+    elif not is_complete(wanted) or Path(wanted).resolve() == output.resolve():
         raise ValueError(f"resume_from_checkpoint {wanted} is not a complete checkpoint.")
     check_optimizer(wanted)
     return wanted
