@@ -2,12 +2,12 @@
 
     python benchmarks/whole_model.py --out benchmarks/results/whole_model.json
 
-6.92B parameters in bfloat16 with random weights, one model at a time. Tokens a second: of a training step forward and
-backward over 2 x 4096 tokens, with the memory at its peak, weights and gradients included, and with Liger's kernels
-where they know the model; of generate() with one token after 8192; of greedy decoding after 128 tokens, the time of
-1 + new tokens less that of 1. Medians of several rounds,
-after a warm-up. Transformers' model runs as it is loaded, then (`compiled`) with a static cache and the compiled step
-that comes with it. `floor` of decoding is the bytes that a step must read, at the speed of a large copy.
+6.92B parameters in bfloat16 with random weights, a fresh model for each work. Tokens a second: of a training step
+forward and backward over 2 x 4096 tokens, with the memory at its peak, weights and gradients included, and with
+Liger's kernels where they know the model; of generate() with one token after 8192; of greedy decoding after 128
+tokens, the time of 1 + new tokens less that of 1. Medians of several rounds, after a warm-up. Transformers' model runs
+as it is loaded, then (`compiled`) with a static cache and the compiled step that comes with it. `floor` of decoding is
+the bytes that a step must read, at the speed of a large copy.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import gc
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,9 +73,9 @@ def median_seconds(function, rounds: int) -> float:
     return statistics.median(times[2:])
 
 
-def training(model, rounds: int) -> dict[str, float]:
+def training(model, implementation: str, rounds: int) -> dict[str, dict[str, float]]:
     ids = torch.randint(0, SHAPE.vocab_size, (2, 4096), device="cuda")
-    model.train()
+    model.train().set_experts_implementation(implementation)
     apply_liger_kernel(model, None)  # as TrainingArguments(use_liger_kernel=True) does
 
     def step():
@@ -83,16 +84,15 @@ def training(model, rounds: int) -> dict[str, float]:
 
     torch.cuda.reset_peak_memory_stats()
     seconds = median_seconds(step, rounds)
-    return {
-        "tokens_per_second": round(ids.numel() / seconds, 1),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
-    }
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return {"training": {"tokens_per_second": round(ids.numel() / seconds, 1), "peak_gib": round(peak, 1)}}
 
 
-def prefill(model, rounds: int) -> dict[str, float]:
+def prefill(model, implementation: str, rounds: int) -> dict[str, dict[str, float]]:
     ids = torch.randint(0, SHAPE.vocab_size, (1, 8192), device="cuda")
-    seconds = median_seconds(lambda: generation_seconds(model.eval(), ids, 1), rounds)
-    return {"tokens_per_second": round(ids.numel() / seconds, 1)}
+    model.eval().set_experts_implementation(implementation)
+    seconds = median_seconds(lambda: generation_seconds(model, ids, 1), rounds)
+    return {"prefill": {"tokens_per_second": round(ids.numel() / seconds, 1)}}
 
 
 def decoding(model, name: str, options: dict, rounds: int, bandwidth: float) -> dict[str, dict[str, float]]:
@@ -115,18 +115,18 @@ def main():
     results, bandwidth = {}, copy_speed()
     for name in args.peers:
         make, implementation, options = PEERS[name]
-        model, results[name] = build(make), {}
+        works, results[name] = [], {}
         if options is not None:
-            results[name] |= decoding(model, name, options, args.rounds, bandwidth)
+            works.append(partial(decoding, name=name, options=options, bandwidth=bandwidth))
         if implementation is not None:
-            model.set_experts_implementation(implementation)
-            results[name]["prefill"] = prefill(model, args.rounds)
-            results[name]["training"] = training(model, args.rounds)
-        for work, row in results[name].items():
-            print(f"{name:32s} {work:20s} {row}", flush=True)
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
+            works += [partial(work, implementation=implementation) for work in (prefill, training)]
+        for work in works:
+            rows = work(build(make), rounds=args.rounds)
+            gc.collect()
+            torch.cuda.empty_cache()
+            results[name] |= rows
+            for title, row in rows.items():
+                print(f"{name:32s} {title:20s} {row}", flush=True)
     versions = {"hf_moe": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     report = {"device": torch.cuda.get_device_name(), "versions": versions}
     report["copy_terabytes_per_second"] = round(bandwidth / 1e12, 2)

@@ -127,6 +127,6 @@ def activation_backward(
         TILE=experts.tile,
         ROWS=rows,
         COLS=cols,
-        num_warps=4,
+        num_warps=2,
     )
     return grad_hidden, grad_weights

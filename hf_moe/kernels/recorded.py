@@ -11,10 +11,14 @@ logger = logging.get_logger(__name__)
 SHARED_MEMORY = 227 * 1024  # bytes that the largest tiles take: what an H100 gives a block
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have on this card; 0 of makers that do not say."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+
+
 def decoding_kernels(model: nn.Module, rows: int) -> AbstractContextManager:
     """The context in which a step of `rows` rows is recorded: with our kernels, or as it is, with one warning why."""
-    properties = torch.cuda.get_device_properties(model.device)
-    memory = getattr(properties, "shared_memory_per_block_optin", 0)  # other makers say nothing of it
+    memory = shared_memory(model.device)
     if memory < SHARED_MEMORY:
         logger.warning_once(
             f"Decoding without hf_moe's kernels, which need {SHARED_MEMORY} bytes of shared memory a block (H100 or "

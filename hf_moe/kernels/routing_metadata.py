@@ -73,12 +73,12 @@ def count_kernel(
 ):
     chunk = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
-    count = tl.zeros([EXPERTS], tl.int32)
+    count = tl.zeros([32, EXPERTS], tl.int32)  # summed after the loop: a sum within it is a barrier each time
     for first in range(0, CHUNK, 32):
         slots = chunk * CHUNK + first + tl.arange(0, 32)
         chosen = expert_of(index, weights, slots, num_slots, num_experts, SKIP_ZERO)
-        count += tl.sum((chosen[:, None] == experts[None, :]).to(tl.int32), 0)
-    tl.store(counts + chunk * EXPERTS + experts, tl.where(experts < num_experts, count, 0))
+        count += (chosen[:, None] == experts[None, :]).to(tl.int32)
+    tl.store(counts + chunk * EXPERTS + experts, tl.where(experts < num_experts, tl.sum(count, 0), 0))
 
 
 @triton.jit
@@ -101,13 +101,14 @@ def place_kernel(
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     experts = tl.arange(0, EXPERTS)
     # Every program sums all counts again: that costs less than a launch between.
-    total = tl.zeros([EXPERTS], tl.int32)
-    before = tl.zeros([EXPERTS], tl.int32)
+    total = tl.zeros([32, EXPERTS], tl.int32)
+    before = tl.zeros([32, EXPERTS], tl.int32)
     for first in range(0, chunks, 32):
         others = first + tl.arange(0, 32)[:, None]
         count = tl.load(counts + others * EXPERTS + experts[None, :], mask=others < chunks, other=0)
-        total += tl.sum(count, 0)
-        before += tl.sum(tl.where(others < chunk, count, 0), 0)
+        total += count
+        before += tl.where(others < chunk, count, 0)
+    total, before = tl.sum(total, 0), tl.sum(before, 0)
     ends = tl.cumsum(total, 0)
     starts = ends - total
     tile_count = (total + TILE - 1) // TILE
@@ -121,12 +122,13 @@ def place_kernel(
 
     slots = chunk * CHUNK + tl.arange(0, CHUNK)
     expert = expert_of(index, weights, slots, num_slots, num_experts, SKIP_ZERO)
-    row = tl.gather(tile_starts * TILE + before, tl.minimum(expert, EXPERTS - 1), 0)
+    earlier_same = tl.zeros([CHUNK, 32], tl.int32)
     for first in range(0, CHUNK, 32):
         earlier = chunk * CHUNK + first + tl.arange(0, 32)
         chosen = expert_of(index, weights, earlier, num_slots, num_experts, SKIP_ZERO)
         same = (chosen[None, :] == expert[:, None]) & (earlier[None, :] < slots[:, None])
-        row += tl.sum(same.to(tl.int32), 1)
+        earlier_same += same.to(tl.int32)
+    row = tl.gather(tile_starts * TILE + before, tl.minimum(expert, EXPERTS - 1), 0) + tl.sum(earlier_same, 1)
     here = expert < num_experts
     tl.store(row_of_slot + slots, tl.where(here, row, -1), mask=slots < num_slots)
     tl.store(slot_of_row + row, slots, mask=here)

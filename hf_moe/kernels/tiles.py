@@ -1,22 +1,23 @@
 """Tile sizes, warps and pipeline stages of each kernel.
 
-The best of some ten each on an H100 (Triton 3.6, bfloat16), in TFLOP/s on OLMoE's and on Qwen3-30B's layer of
-benchmarks/moe_layer.py: up 584 and 528, product 692 and 610 to 626, weight_gradient 680 to 706 and 613 to 623, where
-torch.bmm has 782 and 764. Hopper's warp specialization (tl.range) hung in these kernels.
+Chosen among some ten each by the time of both layers of benchmarks/moe_layer.py on an H100 (Triton 3.6, bfloat16).
+Hopper's warp specialization (tl.range) hung in these kernels.
 """
 
 import torch
+
+from .recorded import SHARED_MEMORY, shared_memory
 
 # For 16-bit numbers and many rows an expert, on Hopper. With one program a processor and the loop over tiles flattened
 # a tile's first loads overlap the stores of the one before; in the up-projection this costs registers that it lacks.
 EVERY_TILE = 1 << 20  # programs a processor: as many as there are tiles
 LARGE = {
     "up": {"COLS": 128, "GROUP": 8, "FLATTEN": False, "per_processor": EVERY_TILE},
-    "product": {"COLS": 256, "GROUP": 16, "FLATTEN": True, "per_processor": 1, "PARTS": 2},
-    "weight_gradient": {"ROWS": 128, "COLS": 256, "GROUP": 16, "FLATTEN": False, "per_processor": EVERY_TILE},
+    "product": {"COLS": 256, "GROUP": 8, "FLATTEN": True, "per_processor": 1, "PARTS": 2},
+    "weight_gradient": {"ROWS": 128, "COLS": 256, "GROUP": 16, "FLATTEN": True, "per_processor": 1},
 }
 LARGE = {name: chosen | {"DEPTH": 64, "num_warps": 8, "num_stages": 3} for name, chosen in LARGE.items()}
-SMALL = {"COLS": 64, "num_warps": 4, "FLATTEN": False, "per_processor": EVERY_TILE}
+SMALL = {"COLS": 64, "num_warps": 4, "num_stages": 3, "FLATTEN": False, "per_processor": EVERY_TILE}
 FLOAT32 = SMALL | {"DEPTH": 32, "num_stages": 2}
 INTERPRETED = {"COLS": 32, "DEPTH": 32, "GROUP": 2}
 
@@ -30,13 +31,16 @@ def row_tile(slots: int, num_experts: int, dtype: torch.dtype, device: torch.dev
 
 
 def tiles(kernel: str, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """Launch options of `kernel` for tiles of `rows` rows; a weight's gradient has tiles of its own."""
+    """Launch options of `kernel` for tiles of `rows` rows; a weight's gradient has tiles of its own.
+
+    The large ones only where their pipeline fits, in the shared memory of an H100.
+    """
     chosen = dict(LARGE[kernel])
     if device.type == "cpu":
         chosen |= INTERPRETED
     elif dtype == torch.float32:
         chosen |= FLOAT32
-    elif rows < 128:
+    elif rows < 128 or shared_memory(device) < SHARED_MEMORY:
         chosen |= SMALL
     if "ROWS" in chosen and chosen["COLS"] < 128:
         chosen["ROWS"] = chosen["COLS"]
@@ -45,7 +49,7 @@ def tiles(kernel: str, rows: int, dtype: torch.dtype, device: torch.device) -> d
 
 def pass_rows(device: torch.device) -> int:
     """Rows that one program of a pass over memory takes: few, so that many programs have loads under way."""
-    return 16 if device.type == "cpu" else 4
+    return 16 if device.type == "cpu" else 1
 
 
 def processors(device: torch.device) -> int:

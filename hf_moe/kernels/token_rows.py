@@ -13,7 +13,7 @@ from .tiles import pass_rows
 def gather_kernel(
     tokens,  # [T, D]
     out,  # rows [S, D]
-    slot_of_row,
+    row_of_slot,
     offsets,
     num_experts,
     D,
@@ -22,15 +22,23 @@ def gather_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Each row its token's values; filling rows are zero."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if tl.program_id(0) * ROWS >= tl.load(offsets + 2 * num_experts + 1) * TILE:
-        return
-    slots = tl.load(slot_of_row + rows)
-    cols = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
-    kept = (slots >= 0)[:, None] & (cols < D)
-    value = tl.load(tokens + (slots // TOP_K).to(tl.int64)[:, None] * D + cols, mask=kept, other=0.0)
-    tl.store(out + rows.to(tl.int64)[:, None] * D + cols, value, mask=cols < D)
+    """Each row its token's values, which are read once for all its rows; filling rows are zero."""
+    program = tl.program_id(0)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    if program < num_experts:  # the filling of an expert
+        count = tl.load(offsets + program + 1) - tl.load(offsets + program)
+        start = tl.load(offsets + num_experts + 1 + program) * TILE + count
+        end = tl.load(offsets + num_experts + 2 + program) * TILE
+        for first in range(start, end, ROWS):
+            rows = (first + tl.arange(0, ROWS))[:, None]
+            at = out + rows.to(tl.int64) * D + cols[None, :]
+            tl.store(at, tl.zeros([ROWS, COLS], out.dtype.element_ty), mask=(rows < end) & (cols < D)[None, :])
+    else:
+        token = (program - num_experts).to(tl.int64)
+        value = tl.load(tokens + token * D + cols, mask=cols < D)
+        for k in tl.range(0, TOP_K, loop_unroll_factor=8):
+            row = tl.load(row_of_slot + token * TOP_K + k).to(tl.int64)
+            tl.store(out + row * D + cols, value, mask=cols < tl.where(row >= 0, D, 0))
 
 
 @triton.jit
@@ -68,17 +76,17 @@ def gather(tokens: torch.Tensor, experts: Experts, routing: Routing) -> torch.Te
     """Rows of tokens [T, D]."""
     width = tokens.shape[1]
     out = experts.rows(routing, width, tokens)
-    rows, cols = pass_rows(tokens.device), columns(width)
-    gather_kernel[(len(out) // rows, triton.cdiv(width, cols))](
+    cols = columns(width)
+    gather_kernel[(experts.num_experts + len(tokens), triton.cdiv(width, cols))](
         tokens,
         out,
-        routing.slot_of_row,
+        routing.row_of_slot,
         routing.offsets,
         experts.num_experts,
         width,
         TOP_K=experts.top_k,
         TILE=experts.tile,
-        ROWS=rows,
+        ROWS=pass_rows(tokens.device),
         COLS=cols,
         num_warps=max(1, min(8, cols // 256)),
     )

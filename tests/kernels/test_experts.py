@@ -121,6 +121,20 @@ def test_tiles_of_every_size(device, tokens, size, dtype):
     compare(problem(device, tokens, 2, size, size - 64, 5, dtype=dtype))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", [[2], [1, 4], [0, 5]], ids=str)
+def test_experts_without_rows_beside_large_tiles(device, index):
+    index = torch.tensor(index)[torch.randint(0, len(index), (3000, 1))]
+    compare(problem(device, 3000, 1, 320, 256, 6, index=index, dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_tiles_of_a_smaller_card(device, dtype, monkeypatch):
+    monkeypatch.setattr("hf_moe.kernels.tiles.shared_memory", lambda device: 99 * 1024)
+    compare(problem(device, 3000, 2, 320, 256, 5, dtype=dtype))
+
+
 def test_operator_says_the_shapes_it_returns(device):
     """Its fake, its schema and its gradient under AOT dispatch, with sizes as symbols."""
     inputs = problem(device, 5, 2, 12, 8, 2)
