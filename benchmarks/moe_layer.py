@@ -3,8 +3,8 @@
     python benchmarks/moe_layer.py --out benchmarks/results/moe_layer.json
 
 FLOPs are 2 * 3 T K D I forward and three times that forward and backward. The ceiling is what torch.bmm needs for the
-same products with tokens spread evenly, and nothing else. Saved are the tensors kept for the backward, without inputs
-and parameters. Medians, bfloat16, random tokens routed at random.
+same products with tokens spread evenly, and nothing else. SonicMoE is measured where it is installed. Saved are the
+tensors kept for the backward, without inputs and parameters. Medians, bfloat16, random tokens routed at random.
 """
 
 import argparse
@@ -15,11 +15,13 @@ import torch
 import transformers
 import triton
 from transformers import OlmoeConfig, Qwen3MoeConfig
+from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from hf_moe.version import __version__
 
+SONIC = ["sonicmoe"] if is_sonicmoe_loadable() else []
 LAYERS = {
     "OLMoE-1B-7B": (
         OlmoeExperts,
@@ -100,9 +102,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--implementations", nargs="+", default=["hf_moe", "grouped_mm"])
+    parser.add_argument("--implementations", nargs="+", default=["hf_moe", "grouped_mm", *SONIC])
     args = parser.parse_args()
+    modules = (torch, triton, transformers)
+    versions = {module.__name__: module.__version__ for module in modules} | {"hf_moe": __version__}
     results = {}
+    report = {"device": torch.cuda.get_device_name(), "versions": versions, "tokens": args.tokens, "results": results}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for name, (experts_class, config) in LAYERS.items():
         torch.manual_seed(0)
         with torch.device("cuda"):
@@ -122,12 +128,7 @@ def main():
             experts.config._experts_implementation = implementation
             results[name][implementation] = row = measure(experts, x, index, weights, direction, flops)
             print(name, implementation, row, flush=True)
-    versions = {module.__name__: module.__version__ for module in (torch, triton, transformers)} | {
-        "hf_moe": __version__
-    }
-    report = {"device": torch.cuda.get_device_name(), "versions": versions, "tokens": args.tokens, "results": results}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+            args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from mla_decode_gpu import bytes_of_a_step, copy_speed, decode_speed
 from mla_decode_gpu import seconds as generation_seconds
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 from hf_moe.kernels import liger
@@ -48,6 +49,7 @@ PEERS = {
     "hf_moe": (hf_moe_model, "hf_moe", {}),
     "transformers": (transformers_model, "grouped_mm", {}),
     "transformers, hf_moe's experts": (transformers_model, "hf_moe", None),
+    "transformers, SonicMoE": (transformers_model, "sonicmoe", None),
     "transformers, compiled": (transformers_model, None, {"cache_implementation": "static"}),
 }
 
@@ -109,10 +111,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    installed = [name for name in PEERS if name != "transformers, SonicMoE" or is_sonicmoe_loadable()]
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=installed)
     args = parser.parse_args()
     liger.register()
     results, bandwidth = {}, copy_speed()
+    versions = {"hf_moe": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    report = {"device": torch.cuda.get_device_name(), "versions": versions}
+    report |= {"copy_terabytes_per_second": round(bandwidth / 1e12, 2), "results": results}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for name in args.peers:
         make, implementation, options = PEERS[name]
         works, results[name] = [], {}
@@ -127,11 +134,7 @@ def main():
             results[name] |= rows
             for title, row in rows.items():
                 print(f"{name:32s} {title:20s} {row}", flush=True)
-    versions = {"hf_moe": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    report = {"device": torch.cuda.get_device_name(), "versions": versions}
-    report["copy_terabytes_per_second"] = round(bandwidth / 1e12, 2)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report | {"results": results}, indent=2) + "\n")
+            args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
