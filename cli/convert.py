@@ -39,7 +39,9 @@ def upcycle(
     granularity: Annotated[
         int, typer.Option(help="Cut each MLP into this many experts, chosen together at first.")
     ] = 1,
-    shared: Annotated[int, typer.Option(help="Shared experts, which every token meets (carve, shared).")] = 0,
+    shared: Annotated[
+        int | None, typer.Option(help="Shared experts, which every token meets (carve, shared).", show_default="1")
+    ] = None,
     carved: Annotated[
         bool, typer.Option("--carved", help="Shared experts are pieces of the dense MLP, not added to it (shared).")
     ] = False,
@@ -210,8 +212,13 @@ def export(
 def verify(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint folder, or a model id on the Hub.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare with it.")],
-    data: Annotated[Path | None, typer.Option(help="A file with the text to compare on.")] = None,
-    tolerance: Annotated[float, typer.Option(help="Largest difference between two logits that passes.")] = TOLERANCE,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="A file with the text to compare on."),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Largest difference between two logits that passes.")
+    ] = TOLERANCE,
     json: Json = False,
 ) -> None:
     """Compare two checkpoints' logits; exit code 1 if they differ by more than the tolerance."""

@@ -13,6 +13,8 @@ def one_line(error: Exception) -> str | None:
     """The message for the user, or None where the fault is ours and the traceback should be seen."""
     if isinstance(error, UsageError):
         message = error.format_message()
+        if error.ctx is not None:
+            message = f"{message}{'' if message[-1] in '.?' else '.'} See {error.ctx.command_path} --help."
     elif isinstance(error, (ValueError, OSError)):
         message = str(error)
     elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:

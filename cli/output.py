@@ -36,7 +36,7 @@ def print_report(report: dict, as_json: bool) -> None:
     known = {
         name.replace("_", " "): value
         for name, value in report.items()
-        if value is not None and value is not False and value != []
+        if value is not None and value is not False and value not in ([], {})
     }
     width = max((len(name) for name in known), default=0)
     for name, value in known.items():
@@ -49,5 +49,7 @@ def _readable(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ("; " if isinstance(value[0], dict) else ", ").join(map(_readable, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_readable(each)}" for name, each in value.items())
     return str(value)

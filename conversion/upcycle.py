@@ -37,7 +37,7 @@ def upcycle(
     top_k: int,
     strategy: str = DEFAULT_STRATEGY,
     granularity: int = 1,
-    shared: int = 0,
+    shared: int | None = None,
     layers: str = "all",
     router_init: str | None = None,
     seed: int = 0,
@@ -53,9 +53,10 @@ def upcycle(
     src: a folder with safetensors weights, or a Hub id; several for the strategy "merge". dst: a folder that does not
     exist or is empty. strategy: a key of `UPCYCLERS`; their files say what each does.
     experts, top_k: feed-forward networks in each sparse layer, and how many of them a token meets; with "split" and
-    "carve" the pieces of one. granularity: cut each network into so many experts. shared: shared experts.
-    layers: which become sparse, counted from 0: "all", "all/2" for every second, "2-5,8", or "0-3=copy,4-7=drop" with
-    strategies of their own. router_init: a key of `ROUTER_INITS`; by default what the strategy calls for.
+    "carve" the pieces of one. granularity: cut each network into so many experts. shared: shared experts,
+    1 where the strategy has some. layers: which become sparse, counted from 0: "all", "all/2" for every second,
+    "2-5,8", or "0-3=copy,4-7=drop" with strategies of their own. router_init: a key of `ROUTER_INITS`; by default what
+    the strategy calls for.
 
     options, of which one that nothing reads is refused:
     router_std: root mean square of the router's weights (0.02). They are worked out in fp32 from `seed`, then rounded
@@ -76,7 +77,7 @@ def upcycle(
     if options.get("domain_texts") and not verify:
         raise ValueError("domain_texts has no effect with verify=False (--no-verify).")
     sources = [open_source(name, DENSE_FAMILIES) for name in ([src] if isinstance(src, (str, Path)) else src)]
-    given = {"granularity": granularity if granularity != 1 else None, "shared": shared or None, **options}
+    given = {"granularity": granularity if granularity != 1 else None, "shared": shared, **options}
     plan = Plan(
         sources,
         experts=experts,

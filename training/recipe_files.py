@@ -1,5 +1,6 @@
 """Recipes as files: the shipped ones by name, and their text. Nothing heavy is imported, so that they list at once."""
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ def find_recipe(name: str) -> Path:
     """The YAML file `name`, or the shipped recipe of that name. Raises FileNotFoundError if there is neither."""
     path = Path(name) if Path(name).is_file() else shipped_recipes().get(name)
     if path is None:
-        raise FileNotFoundError(f"No recipe {name}: give a YAML file, or one of {', '.join(shipped_recipes())}.")
+        near = difflib.get_close_matches(name, shipped_recipes(), n=3, cutoff=0.0)
+        raise FileNotFoundError(
+            f"No recipe {name}: give a YAML file, or a name that hf-moe train --list shows, such as {', '.join(near)}."
+        )
     return path
 
 

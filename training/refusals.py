@@ -18,6 +18,10 @@ from .weight_average import check_average
 def check_arguments(trainer) -> None:
     """Raises ValueError, in one line, for what the trainer's model has no use for or cannot train with."""
     model, args, coefficients = type(trainer.moe).__name__, trainer.args, trainer.balance.coefficients
+    for name in (*LOSSES, "mtp_loss_coef", "mtp_loss_coef_after", "router_bias_update_speed"):
+        value = moe_argument(args, name)
+        if value is not None and not value >= 0:  # so that a NaN fails, too
+            raise ValueError(f"{name} is {value}; it must be at least 0.")
     if trainer.balance_over not in BALANCE_OVER:
         raise ValueError(f"balance_over is {trainer.balance_over!r}; it can be {' or '.join(BALANCE_OVER)}.")
     if trainer.bias_speed and not trainer.selection_bias.biases:

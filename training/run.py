@@ -80,8 +80,10 @@ def load_tokenizer(source: str, model_args: ModelArguments, args: TrainingArgume
             source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model_name_or_path {source} has no tokenizer that loads: {reason}") from error
+        what = (
+            "has no tokenizer that loads" if path.is_dir() else "is no folder here and could not be had from the Hub"
+        )
+        raise ValueError(f"model_name_or_path {source} {what}: {' '.join(str(error).split())}") from error
 
 
 def shipped_templates() -> dict[str, str]:

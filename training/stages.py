@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from .recipe_files import read_recipe, shipped_recipes
+from .recipe_files import read_recipe
 
 STAGES = {
     "sft": "hf_moe.training.sft",
@@ -26,7 +26,7 @@ def stage_module(argv: list[str]) -> ModuleType:
     Raises FileNotFoundError where there is no such recipe, ValueError where there is no such stage.
     """
     if not argv:
-        raise ValueError(f"Give a recipe: a YAML file, or one of {', '.join(shipped_recipes())}.")
+        raise ValueError("Give a recipe: a YAML file, or a name that hf-moe train --list shows.")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--stage", nargs="?")
     stage = early.parse_known_args(argv)[0].stage

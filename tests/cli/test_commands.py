@@ -32,7 +32,7 @@ def test_help_loads_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[0, 0, 0, 2] []"
-    assert result.stderr == "hf-moe: No such command 'no-such-command'.\n"
+    assert result.stderr == "hf-moe: No such command 'no-such-command'. See hf-moe --help.\n"
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,10 @@ MISTAKES = {
     "upcycle-not-a-number": (("upcycle", DEMO_MODEL, "{new}", "--experts", "four", "--top-k", "2"), "--experts"),
     "upcycle-output-not-empty": (("upcycle", DEMO_MODEL, "{full}", *ENOUGH), "{full}"),
     "upcycle-strategy": (("upcycle", DEMO_MODEL, "{new}", *ENOUGH, "--strategy", "copi"), "'copi'"),
+    "upcycle-no-shared": (
+        ("upcycle", DEMO_MODEL, "{new}", *ENOUGH, "--strategy", "shared", "--shared", "0"),
+        "shared (0)",
+    ),
     "upcycle-layers": (("upcycle", DEMO_MODEL, "{new}", *ENOUGH, "--layers", "2-9"), "2-9"),
     "upcycle-shard-size": (("upcycle", DEMO_MODEL, "{new}", *ENOUGH, "--max-shard-size", "big"), "'big'"),
     "upcycle-truncated": (("upcycle", "{cut}", "{new}", *ENOUGH), "truncated"),
@@ -73,7 +77,11 @@ MISTAKES = {
     "import-missing-folder": (("import", "{missing}", "{new}"), "{missing}"),
     "import-dense": (("import", DEMO_MODEL, "{new}"), "llama"),
     "verify-missing-folder": (("verify", DEMO_MODEL, "{missing}"), "{missing}"),
-    "verify-missing-data": (("verify", DEMO_MODEL, DEMO_MODEL, "--data", "{missing}"), "{missing}"),
+    "verify-missing-data": (
+        ("verify", DEMO_MODEL, DEMO_MODEL, "--data", "{missing}"),
+        "'{missing}' does not exist",
+    ),
+    "verify-tolerance": (("verify", DEMO_MODEL, DEMO_MODEL, "--tolerance", "-1"), "See hf-moe verify --help"),
     "verify-vocabularies": (("verify", DEMO_MODEL, "{other}"), "61"),
     "train-missing-recipe": (("train", "{missing}"), "{missing}"),
     "train-unknown-key": (("train", "{recipe}"), "learning_rat"),
@@ -89,6 +97,10 @@ MISTAKES = {
         "{missing}.jsonl",
     ),
     "generate-missing-folder": (("generate", "{missing}", "--prompt", "a"), "{missing}"),
+    "generate-no-folder": (
+        ("generate", "no-such-model", "--prompt", "a"),
+        "no-such-model is no folder here",
+    ),
     "generate-truncated": (("generate", "{cut_with_tokenizer}", "--prompt", "a"), "header"),
     "generate-no-tokenizer": (("generate", "{other}", "--prompt", "a"), "{other}"),
     "generate-no-prompt": (("generate", DEMO_MODEL), "--prompt"),

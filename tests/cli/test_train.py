@@ -51,9 +51,9 @@ def test_check_of_a_mistake_is_one_line(command, tmp_path, text, message):
     [("--show", "absent"), ("--check", "absent"), ("absent",), ()],
     ids=" ".join,
 )
-def test_unknown_or_no_recipe_lists_the_known_ones(command, words):
+def test_unknown_or_no_recipe_says_what_lists_the_known_ones(command, words):
     code, out, err = command("train", *words)
-    assert (code, out) == (2, "") and "tiny/sft" in err and len(err.splitlines()) == 1
+    assert (code, out) == (2, "") and "hf-moe train --list" in err and len(err.splitlines()) == 1
 
 
 def test_listing_imports_nothing_heavy():

@@ -67,3 +67,10 @@ def test_an_option_without_effect_is_one_line(command, tmp_path):
     assert (code, out) == (2, "")
     assert err.startswith("hf-moe: rest (0) has no effect with strategy 'copy'") and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_reports_in_reports_are_read_as_words(capsys):
+    from hf_moe_cli.output import print_report
+
+    print_report({"training_fields": {}, "domains": [{"text": "a", "perplexity_a": 3.79801}, {"text": "b"}]}, False)
+    assert capsys.readouterr().out == "domains  text a, perplexity a 3.8; text b\n"

@@ -216,12 +216,13 @@ def dense():
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
+        (hf_moe, {"router_aux_loss_coef": -0.1}, "router_aux_loss_coef is -0.1; it must be at least 0"),
         (hf_moe, {"balance_over": "epoch"}, "balance_over is 'epoch'; it can be step or micro_batch"),
         (olmoe, {"device_aux_loss_coef": 0.1}, "device_aux_loss_coef is 0.1, but n_group of OlmoeForCausalLM is 1"),
         (olmoe, {"router_bias_update_speed": 1e-3}, "router_bias_update_speed is 0.001, but no router of Olmoe"),
         (dense, {"router_aux_loss_coef": 0.1}, "router_aux_loss_coef is 0.1, but HfMoeForCausalLM is not a Mixture"),
     ],
-    ids=["balance_over", "groups", "bias", "dense"],
+    ids=["negative", "balance_over", "groups", "bias", "dense"],
 )
 def test_arguments_without_a_use_are_refused(tmp_path, model, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
