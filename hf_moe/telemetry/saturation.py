@@ -25,9 +25,13 @@ def saturation(
     """
     pair = [(part, find_routers(part)) for part in (model, other)]
     if pair[0][1].keys() != pair[1][1].keys():
-        raise ValueError("they have not the same routers")
-    if other.config.get_text_config().vocab_size < model.config.get_text_config().vocab_size:
-        raise ValueError("it knows fewer tokens")
+        counts, alone = [len(routers) for _, routers in pair], min(pair[0][1].keys() ^ pair[1][1].keys())
+        raise ValueError(
+            f"they have not the same routers, but {counts[0]} and {counts[1]}; {alone} is in one of them alone"
+        )
+    known, needed = (part.config.get_text_config().vocab_size for part in (other, model))
+    if known < needed:
+        raise ValueError(f"it knows {known} tokens, not {needed}")
     sums, tokens = {}, 0
     for batch in batches:
         chosen = []
@@ -40,8 +44,10 @@ def saturation(
             chosen.append(({name: routing.index_SK[kept] for name, routing in routings.items()}, sizes))
         tokens += int(batch.mask.sum())
         (mine, sizes), (theirs, other_sizes) = chosen
-        if sizes != other_sizes:
-            raise ValueError("their routers choose another number of experts, or among another number")
+        for name in sizes:
+            if sizes[name] != other_sizes[name]:
+                (top_k, experts), (other_k, others) = sizes[name], other_sizes[name]
+                raise ValueError(f"{name} chooses {top_k} of {experts} experts, the other's {other_k} of {others}")
         for name, index_TK in mine.items():
             sums[name] = sums.get(name, 0.0) + overlap(index_TK, theirs[name]).sum().item()
         progress(int(batch.mask.sum()))

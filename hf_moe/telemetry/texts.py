@@ -1,6 +1,7 @@
 """Texts to look at a model with: files, folders and Hub data sets, read piece by piece so that memory stays flat."""
 
 import json
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,6 +189,8 @@ def row_text(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     parts = [row.get("messages")] if "messages" in row else [row.get("prompt"), row.get("completion")]
     if all(isinstance(part, str) for part in parts):
         return "".join(parts)
+    if "text" in row and parts == [None, None]:
+        raise ValueError(f"{where} has {reprlib.repr(row['text'])} in the column text, which is no text.")
     if not all(isinstance(part, list) and part for part in parts):
         raise ValueError(f"{where} has the columns {', '.join(row) or 'of no object'}; expected {COLUMNS}.")
     if not tokenizer.chat_template:

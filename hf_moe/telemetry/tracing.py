@@ -73,6 +73,9 @@ def trace(
             run = Run(model, tokenizer, name, sources, max_tokens, progress)
             with watch("read"):
                 run.count_tokens()
+            with watch("compare"):  # first: a checkpoint of another model would be refused after all the work
+                for checkpoint in compare:
+                    run.compare_routing(checkpoint, trust_remote_code)
             with watch("trace"):
                 run.count_routing()
                 run.show_passages()
@@ -80,9 +83,6 @@ def trace(
                 run.compare_experts()
             with watch("prune"):
                 run.prune_experts(run.tokens // 4 if prune_tokens is None else prune_tokens)
-            with watch("compare"):
-                for checkpoint in compare:
-                    run.compare_routing(checkpoint, trust_remote_code)
         finally:
             model.train(was_training)
         numbers = run.numbers() | {"seconds": watch.seconds}

@@ -61,6 +61,7 @@ def test_parquet(tmp_path, tokenizer):
         ("a.txt", b"one \xff\xfe two", "is no text in UTF-8"),
         ("a.txt", " \n", "holds no text"),
         ("a.jsonl", as_lines({"text": ""}), "holds no text"),
+        ("a.jsonl", as_lines({"text": None}), "row 1 has None in the column text, which is no text"),
     ],
     ids=[
         "cut",
@@ -76,6 +77,7 @@ def test_parquet(tmp_path, tokenizer):
         "binary",
         "blank",
         "empty-rows",
+        "null",
     ],
 )
 def test_broken_texts_are_refused_in_one_line(tmp_path, tokenizer, name, content, said):
