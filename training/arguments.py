@@ -105,6 +105,7 @@ class RecipeParser(TrlParser):
     def __init__(self, dataclass_types):
         super().__init__(dataclass_types, prog="hf-moe train RECIPE", allow_abbrev=False)
         self.known = {action.dest for action in self._actions} - {"help"}
+        self.choices = {action.dest: action.choices for action in self._actions if action.choices}
         self.types = {name: kind for part in dataclass_types for name, kind in get_type_hints(part).items()}
         self.where = ""  # what is being read, for messages
 
@@ -153,6 +154,9 @@ class RecipeParser(TrlParser):
                 type_validator(key, recipe[key], self.types[key])
             except TypeError as error:
                 self.error(f"argument {key} cannot be {recipe[key]!r}: {' '.join(str(error).split())}")
+            for value in recipe[key] or () if key in self.choices else ():
+                if value not in self.choices[key]:
+                    self.error(f"argument {key} cannot hold {value!r}; it can hold {', '.join(self.choices[key])}.")
         self.set_defaults_with_config(**recipe | {key: parsed[key] for key in scalars})
         self.where = ""
         return len(recipe)

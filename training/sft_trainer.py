@@ -44,16 +44,24 @@ class MoeSFTTrainer(MoeTrainerMixin, SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """TRL's own, with rows that `max_length` cuts counted between tokenising and cutting, and quicker packing."""
         prepare = super()._prepare_dataset
+        name = NAMES.get(dataset_name, f"eval_data {dataset_name}")
         if not isinstance(dataset, Dataset):
+            if args.on_long_rows != "truncate":
+                raise ValueError(
+                    f"on_long_rows is {args.on_long_rows}, but {name} is streamed, and its rows are cut as they come: "
+                    "set it to truncate, or load all rows."
+                )
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if "labels" not in dataset.column_names:
+        unlabelled = "labels" not in dataset.column_names
+        if unlabelled:
             uncut = copy.copy(args)
             uncut.max_length, uncut.shuffle_dataset = None, False
             try:
                 dataset = prepare(dataset, processing_class, uncut, False, formatting_func, dataset_name)
             except RuntimeError as error:  # a conversation without the assistant
                 raise ValueError(" ".join(str(error).split())) from error
-            dataset = fit(dataset, NAMES.get(dataset_name, f"eval_data {dataset_name}"), args, packing)
+        if unlabelled or args.on_long_rows != "truncate":  # of other rows, those that TRL cuts have been counted
+            dataset = fit(dataset, name, args, packing)
         if not packing or args.packing_strategy != "bfd" or args.max_length is None:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         rows = dataset.select_columns(["input_ids", "labels"])

@@ -298,11 +298,13 @@ class MoeTrainerMixin(PublishingMixin):
             super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Restore every weight of the checkpoint; raises ValueError if one is missing.
+        """Restore every weight of the checkpoint; raises ValueError if one is missing, or the folder is.
 
         The Trainer's own way leaves experts that Transformers stores one by one as they are, with a warning
         (https://github.com/huggingface/transformers/issues/48805).
         """
+        if not Path(resume_from_checkpoint).is_dir():  # a name that Transformers would look for on the Hub
+            raise ValueError(f"resume_from_checkpoint: there is no folder {resume_from_checkpoint}.")
         model = self.model if model is None else model
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -323,6 +325,17 @@ class MoeTrainerMixin(PublishingMixin):
         self.selection_bias.remember()
         if self.average is not None:
             self.average.load(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Raises ValueError where the checkpoint's optimizer is of another kind, over which a step would stumble."""
+        needed = [set(group) for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for names, group in zip(needed, self.optimizer.param_groups, strict=True):
+            if lacking := sorted(names - group.keys()):
+                raise ValueError(
+                    f"{checkpoint} is of a run with another optimizer, which has no {lacking[0]}: give --optim as it "
+                    "was, or start a new run from its weights."
+                )
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -133,6 +133,11 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_does(name, tmp_path, mon
         ({"train_data": ["a.jsonl", 3]}, r"argument train_data cannot be \['a.jsonl', 3\]"),
         ({"model_init_kwargs": ["x"]}, r"argument model_init_kwargs cannot be \['x'\]"),
         ({"lr_scheduler_type": "triangular"}, "triangular"),
+        ({"lora_parts": ["attention", "attn"]}, "argument lora_parts cannot hold 'attn'; it can hold attention, "),
+        (
+            {"stage": "grpo", "reward_funcs": ["praise"]},
+            "argument reward_funcs cannot hold 'praise'; it can hold gsm8k",
+        ),
         ({"load_best_model_at_end": True, "save_strategy": "no", "eval_strategy": "epoch"}, "load_best_model_at_end"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; it must be at least 1"),
         ({3: "x"}, "unknown argument 3"),

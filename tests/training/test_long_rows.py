@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 from hf_moe.training.long_rows import fit
+from hf_moe.training.sft_trainer import MoeSFTConfig, MoeSFTTrainer
+
+from .conftest import tiny_hf_moe, tiny_tokenizer
 
 # Labels of four rows; x counts. Their lengths are 3, 6, 6 and 5.
 PATTERNS = ["..x", "xx....", "....xx", "....."]
@@ -44,3 +47,20 @@ def test_all_that_can_be_wrong():
         fit(ROWS, "rows", arguments(on_long_rows="error", max_length=5), packing=False)
     with pytest.raises(ValueError, match="rows has no token to learn from within max_length 1"):
         fit(ROWS, "rows", arguments(max_length=1), packing=False)  # nothing predicts a first token
+
+
+@pytest.mark.parametrize(
+    ("streamed", "message"),
+    [
+        (True, "on_long_rows is error, but train_data is streamed"),
+        (False, "train_data: 3 of 4 rows are longer than max_length 4, the first of them row 1 with 6"),
+    ],
+    ids=["streamed", "with-labels"],
+)
+def test_trainer_lets_no_long_row_through(tmp_path, streamed, message):
+    rows = ROWS.to_iterable_dataset() if streamed else ROWS
+    args = MoeSFTConfig(
+        str(tmp_path), max_length=4, on_long_rows="error", max_steps=1, use_cpu=True, bf16=False, report_to="none"
+    )
+    with pytest.raises(ValueError, match=message):
+        MoeSFTTrainer(model=tiny_hf_moe(), args=args, train_dataset=rows, processing_class=tiny_tokenizer())

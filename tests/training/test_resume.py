@@ -106,3 +106,16 @@ def test_checkpoint_that_lacks_a_weight_is_an_error(unbroken, tmp_path):
             run(name, tmp_path, resume_from_checkpoint=str(folder / "checkpoint-2"))
         assert "\n" not in str(error.value)
     save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("place", ["a/b", "{folder}/absent"], ids=["like-a-hub-id", "absent"])
+def test_folder_that_is_not_there_is_an_error_and_not_looked_for_on_the_hub(tmp_path, place):
+    place = place.format(folder=tmp_path)
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint: there is no folder {place}"):
+        run("hf_moe", tmp_path, resume_from_checkpoint=place)
+
+
+def test_checkpoint_of_another_optimizer_is_an_error(unbroken, tmp_path):
+    name, folder, *_ = unbroken
+    with pytest.raises(ValueError, match="checkpoint-4 is of a run with another optimizer, which has no dampening"):
+        run(name, tmp_path, resume_from_checkpoint=str(folder / "checkpoint-4"), optim="sgd")
