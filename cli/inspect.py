@@ -15,7 +15,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 def inspect(
     model: Annotated[str, typer.Argument(metavar="PATH_OR_PRESET", help="A saved model, or the name of a preset.")],
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens attended to, for the FLOPs; 4096 unless given.")
+        int | None,
+        typer.Option(
+            min=1, help="Tokens attended to, for the FLOPs; unless given 4096, or all that a model with fewer takes."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -98,7 +101,7 @@ def table(report: dict[str, Any]):
     flops, training = report["flops_per_token"], report["training_flops_per_token"]
     yield "FLOPs per token", f"{compact(flops)} forward, {compact(training)} training, context {report['context']:,}"
     yield from cache_rows(report, published.get("cache"))
-    yield "weights", ", ".join(f"{gigabytes(size)} in {dtype}" for dtype, size in report["weight_bytes"].items())
+    yield "weights", ", ".join(f"{readable_bytes(size)} in {dtype}" for dtype, size in report["weight_bytes"].items())
 
 
 def layers(report: dict[str, Any]) -> str:
@@ -175,8 +178,8 @@ def compact(number: float | str | None) -> str:
     return f"{number:.3g}"
 
 
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB"
+def readable_bytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def print_columns(rows: list[tuple[str, ...]]) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .inspect import Json, compact, gigabytes, print_columns
+from .inspect import Json, compact, print_columns, readable_bytes
 from .output import messages_on_stderr, print_report
 
 
@@ -119,12 +119,12 @@ def run_table(report: dict[str, Any]):
     each = f"of each of {report['gpus']} GPUs, {report['sharding']} sharded" if report["gpus"] > 1 else "of one GPU"
     yield "memory", each
     for name, size in report["memory_per_gpu"].items():
-        yield f"  {name.replace('_', ' ')}", "decided by the data" if size is None else gigabytes(size)
-    yield "  sum", gigabytes(report["memory_per_gpu_total"])
+        yield f"  {name.replace('_', ' ')}", "decided by the data" if size is None else readable_bytes(size)
+    yield "  sum", readable_bytes(report["memory_per_gpu_total"])
     if report["not_counted"]:
         yield "  not counted", report["not_counted"]
     if report["cpu_memory_ema"]:
-        yield "  on the CPU", f"{gigabytes(report['cpu_memory_ema'])} for the average of the weights"
+        yield "  on the CPU", f"{readable_bytes(report['cpu_memory_ema'])} for the average of the weights"
     yield from time_rows(report)
 
 

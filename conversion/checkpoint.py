@@ -61,6 +61,8 @@ def read_json(path: Path) -> dict:
 def read_config(folder: Path) -> dict:
     """The config.json in `folder`. Raises as `read_json` does, and where a field to choose by has another type."""
     path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the folder of a saved model.")
     said = read_json(path)
     for name, kind in (("model_type", str), ("quantization_config", dict)):
         if said.get(name) is not None and not isinstance(said[name], kind):

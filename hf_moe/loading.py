@@ -33,9 +33,14 @@ def check_model(model: str | Path, trust_remote_code: bool = False) -> None:
     # A path that is not there would otherwise be asked for on the Hub.
     if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(model)):
         raise FileNotFoundError(f"{model} is neither a folder nor a model id such as owner/name.")
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        # Training of an adapter, or of some experts, writes the whole model there.
+        other = folder / "merged" if (folder / "merged" / "config.json").is_file() else "the folder of a saved model"
+        raise FileNotFoundError(f"{folder / 'config.json'} does not exist; give {other}.")
     try:
         AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except OSError as error:
-        if Path(model).is_dir():
+        if folder.is_dir():
             raise
         raise OSError(f"{model} is no folder here and could not be had from the Hub: {error}") from error

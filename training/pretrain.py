@@ -116,6 +116,11 @@ def size_run(source: str, args: MoePretrainConfig) -> str:
     for name in ("train_tokens", "batch_tokens"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"{name} is {getattr(args, name):g}; it must be above 0, and a number.")
+    if args.train_tokens is not None and args.max_steps > 0:
+        raise ValueError(
+            f"max_steps is {args.max_steps}, but train_tokens ({args.train_tokens:,.0f}) decides how long this recipe "
+            "trains: give another --train_tokens."
+        )
     by_law = [name for name in ("learning_rate", "batch_tokens") if getattr(args, name) is None]
     total = args.train_tokens
     if total is None and args.max_steps > 0 and args.batch_tokens is not None:

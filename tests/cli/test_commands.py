@@ -52,7 +52,10 @@ def broken(tmp_path_factory):
     recipe = root / "recipe.yaml"
     recipe.write_text(f"model_name_or_path: {DEMO_MODEL}\nlearning_rat: 1.0e-3\n")
     (root / "empty.jsonl").touch()
-    return {path.stem: path for path in (full, cut, unknown, recipe, root / "empty.jsonl")} | {
+    adapter = root / "adapter"
+    (adapter / "merged").mkdir(parents=True)
+    (adapter / "merged" / "config.json").touch()
+    return {path.stem: path for path in (full, cut, unknown, recipe, root / "empty.jsonl", adapter)} | {
         "missing": root / "none"
     }
 
@@ -101,6 +104,9 @@ MISTAKES = {
         ("generate", "no-such-model", "--prompt", "a"),
         "no-such-model is no folder here",
     ),
+    "generate-no-model": (("generate", "{full}", "--prompt", "a"), "give the folder of a saved model"),
+    "generate-adapter": (("generate", "{adapter}", "--prompt", "a"), "give {adapter}/merged"),
+    "inspect-no-model": (("inspect", "{full}"), "config.json does not exist; give the folder of a saved model"),
     "generate-truncated": (("generate", "{cut_with_tokenizer}", "--prompt", "a"), "header"),
     "generate-no-tokenizer": (("generate", "{other}", "--prompt", "a"), "{other}"),
     "generate-no-prompt": (("generate", DEMO_MODEL), "--prompt"),

@@ -22,7 +22,7 @@ def test_table_and_json_say_the_same(command, folder):
     code, table, _ = command(*arguments)
     assert code == 0
     for part, size in report["memory_per_gpu"].items():
-        assert f"{part.replace('_', ' ')}" in table and f"{size / 1e9:,.1f} GB" in table
+        assert f"{part.replace('_', ' ')}" in table and f"{size / 1e6:,.1f} MB" in table
     assert (
         f"{report['tokens_per_second']:,.0f}" in table and "moe_layer.json" in table and "of each of 2 GPUs" in table
     )

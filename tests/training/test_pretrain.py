@@ -83,6 +83,7 @@ def test_what_is_null_comes_from_the_laws(command, model_folder):
         (["--train_tokens=0"], "train_tokens is 0"),
         (["--batch_tokens=-3"], "batch_tokens is -3"),
         (["--train_tokens=inf"], "train_tokens is inf"),
+        (["--max_steps=2"], "max_steps is 2, but train_tokens .50,000. decides"),
     ],
     ids=lambda value: str(value)[:30],
 )
