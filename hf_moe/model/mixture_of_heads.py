@@ -121,7 +121,7 @@ class HfMoeMixtureOfHeads(nn.Module):
         kwargs |= attention_settings(self)
         output, probabilities = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         heads = output.reshape(*hidden_states.shape[:2], -1, top_k, self.head_dim).transpose(-3, -2)
-        heads = heads.reshape(len(experts), -1)  # [T K, H_kv d]
+        heads = heads.reshape(experts.shape[0], -1)  # [T K, H_kv d]
         output = linear(heads, experts, self.o_experts).view(*weights.shape, -1)  # [T, K, D]
         output = (output * weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
         if self.o_bias is not None:

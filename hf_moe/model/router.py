@@ -102,5 +102,5 @@ class HfMoeHashTables:
 
 def hash_logits(index: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Logits [T, E] whose softmax is the hash's assignment [T, K]: 0 for its experts, the lowest number for others."""
-    logits = torch.full((len(index), num_experts), torch.finfo(torch.float32).min, device=index.device)
+    logits = torch.full((index.shape[0], num_experts), torch.finfo(torch.float32).min, device=index.device)
     return logits.scatter(-1, index, 0.0)

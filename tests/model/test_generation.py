@@ -131,6 +131,16 @@ def test_the_training_step_compiles_as_one_graph():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
 
 
+def test_exports_for_any_shape():
+    """Python's len() of a tensor would fix the number of tokens in the program; heads and hashes count tokens."""
+    model = tiny_model(attention_type="moa", router_type="hash", num_hidden_layers=1, mlp_layer_types=["sparse"])
+    shapes = {"input_ids": dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC), "use_cache": None}
+    inputs, others = ({"input_ids": tokens(*shape), "use_cache": False} for shape in ((2, 11), (3, 7)))
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs, dynamic_shapes=shapes)
+        torch.testing.assert_close(program.module()(**others).logits, model(**others).logits)
+
+
 def test_generates_from_embeddings():
     model = tiny_model()
     ids, greedy = tokens(), {"max_new_tokens": 5, "do_sample": False}
