@@ -133,8 +133,9 @@ def card_step(folder: Path, out: Path) -> None:
     for name in ("upcycled", "tuned"):
         command("card", f"{out}/{name}")
         write_model_card(folder / name)
-    for file in sorted((folder / "tuned").iterdir()):
-        print(f"{file.stat().st_size:>12,}  {out}/tuned/{file.name}")
+    for file in sorted((folder / "tuned").rglob("*")):
+        if file.is_file():
+            print(f"{file.stat().st_size:>12,}  {out}/{file.relative_to(folder)}")
 
 
 def postcard_text(model: Path) -> str:

@@ -48,6 +48,8 @@ def test_demo_from_end_to_end(command, capfd, tmp_path, monkeypatch):
     assert recipe["output_dir"] == str(tmp_path / "out" / "tuned")
     for name in ("config.json", "README.md", "tokenizer_config.json"):
         assert ".partial" not in (tmp_path / "out" / "tuned" / name).read_text()
+    for path in (tmp_path / "out" / "tuned").rglob("*"):
+        assert (f"{path}\n" in out) == path.is_file()
     card = (tmp_path / "out" / "tuned" / "README.md").read_text()
     assert "## Conversion check" in card
     assert f"| Held-out loss after | {results['eval_loss']:.4g} |" in card
