@@ -21,8 +21,9 @@ def block_size(quantization: dict[str, Any]) -> tuple[int, int]:
     method, said_format = quantization.get("quant_method"), quantization.get("fmt", "e4m3")
     if method != "fp8" or said_format != "e4m3":
         raise ValueError(
-            f"The field quantization_config says quant_method={method!r}, fmt={said_format!r}; hf_moe reads weights "
-            "that are not quantized, fp8 (e4m3) in blocks, or mxfp4."
+            f"The field quantization_config says quant_method={method!r}"
+            f"{f', fmt={said_format!r}' if 'fmt' in quantization else ''}; hf_moe reads weights that are not "
+            "quantized, fp8 (e4m3) in blocks, or mxfp4."
         )
     block = quantization.get("weight_block_size")
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):

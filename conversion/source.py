@@ -240,8 +240,10 @@ def built(make: Callable, what: str, *arguments: Any, **fields: Any) -> Any:
     """What `make` returns. Its complaints about fields become a ValueError of one line that says `what` is wrong."""
     try:
         return make(*arguments, **fields)
-    except (StrictDataclassError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        reason = f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error.__cause__ or error)
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = str(error.__cause__ or error)
+        if isinstance(error, KeyError):  # a key, or what Transformers says of several
+            reason = error.args[0] if " " in str(error.args[0]) else f"{error} is missing or unknown"
         raise ValueError(f"{what}: {' '.join(reason.split())}") from error
 
 

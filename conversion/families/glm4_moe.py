@@ -26,7 +26,7 @@ GLM4_MOE = Family(
         "router_args": {"selection_bias": True},
         "router_aux_loss_coef": 0.0,  # the bias balances; its config has no other means
     },
-    undeclared=frozenset({"head_dim"}),
+    undeclared=frozenset({"head_dim", "partial_rotary_factor"}),
     layouts=LAYOUTS,
     mtp=MTP,
 )

@@ -150,7 +150,7 @@ def test_refuses_what_does_not_fit(damage, match, quantized, tmp_path):
 @pytest.mark.parametrize(
     ("quantization", "match"),
     [
-        ({"quant_method": "awq", "bits": 4}, "quant_method='awq'"),
+        ({"quant_method": "awq", "bits": 4}, "quant_method='awq'; hf_moe"),
         (RELEASED | {"fmt": "e5m2"}, "fmt='e5m2'"),
         (RELEASED | {"weight_block_size": None}, "weight_block_size=None"),
         (RELEASED | {"weight_block_size": [128]}, r"weight_block_size=\[128\]"),

@@ -121,6 +121,15 @@ def test_the_language_model_of_a_llama_4_that_sees_pictures(checkpoint, tmp_path
         assert torch.equal(load(tmp_path / "moe")(ids).logits, load(tmp_path / "text")(ids).logits)
 
 
+def test_a_glm_says_how_much_it_rotates_as_in_the_release(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint("glm4_moe"), tmp_path / "glm"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config | {"partial_rotary_factor": 0.5, "rope_theta": 100.0}))
+    report = import_checkpoint(folder, tmp_path / "moe", dry_run=True, progress=False)
+    assert report["ignored_config_keys"] == []
+
+
 def test_a_minimax_says_how_much_it_rotates_as_in_the_release(checkpoint, tmp_path):
     """`rotary_dim` of the release is read, and written for programs that read it."""
     folder = Path(shutil.copytree(checkpoint("minimax_m2"), tmp_path / "minimax"))

@@ -274,6 +274,11 @@ BAD_CONFIGS = {
     "another width": ({"intermediate_size": 40}, r"mlp.*shape \[36, 24\].*\[40, 24\]"),
     "no activation": ({"hidden_act": "magic"}, "llama cannot be carried: .*'magic' is (missing or )?unknown"),
     "no rotation": ({"rope_parameters": {"rope_type": "magic", "rope_theta": 9.0}}, "'magic' is missing or unknown"),
+    "half a rotation": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 9.0}},
+        "llama config: Missing required keys .*'factor'}$",
+    ),
+    "no dtype": ({"dtype": "float8"}, "llama config: .*float8"),
     "a list for a family": ({"model_type": ["llama"]}, r"model_type=\['llama'\], which is no str"),
     "a word for a quantization": ({"quantization_config": "int8"}, "quantization_config='int8', which is no dict"),
     "untrue tie": ({"tie_word_embeddings": True}, "lm_head.weight differs"),
