@@ -169,7 +169,8 @@ class RecipeParser(TrlParser):
         count = self.take_recipe(name)
         given = vars(self.parse_args([]))
         # What only the machine of the run can tell, and what only its user knows, is not the recipe's fault.
-        given |= {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "output_dir": "unused"}
+        given |= {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "deepspeed": None, "fsdp": None}
+        given["output_dir"] = "unused"
         try:
             self.parse_dict(given)
         except (ValueError, TypeError, NotImplementedError) as error:

@@ -71,7 +71,8 @@ class Balance:
             if len(affinity_TE) != mask_BS.numel():
                 raise ValueError(
                     f"{name} routed {len(affinity_TE)} tokens of a batch of {mask_BS.numel()}: virtual tokens (prompt "
-                    "tuning) and padding-free batches with an attention mask cannot be balanced."
+                    "tuning) and padding-free batches with an attention mask cannot be counted; train them with "
+                    "Transformers' or TRL's own trainer."
                 )
             mask_T = mask_BS.reshape(-1) if routing.mask_T is None else routing.mask_T
             batches[name] = routed(

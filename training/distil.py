@@ -109,7 +109,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilCon
         processing_class=tokenizer,
         train_dataset=mix(sources, data_args.train_weights, args.seed),
         eval_dataset=together(held_out, data_args.eval_by_source),
-        teacher=load_teacher(model, tokenizer, model_args, args),
+        teacher=load_teacher(model, tokenizer, args),
     )
     metrics = train(trainer, checkpoint)
     say_summary(trainer, metrics)
@@ -131,12 +131,11 @@ def check_distil_arguments(args: MoeDistilConfig) -> None:
         )
 
 
-def load_teacher(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, args: MoeDistilConfig
-) -> PreTrainedModel:
+def load_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: MoeDistilConfig) -> PreTrainedModel:
     """The teacher. Raises ValueError where its tokens are not the model's."""
     source = args.teacher_model_name_or_path
-    known = load_tokenizer(source, model_args, args).get_vocab()
+    # model_revision and the like are the model's, not the teacher's.
+    known = load_tokenizer(source, ModelArguments(), args, "teacher_model_name_or_path").get_vocab()
     ours = tokenizer.get_vocab()
     other = sorted(token for token in known.keys() | ours.keys() if known.get(token) != ours.get(token))
     if other:

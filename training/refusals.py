@@ -48,6 +48,8 @@ def check_arguments(trainer) -> None:
             f"The routers of {model} (reinforce) learn from each token's loss, which is the model's own: use "
             "MoeTrainer without label_smoothing_factor and compute_loss_func."
         )
+    if args.use_liger_kernel and args.device.type == "cpu":
+        raise ValueError("use_liger_kernel is true, but Liger's kernels run on a GPU: set it to false on a CPU.")
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process (nn.DataParallel) cannot be balanced: start one process a GPU with "

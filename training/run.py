@@ -70,11 +70,16 @@ def load_data(
     return mix(sources, data_args.train_weights, args.seed), together(held_out, data_args.eval_by_source)
 
 
-def load_tokenizer(source: str, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model. Raises FileNotFoundError for an absent folder, ValueError if nothing loads."""
+def load_tokenizer(
+    source: str, model_args: ModelArguments, args: TrainingArguments, name: str = "model_name_or_path"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model that the argument `name` gives.
+
+    Raises FileNotFoundError for an absent folder, ValueError if nothing loads.
+    """
     path = Path(source)
     if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
-        raise FileNotFoundError(f"model_name_or_path: there is no folder {source}.")
+        raise FileNotFoundError(f"{name}: there is no folder {source}.")
     try:
         return AutoTokenizer.from_pretrained(
             source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
@@ -83,7 +88,7 @@ def load_tokenizer(source: str, model_args: ModelArguments, args: TrainingArgume
         what = (
             "has no tokenizer that loads" if path.is_dir() else "is no folder here and could not be had from the Hub"
         )
-        raise ValueError(f"model_name_or_path {source} {what}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name} {source} {what}: {' '.join(str(error).split())}") from error
 
 
 def shipped_templates() -> dict[str, str]:
@@ -113,19 +118,25 @@ def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: Trai
 
 
 def load_trained_model(source: str, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedModel:
-    """The model in `source`, loaded as the arguments say. ValueError where they need a package that is not there."""
+    """The model in `source`, loaded as the arguments say.
+
+    Raises ValueError where they need a package that is not there, or say a thing twice.
+    """
     if model_args.float8:
         check_float8(args.device)
+    given = {
+        "dtype": model_args.dtype,
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        **implementations(model_args),
+        **expert_parallel(model_args.expert_parallel_size),
+    }
+    further = args.model_init_kwargs or {}
+    for name in sorted(given.keys() & further.keys()):
+        option = {"revision": "model_revision", "distributed_config": "expert_parallel_size"}.get(name, name)
+        raise ValueError(f"model_init_kwargs holds {name}, for which there is --{option}: say it there alone.")
     try:
-        model = load_model(
-            source,
-            dtype=model_args.dtype,
-            revision=model_args.model_revision,
-            trust_remote_code=args.trust_remote_code,
-            **implementations(model_args),
-            **expert_parallel(model_args.expert_parallel_size),
-            **(args.model_init_kwargs or {}),
-        )
+        model = load_model(source, **given, **further)
     except ImportError as error:  # of attn_implementation and the like
         raise ValueError(" ".join(str(error).split())) from error
     args.model_init_kwargs = None  # used

@@ -53,10 +53,15 @@ def parse(argv: list[str]) -> tuple:
 def main(argv: list[str]) -> dict[str, float]:
     """Run the recipe argv[0] with the arguments after it; returns the metrics.
 
-    Raises ValueError or OSError for the user's mistakes.
+    Raises ValueError or OSError for the user's mistakes, such as an optimizer whose package is not there.
     """
     stage = stage_module(argv)
-    return stage.run(*parser_of(stage).parse(argv))
+    try:
+        return stage.run(*parser_of(stage).parse(argv))
+    except ImportError as error:
+        if error.name is not None:  # Python's own, of a module: not what a library says of its extras
+            raise
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def check_recipe(name: str) -> int:

@@ -155,4 +155,5 @@ def test_check_names_the_file_and_the_argument(recipe, arguments, message):
 
 
 def test_check_does_not_depend_on_the_machine(recipe):
-    assert check_recipe(recipe(bf16=True, use_cpu=False, tf32=True)) == 4
+    assert check_recipe(recipe(bf16=True, use_cpu=False, tf32=True, deepspeed="zero3.json")) == 5
+    assert check_recipe(recipe(fsdp="full_shard")) == 4

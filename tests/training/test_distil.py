@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from hf_moe.training.distil import MoeDistilConfig, MoeDistilTrainer, softened_kl
 from hf_moe.training.stages import main
+from transformers import AutoTokenizer
 
 from .balance_worker import Gradient
 from .conftest import tiny_hf_moe, tiny_olmoe, tiny_tokenizer
@@ -85,21 +86,38 @@ def command(model_folder, data_folder, tmp_path):
     return arguments
 
 
+def other_teacher(folder):
+    """One whose tokenizer knows one more word."""
+    other = copy.deepcopy(tiny_tokenizer())
+    other.add_tokens(["purple"])
+    tiny_hf_moe().save_pretrained(folder)
+    other.save_pretrained(folder)
+    return folder
+
+
 def test_refusals(command, model_folder, tmp_path):
     def refused(message, *extra, **places):
         with pytest.raises(ValueError, match=message) as error:
             main(command(*extra, **places))
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
-    other = copy.deepcopy(tiny_tokenizer())
-    other.add_tokens(["purple"])
-    tiny_hf_moe().save_pretrained(tmp_path / "other")
-    other.save_pretrained(tmp_path / "other")
     refused(
         "another tokenizer: 1 tokens differ, the first of them 'purple', which is 259 there",
-        teacher=tmp_path / "other",
+        teacher=other_teacher(tmp_path / "other"),
     )
     refused("give --teacher_model_name_or_path", teacher=None)
+    with pytest.raises(FileNotFoundError, match=r"^teacher_model_name_or_path: there is no folder ./absent"):
+        main(command(teacher="./absent"))
     refused("temperature is 0.0; it must be above 0", "--temperature", "0")
     refused("kl_weight is 1.5", "--kl_weight", "1.5")
     refused("label_smoothing_factor is 0.1", "--label_smoothing_factor", "0.1")
+
+
+def test_revision_of_the_model_is_not_that_of_its_teacher(command, model_folder, tmp_path, monkeypatch):
+    asked, load = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *args, revision, **kwargs: asked.append(revision) or load(*args)
+    )
+    with pytest.raises(ValueError, match="another tokenizer"):
+        main(command("--model_revision", "v2", teacher=other_teacher(tmp_path / "other")))
+    assert asked == ["v2", "main"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -219,6 +220,12 @@ class TestRefusals:
             (["--resume_from_checkpoint", "true"], ValueError, "holds no complete checkpoint"),
             (["--resume_from_checkpoint", "absent"], ValueError, "absent is not a complete checkpoint"),
             (["--max_length", "2", "--assistant_only_loss"], ValueError, "no token to learn from within max_length 2"),
+            (["--model_init_kwargs", '{"dtype": "bfloat16"}'], ValueError, "holds dtype, for which there is --dtype:"),
+            (["--optim", "lomo"], ValueError, "You need to install `lomo_optim`"),
+            pytest.param(
+                *(["--use_liger_kernel", "true"], ValueError, "Liger's kernels run on a GPU"),
+                marks=pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs liger-kernel"),
+            ),
         ],
         ids=lambda value: value[0] if isinstance(value, list) else "",
     )
