@@ -5,6 +5,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .routing import ROUTERS, Range
 
@@ -326,6 +327,11 @@ class HfMoeConfig(PreTrainedConfig):
                     f"rope_parameters has {sorted(self.rope_parameters)}, but layer_types has {missing[0]}, too; for "
                     "layers without RoPE there is no_rope_layers."
                 )
+        ropes = self.rope_parameters.values() if self.rope_by_layer_type else [self.rope_parameters]
+        for rope_type in (rope["rope_type"] for rope in ropes if rope):
+            if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+                known = ", ".join(("default", *sorted(ROPE_INIT_FUNCTIONS)))
+                raise ValueError(f"rope_type {rope_type!r} is unknown; Transformers has {known}.")
         if self.no_rope_layers is not None:
             wrong = len(self.no_rope_layers) != self.num_hidden_layers or not set(self.no_rope_layers) <= {0, 1}
             if wrong:
