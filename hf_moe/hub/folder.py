@@ -202,6 +202,13 @@ def inherited(folder: Path) -> dict[str, dict[str, Any]]:
     except ValueError as error:
         print(f"nothing is taken from the model card: {' '.join(str(error).split())}", file=sys.stderr)
         return {}
-    said = {} if card is None else {name: card.data.get(name) for name in INHERITED}
+    said = {} if card is None else {name: texts_in(card.data.get(name)) for name in INHERITED}
     said = {name: value for name, value in said.items() if value}
     return {"source_card": said} if said else {}
+
+
+def texts_in(value: Any) -> str | list[str] | None:
+    """A text, or those in a list. YAML reads the language `no` as a boolean and 2020-01-01 as a date: those are none."""
+    if isinstance(value, list):
+        return [item for item in value if isinstance(item, str)]
+    return value if isinstance(value, str) else None

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from hf_moe import HfMoeConfig
-from hf_moe.hub import push, write_model_card
+from hf_moe.hub import inherited, push, write_model_card
 from hf_moe.hub.curves import curve_table
 from tests.conftest import tiny_model
 
@@ -32,6 +32,11 @@ def card_of(folder, **told) -> ModelCard:
     text = path.read_text()
     assert "None" not in text and "\n\n\n" not in text and "{{" not in text
     return ModelCard.load(path)
+
+
+def test_what_yaml_makes_no_text_is_not_inherited(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nlanguage: [en, no]\ndatasets: [2020-01-01]\n---\n")
+    assert inherited(tmp_path) == {"source_card": {"license": "mit", "language": ["en"]}}
 
 
 def test_what_the_user_tells_comes_first_and_stays(tmp_path, command):
