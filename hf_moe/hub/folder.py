@@ -208,7 +208,7 @@ def inherited(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def texts_in(value: Any) -> str | list[str] | None:
-    """A text, or those in a list. YAML reads the language `no` as a boolean and 2020-01-01 as a date: those are none."""
+    """A text, or those in a list; not what YAML reads as something else, such as the language `no`, or a date."""
     if isinstance(value, list):
         return [item for item in value if isinstance(item, str)]
     return value if isinstance(value, str) else None
