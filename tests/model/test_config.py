@@ -43,7 +43,7 @@ def test_other_families_name_for_the_experts(name):
         ({"router_aux_loss_coef": -0.1}, r"router_aux_loss_coef \(-0.1\) must be at least 0"),
         ({"final_logit_softcapping": 0}, r"final_logit_softcapping \(0\) must be above 0, or None"),
         ({"hidden_act": "magic"}, "hidden_act 'magic' is unknown; Transformers has .*silu"),
-        ({"rope_parameters": {"rope_type": "magic"}}, "rope_type 'magic' is unknown; Transformers has default, .*yarn"),
+        ({"rope_parameters": {"rope_type": "magic"}}, "rope_type 'magic' is unknown; Transformers has .*yarn"),
         ({"rope_parameters": {"full_attention": {"rope_type": "magic"}}}, "rope_type 'magic' is unknown"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
