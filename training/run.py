@@ -120,7 +120,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: Trai
 def load_trained_model(source: str, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedModel:
     """The model in `source`, loaded as the arguments say.
 
-    Raises ValueError where they need a package that is not there, or say a thing twice.
+    Raises ValueError where they need a package that is not there, or say a thing twice, or where it is an adapter.
     """
     if model_args.float8:
         check_float8(args.device)
@@ -139,6 +139,11 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
         model = load_model(source, **given, **further)
     except ImportError as error:  # of attn_implementation and the like
         raise ValueError(" ".join(str(error).split())) from error
+    if model._hf_peft_config_loaded:  # saving would write the adapter alone, and lose what its base has learnt
+        raise ValueError(
+            f"{source} is an adapter, and training starts from a whole model: give the merged one ({source}/merged, "
+            "if --lora_merge wrote it), or the adapter's base with --lora_parts for a new adapter."
+        )
     args.model_init_kwargs = None  # used
     say_new_positions(model, args)
     if model_args.float8:

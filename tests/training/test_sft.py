@@ -241,6 +241,12 @@ class TestRefusals:
         message = f"model_name_or_path {tmp_path} has no tokenizer that loads"
         self.refused(command(model=tmp_path), ValueError, message, tmp_path)
 
+    def test_an_adapter_in_the_place_of_the_model(self, command, model_folder, tmp_path):
+        given = ["--lora_parts", "attention", "--lora_r", "2", "--max_steps", "1", "--save_strategy", "no"]
+        main(command(*given, output="adapter"))
+        message = r"adapter is an adapter, and training starts from a whole model: give the merged one"
+        self.refused(command(model=tmp_path / "adapter"), ValueError, message, tmp_path)
+
     def test_truncated_weights(self, command, model_folder, tmp_path):
         shutil.copytree(model_folder, tmp_path / "model")
         weights = (tmp_path / "model" / "model.safetensors").read_bytes()
