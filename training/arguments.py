@@ -25,6 +25,10 @@ RANGES = {
     "max_length": (2, math.inf),
     "label_smoothing_factor": (0, 1),
     "beta": (0, math.inf),
+    "eval_accumulation_steps": (1, math.inf),
+    "weight_decay": (0, math.inf),
+    "neftune_noise_alpha": (0, math.inf),
+    "lora_alpha": (1, math.inf),
 }
 
 
@@ -138,6 +142,11 @@ class RecipeParser(TrlParser):
             if value is not None and not least <= value <= most:
                 within = f"at least {least}" if most == math.inf else f"from {least} to {most}"
                 raise ValueError(f"{name} is {value}; it must be {within}.")
+        for name, value in args.items():
+            if name.endswith("_kwargs") and isinstance(value, str) and not value.startswith("{"):
+                raise ValueError(
+                    f"{name} is {value}; it must be a mapping, on the command line '{{\"name\": value}}'."
+                )
         return super().parse_dict(args, *further, **options)
 
     def take_recipe(self, name: str) -> int:

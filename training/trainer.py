@@ -327,9 +327,18 @@ class MoeTrainerMixin(PublishingMixin):
             self.average.load(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Raises ValueError where the checkpoint's optimizer is of another kind, over which a step would stumble."""
+        """Raises ValueError where the checkpoint's optimizer has other weights, or is of another kind.
+
+        Over the second, only a step would stumble.
+        """
         needed = [set(group) for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"{checkpoint} is of a run that trained other weights ({error}): choose what trains as it was, or "
+                "start a new run from its weights."
+            ) from error
         for names, group in zip(needed, self.optimizer.param_groups, strict=True):
             if lacking := sorted(names - group.keys()):
                 raise ValueError(

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from hf_moe.training.parameter_groups import train_group
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -119,3 +120,11 @@ def test_checkpoint_of_another_optimizer_is_an_error(unbroken, tmp_path):
     name, folder, *_ = unbroken
     with pytest.raises(ValueError, match="checkpoint-4 is of a run with another optimizer, which has no dampening"):
         run(name, tmp_path, resume_from_checkpoint=str(folder / "checkpoint-4"), optim="sgd")
+
+
+def test_checkpoint_of_other_trained_weights_is_an_error(unbroken, tmp_path):
+    name, folder, *_ = unbroken
+    model = MODELS[name](seed=0)
+    train_group(model, "attention_only")
+    with pytest.raises(ValueError, match=r"checkpoint-4 is of a run that trained other weights .*: choose"):
+        train_one_step(model, 4, keep_folder=tmp_path, resume_from_checkpoint=str(folder / "checkpoint-4"))
