@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.cache_utils import BaseQuantizedLayer, Cache, DynamicCache, StaticLayer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, LogitsProcessorList
 
 from .attention import MASKS
@@ -164,7 +164,9 @@ def check_lengths(config, length: int, max_length: int) -> None:
 def check_cache(cache: Cache) -> None:
     if any(isinstance(layer, StaticLayer) and layer.is_sliding for layer in cache.layers):
         raise ValueError("use_mtp can't take tokens back from a static sliding-window cache: use a dynamic one.")
-    if not all(layer.is_croppable or isinstance(layer, StaticLayer) for layer in cache.layers):
+    # A quantized layer says that it can be cropped, but that takes nothing from what it has quantized.
+    quantized = any(isinstance(layer, BaseQuantizedLayer) for layer in cache.layers)
+    if quantized or not all(layer.is_croppable or isinstance(layer, StaticLayer) for layer in cache.layers):
         raise ValueError(
             f"use_mtp can't take tokens back from this {type(cache).__name__}: use a dynamic or static one."
         )

@@ -14,7 +14,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import MtpCache
+from transformers.cache_utils import Cache, MtpCache, QuantizedLayer
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 from transformers.modeling_layers import MtpModel
 
@@ -607,6 +607,16 @@ def test_no_drafts_where_frequencies_change(rope_type):
             model.generate(ids, max_new_tokens=6, **greedy, **drafts)
 
 
+class UnroundedLayer(QuantizedLayer):
+    """A quantized layer of Transformers without the backend: it says that it can be cropped, and can't."""
+
+    def _quantize(self, tensor, axis):
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
 def test_errors_name_the_way_out(drafting_model):
     ids = sequences(2, 5)
     options = {"max_new_tokens": 4, "attention_mask": torch.ones_like(ids), "use_mtp": True}
@@ -623,6 +633,8 @@ def test_errors_name_the_way_out(drafting_model):
     windows = mtp_model(1, **VARIANTS["window"])
     with pytest.raises(ValueError, match="static sliding-window cache: use a dynamic one"):
         windows.generate(ids, cache_implementation="static", disable_compile=True, **options)
+    with pytest.raises(ValueError, match="can't take tokens back from this Cache: use a dynamic or static one"):
+        drafting_model.generate(ids, past_key_values=Cache(layers=[UnroundedLayer(residual_length=4)] * 3), **options)
     for changes in ({"num_mtp_layers": -1}, {"mtp_loss_coef": -0.1}):
         with pytest.raises(StrictDataclassClassValidationError, match=f"{next(iter(changes))} .* must be at least 0"):
             tiny_model(**changes)
