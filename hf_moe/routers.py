@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from .model.routing import sigmoid_affinity, softmax_affinity
@@ -95,6 +95,16 @@ def as_list(value) -> list:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def routed_experts(config: PreTrainedConfig) -> tuple[int, int]:
+    """E and K of a config, 1 and 1 where it is dense."""
+    text = config.get_text_config()
+    places = (text, getattr(text, "ffn_config", None))  # DBRX has them one level below
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    experts = next((value for place in places for name in names if (value := getattr(place, name, None))), 1)
+    names = ("num_experts_per_tok", "moe_top_k")
+    return experts, next((value for place in places for name in names if (value := getattr(place, name, None))), 1)
 
 
 @contextmanager

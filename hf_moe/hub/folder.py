@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..model.configuration_hf_moe import HfMoeConfig
+from ..routers import routed_experts
 from ..sizes import sizes
 
 CONFIG, ADAPTER, RECORD, STATE = "config.json", "adapter_config.json", "training.json", "trainer_state.json"
@@ -74,16 +75,6 @@ class SavedModel:
         routed = sum(count for name, count in counts.items() if ROUTED.search(name))
         experts, top_k = routed_experts(self.config)
         return total, total - routed + routed * top_k // experts
-
-
-def routed_experts(config: PreTrainedConfig) -> tuple[int, int]:
-    """E and K of a config, 1 and 1 where it is dense."""
-    text = config.get_text_config()
-    places = (text, getattr(text, "ffn_config", None))  # DBRX has them one level below
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    experts = next((value for place in places for name in names if (value := getattr(place, name, None))), 1)
-    names = ("num_experts_per_tok", "moe_top_k")
-    return experts, next((value for place in places for name in names if (value := getattr(place, name, None))), 1)
 
 
 def read_folder(folder: str | Path, provenance: dict[str, Any] | None = None) -> SavedModel:

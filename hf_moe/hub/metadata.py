@@ -11,7 +11,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from .folder import INHERITED, SavedModel, routed_experts
+from ..routers import routed_experts
+from .folder import INHERITED, SavedModel
 
 # Auto class -> (the Hub's name of its task, the architectures that it loads: hf_moe's own and Transformers').
 AUTO_CLASSES = {

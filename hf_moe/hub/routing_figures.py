@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .folder import SavedModel, read_json, routed_experts
+from ..routers import routed_experts
+from .folder import SavedModel, read_json
 
 # The trace's figures that a card shows, by the first word of their file's name -> what they show.
 SHOWN = {"load": "Load of each expert", "entropy": "Routing entropy", "domains": "Domain specialisation"}

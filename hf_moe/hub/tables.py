@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from .folder import SavedModel, routed_experts
+from ..routers import routed_experts
+from .folder import SavedModel
 
 # What is shown of a training run's results (train_results.json and eval_results.json).
 RESULTS = {

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import Trainer, TrainerCallback
 
-from ..routers import find_routers
+from ..routers import find_routers, routed_experts
 from .counts import RARE, RouterCounts
 from .figures import draw, png
 from .measures import router_numbers
@@ -59,7 +59,7 @@ class RoutingFigures(TrainerCallback):
         model = self.trainer.model
         self.routers = find_routers(model)
         config = getattr(model, "config", None)
-        self.top_k = getattr(config.get_text_config(), "num_experts_per_tok", 1)
+        self.top_k = routed_experts(config)[1]
         self.remove_hooks()
         self.counts.clear()
         self.handles = [

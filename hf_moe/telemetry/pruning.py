@@ -55,7 +55,7 @@ def without_expert(router: Router, expert: int, experts: int) -> Iterator[Callab
         closed.append(mode.closed)
         return output
 
-    bias = router.bias
+    bias = None if router.bias is None else router.bias.view(-1)  # Ernie 4.5 has [1, E]
     before = None if bias is None else bias[expert].clone()
     module.forward = masked
     if bias is not None:  # it moves the choice, and a score of 0 with the largest bias might win

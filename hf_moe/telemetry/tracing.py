@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loading import check_model, load, load_model
-from ..routers import captured, find_routers
+from ..routers import captured, find_routers, routed_experts
 from ..version import __version__
 from .counts import RARE, RouterCounts, first_choice, followed_ids
 from .experts import duplicates, expert_inputs, expert_tensors, output_similarity, weight_similarity
@@ -139,7 +139,7 @@ class Run:
                 f"{name} is a dense model ({self.config.model_type}): it has no router to trace. hf-moe upcycle makes "
                 "a mixture of experts of it."
             )
-        self.top_k = getattr(self.config, "num_experts_per_tok", 1)
+        self.top_k = routed_experts(self.config)[1]
         window = min(WINDOW, getattr(self.config, "max_position_embeddings", None) or WINDOW)
         self.domains = [Domain(domain, source, tokenizer, window, max_tokens) for domain, source in sources.items()]
         self.counts: dict[str, RouterCounts] = {}

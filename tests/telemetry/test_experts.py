@@ -11,7 +11,9 @@ from hf_moe.telemetry.experts import duplicates, expert_inputs, expert_tensors, 
 from hf_moe.telemetry.pruning import plan, prune, token_losses, without_expert
 from hf_moe.telemetry.saturation import saturation
 from hf_moe.telemetry.texts import padded
+from hf_moe.telemetry.tracing import Run
 
+from ..conversion.conftest import build, dbrx
 from ..training.models import hf_moe as any_hf_moe
 from ..training.models import olmoe
 from .conftest import FIELDS, MODELS
@@ -149,6 +151,25 @@ def test_saturation_equals_a_slow_count():
 def test_saturation_needs_the_same_choice(changes, said):
     with pytest.raises(ValueError, match=said):
         saturation(built("olmoe"), olmoe(**FIELDS | changes).eval(), 2, [BATCH], lambda tokens: None)
+
+
+def test_a_dbrx_says_how_many_experts_a_token_has_one_level_below(tokenizer):
+    model = build("dbrx", **dbrx(clip_qkv=8.0) | {"vocab_size": 512})
+    run = Run(model, tokenizer, "dbrx", {}, None, progress=False)
+    with captured(run.routers, run.top_k) as routings:
+        model(BATCH.ids)
+    assert {routing.index_SK.shape[-1] for routing in routings.values()} == {3}
+
+
+def test_a_bias_of_two_axes_is_closed_and_given_back():
+    sizes = {"num_hidden_layers": 2, "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 12}
+    model = build("ernie4_5_moe", **sizes)
+    router = find_routers(model)["model.layers.1.mlp.gate"]
+    before = router.bias.data.normal_().clone()
+    assert before.shape == (1, 6)
+    with torch.no_grad(), without_expert(router, 4, 6):
+        assert router.bias.argmin() == 4
+    assert torch.equal(router.bias, before)
 
 
 @pytest.mark.parametrize(
