@@ -22,8 +22,10 @@ def plan(
     trainable: Annotated[str | None, typer.Option(help="Parameter group, as in recipes.")] = None,
     lora_parts: Annotated[list[str] | None, typer.Option(help="A part that gets an adapter; may be repeated.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Type of the weights: auto, float32, bfloat16, float16.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows of a forward pass on one GPU.")] = None,
-    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row.")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a forward pass on one GPU; else the recipe's, or 1.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; else the recipe's, or 4096.")] = None,
     checkpointing: Annotated[
         bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Gradient checkpointing.")
     ] = None,
@@ -116,6 +118,7 @@ def run_table(report: dict[str, Any]):
     total, trained = report["total_params"], report["trained_params"]
     yield report["model"], report["recipe"] or ""
     yield "parameters", f"{compact(total)}, {compact(trained)} of them trained ({trained / total:.1%})"
+    yield "rows", f"{report['rows']:,} of {report['length']:,} tokens in a forward pass on one GPU"
     each = f"of each of {report['gpus']} GPUs, {report['sharding']} sharded" if report["gpus"] > 1 else "of one GPU"
     yield "memory", each
     for name, size in report["memory_per_gpu"].items():

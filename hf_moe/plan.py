@@ -99,6 +99,8 @@ def plan(config: HfMoeConfig, run: Run, rate: Rate = MEASURED) -> dict[str, Any]
         "trained_params": trained,
         "gpus": run.gpus,
         "sharding": run.sharding,
+        "rows": run.per_device_train_batch_size,
+        "length": run.max_length,
         "memory_per_gpu": parts,
         "memory_per_gpu_total": sum(known),
         "activations_known": len(known) == len(parts),

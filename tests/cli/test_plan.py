@@ -20,7 +20,7 @@ def test_table_and_json_say_the_same(command, folder):
     report = json.loads(out)
     assert code == 0 and report["model"] == str(folder)
     code, table, _ = command(*arguments)
-    assert code == 0
+    assert code == 0 and "1 of 16 tokens in a forward pass" in table
     for part, size in report["memory_per_gpu"].items():
         assert f"{part.replace('_', ' ')}" in table and f"{size / 1e6:,.1f} MB" in table
     assert (

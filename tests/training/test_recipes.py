@@ -39,7 +39,7 @@ TRAINED = {
 SMALL = {"bf16": "false", "use_cpu": "true", "max_steps": 2, "max_length": 256, "per_device_train_batch_size": 2}
 SMALL |= {"gradient_accumulation_steps": 2, "save_strategy": "no", "warmup_steps": 0}
 # What a stage wants beside it, or instead.
-PRETRAIN = {"gradient_accumulation_steps": 1, "train_tokens": 1024, "batch_tokens": 512}
+PRETRAIN = {"gradient_accumulation_steps": 1, "max_steps": -1, "train_tokens": 1024, "batch_tokens": 512}
 
 
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.split("/")[1] in TRAINED])
