@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_moe.model.balancing import LOSSES, Routed, Statistics, routed, statistics
-from hf_moe.routers import Router, Routing
+from hf_moe.routers import Router, Routing, routed_experts
 
 from .moe_arguments import moe_argument
 from .multi_token import mtp_coefficient, multi_token_decoder
@@ -32,7 +32,7 @@ class Balance:
     def __init__(self, model: nn.Module, routers: dict[str, Router], args: TrainingArguments):
         self.config = config = model.config.get_text_config()
         self.routers = routers
-        self.top_k = getattr(config, "num_experts_per_tok", None) or 1
+        self.top_k = routed_experts(config)[1]
         self.n_group = getattr(config, "n_group", None) or 1
         self.groups = SimpleNamespace(topk_group=getattr(config, "topk_group", None) or 1)
         scale = {} if hasattr(model, "active_losses") else {"router_aux_loss_coef": self.top_k}

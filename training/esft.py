@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_moe.routers import captured, find_routers
+from hf_moe.routers import captured, find_routers, routed_experts
 
 from .merging import INPUTS
 from .selection_bias import base_model
@@ -80,7 +80,7 @@ def score_experts(model: nn.Module, batches: Iterable[dict], score: str = "token
     """
     model.eval()
     base = base_model(model)
-    routers, top_k = find_routers(base), getattr(base.config.get_text_config(), "num_experts_per_tok", 1)
+    routers, top_k = find_routers(base), routed_experts(base.config)[1]
     totals = {}
     for batch in batches:
         inputs = {name: batch[name].to(base.device) for name in INPUTS if name in batch}

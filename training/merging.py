@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from hf_moe.routers import captured, find_routers
+from hf_moe.routers import captured, find_routers, routed_experts
 
 from .quantized import dequantize
 from .selection_bias import SelectionBias, base_model
@@ -18,7 +18,7 @@ def routes(model: nn.Module, batches: Iterable[dict]) -> torch.Tensor:
     """[routers, tokens, K]: the experts of each token that is not padding, in order of their number."""
     model.eval()
     base = base_model(model)
-    routers, top_k = find_routers(base), getattr(base.config.get_text_config(), "num_experts_per_tok", 1)
+    routers, top_k = find_routers(base), routed_experts(base.config)[1]
     chosen = []
     for batch in batches:
         inputs = {name: batch[name].to(base.device) for name in INPUTS if name in batch}

@@ -7,6 +7,7 @@ import torch
 from hf_moe.training.adapters import adapted_weights, add_adapter
 from hf_moe.training.merging import merge_adapter, routes
 
+from ..conversion.conftest import build, dbrx
 from .models import collate, deepseek_v3, hf_moe_biased, mixtral, rows
 from .test_adapters import arguments
 
@@ -81,3 +82,8 @@ def test_padding_is_no_route():
     batch = collate(rows(4))
     lengths = batch["attention_mask"].sum().item()
     assert routes(model, [batch, batch]).shape == (2, 2 * lengths, 2)
+
+
+def test_every_choice_of_a_dbrx_is_counted():
+    model, batch = build("dbrx", **dbrx(clip_qkv=8.0)), collate(rows(4))
+    assert routes(model, [batch]).shape == (3, batch["attention_mask"].sum(), 3)
