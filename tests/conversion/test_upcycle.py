@@ -273,7 +273,7 @@ BAD_CONFIGS = {
     "biases without tensors": ({"mlp_bias": True}, r"lacks model\.layers\.0\.mlp.*bias"),
     "another width": ({"intermediate_size": 40}, r"mlp.*shape \[36, 24\].*\[40, 24\]"),
     "no activation": ({"hidden_act": "magic"}, "llama cannot be carried: .*'magic' is (missing or )?unknown"),
-    "no rotation": ({"rope_parameters": {"rope_type": "magic", "rope_theta": 9.0}}, "'magic' is missing or unknown"),
+    "no rotation": ({"rope_parameters": {"rope_type": "magic", "rope_theta": 9.0}}, "rope_type 'magic' is unknown"),
     "half a rotation": (
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 9.0}},
         "llama config: Missing required keys .*'factor'}$",
