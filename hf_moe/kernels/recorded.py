@@ -6,14 +6,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .tiles import SHARED_MEMORY, shared_memory
+
 logger = logging.get_logger(__name__)
-
-SHARED_MEMORY = 227 * 1024  # bytes that the largest tiles take: what an H100 gives a block
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a block may have on this card; 0 of makers that do not say."""
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 
 def decoding_kernels(model: nn.Module, rows: int) -> AbstractContextManager:

@@ -6,7 +6,7 @@ Hopper's warp specialization (tl.range) hung in these kernels.
 
 import torch
 
-from .recorded import SHARED_MEMORY, shared_memory
+SHARED_MEMORY = 227 * 1024  # bytes that the largest tiles take: what an H100 gives a block
 
 # For 16-bit numbers and many rows an expert, on Hopper. With one program a processor and the loop over tiles flattened
 # a tile's first loads overlap the stores of the one before; in the up-projection this costs registers that it lacks.
@@ -50,6 +50,11 @@ def tiles(kernel: str, rows: int, dtype: torch.dtype, device: torch.device) -> d
 def pass_rows(device: torch.device) -> int:
     """Rows that one program of a pass over memory takes: few, so that many programs have loads under way."""
     return 16 if device.type == "cpu" else 1
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have on this card; 0 of makers that do not say."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 
 def processors(device: torch.device) -> int:
