@@ -101,10 +101,12 @@ def routed_experts(config: PreTrainedConfig) -> tuple[int, int]:
     """E and K of a config, 1 and 1 where it is dense."""
     text = config.get_text_config()
     places = (text, getattr(text, "ffn_config", None))  # DBRX has them one level below
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    experts = next((value for place in places for name in names if (value := getattr(place, name, None))), 1)
-    names = ("num_experts_per_tok", "moe_top_k")
-    return experts, next((value for place in places for name in names if (value := getattr(place, name, None))), 1)
+
+    def first(*names: str) -> int:
+        return next((value for place in places for name in names if (value := getattr(place, name, None))), 1)
+
+    experts = first("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return experts, first("num_experts_per_tok", "moe_top_k")
 
 
 @contextmanager

@@ -239,6 +239,11 @@ class HfMoeConfig(PreTrainedConfig):
         return bool(self.nested_rope_parameter_keys(self.rope_parameters))
 
     @property
+    def ropes(self) -> list[dict[str, Any]]:
+        """Each dict of rope_parameters, of which there is one for all layers or one a layer type."""
+        return list(self.rope_parameters.values()) if self.rope_by_layer_type else [self.rope_parameters]
+
+    @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """Tensor parallelism: a style for each tensor that this configuration has (any other draws a warning)."""
         # A norm over all heads at once needs its whole input, so q, k and v are gathered from the ranks.
@@ -327,8 +332,7 @@ class HfMoeConfig(PreTrainedConfig):
                     f"rope_parameters has {sorted(self.rope_parameters)}, but layer_types has {missing[0]}, too; for "
                     "layers without RoPE there is no_rope_layers."
                 )
-        ropes = self.rope_parameters.values() if self.rope_by_layer_type else [self.rope_parameters]
-        for rope_type in (rope["rope_type"] for rope in ropes if rope):
+        for rope_type in (rope["rope_type"] for rope in self.ropes if rope):
             if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
                 known = ", ".join(("default", *sorted(ROPE_INIT_FUNCTIONS)))
                 raise ValueError(f"rope_type {rope_type!r} is unknown; Transformers has {known}.")

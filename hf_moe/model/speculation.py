@@ -149,8 +149,7 @@ def check_lengths(config, length: int, max_length: int) -> None:
 
     Drafts would then be verified by other frequencies than those of plain decoding.
     """
-    by_type = config.rope_parameters.values() if config.rope_by_layer_type else [config.rope_parameters]
-    for rope in by_type:
+    for rope in config.ropes:
         limits = {"longrope": rope.get("original_max_position_embeddings"), "dynamic": config.max_position_embeddings}
         limit = limits.get(rope["rope_type"])
         crosses = limit is not None and max_length > limit
