@@ -138,7 +138,7 @@ class HfMoeAttention(nn.Module):
         elif self.config.attn_temperature_tuning:
             query = query * temperature(kwargs["position_ids"], self.config).to(query.dtype)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
 
         if self.config.attention_sinks:
             kwargs["s_aux"] = self.sinks

@@ -103,7 +103,7 @@ class HfMoeConfig(PreTrainedConfig):
     """
 
     model_type = "hf_moe"
-    keys_to_ignore_at_inference = ["past_key_values"]  # a list: the Trainer adds to it
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # as hosts have called it; the Trainer adds to it
     attribute_map = {"num_local_experts": "num_experts", "n_routed_experts": "num_experts"}
 
     base_model_pp_plan = {

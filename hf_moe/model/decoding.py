@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
-from transformers.utils.output_capturing import capture_outputs
+
+from .host import CACHE, of_recording, of_the_user, pad_token
 
 logger = logging.get_logger(__name__)
 
@@ -200,8 +201,7 @@ def reserve_cache(model: nn.Module, rows: int, positions: int) -> HfMoeReservedC
 def watched(module: nn.Module) -> bool:
     """Whether somebody's hook is to see every call, which a replay doesn't make."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    # Transformers leaves its hooks where outputs were once recorded; they do nothing unless that is asked again.
-    return any(hook.__module__ != capture_outputs.__module__ for hook in hooks)
+    return not all(map(of_recording, hooks))
 
 
 def recordable(model: nn.Module) -> bool:
@@ -245,7 +245,7 @@ class HfMoeDecoding:
     """`generate()` with recorded steps; everything else it can do goes Transformers' way."""
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, positions):
-        chosen = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
+        chosen = model_kwargs.get(CACHE) is not None or generation_config.cache_implementation is not None
         plain = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         off = generation_config.disable_compile or generation_config.use_cache is False
         if chosen or not plain or off or not recordable(self):
@@ -254,7 +254,7 @@ class HfMoeDecoding:
             )
             return
         rows = batch_size * generation_config.num_return_sequences
-        model_kwargs["past_key_values"] = reserve_cache(self, rows, positions)
+        model_kwargs[CACHE] = reserve_cache(self, rows, positions)
 
     def _optimize_model_for_decode(self):
         """Nothing: Transformers would switch to batched_mm here, which copies the weights of each token's experts."""
@@ -283,8 +283,8 @@ class HfMoeDecoding:
         streamer=None,
         **model_kwargs,
     ):
-        cache, config = model_kwargs.get("past_key_values"), generation_config
-        known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+        cache, config = model_kwargs.get(CACHE), generation_config
+        known = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
         others = any(value is not None for name, value in model_kwargs.items() if name not in known)
         recorded = config.output_attentions or config.output_hidden_states
         here = isinstance(cache, HfMoeReservedCache) and input_ids.device == self.device and recordable(self)
@@ -323,7 +323,7 @@ class HfMoeDecoding:
         if step is not None:
             step.begin(position, attention_mask)
 
-        pad, limit = config._pad_token_tensor, stopping_criteria.max_length
+        pad, limit = pad_token(config), stopping_criteria.max_length
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         watched = any(not isinstance(criterion, MaxLengthCriteria) for criterion in stopping_criteria)
         unfinished = torch.ones(rows, dtype=torch.long, device=ids.device)
@@ -371,12 +371,12 @@ class HfMoeDecoding:
         if streamer is not None:
             streamer.end()
         if not config.return_dict_in_generate:
-            if not getattr(cache, "_is_user_defined", False):  # nobody else has it
+            if not of_the_user(cache):
                 KEPT[self] = cache
             return ids
         return GenerateDecoderOnlyOutput(
             sequences=ids,
             scores=scores if config.output_scores else None,
             logits=raw_logits if config.output_logits else None,
-            past_key_values=cache,
+            **{CACHE: cache},
         )

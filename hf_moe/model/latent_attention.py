@@ -103,7 +103,7 @@ class HfMoeLatentAttention(nn.Module):
         key_rope = rotate(key_rope, *position_embeddings, interleaved=config.rope_interleave)
         if past_key_values is not None:
             grow_in_place(past_key_values, self.layer_idx)
-            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
+            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx, kwargs=kwargs)
 
         weight = self.up_projections()
         # Without a cache here there may be one in the attention function (vLLM's), which then has to be asked.

@@ -7,11 +7,11 @@ heads, d head size. An expert owns H_kv query heads, one a key-value head.
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.integrations.moe import _grouped_linear
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import attention_scaling, attention_settings, eager_attention, has_rope
 from .configuration_hf_moe import HfMoeConfig
+from .host import grouped_product
 from .norms import make_norm
 from .rotary import rotate
 from .router import HfMoeRouter
@@ -38,7 +38,7 @@ def grouped_linear(rows: torch.Tensor, expert: torch.Tensor, weight: torch.Tenso
     expert, order = expert.sort()
     experts = torch.arange(len(weight), device=expert.device)
     ends = torch.searchsorted(expert, experts, right=True, out_int32=True)
-    return _grouped_linear(rows[order], weight, ends)[order.argsort()]
+    return grouped_product(rows[order], weight, ends)[order.argsort()]
 
 
 # `experts_implementation` -> how the heads' projections are computed; None is a layer on its own, outside a model.
@@ -115,7 +115,7 @@ class HfMoeMixtureOfHeads(nn.Module):
             query = rotate(query, *position_embeddings, interleaved=self.config.rope_interleave)
             key = rotate(key, *position_embeddings, interleaved=self.config.rope_interleave)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         kwargs |= attention_settings(self)

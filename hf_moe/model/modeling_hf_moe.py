@@ -29,6 +29,7 @@ from .balancing import LOSSES
 from .configuration_hf_moe import HfMoeConfig
 from .decoding import HfMoeDecoding
 from .dispatch import HfMoeDispatch
+from .host import CACHE, host_arguments
 from .latent_attention import HfMoeLatentAttention
 from .long_rope import HfMoeLongRope
 from .mixture_of_heads import HfMoeMixtureOfHeads
@@ -185,6 +186,17 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
         return residual + (change if self.residual_multiplier == 1 else change * self.residual_multiplier)
 
 
+# What `output_...` may ask the decoder for. Of its own layers: those in `mtp_layers` are not recorded.
+RECORDERS = {
+    "router_logits": OutputRecorder(HfMoeRouter, index=0),
+    "router_indices": OutputRecorder(HfMoeRouter, index=2),
+    "router_tokens": OutputRecorder(HfMoeRouter, index=3),
+    "router_baselines": OutputRecorder(HfMoeRouter, index=4),
+    "hidden_states": OutputRecorder(HfMoeDecoderLayer, layer_name="layers"),
+    "attentions": [OutputRecorder(x, index=1, layer_name="layers") for x in ATTENTIONS.values()],
+}
+
+
 class HfMoePreTrainedModel(HfMoeDispatch, HfMoeHashTables, PreTrainedModel):
     """What Transformers needs to know of the family: initialisation, what it supports, what it can record."""
 
@@ -192,7 +204,7 @@ class HfMoePreTrainedModel(HfMoeDispatch, HfMoeHashTables, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HfMoeDecoderLayer"]  # FSDP refuses classes that the model has no module of
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", CACHE]
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _keys_to_ignore_on_load_unexpected = [r"\bmtp_layers\."]  # only a causal language model has them
     _supports_flash_attn = True
@@ -200,15 +212,7 @@ class HfMoePreTrainedModel(HfMoeDispatch, HfMoeHashTables, PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {
-        "router_logits": OutputRecorder(HfMoeRouter, index=0),
-        "router_indices": OutputRecorder(HfMoeRouter, index=2),
-        "router_tokens": OutputRecorder(HfMoeRouter, index=3),
-        "router_baselines": OutputRecorder(HfMoeRouter, index=4),
-        # Of the decoder's layers: those in `mtp_layers` are not recorded.
-        "hidden_states": OutputRecorder(HfMoeDecoderLayer, layer_name="layers"),
-        "attentions": [OutputRecorder(x, index=1, layer_name="layers") for x in ATTENTIONS.values()],
-    }
+    _can_record_outputs = RECORDERS
 
     def __init__(self, config: HfMoeConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -270,6 +274,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @host_arguments(*RECORDERS)
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -289,7 +294,9 @@ class HfMoeModel(HfMoePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         inputs_embeds = self.scaled(inputs_embeds)
-        if use_cache and past_key_values is None:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            past_key_values = None  # the recomputation would fill it again
+        elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -302,11 +309,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         if not isinstance(masks, dict):  # `generate` prepares one mask a layer type
             masks = {
                 layer_type: MASKS[layer_type](
-                    config=self.config,
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=attention_mask,
-                    past_key_values=past_key_values,
-                    position_ids=position_ids,
+                    self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
                 )
                 for layer_type in dict.fromkeys(self.config.layer_types)
             }
@@ -331,7 +334,7 @@ class HfMoeModel(HfMoePreTrainedModel):
             mtp_hidden_states, mtp_masks = predict_ahead(self.mtp_layers, hidden_states, inputs_embeds, **shared)
         return HfMoeModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: past_key_values if use_cache else None},
             mtp_hidden_states=mtp_hidden_states,
             mtp_masks=mtp_masks,
         )
@@ -364,6 +367,7 @@ class HfMoeForCausalLM(
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @host_arguments(*RECORDERS)
     @can_return_tuple
     def forward(
         self,
@@ -428,7 +432,7 @@ class HfMoeForCausalLM(
             aux_loss=aux_loss,
             mtp_loss=mtp_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,

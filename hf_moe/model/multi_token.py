@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers.utils.output_capturing import install_output_capuring_hook
 
 from .configuration_hf_moe import HfMoeConfig
+from .host import CACHE, record
 from .norms import make_norm
 from .router import HfMoeRouter
 from .speculation import check_lengths, check_speculation, speculative_decoding
@@ -142,6 +142,7 @@ class HfMoeMultiToken:
             return super()._assisted_decoding(input_ids, generation_config=generation_config, **kwargs)
         names = ("assistant_model", "assistant_tokenizer", "tokenizer", "synced_gpus")
         kwargs = {name: value for name, value in kwargs.items() if name not in names}
+        kwargs["cache"] = kwargs.pop(CACHE)
         return speculative_decoding(self, input_ids, generation_config=generation_config, **kwargs)
 
     def per_mtp_router(self, items: Iterable) -> list:
@@ -172,20 +173,10 @@ class HfMoeMultiToken:
             with torch.device("meta"):
                 layer = HfMoeMultiTokenLayer(self.config, type(last), depth)
             layer.load_state_dict(state, assign=True)
-            record_routers(decoder, layer)
+            record(decoder, routers_of(layer), "router_")
             decoder.mtp_layers.append(layer.train(self.training))
         self.config.num_mtp_layers = len(decoder.mtp_layers)
         self._no_split_modules.add("HfMoeMultiTokenLayer")
-
-
-def record_routers(decoder: nn.Module, layer: nn.Module) -> None:
-    """Let `decoder` record the routers of a `layer` that came after it placed its hooks."""
-    if not getattr(decoder, "_output_capturing_hooks_installed", False):
-        return
-    recorders = {name: x for name, x in decoder._can_record_outputs.items() if name.startswith("router_")}
-    for router in routers_of(layer):
-        for name, recorder in recorders.items():
-            install_output_capuring_hook(router, name, recorder.index)
 
 
 def routers_of(module: nn.Module) -> list[HfMoeRouter]:

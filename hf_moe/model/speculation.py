@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import BaseQuantizedLayer, Cache, DynamicCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, LogitsProcessorList
 
 from .attention import MASKS
+from .host import CACHE, QuantizedLayer, pad_token
 from .rotary import position_embeddings
 
 
@@ -63,10 +64,10 @@ class Drafter:
         config, last = self.decoder.config, self.decoder.config.layer_types[-1]
         shared = {
             "attention_mask": MASKS[last](
-                config=config,
-                inputs_embeds=embeds,
-                attention_mask=None if attention_mask is None else attention_mask[:, self.start : known - 1],
-                past_key_values=self.cache,
+                config,
+                embeds,
+                None if attention_mask is None else attention_mask[:, self.start : known - 1],
+                self.cache,
             ),
             "position_ids": position_ids[:, window],
             "position_embeddings": position_embeddings(
@@ -164,7 +165,7 @@ def check_cache(cache: Cache) -> None:
     if any(isinstance(layer, StaticLayer) and layer.is_sliding for layer in cache.layers):
         raise ValueError("use_mtp can't take tokens back from a static sliding-window cache: use a dynamic one.")
     # A quantized layer says that it can be cropped, but that takes nothing from what it has quantized.
-    quantized = any(isinstance(layer, BaseQuantizedLayer) for layer in cache.layers)
+    quantized = any(isinstance(layer, QuantizedLayer) for layer in cache.layers)
     if quantized or not all(layer.is_croppable or isinstance(layer, StaticLayer) for layer in cache.layers):
         raise ValueError(
             f"use_mtp can't take tokens back from this {type(cache).__name__}: use a dynamic or static one."
@@ -177,7 +178,7 @@ def speculative_decoding(
     logits_processor: LogitsProcessorList,
     stopping_criteria,
     generation_config: GenerationConfig,
-    past_key_values: Cache,
+    cache: Cache,
     position_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     streamer=None,
@@ -188,7 +189,7 @@ def speculative_decoding(
     Where rows accept different numbers, all advance by the smallest plus one: a row that accepted more keeps its draft
     there. That is still exact, because a place is kept or not by what happened before it.
     """
-    ids, cache, sample = input_ids, past_key_values, generation_config.do_sample
+    ids, sample = input_ids, generation_config.do_sample
     seen = int(cache.get_seq_length())
     if kwargs.get("inputs_embeds") is not None or position_ids.shape[1] != ids.shape[1] or seen >= ids.shape[1]:
         raise ValueError("use_mtp needs input_ids of the whole sequence, also of what past_key_values holds.")
@@ -240,7 +241,7 @@ def speculative_decoding(
 
         for i, token in enumerate((*drafts[:, :common].unbind(dim=1), last)):
             if ends:
-                token = torch.where(unfinished, token, generation_config._pad_token_tensor.to(token))
+                token = torch.where(unfinished, token, pad_token(generation_config).to(token))
             ids = torch.cat((ids, token.unsqueeze(1)), dim=1)
             scores, raw_logits = (*scores, places[i]), (*raw_logits, logits[:, i])
             if streamer is not None:
@@ -273,7 +274,7 @@ def speculative_decoding(
         sequences=ids,
         scores=scores if generation_config.output_scores else None,
         logits=raw_logits if generation_config.output_logits else None,
-        past_key_values=cache,
+        **{CACHE: cache},
         forward_passes=passes,
         drafted_tokens=drafted,
         accepted_tokens=accepted,
