@@ -13,11 +13,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which importing hf_moe does
 
+from transformers import ContinuousBatchingConfig
+
 import hf_moe
 
 # HF_MOE_TEST_DEVICE=cuda runs the whole suite there: every tensor a test makes lands on it.
 if "HF_MOE_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["HF_MOE_TEST_DEVICE"])
+
+# Continuous batching would take most of the free memory, of whatever device.
+FEW_PAGES = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -69,6 +74,11 @@ def tiny_config(**changes) -> hf_moe.HfMoeConfig:
 def tiny_model(**changes) -> hf_moe.HfMoeForCausalLM:
     torch.manual_seed(1)
     return hf_moe.HfMoeForCausalLM(tiny_config(**changes)).eval()
+
+
+def on_the_gpu(model, ids):
+    """Both there, for what Transformers does between a GPU and the host's memory only."""
+    return model.to("cuda"), ids.to("cuda")
 
 
 def tokens(batch: int = 2, length: int = 11, vocab_size: int = 97, seed: int = 0) -> torch.Tensor:

@@ -9,7 +9,7 @@ from transformers.integrations.finegrained_fp8 import FP8Experts
 from hf_moe import HfMoeForCausalLM
 from hf_moe.model.modeling_hf_moe import HfMoeSparseMoeBlock
 from hf_moe.model.norms import make_norm
-from tests.conftest import tiny_config, tiny_model, tokens
+from tests.conftest import FEW_PAGES, tiny_config, tiny_model, tokens
 
 SIZES = {
     "vocab_size": 97,
@@ -291,7 +291,7 @@ def test_continuous_batching_with_sinks():
     model, prompt = tiny_model(attention_sinks=True), tokens(1, 7)
     torch.nn.init.normal_(model.model.layers[0].self_attn.sinks)
     greedy = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    (result,) = model.generate_batch(prompt.tolist(), generation_config=greedy, progress_bar=False).values()
+    (result,) = model.generate_batch(prompt.tolist(), greedy, FEW_PAGES, progress_bar=False).values()
     assert torch.equal(torch.tensor([result.generated_tokens]), model.generate(prompt, greedy)[:, 7:])
 
 

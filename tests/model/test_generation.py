@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from tests.conftest import tiny_model, tokens
+from tests.conftest import FEW_PAGES, on_the_gpu, tiny_model, tokens
 
 VARIANTS = {
     "softmax": {},
@@ -42,6 +42,8 @@ def greedy_without_cache(model, ids, steps):
 )
 def test_cached_decoding_equals_the_full_forward(variant, cache):
     model, ids = tiny_model(**VARIANTS[variant]), tokens(2, 7)
+    if "offloaded" in cache:
+        model, ids = on_the_gpu(model, ids)
     options = {"cache_implementation": cache, "disable_compile": True, "max_new_tokens": 9, "do_sample": False}
     generated = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(generated, greedy_without_cache(model, ids, 9))
@@ -94,12 +96,10 @@ def test_the_first_layers_assist():
 
 
 def test_continuous_batching():
-    from transformers import GenerationConfig
-
     model = tiny_model()
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 8, 5)]
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    results = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+    results = model.generate_batch(prompts, config, FEW_PAGES, progress_bar=False)
     assert len(results) == 3
     for result in results.values():
         prompt = torch.tensor([result.prompt_ids])

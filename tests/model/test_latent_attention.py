@@ -26,7 +26,7 @@ from hf_moe import HfMoeConfig
 from hf_moe.model.latent_attention import HfMoeLatentAttention, absorbing_is_cheaper
 from hf_moe.model.rotary import HfMoeRotaryEmbedding
 from hf_moe.model.routing import ROUTERS
-from tests.conftest import tiny_config, tiny_model, tokens
+from tests.conftest import on_the_gpu, tiny_config, tiny_model, tokens
 from tests.model.test_generation import greedy_without_cache
 
 SIZES = {"kv_lora_rank": 13, "qk_nope_head_dim": 5, "qk_rope_head_dim": 6, "v_head_dim": 7}
@@ -217,6 +217,8 @@ def test_adapters_on_kv_b_proj_count():
 @pytest.mark.parametrize("cache", ["dynamic", "static", pytest.param("offloaded", marks=pytest.mark.gpu)])
 def test_cached_decoding_equals_the_full_forward(variant, cache):
     model, ids = latent_model(**VARIANTS[variant]), tokens(2, 7)
+    if "offloaded" in cache:
+        model, ids = on_the_gpu(model, ids)
     options = {"cache_implementation": cache, "disable_compile": True, "max_new_tokens": 9, "do_sample": False}
     generated = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(generated, greedy_without_cache(model, ids, 9))

@@ -226,9 +226,10 @@ def test_hash_tables_follow_the_vocabulary(size, tmp_path):
     ids = torch.tensor([[5, size - 1, 7]])
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
-    assert torch.equal(
-        loaded(ids, labels=ids, output_mtp_loss=True).loss, model(ids, labels=ids, output_mtp_loss=True).loss
-    )
+    for saved, router in zip(loaded.hash_routers(), model.hash_routers(), strict=True):
+        assert torch.equal(saved.hash_table, router.hash_table)
+    # Loaded weights may lie elsewhere, and products of other alignments take other kernels: no bytes to compare.
+    torch.testing.assert_close(*(x(ids, labels=ids, output_mtp_loss=True).loss for x in (loaded, model)))
 
 
 def test_hash_tables_follow_the_text_and_are_saved(tmp_path):
