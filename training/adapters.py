@@ -14,9 +14,9 @@ import math
 from dataclasses import dataclass, field
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
+from .host_trl import LoraLayer, adapted_name
 from .parameter_groups import part_of
 from .quantized import STORED, check_quantization
 from .selection_bias import base_name
@@ -144,7 +144,7 @@ def add_adapter(model: nn.Module, args: AdapterArguments) -> tuple[PeftModel, st
 def adapted_weights(model: PeftModel) -> dict[str, LoraLayer]:
     """Name of a weight in the base model -> the layer that adapts it."""
     return {
-        f"{base_name(name)}.{layer.parameter_name if isinstance(layer, ParamWrapper) else 'weight'}": layer
+        f"{base_name(name)}.{adapted_name(layer)}": layer
         for name, layer in model.get_base_model().named_modules()
         if isinstance(layer, LoraLayer)
     }

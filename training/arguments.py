@@ -8,9 +8,9 @@ from typing import NoReturn, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import TrlParser
 
+from .host import RENAMED, missing_reporters
 from .parameter_groups import GROUPS
 from .recipe_files import read_recipe
 from .record import describe
@@ -118,7 +118,7 @@ class RecipeParser(TrlParser):
 
     def parse(self, argv: list[str]) -> tuple:
         """One instance per dataclass from [recipe, --key, value, ...]; the command line wins."""
-        name, *overrides = argv
+        name, *overrides = [with_new_name(word) for word in argv]
         self.take_recipe(name)
         namespace, unknown = self.parse_known_args(overrides)
         for word in unknown:
@@ -153,6 +153,10 @@ class RecipeParser(TrlParser):
         """Make a recipe's values the defaults, each of its argument's type; returns how many. ValueError where not."""
         recipe = read_recipe(name)
         self.where = f"recipe {name}: "
+        for old in recipe.keys() & RENAMED.keys():
+            if RENAMED[old] in recipe:
+                self.error(f"{old} is the old name of {RENAMED[old]}, which is there, too: leave it out.")
+        recipe = {RENAMED.get(key, key): value for key, value in recipe.items()}
         for key in recipe:
             self.check_key(str(key))
         # Scalars go through argparse, which checks their type and choices. It would take defaults unchecked.
@@ -192,9 +196,19 @@ class RecipeParser(TrlParser):
             self.error(f"unknown argument {key}; the nearest known one is {nearest}.")
 
 
+def with_new_name(word: str) -> str:
+    """A word of the command line with an argument's new name for its old one, which a recipe's new one would beat."""
+    name, given, value = word.partition("=")
+    name = name.replace("-", "_")
+    for old, new in RENAMED.items():
+        if name == f"__{old}":
+            return f"--{new}{given}{value}"
+        if name == f"__no_{old}":
+            return f"--{new}=false"
+    return word
+
+
 def check_reporters(names: list[str]) -> None:
     """Raises ValueError for what Transformers would report to, were its package there."""
-    missing = [name for name in names if name in INTEGRATION_TO_CALLBACK]
-    missing = [name for name in missing if name not in get_available_reporting_integrations()]
-    if missing:
+    if missing := missing_reporters(names):
         raise ValueError(f"report_to is {missing[0]}, whose package is not installed: install it, or say none.")

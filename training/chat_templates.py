@@ -4,7 +4,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, get_training_chat_template
-from trl.chat_template_utils import has_generation_markers
+
+from .host_trl import has_generation_markers
 
 SUFFIXES = (".jinja", ".j2")  # of files; any other path is a tokenizer, whose template TRL takes over
 

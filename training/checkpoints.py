@@ -6,8 +6,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .host import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 
 ADAPTER_FILE = "adapter_model.safetensors"
 

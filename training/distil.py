@@ -13,6 +13,7 @@ from trl import SFTTrainer
 
 from .arguments import DataArguments, ModelArguments
 from .checkpoints import load_model
+from .host_trl import log_beside_loss
 from .mixture import mix
 from .run import (
     check_template,
@@ -51,7 +52,7 @@ class Distilling(SFTTrainer):
     teacher: nn.Module
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.mode = "train" if model.training else "eval"
+        self.training = model.training
         inputs = {**inputs, "use_cache": False}
         with torch.no_grad():
             self.teacher_logits = self.teacher(**{k: v for k, v in inputs.items() if k in TEACHER_INPUTS}).logits
@@ -67,7 +68,7 @@ class Distilling(SFTTrainer):
         cross_entropy = nn.functional.cross_entropy(student, target, reduction="sum")
         here = counts.sum().clamp(min=1)
         for name, value in (("kl", kl), ("cross_entropy", cross_entropy)):
-            self._metrics[self.mode][name].append((value.detach() / here).item())
+            log_beside_loss(self, self.training, name, (value.detach() / here).item())
         whole = here if num_items_in_batch is None else num_items_in_batch
         return (self.args.kl_weight * kl + (1 - self.args.kl_weight) * cross_entropy) / whole
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import RepeatSampler
 
+from .host import prepared_inputs
+from .host_trl import RepeatSampler, generated_batches, generated_step
 from .policy import MoePolicyMixin, PolicyArguments
 from .router_replay import Indices, check_replayable, fit, of_batches, of_generation, recording, replayed
 
@@ -78,14 +79,14 @@ class MoeGRPOTrainer(MoePolicyMixin, GRPOTrainer):
         return {name: torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for name, x in parts}
 
     def step_batches(self) -> list[dict]:
-        first = self._step % self.args.steps_per_generation
-        return self._buffered_inputs[first : first + len(self.step.batches)]
+        first = generated_step(self) % self.args.steps_per_generation
+        return generated_batches(self)[first : first + len(self.step.batches)]
 
     def some_batches(self, count: int) -> list[dict]:
-        if self._buffered_inputs is None:  # no step was left to train
+        if generated_batches(self) is None:  # no step was left to train
             self.model.train()
-            self._prepare_inputs(next(iter(self.get_train_dataloader())))
-        return [self.model_inputs(batch) for batch in self._buffered_inputs[:count]]
+            prepared_inputs(self, next(iter(self.get_train_dataloader())))
+        return [self.model_inputs(batch) for batch in generated_batches(self)[:count]]
 
     def _get_train_sampler(self, dataset=None) -> EpochSampler:
         x = super()._get_train_sampler(dataset)

@@ -1,7 +1,8 @@
 """Label smoothing for causal models that Transformers does not know by name."""
 
 import torch
-from transformers.trainer_pt_utils import LabelSmoother
+
+from .host import LabelSmoother
 
 
 class ShiftedLabelSmoother(LabelSmoother):

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .host import RENAMED, by_both_names
+
 BALANCE_OVER = ("step", "micro_batch")
 
 
@@ -72,6 +74,16 @@ class MoeArguments:
     lr_gamma: float = field(
         default=0.316, metadata={"help": "Factor at each of lr_milestones: 31.6%%, then 10%% of the maximum."}
     )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep a layer's input alone, and run its forward again in the backward pass. Also known by its "
+            "old name, gradient_checkpointing."
+        },
+    )
+    activation_checkpointing_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "What torch.utils.checkpoint.checkpoint takes, as {use_reentrant: false}."}
+    )
     log_each_router: bool = field(
         default=False, metadata={"help": "Log the routing metrics of each router beside their summary."}
     )
@@ -79,6 +91,12 @@ class MoeArguments:
         default=False,
         metadata={"help": "Log load, entropy and co-activation as pictures, to TensorBoard or Weights & Biases."},
     )
+
+    def __post_init__(self):
+        vars(self).update(by_both_names(vars(self)))
+        super().__post_init__()
+        for old, new in RENAMED.items():  # which a host without the new names has read, and changed
+            setattr(self, new, getattr(self, old))
 
 
 @dataclass

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from .adapters import AdapterArguments, check_coverage, lora_config
 from .arguments import ModelArguments
+from .host_trl import leave_out_own_aux_loss
 from .moe_arguments import MoeArguments, moe_argument
 from .run import check_template, choose_trained, find_template, load_tokenizer, load_trained_model
 from .trained import store_base
@@ -52,7 +53,7 @@ class MoePolicyMixin(MoeTrainerMixin):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.aux_loss_enabled = False  # TRL's own, which pools the layers
+        leave_out_own_aux_loss(self)
 
     def find_routing(self) -> None:
         super().find_routing()

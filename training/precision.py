@@ -2,8 +2,9 @@
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import get_mixed_precision_context_manager
 from torch import nn
+
+from .host import autocast_forward
 
 
 def keep_precision(accelerator: Accelerator, model: nn.Module) -> None:
@@ -17,6 +18,4 @@ def keep_precision(accelerator: Accelerator, model: nn.Module) -> None:
     if policy is None or plugin.fsdp_version != 2 or not policy.param_dtype == policy.reduce_dtype == torch.bfloat16:
         return
     plugin.mixed_precision_policy = None
-    autocast = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
-    model._original_forward = model.forward  # which Accelerate puts back
-    model.forward = autocast(model.forward)
+    autocast_forward(accelerator, model)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from transformers.trainer import HubStrategy, PushInProgress
-from transformers.utils.hub import hf_api
+from transformers.trainer_utils import HubStrategy
 
 from hf_moe.hub import MARKER, check_base, plain_errors, push_folder, write_model_card
 
+from .host import add_push, finish_pushes, in_background, is_pushing
 from .record import write_record
 
 STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
@@ -96,7 +96,7 @@ class PublishingMixin:
             return None
         self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.json"))
         self.create_model_card(tags=self.model.model_tags, **card)
-        self._finish_current_push()
+        finish_pushes(self)
         return self.push_folder(Path(self.args.output_dir), commit_message, blocking, token, revision)
 
     def push_folder(
@@ -128,15 +128,14 @@ class PublishingMixin:
                 if remove:
                     shutil.rmtree(folder, ignore_errors=True)
 
-        return job() if blocking else hf_api().run_as_future(job)
+        return job() if blocking else in_background(job)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push what a checkpoint holds of the model, while training goes on."""
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if (
             not self.is_world_process_zero()
             or self.args.hub_strategy == HubStrategy.END
-            or (busy and not self.args.hub_always_push)
+            or (is_pushing(self) and not self.args.hub_always_push)
         ):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -145,11 +144,7 @@ class PublishingMixin:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(checkpoint_folder, aside, copy_function=link_or_copy)
         message = f"Training in progress, step {self.state.global_step}"
-        job = self.push_folder(aside, message, blocking=False, remove=True)
-        if busy:
-            self.push_in_progress.jobs.append(job)
-        else:
-            self.push_in_progress = PushInProgress([job])
+        add_push(self, self.push_folder(aside, message, blocking=False, remove=True))
 
 
 def link_or_copy(source: str, target: str) -> None:

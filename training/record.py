@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from hf_moe.hub import RECORD, inherited, stages_of
 from hf_moe.version import __version__
 
+from .host import loaded_from
+
 # Arguments of a recipe that are a record's as they are.
 ARGUMENTS = ("stage", "seed")
 DATA = ("train_data", "eval_data")
@@ -35,16 +37,17 @@ def is_hub_data(source: str) -> bool:
 
 def stages(facts: dict[str, Any], model: PreTrainedModel) -> list[dict[str, Any]]:
     """All stages that `model` has been through, this one last. facts: of `describe`, or nothing."""
-    base = str(facts.get("base_model") or model.config._name_or_path)
+    source, commit = loaded_from(model.config)
+    base = str(facts.get("base_model") or source)
     folder = Path(base)
     here = bool(base) and folder.is_dir()
     stage = {**facts, "base_model": folder.resolve().name if here else base}
-    stage["base_revision"] = None if here else getattr(model.config, "_commit_hash", None)
+    stage["base_revision"] = None if here else commit
     known = {name: value for name, value in stage.items() if value not in (None, "", [])}
     if not known:
         return []  # a model that was made here
     if not here and stage["base_revision"] is None:  # resumed: the checkpoint knows
-        earlier = stages_of(Path(model.config._name_or_path))
+        earlier = stages_of(Path(source))
         if earlier and earlier[-1].get("base_model") == base:
             return earlier
     if not here:

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from hf_moe.model.balancing import LOSSES
 
+from .host import checkpointing_function
 from .moe_arguments import BALANCE_OVER, moe_argument
 from .multi_step import check_milestones
 from .weight_average import check_average
@@ -74,13 +75,12 @@ def check_multi_token(model: nn.Module, args: TrainingArguments) -> None:
 def check_checkpointing(model: nn.Module, coefficients: dict[str, float]) -> None:
     """Raises ValueError where reentrant activation checkpointing would give the balance losses no gradient."""
     for part in model.modules() if coefficients else ():
-        checkpoint = getattr(part, "_gradient_checkpointing_func", None)
+        checkpoint = checkpointing_function(part)
         # PyTorch's default is True, Transformers' is False.
-        reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
-        if getattr(part, "gradient_checkpointing", False) and checkpoint is not None and reentrant:
+        if checkpoint is not None and getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
             raise ValueError(
                 f"use_reentrant=True would cut {', '.join(coefficients)} off from the router; use "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}, or set them to 0.'
+                'activation_checkpointing_kwargs={"use_reentrant": False}, or set them to 0.'
             )
 
 

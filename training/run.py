@@ -15,7 +15,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.distributed import DistributedConfig
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
 
@@ -23,6 +22,7 @@ from .arguments import DataArguments, ModelArguments
 from .checkpoints import check_optimizer, is_complete, last_checkpoint, load_model
 from .data import is_conversational
 from .float8 import check_float8, compute_in_float8
+from .host import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, is_adapter
 from .mixture import mix
 from .parameter_groups import GROUPS, train_group
 from .sources import load_sources, loss_names, together
@@ -139,7 +139,7 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
         model = load_model(source, **given, **further)
     except ImportError as error:  # of attn_implementation and the like
         raise ValueError(" ".join(str(error).split())) from error
-    if model._hf_peft_config_loaded:  # saving would write the adapter alone, and lose what its base has learnt
+    if is_adapter(model):  # saving would write the adapter alone, and lose what its base has learnt
         raise ValueError(
             f"{source} is an adapter, and training starts from a whole model: give the merged one ({source}/merged, "
             "if --lora_merge wrote it), or the adapter's base with --lora_parts for a new adapter."

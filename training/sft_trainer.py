@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from .host_trl import leave_out_own_aux_loss
 from .long_rows import ON_LONG_ROWS, fit
 from .moe_arguments import MoeArguments
 from .packing import pack
@@ -39,7 +40,7 @@ class MoeSFTTrainer(MoeTrainerMixin, SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.aux_loss_enabled = False  # TRL's own
+        leave_out_own_aux_loss(self)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """TRL's own, with rows that `max_length` cuts counted between tokenising and cutting, and quicker packing."""

@@ -55,9 +55,12 @@ def main(argv: list[str]) -> dict[str, float]:
 
     Raises ValueError or OSError for the user's mistakes, such as an optimizer whose package is not there.
     """
-    stage = stage_module(argv)
     try:
-        return stage.run(*parser_of(stage).parse(argv))
+        stage = stage_module(argv)
+        from .host_trl import quiet
+
+        with quiet():
+            return stage.run(*parser_of(stage).parse(argv))
     except ImportError as error:
         if error.name is not None:  # Python's own, of a module: not what a library says of its extras
             raise
@@ -71,7 +74,9 @@ def check_recipe(name: str) -> int:
 
 def arguments_of(name: str) -> dict[str, Any]:
     """Every argument of a recipe, those that it leaves out with their defaults. Raises as `check_recipe`."""
+    from .host import by_both_names
+
     parser = parser_of(stage_module([name]))
     parser.check(name)
     parser.take_recipe(name)
-    return vars(parser.parse_args([]))
+    return by_both_names(vars(parser.parse_args([])))

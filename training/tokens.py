@@ -21,7 +21,8 @@ from datasets import Dataset
 from jinja2.ext import Extension
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from .host import compile_chat_template
 
 IGNORED = -100  # of labels that do not count
 KINDS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # column -> keys of each message
@@ -84,7 +85,7 @@ class Encoder:
 
     @cached_property
     def compiled(self) -> jinja2.Template:
-        environment = _compile_jinja_template(self.template).environment.overlay(extensions=[Generation])
+        environment = compile_chat_template(self.template).environment.overlay(extensions=[Generation])
         template = environment.from_string(self.template)
         template.globals = dict(template.globals)  # which every rendering copies, and this copies faster
         return template

@@ -16,6 +16,7 @@ from .callbacks import RoutingCallback
 from .checkpoints import check_adapter, load_model
 from .dense_mixer import add_dense_mixer, check_dense_mixer
 from .esft import chosen_experts, load_rows, save_rows
+from .host import own_scheduler, prepared_inputs, shifts_labels
 from .label_smoothing import ShiftedLabelSmoother
 from .metrics import FIRST_LOSS, rows, split, summarize
 from .moe_arguments import moe_argument
@@ -56,7 +57,7 @@ class MoeTrainerMixin(PublishingMixin):
         self.mtp_losses = []  # not weighted, of the same steps
         self.evaluated = []  # the rows of each evaluation batch
         self.experts = {True: {}, False: {}}  # training or not: router -> E, of the routers that a forward uses
-        if self.label_smoother is not None and self._loss_shifts_labels:
+        if self.label_smoother is not None and shifts_labels(self):
             self.label_smoother = ShiftedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
         self.mixing = []  # hooks of the dense mixer, while training
         decay = moe_argument(self.args, "ema_decay")
@@ -139,7 +140,7 @@ class MoeTrainerMixin(PublishingMixin):
 
     def step_batches(self) -> list[dict]:
         """The micro-batches of this step as `compute_loss` will get them."""
-        return [self._prepare_inputs(batch) for batch in self.step.batches]
+        return [prepared_inputs(self, batch) for batch in self.step.batches]
 
     def some_batches(self, count: int) -> list[dict]:
         """What the model sees of the first batches: held-out ones, or training ones where there are none."""
@@ -196,7 +197,7 @@ class MoeTrainerMixin(PublishingMixin):
             self.lr_scheduler = multi_step_schedule(
                 optimizer or self.optimizer, warmup, num_training_steps, milestones, gamma
             )
-            self._created_lr_scheduler = True
+            own_scheduler(self)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, *args, **kwargs):

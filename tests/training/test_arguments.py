@@ -45,6 +45,35 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(recipe):
     assert training.model_init_kwargs == {"x": 1}
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("stage", ["sft", "pretrain", "distil", "dpo", "grpo"])
+@pytest.mark.parametrize(
+    ("said", "extra", "expected"),
+    [
+        ({}, [], (True, None)),  # TRL's default
+        ({"gradient_checkpointing": False}, [], (False, None)),
+        ({"activation_checkpointing": False}, [], (False, None)),
+        ({"activation_checkpointing": True}, ["--gradient_checkpointing", "false"], (False, None)),
+        ({"activation_checkpointing": True}, ["--no-gradient-checkpointing"], (False, None)),
+        ({"gradient_checkpointing": False}, ["--activation-checkpointing=true"], (True, None)),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, [], (True, {"use_reentrant": False})),
+        ({}, ["--activation_checkpointing_kwargs", '{"use_reentrant": false}'], (True, {"use_reentrant": False})),
+    ],
+    ids=["neither", "old", "new", "old-over-new", "no-old", "new-over-old", "kwargs", "kwargs-in-json"],
+)
+def test_either_name_of_checkpointing_is_known_and_the_later_wins(recipe, stage, said, extra, expected):
+    """Transformers 5.23 gave it another name; recipes and commands may have either, on each host, and none warns."""
+    args = parse([recipe(stage=stage, **said), *GIVEN, *extra])[2]
+    assert (args.activation_checkpointing, args.activation_checkpointing_kwargs) == expected
+    assert (args.gradient_checkpointing, args.gradient_checkpointing_kwargs) == expected
+
+
+def test_both_names_in_one_recipe_are_an_error(recipe):
+    name = recipe(activation_checkpointing=True, gradient_checkpointing=False)
+    with pytest.raises(ValueError, match="gradient_checkpointing is the old name of activation_checkpointing, which"):
+        parse([name, *GIVEN])
+
+
 def test_null_in_a_recipe_is_a_value(recipe):
     assert parse([recipe(), *GIVEN])[2].max_length == 1024
     assert parse([recipe(max_length=None), *GIVEN])[2].max_length is None

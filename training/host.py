@@ -1,0 +1,189 @@
+"""The seam to Transformers' Trainer and to Accelerate: all that is private, undocumented or renamed stands here.
+
+As hf_moe/model/host.py does for the model; what is TRL's and PEFT's is in host_trl.py.
+"""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import accelerate.utils
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer import TRAINER_STATE_NAME as TRAINER_STATE_NAME
+from transformers.trainer import TRAINING_ARGS_NAME as TRAINING_ARGS_NAME
+from transformers.trainer import PushInProgress
+from transformers.trainer_pt_utils import LabelSmoother as LabelSmoother
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR as PREFIX_CHECKPOINT_DIR
+from transformers.utils import chat_template_utils, logging
+from transformers.utils.hub import hf_api
+
+from hf_moe.model.host import TESTED as MODEL_TESTED
+from hf_moe.model.host import differences
+
+logger = logging.get_logger(__name__)
+
+# The oldest and the newest minor release that all tests of training ran with; of Transformers, the model's.
+TESTED = {"transformers": MODEL_TESTED, "accelerate": ((1, 15), (1, 15))}
+
+# As in hf_moe/model/host.py: what the trainers override or call, the arguments that it was written against, and why
+# nothing that is documented serves.
+PRIVATE = {
+    Trainer: {
+        "_save": (
+            "self, output_dir, state_dict",
+            "the one place that checkpoints, save_model and pushes all write a model by; on_save comes after them",
+        ),
+        "_run_epoch": (
+            "self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
+            "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",
+            "a run that was killed between its last step and its end would take one more: no callback comes before it",
+        ),
+        "_load_from_checkpoint": (
+            "self, resume_from_checkpoint, model",
+            "every weight must come back, or an error; the host leaves missing ones as they are, with a warning",
+        ),
+        "_load_optimizer_and_scheduler": (
+            "self, checkpoint",
+            "an optimizer of other weights or of another kind must be an error before the first step",
+        ),
+        "_load_best_model": ("self", "as _load_from_checkpoint, which it does not call"),
+        "_push_from_checkpoint": (
+            "self, checkpoint_folder",
+            "checkpoints are pushed with their model code, and without pickles",
+        ),
+        "_finish_current_push": ("self", "called: the pushes that are under way end before the last one begins"),
+        "_prepare_inputs": ("self, inputs", "called: the micro-batches of a step, as compute_loss will get them"),
+    },
+    LabelSmoother: {
+        "__call__": (
+            "self, model_output, labels, shift_labels, num_items_in_batch",
+            "the host shifts labels by the names of its own models; label_smoother is an attribute of the Trainer",
+        ),
+    },
+    chat_template_utils: {
+        "_compile_jinja_template": ("chat_template", "its environment, to which a faster {% generation %} is added"),
+    },
+    accelerate.utils: {
+        "get_mixed_precision_context_manager": ("native_amp, autocast_kwargs", "the accelerator's own autocast"),
+    },
+}
+
+
+def check_version(package: str, tested: tuple, found: Callable[[], list[str]], installed: str | None = None) -> None:
+    """Outside the `tested` releases, say so once; raise ImportError where `found` has differences from them."""
+    installed = version(package) if installed is None else installed
+    number = tuple(int(x) for x in installed.split(".")[:2])
+    if tested[0] <= number <= tested[1]:
+        return
+    oldest, newest = (".".join(map(str, x)) for x in tested)
+    ran = f"{oldest} to {newest}" if oldest != newest else newest
+    if lines := found():
+        raise ImportError(
+            f"{package} {installed} is not what hf_moe's training was tested with, {ran}, and differs: {lines[0]}"
+            f"{f' (and {len(lines) - 1} more)' if lines[1:] else ''}; pip install '{package}=={newest}.*', or pip "
+            "install -U hf_moe."
+        )
+    if package != "transformers":  # the model's seam has said it
+        logger.warning_once(f"hf_moe's training was tested with {package} {ran}; this is {installed}.")
+
+
+for _package, _tested in TESTED.items():
+    check_version(_package, _tested, lambda: differences(PRIVATE))
+
+
+# ---- names that changed ----
+
+# Old name of an argument -> its name since Transformers 5.23, which is hf_moe's. `MoeArguments` has the new ones as
+# fields of its own, so that every host knows both.
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def by_both_names(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` where old and new names say the same: what the new one says, or else the old, a default of TRL's."""
+    said = {new: values[old] if values[new] is None else values[new] for old, new in RENAMED.items()}
+    return values | said | {old: said[new] for old, new in RENAMED.items()}
+
+
+# ---- what has no public name ----
+
+compile_chat_template = chat_template_utils._compile_jinja_template
+
+
+def shifts_labels(trainer: Trainer) -> bool:
+    """Whether the Trainer took the model's loss for that of a causal model, by its class."""
+    return trainer._loss_shifts_labels
+
+
+def own_scheduler(trainer: Trainer) -> None:
+    """The scheduler is the trainer's own, not the caller's: another training begins with a new one."""
+    assert hasattr(trainer, "_created_lr_scheduler")
+    trainer._created_lr_scheduler = True
+
+
+def prepared_inputs(trainer: Trainer, batch: dict) -> dict:
+    """A batch as `compute_loss` gets it: on the device."""
+    return trainer._prepare_inputs(batch)
+
+
+def is_adapter(model: PreTrainedModel) -> bool:
+    """Whether `from_pretrained` found an adapter in the folder, and put it on its base."""
+    return model._hf_peft_config_loaded
+
+
+def loaded_from(config) -> tuple[str, str | None]:
+    """The folder or Hub id that a configuration came from, and its commit."""
+    return config._name_or_path, getattr(config, "_commit_hash", None)
+
+
+def checkpointing_function(module: nn.Module) -> Callable | None:
+    """What runs the forward of a layer again in the backward pass; None where it does not run again."""
+    again = getattr(module, "gradient_checkpointing", False)
+    return getattr(module, "_gradient_checkpointing_func", None) if again else None
+
+
+def missing_reporters(names: list[str]) -> list[str]:
+    """Those that the Trainer knows, and whose package is not there."""
+    available = get_available_reporting_integrations()
+    return [name for name in names if name in INTEGRATION_TO_CALLBACK and name not in available]
+
+
+# ---- pushing while training goes on ----
+
+
+def is_pushing(trainer: Trainer) -> bool:
+    return trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
+
+
+def add_push(trainer: Trainer, job) -> None:
+    """A push that the Trainer is to wait for in the end."""
+    if is_pushing(trainer):
+        trainer.push_in_progress.jobs.append(job)
+    else:
+        trainer.push_in_progress = PushInProgress([job])
+
+
+def finish_pushes(trainer: Trainer) -> None:
+    trainer._finish_current_push()
+
+
+def in_background(job: Callable):
+    """A future of what `job` returns, after those that were begun before it."""
+    return hf_api().run_as_future(job)
+
+
+# ---- Accelerate ----
+
+
+def autocast_forward(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let the forward of `model` run under the accelerator's autocast, until Accelerate puts the old one back."""
+    autocast = accelerate.utils.get_mixed_precision_context_manager(
+        accelerator.native_amp, accelerator.autocast_handler
+    )
+    model._original_forward = model.forward
+    model.forward = autocast(model.forward)

@@ -1,0 +1,107 @@
+"""The seam to TRL and PEFT, as host.py is to Transformers' Trainer; apart from it, for MoeTrainer needs neither."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trl
+from peft.tuners.lora import LoraLayer as LoraLayer
+from peft.tuners.lora import ParamWrapper
+from trl import chat_template_utils
+from trl.trainer.utils import RepeatSampler as RepeatSampler
+
+from hf_moe.model.host import differences
+
+from .host import check_version
+
+TESTED = {"trl": ((1, 16), (1, 16)), "peft": ((0, 21), (0, 21))}
+
+# As in host.py, by the names of TRL's trainers, each of which takes a second to import.
+PRIVATE = {
+    "SFTTrainer": {
+        "_prepare_dataset": (
+            "self, dataset, processing_class, args, packing, formatting_func, dataset_name",
+            "rows that max_length cuts are counted between tokenising and cutting, which are one method",
+        ),
+    },
+    "DPOTrainer": {
+        "_prepare_dataset": (
+            "self, dataset, processing_class, args, dataset_name",
+            "pairs that max_length cuts are counted before the collator cuts them without a word",
+        ),
+    },
+    "GRPOTrainer": {
+        "_get_train_sampler": ("self, dataset", "the order must be the epoch's, for a resumed run"),
+        "_prepare_inputs": ("self, generation_batch", "called: generates the texts of a step"),
+        "_generate_single_turn": (
+            "self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images",
+            "texts are generated in evaluation mode, and their experts recorded",
+        ),
+        "_generate_and_score_completions": ("self, inputs", "the recorded experts go with the texts"),
+        "_get_per_token_logps_and_entropies": (
+            "self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, "
+            "pixel_values, image_grid_thw, num_images, pixel_attention_mask, spatial_shapes, num_tiles, image_sizes, "
+            "token_type_ids, mm_token_type_ids, image_position_ids",
+            "the forward of the old policy is to record or to take experts",
+        ),
+        "_load_optimizer_and_scheduler": ("self, checkpoint", "as the Trainer's"),
+    },
+}
+
+
+def owned() -> dict:
+    """PRIVATE by class."""
+    return {getattr(trl, name): methods for name, methods in PRIVATE.items()} | {
+        RepeatSampler: {
+            "__init__": (
+                "self, data_source, mini_repeat_count, batch_size, repeat_count, shuffle, seed",
+                "made anew with a seed for each epoch",
+            )
+        },
+        chat_template_utils: {
+            "has_generation_markers": ("chat_template", "else TRL's marked template would take a user's place")
+        },
+        trl.TrlParser: {"set_defaults_with_config": ("self, kwargs", "recipes are defaults; TRL's own reads a file")},
+    }
+
+
+for _package, _tested in TESTED.items():
+    check_version(_package, _tested, lambda: differences(owned()))
+
+
+has_generation_markers = chat_template_utils.has_generation_markers
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what Transformers says of names that it gave up, and TRL and PEFT still use: no user can help it."""
+    with warnings.catch_warnings():
+        for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable", "gradient_checkpointing_disable"):
+            warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)
+        yield
+
+
+def leave_out_own_aux_loss(trainer) -> None:
+    """TRL's balance loss pools the layers; hf_moe adds its own."""
+    assert hasattr(trainer, "aux_loss_enabled")
+    trainer.aux_loss_enabled = False
+
+
+def log_beside_loss(trainer, training: bool, name: str, value: float) -> None:
+    """A number of a batch, whose mean since the last log TRL adds to it."""
+    trainer._metrics["train" if training else "eval"][name].append(value)
+
+
+def generated_batches(trainer) -> list[dict] | None:
+    """The micro-batches of the texts that GRPO generated last."""
+    return trainer._buffered_inputs
+
+
+def generated_step(trainer) -> int:
+    """How many micro-batches GRPO has trained on."""
+    return trainer._step
+
+
+def adapted_name(layer: LoraLayer) -> str:
+    """Which parameter of its module a layer of PEFT's adapts."""
+    return layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
