@@ -23,6 +23,7 @@ from .model.modeling_hf_moe import (
     HfMoePreTrainedModel,
 )
 from .presets import preset_config
+from .quiet import quieten
 from .version import __version__
 
 # Attached here because the model's files are saved beside weights, and the presets and model cards are not.
@@ -44,6 +45,7 @@ for auto_class, model_class in AUTO_CLASSES.items():
     model_class.register_for_auto_class(auto_class)
 
 SPEEDUPS.append(decoding_kernels)
+quieten()
 
 # What training needs is loaded when it is asked for: these names live in modules of hf_moe.training.
 TRAINING = {

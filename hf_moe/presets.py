@@ -15,13 +15,16 @@ convention for all, see its docstring. DeepSeekMoE's and DeepSeek-V2's are the p
 the config.json of their releases names a loss within sequences instead, and so does what is imported.
 
 A preset holds no token ids: they belong to a tokenizer.
+
+The table needs nothing of the package: `hf-moe presets` lists it without the seconds that a model class takes.
 """
 
 import copy
 import difflib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .model.configuration_hf_moe import HfMoeConfig
+if TYPE_CHECKING:
+    from .model.configuration_hf_moe import HfMoeConfig
 
 # What is left out of all the parameters that work on one token (`sizes.sizes`).
 ACTIVE_COUNTS = {
@@ -445,13 +448,15 @@ def as_published(published: dict[str, Any], measured: dict[str, Any], figure: st
     return measured[f"{figure}_params"] - left_out + published.get("absent", {}).get(figure, 0)
 
 
-def preset_config(name: str, **changes: Any) -> HfMoeConfig:
+def preset_config(name: str, **changes: Any) -> "HfMoeConfig":
     """The config of a published architecture, with `changes` to its fields; also `HfMoeConfig.from_preset`.
 
     What follows from a changed field follows it: the kinds of layers from num_hidden_layers, the key-value heads from
     num_attention_heads (as many query heads share one). Raises ValueError for an unknown name, and what HfMoeConfig
     raises where the changes contradict the rest.
     """
+    from .model.configuration_hf_moe import HfMoeConfig
+
     published = preset(name)["fields"]
     fields = {"bos_token_id": None, "eos_token_id": None} | copy.deepcopy(published) | changes
     heads, key_value_heads = published["num_attention_heads"], published.get("num_key_value_heads")

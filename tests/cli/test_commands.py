@@ -35,6 +35,14 @@ def test_help_loads_nothing_heavy():
     assert result.stderr == "hf-moe: No such command 'no-such-command'. See hf-moe --help.\n"
 
 
+def test_the_list_of_presets_loads_no_model_code():
+    program = (
+        "import sys, hf_moe_cli; hf_moe_cli.main(['presets']); print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "set()"
+
+
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
     """Inputs that are each wrong in one way, by name."""
