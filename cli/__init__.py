@@ -12,6 +12,7 @@ from .generate import generate
 from .inspect import inspect, presets
 from .plan import plan
 from .push import push
+from .renew import renew
 from .trace import trace
 from .train import train
 
@@ -32,6 +33,7 @@ app.command()(generate)
 app.command()(trace)
 app.command()(card)
 app.command()(push)
+app.command()(renew)
 app.command()(inspect)
 app.command()(presets)
 app.command()(plan)

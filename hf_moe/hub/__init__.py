@@ -3,6 +3,7 @@
 from .card import write_model_card
 from .checks import check_base
 from .folder import MARKER, RECORD, inherited, stages_of
+from .renew import renew
 from .upload import plain_errors, push, push_folder
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "plain_errors",
     "push",
     "push_folder",
+    "renew",
     "stages_of",
     "write_model_card",
 ]

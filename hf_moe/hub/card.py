@@ -41,7 +41,8 @@ def write_model_card(
     folder: a saved model of any family, a LoRA adapter, or the expert rows of ESFT. name: what the model is called,
     and loaded by; the folder's own name by default. provenance: where a converted model came from, if its config has
     no place for it. base_model (a Hub id), license, datasets, languages and tags: what the folder cannot say.
-    evaluations: results files of lm_eval. trace: a folder that `hf-moe trace` wrote for this model.
+    evaluations: results files of lm_eval, or folders of them. trace: a folder that `hf-moe trace` wrote for this
+    model.
 
     What is not known is left out, and what an earlier card was told is kept. Raises FileNotFoundError where there is
     no saved model, ValueError for a damaged one, for a base_model that is no Hub id, or where README.md was written by

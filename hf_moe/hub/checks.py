@@ -9,8 +9,10 @@ import torch
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ..model import modeling_hf_moe
+from ..version import __version__
 from .folder import ADAPTER, CONFIG, SavedModel, read_folder, read_json
 from .redaction import TOKENS, known_tokens
+from .renew import code_version, is_outdated
 
 # What a Trainer leaves for going on, pickles most of it, and nobody loads a model from.
 TRAINER_FILES = re.compile(r"(training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth)")
@@ -104,6 +106,11 @@ def is_pickle(path: Path) -> bool:
 def check_loads(saved: SavedModel) -> None:
     """Raises FileNotFoundError or a ValueError for code, weights or a base model that others would miss."""
     check_base(saved.adapter.get("base_model_name_or_path"))
+    if saved.is_hf_moe and is_outdated(saved.folder):
+        raise ValueError(
+            f"{saved.folder} holds model code of hf_moe {code_version(saved.folder)}, older than this {__version__}, "
+            f"with which newer releases of Transformers may write other texts: hf-moe renew {saved.folder}."
+        )
     for file in (CONFIG, "tokenizer_config.json"):
         check_code(saved.folder, file)
     if saved.is_hf_moe:

@@ -29,11 +29,12 @@ def held_out_results(saved: SavedModel, task: str) -> list[EvalResult]:
 
 
 def lm_eval_results(path: str | Path, task: str) -> list[EvalResult]:
-    """What a results file of EleutherAI's lm-evaluation-harness (`lm_eval --output_path`) says, metric by metric.
+    """What a results file of EleutherAI's lm-evaluation-harness says, metric by metric; or a folder's newest one.
 
     Raises FileNotFoundError or a ValueError where it is no such file.
     """
     path = Path(path)
+    path = newest_results(path) if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"The results file {path} does not exist.")
     said = read_json(path)
@@ -47,6 +48,20 @@ def lm_eval_results(path: str | Path, task: str) -> list[EvalResult]:
     if not found:
         raise ValueError(f"{path} has no results as lm_eval writes them; give its results_*.json.")
     return found
+
+
+def newest_results(folder: Path) -> Path:
+    """The last file that `lm_eval --output_path FOLDER` wrote: MODEL/results_DATE.json, or the same in MODEL itself.
+
+    Raises FileNotFoundError where there is none, and ValueError where there are those of several models.
+    """
+    found = sorted(folder.rglob("results*.json"), key=lambda path: path.name)  # the date is the name's
+    models = sorted({str(path.parent) for path in found})
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no results_DATE.json of lm_eval, nor does a folder in it.")
+    if len(models) > 1:
+        raise ValueError(f"{folder} holds results of {len(models)} models: give one of {', '.join(models)}.")
+    return found[-1]
 
 
 def task_results(

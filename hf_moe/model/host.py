@@ -21,6 +21,8 @@ from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs, install_output_capuring_hook
 
+from .version import __version__
+
 logger = logging.get_logger(__name__)
 
 # The oldest and the newest minor release that all tests ran with.
@@ -135,15 +137,16 @@ def check_version(version: str) -> None:
     number = tuple(int(x) for x in version.split(".")[:2])
     wayout = f"pip install 'transformers>={oldest},<{TESTED[1][0]}.{TESTED[1][1] + 1}', or pip install -U hf_moe"
     if number < TESTED[0]:
-        raise ImportError(f"hf_moe's model code needs Transformers {oldest} or newer, this is {version}: {wayout}.")
+        raise ImportError(f"hf_moe {__version__} needs Transformers {oldest} or newer, this is {version}: {wayout}.")
     if number > TESTED[1] or CACHE is None:
         if found := differences():
             raise ImportError(
-                f"Transformers {version} is newer than {newest}, which this model code was tested with, and differs: "
-                f"{found[0]}{f' (and {len(found) - 1} more)' if found[1:] else ''}; {wayout} and hf-moe renew DIR."
+                f"Transformers {version} is newer than {newest}, with which hf_moe {__version__} was tested, and "
+                f"differs: {found[0]}{f' (and {len(found) - 1} more)' if found[1:] else ''}; {wayout} and renew the "
+                "folder with hf-moe renew."
             )
         logger.warning_once(
-            f"hf_moe's model code was tested with Transformers {oldest} to {newest}; this is {version}."
+            f"hf_moe {__version__}'s model code was tested with Transformers {oldest} to {newest}; this is {version}."
         )
 
 

@@ -1,0 +1,280 @@
+"""Self-speculation: the MTP modules draft tokens, one forward of the model verifies them all.
+
+Shapes: B rows, N tokens known so far, C drafts, D hidden size, V vocabulary. The text has the distribution of plain
+decoding, and is the same where that is greedy, as long as the experts of a token do not depend on the other tokens
+of its batch (they do with router_args["eval_capacity_factor"]).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import BaseQuantizedLayer, Cache, DynamicCache, StaticLayer
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, LogitsProcessorList
+
+from .attention import MASKS
+from .rotary import position_embeddings
+
+
+@dataclass
+class HfMoeSpeculativeOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with `use_mtp` and `return_dict_in_generate`.
+
+    `forward_passes` counts those of the decoder, the prompt's included; `drafted_tokens` and `accepted_tokens` count
+    over the rows that were not finished. A draft after a rejected one is not accepted.
+    """
+
+    forward_passes: int | None = None
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted drafts per draft, from 0 to 1; nan if there were none."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else float("nan")
+
+
+class Drafter:
+    """The MTP modules of `model`, with a cache of their own, from position `start` on."""
+
+    def __init__(self, model: nn.Module, start: int, choose):
+        self.model, self.decoder, self.choose = model, model.model, choose
+        self.start = self.cached = start  # positions from start to cached are in the cache
+        self.cache = DynamicCache()
+        self.hidden_states = None  # of the entries to come, [B, entries, D]
+
+    def draft(
+        self,
+        ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        count: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens [B, C] after ids [B, N] and the distributions [B, C, V] they were drawn from, C = `count`.
+
+        `hidden_states` are the decoder's for the positions it read since the last call. Module k reads token i + k at
+        position i, so its last k - 1 entries read drafts: they are computed again once those tokens are known.
+        """
+        if self.hidden_states is not None:
+            hidden_states = torch.cat((self.hidden_states, hidden_states), dim=1)
+        known, window = ids.shape[1], slice(self.cached, ids.shape[1] - 1)
+        embeds = self.decoder.scaled(self.decoder.embed_tokens(ids[:, self.cached + 1 :]))
+        config, last = self.decoder.config, self.decoder.config.layer_types[-1]
+        shared = {
+            "attention_mask": MASKS[last](
+                config=config,
+                inputs_embeds=embeds,
+                attention_mask=None if attention_mask is None else attention_mask[:, self.start : known - 1],
+                past_key_values=self.cache,
+            ),
+            "position_ids": position_ids[:, window],
+            "position_embeddings": position_embeddings(
+                self.decoder.rotary_emb, embeds, position_ids[:, window], [last]
+            )[last],
+            "token_mask": None if attention_mask is None else attention_mask[:, window],
+            "past_key_values": self.cache,
+        }
+        chain, distributions = hidden_states, []
+        for depth, layer in enumerate(self.decoder.mtp_layers[:count], start=1):
+            read = ids[:, self.cached + depth :]
+            chain = layer(chain, self.decoder.scaled(self.decoder.embed_tokens(read)), input_ids=read, **shared)
+            token, distribution = self.choose(ids, self.model.project(chain[:, -1]).float())
+            ids = torch.cat((ids, token), dim=1)
+            distributions.append(distribution)
+
+        again = min(len(self.decoder.mtp_layers) - 1, hidden_states.shape[1])
+        self.hidden_states = hidden_states[:, hidden_states.shape[1] - again :]
+        self.cache.crop(-again)
+        self.cached = known - 1 - again
+        return ids[:, known:], None if distributions[0] is None else torch.stack(distributions, dim=1)
+
+
+def verify(
+    drafts: torch.Tensor, distributions: torch.Tensor | None, logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many drafts [B, C] each row accepts, [B], and the token [B, C + 1] that follows as many accepted ones.
+
+    `logits` [B, C + 1, V] are the model's. Without `distributions` [B, C, V] a draft must be the likeliest token.
+    With them it is accepted with probability min(1, p / q), and the token after a rejection is drawn from
+    norm(max(0, p - q)) (speculative sampling, https://arxiv.org/abs/2211.17192, 2.3 and algorithm 1).
+    """
+    count = drafts.shape[1]
+    if distributions is None:
+        following = logits.argmax(dim=-1)
+        accepted = drafts == following[:, :count]
+    else:
+        p = logits.softmax(dim=-1)
+        q = nn.functional.pad(distributions, (0, 0, 0, 1))  # nothing was drafted for the last place
+        p_draft, q_draft = (x[:, :count].gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for x in (p, q))
+        accepted = torch.rand_like(p_draft) * q_draft < p_draft
+        rest = (p - q).clamp_min(0)
+        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q: never rejected
+        following = torch.multinomial(rest.flatten(0, 1), num_samples=1).view(rest.shape[:2])
+    return accepted.long().cumprod(dim=1).sum(dim=1), following
+
+
+def take_back(cache: Cache, count: int) -> None:
+    """Remove the last `count` tokens from every layer of `cache`."""
+    for layer in cache.layers:
+        if layer.is_croppable:
+            layer.crop(-count)
+        else:  # a static one: what is beyond its length is masked, and written over
+            layer.cumulative_length.sub_(count)
+
+
+def check_speculation(model: nn.Module, mode: str, config: GenerationConfig, mode_kwargs: dict) -> None:
+    """Raise ValueError where `generate(use_mtp=True)` can't do what else is asked."""
+    if not model.model.mtp_layers:
+        raise ValueError("use_mtp needs MTP layers, but num_mtp_layers is 0: add some with model.add_mtp_layers().")
+    asked = {
+        "num_beams > 1": mode != "assisted_generation",
+        "assistant_model": mode_kwargs.get("assistant_model") is not None,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
+        "assistant_early_exit": config.assistant_early_exit is not None,
+        "assistant_ensemble_weight": config.assistant_ensemble_weight is not None,
+        "prefill_chunk_size": config.prefill_chunk_size is not None,
+        "use_cache=False": not config.use_cache,
+        "output_attentions": config.output_attentions,
+        "output_hidden_states": config.output_hidden_states,
+        "synced_gpus (FSDP, ZeRO-3)": mode_kwargs.get("synced_gpus"),
+    }
+    if any(asked.values()):
+        names = ", ".join(name for name, value in asked.items() if value)
+        raise ValueError(f"use_mtp does not go with {names}: leave one of them out.")
+
+
+def check_lengths(config, length: int, max_length: int) -> None:
+    """Raise ValueError where RoPE's frequencies would change on the way from `length` to `max_length` tokens.
+
+    Drafts would then be verified by other frequencies than those of plain decoding.
+    """
+    for rope in config.ropes:
+        limits = {"longrope": rope.get("original_max_position_embeddings"), "dynamic": config.max_position_embeddings}
+        limit = limits.get(rope["rope_type"])
+        crosses = limit is not None and max_length > limit
+        if crosses and (length <= limit or rope["rope_type"] == "dynamic"):
+            raise ValueError(
+                f"Drafts do not go with rope_type {rope['rope_type']!r} where a text outgrows {limit} tokens; this "
+                f"one may have {max_length}: lower max_new_tokens, or leave out use_mtp and other drafts."
+            )
+
+
+def check_cache(cache: Cache) -> None:
+    if any(isinstance(layer, StaticLayer) and layer.is_sliding for layer in cache.layers):
+        raise ValueError("use_mtp can't take tokens back from a static sliding-window cache: use a dynamic one.")
+    # A quantized layer says that it can be cropped, but that takes nothing from what it has quantized.
+    quantized = any(isinstance(layer, BaseQuantizedLayer) for layer in cache.layers)
+    if quantized or not all(layer.is_croppable or isinstance(layer, StaticLayer) for layer in cache.layers):
+        raise ValueError(
+            f"use_mtp can't take tokens back from this {type(cache).__name__}: use a dynamic or static one."
+        )
+
+
+def speculative_decoding(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria,
+    generation_config: GenerationConfig,
+    past_key_values: Cache,
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    streamer=None,
+    **kwargs,
+) -> HfMoeSpeculativeOutput | torch.Tensor:
+    """Generate, `num_mtp_layers` drafts at a time, and keep of them what every unfinished row accepts.
+
+    Where rows accept different numbers, all advance by the smallest plus one: a row that accepted more keeps its draft
+    there. That is still exact, because a place is kept or not by what happened before it.
+    """
+    ids, cache, sample = input_ids, past_key_values, generation_config.do_sample
+    seen = int(cache.get_seq_length())
+    if kwargs.get("inputs_embeds") is not None or position_ids.shape[1] != ids.shape[1] or seen >= ids.shape[1]:
+        raise ValueError("use_mtp needs input_ids of the whole sequence, also of what past_key_values holds.")
+    check_cache(cache)
+    for name in ("logits_to_keep", "use_cache", "inputs_embeds", "output_hidden_states"):
+        kwargs.pop(name, None)
+
+    def choose(ids, logits):  # a draft and, if sampling, its distribution
+        logits = logits_processor(ids, logits)
+        if not sample:
+            return logits.argmax(dim=-1, keepdim=True), None
+        distribution = logits.softmax(dim=-1)
+        return torch.multinomial(distribution, num_samples=1), distribution
+
+    drafter = Drafter(model, seen, choose)
+    drafts, distributions = ids[:, :0], None
+    position_ids = position_ids.expand(len(ids), -1)
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    scores, raw_logits = (), ()
+    passes = drafted = accepted = 0
+    while True:
+        read, count = torch.cat((ids, drafts), dim=1), drafts.shape[1]
+        ahead = torch.arange(1, count + 1, device=ids.device)
+        outputs = model(
+            input_ids=read[:, seen:],
+            attention_mask=None if attention_mask is None else nn.functional.pad(attention_mask, (0, count), value=1),
+            position_ids=torch.cat((position_ids, position_ids[:, -1:] + ahead), dim=1)[:, seen:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=count + 1,
+            output_hidden_states=-1,  # the last ones
+            **kwargs,
+        )
+        if passes == 0:
+            cache.activate_past_recording()  # now that the prompt is read: it keeps what windows would drop
+        logits = outputs.logits.to(dtype=torch.float32, device=ids.device)
+        length = ids.shape[1]
+        places = [logits_processor(read[:, : length + i], logits[:, i].clone()) for i in range(count + 1)]
+        if sample and distributions is None:
+            distributions = logits[:, :0]
+        matches, following = verify(drafts, distributions if sample else None, torch.stack(places, dim=1))
+        common = int(matches[unfinished].min())
+        last = following[:, common]
+        if common < count:
+            last = torch.where(matches > common, drafts[:, common], last)
+        passes, drafted = passes + 1, drafted + count * int(unfinished.sum())
+        accepted += int(matches[unfinished].sum())
+
+        for i, token in enumerate((*drafts[:, :common].unbind(dim=1), last)):
+            if ends:
+                token = torch.where(unfinished, token, generation_config._pad_token_tensor.to(token))
+            ids = torch.cat((ids, token.unsqueeze(1)), dim=1)
+            scores, raw_logits = (*scores, places[i]), (*raw_logits, logits[:, i])
+            if streamer is not None:
+                streamer.put(token.cpu())
+            unfinished = unfinished & ~stopping_criteria(ids, scores if generation_config.output_scores else None)
+            if not unfinished.any():
+                break
+
+        new = ids.shape[1] - length
+        if passes > 1:
+            take_back(cache, read.shape[1] - (ids.shape[1] - 1))
+        if not unfinished.any():
+            break
+        if attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (0, new), value=1)
+        ahead = torch.arange(1, new + 1, device=ids.device)
+        position_ids = torch.cat((position_ids, position_ids[:, -1:] + ahead), dim=1)
+        hidden_states = outputs.hidden_states[-1][:, : ids.shape[1] - 1 - seen]
+        seen = ids.shape[1] - 1
+        drafts, distributions = ids[:, :0], None
+        count = min(len(model.model.mtp_layers), generation_config.max_length - ids.shape[1] - 1)
+        if count > 0:
+            drafts, distributions = drafter.draft(ids, hidden_states, position_ids, attention_mask, count)
+
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return ids
+    return HfMoeSpeculativeOutput(
+        sequences=ids,
+        scores=scores if generation_config.output_scores else None,
+        logits=raw_logits if generation_config.output_logits else None,
+        past_key_values=cache,
+        forward_passes=passes,
+        drafted_tokens=drafted,
+        accepted_tokens=accepted,
+    )
