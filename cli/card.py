@@ -13,7 +13,10 @@ def card(
     license: Annotated[str | None, typer.Option(help="The Hub's name of a licence, such as apache-2.0.")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a data set; can be repeated.")] = None,
     language: Annotated[list[str] | None, typer.Option(help="ISO 639 code; can be repeated.")] = None,
-    evaluation: Annotated[list[Path] | None, typer.Option(help="Results file of lm_eval; can be repeated.")] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE|DIR", help="Results of lm_eval: a file, or its --output_path; can be repeated."),
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="A folder that `hf-moe trace` wrote for this model.")] = None,
 ) -> None:
     """Write the model card (README.md) of a saved model from what the folder says about it.

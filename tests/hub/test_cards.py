@@ -226,6 +226,24 @@ def test_results_of_lm_eval_become_the_model_index(tmp_path, command):
         assert code == 2 and words in err and err.count("\n") == 1
 
 
+def test_of_a_folder_the_newest_results_count(tmp_path, command):
+    folder, output = saved(tmp_path / "model"), tmp_path / "results"
+    for model, date, value in (("a__b", "2026-02-03T04-05-06.7", 0.5), ("a__b", "2025-12-31T04-05-06.7", 0.25)):
+        (output / model).mkdir(parents=True, exist_ok=True)
+        said = {"results": {"arc_easy": {"acc,none": value}}}
+        (output / model / f"results_{date}.json").write_text(json.dumps(said))
+        (output / model / f"samples_arc_easy_{date}.jsonl").touch()
+    for path in (output, output / "a__b"):
+        (result,) = card_of(folder, evaluations=[path]).data.eval_results
+        assert result.metric_value == 0.5
+    (output / "c__d").mkdir()
+    code, _, err = command("card", folder, "--evaluation", output / "c__d")
+    assert code == 2 and "c__d holds no results_DATE.json of lm_eval" in err and err.count("\n") == 1
+    (output / "c__d" / "results_2026-03-04T05-06-07.8.json").write_text("{}")
+    code, _, err = command("card", folder, "--evaluation", output)
+    assert code == 2 and f"give one of {output / 'a__b'}, {output / 'c__d'}" in err and err.count("\n") == 1
+
+
 def test_an_adapter_and_expert_rows_name_their_base(tmp_path):
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "o_proj"])
     adapted = get_peft_model(tiny_model(), config)
