@@ -2,7 +2,7 @@
 
 import json
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ PIECE = 32_768  # characters of a plain text that are tokenized together
 SORTED = 64  # windows that are sorted by length before they are put together, for less padding
 ROW_FILES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COLUMNS = "text, messages, or prompt and completion"
+Rows = Sequence[str | dict]  # texts in memory, or rows as files have them
 
 
 class Batch(NamedTuple):
@@ -25,9 +26,10 @@ class Domain:
     """One source of text: `windows` gives its first `max_tokens` tokens, and can be asked again."""
 
     def __init__(
-        self, name: str, source: str, tokenizer: PreTrainedTokenizerBase, window: int, max_tokens: int | None
+        self, name: str, source: str | Rows, tokenizer: PreTrainedTokenizerBase, window: int, max_tokens: int | None
     ):
         self.name, self.source = name, source
+        self.said = source if isinstance(source, str) else f"{name} ({len(source)} texts)"
         self.tokenizer, self.window, self.max_tokens = tokenizer, window, max_tokens
 
     def windows(self) -> Iterator[list[int]]:
@@ -60,7 +62,7 @@ class Domain:
                 raise ValueError(f"The tokenizer gives token {max(ids)}, the model knows {vocab_size}.")
             counts += torch.bincount(torch.tensor(ids, device="cpu"), minlength=vocab_size)
         if not counts.any():
-            raise ValueError(f"{self.source} holds no text: not one token to trace.")
+            raise ValueError(f"{self.said} holds no text: not one token to trace.")
         return counts
 
 
@@ -94,10 +96,15 @@ def chunks(items: Iterator, size: int) -> Iterator[list]:
         yield chunk
 
 
-def named_sources(data: Sequence[str]) -> dict[str, str]:
-    """Name of each domain -> its source: "NAME=SOURCE", or as much of the end of the path as tells them apart."""
+def named_sources(data: Sequence[str | Path] | Mapping[str, str | Path | Rows]) -> dict[str, str | Rows]:
+    """Name of each domain -> its source: "NAME=SOURCE", or as much of the end of the path as tells them apart.
+
+    A mapping has the names already.
+    """
     if not data:
         raise ValueError("There is no text to trace: give --data FILE or a data set.")
+    if isinstance(data, Mapping):
+        return {str(name): str(source) if isinstance(source, Path) else source for name, source in data.items()}
     named = {}
     for entry in data:
         name, equals, source = str(entry).partition("=")
@@ -121,8 +128,12 @@ def named_sources(data: Sequence[str]) -> dict[str, str]:
     return {name: source for source, name in named.items()}
 
 
-def texts(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The texts of a file, a folder or a Hub data set. Raises FileNotFoundError or ValueError of one line."""
+def texts(source: str | Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The texts of a file, a folder, a Hub data set or rows. Raises FileNotFoundError or ValueError of one line."""
+    if not isinstance(source, str):
+        for number, row in enumerate(source, 1):
+            yield row if isinstance(row, str) else row_text(row, tokenizer, f"Row {number}")
+        return
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".jsonl":
         rows = json_lines(path)

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .measures import favourite_tokens, router_numbers
 from .pruning import plan, prune, token_losses
 from .report import writing
 from .saturation import saturation
-from .texts import Batch, Domain, named_sources, padded, together
+from .texts import Batch, Domain, Rows, named_sources, padded, together
 
 MAX_TOKENS = 100_000  # of each domain
 WINDOW = 512  # tokens that are read together
@@ -31,7 +31,7 @@ FAVOURITES = 8  # token ids listed for each expert
 
 def trace(
     model: str | Path | PreTrainedModel,
-    data: str | Path | Sequence[str | Path],
+    data: str | Path | Sequence[str | Path] | Mapping[str, str | Path | Rows],
     out: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -44,9 +44,10 @@ def trace(
     """Write report.html, figures/*.png and numbers.json on the routing of `model` to the new folder `out`.
 
     model: a folder, a Hub id, or a loaded causal language model with its `tokenizer`. data: text files, row files,
-    folders or Hub data sets, each a domain; "NAME=SOURCE" gives a name. compare: checkpoints of the same model for
-    router saturation. max_tokens: of each domain; None reads all. prune_tokens: how many tokens to spend on leaving
-    out experts one by one, together; by default a quarter of those traced, 0 for none.
+    folders or Hub data sets, each a domain; "NAME=SOURCE" gives a name, and so does a mapping of names to these, or to
+    lists of texts. compare: checkpoints of the same model for router saturation. max_tokens: of each domain; None
+    reads all. prune_tokens: how many tokens to spend on leaving out experts one by one, together; by default a quarter
+    of those traced, 0 for none.
 
     Returns a summary: tokens, perplexity by domain, findings, files, seconds. Raises FileNotFoundError,
     FileExistsError, OSError or ValueError of one line: a dense model, a broken or empty text, a folder that is not
@@ -127,7 +128,7 @@ class Run:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         name: str,
-        sources: dict[str, str],
+        sources: dict[str, str | Rows],
         max_tokens: int | None,
         progress: bool,
     ):
@@ -287,7 +288,7 @@ class Run:
         domains = [
             {
                 "name": domain.name,
-                "source": str(domain.source),
+                "source": domain.said,
                 "tokens": int(counts_V.sum()),
                 "perplexity": torch.tensor(total / number).exp().item() if number else None,
             }

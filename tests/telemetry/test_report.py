@@ -87,9 +87,9 @@ def test_a_loaded_model_is_left_as_it_was(texts, tokenizer, tmp_path, one_figure
     torch.set_num_threads(1)
     model = MODELS["deepseek_v3"]().train()
     state = copy.deepcopy(model.state_dict())
-    summary = trace(
-        model, texts / "river.txt", tmp_path / "out", tokenizer=tokenizer, prune_tokens=128 * 12, progress=False
-    )
+    data = {"river": texts / "river.txt", "said": ["A dog ran.", "It ran on."]}
+    summary = trace(model, data, tmp_path / "out", tokenizer=tokenizer, prune_tokens=128 * 12, progress=False)
+    assert list(summary["perplexity"]) == ["river", "said"]
     assert summary["pruning_trials"] == 12 and summary["model"] == "DeepseekV3ForCausalLM"
     assert model.training and all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -40,6 +40,19 @@ def test_conversations_go_through_the_chat_template(tmp_path, tokenizer):
     assert list(texts(path, tokenizer)) == [tokenizer.apply_chat_template(CHAT, tokenize=False)]
 
 
+def test_texts_in_memory(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    given = {"files": path, "more": str(path), "lists": ["one", {"text": "two"}, {"messages": CHAT}]}
+    assert named_sources(given) == {"files": str(path), "more": str(path), "lists": given["lists"]}
+    conversation = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert list(texts(given["lists"], tokenizer)) == ["one", "two", conversation]
+    domain = Domain("lists", given["lists"], tokenizer, 16, None)
+    assert domain.said == "lists (3 texts)" and domain.count(512).sum() > 10
+    for rows, said in (([], r"empty \(0 texts\) holds no text"), (["one", 2], "Row 2 has the columns of no object")):
+        with pytest.raises(ValueError, match=said):
+            Domain("empty", rows, tokenizer, 16, None).count(512)
+
+
 def test_parquet(tmp_path, tokenizer):
     Dataset.from_dict({"text": ["one", "two"]}).to_parquet(tmp_path / "a.parquet")
     assert list(texts(str(tmp_path / "a.parquet"), tokenizer)) == ["one", "two"]
