@@ -18,6 +18,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
 
+from .alignment import align
 from .arguments import DataArguments, ModelArguments
 from .checkpoints import check_optimizer, is_complete, last_checkpoint, load_model
 from .data import is_conversational
@@ -145,6 +146,8 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
             "if --lora_merge wrote it), or the adapter's base with --lora_parts for a new adapter."
         )
     args.model_init_kwargs = None  # used
+    if args.device.type == "cpu":
+        align(model)
     say_new_positions(model, args)
     if model_args.float8:
         print(compute_in_float8(model), file=sys.stderr)

@@ -128,7 +128,9 @@ def test_what_trains_is_what_was_asked_for(words, parts, whole, tmp_path):
     _, model, _ = whole
     extra = ["--max_steps", 2, "--warmup_steps", 0, "--router_bias_update_speed", 0.0]
     _, log = run_tiny("dpo", model, tmp_path / "out", *words.split(), *extra)
-    assert log[0]["rewards/margins"] == 0.0 < log[1]["rewards/margins"]
+    # Rewards of about 0.1 x 100 in float32. Equal, they may differ in the last bits: what is computed before the run
+    # comes from batches of other lengths, and those from other kernels.
+    assert abs(log[0]["rewards/margins"]) < 1e-5 < 1e-3 < log[1]["rewards/margins"]
     merged = tmp_path / "out" / "merged"
     after = AutoModelForCausalLM.from_pretrained(merged if merged.exists() else merged.parent).state_dict()
     before = AutoModelForCausalLM.from_pretrained(model).state_dict()
