@@ -1,6 +1,7 @@
 """Group-relative policy optimisation: a recipe with `stage: grpo`, with TRL's GRPOTrainer underneath."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .adapters import AdapterArguments
 from .arguments import DataArguments, ModelArguments
 from .grpo_trainer import MoeGRPOConfig, MoeGRPOTrainer
+from .host_trl import reference_of_revision
 from .policy import load_policy, load_tokenizer_and_template
 from .rewards import NEED_ANSWER, REWARDS, find_rewards, true_answer
 from .run import (
@@ -103,17 +105,17 @@ def build_trainer(
 ) -> MoeGRPOTrainer:
     """The trainer before any step, with a reference if `beta` is above 0."""
     policy = load_policy(model_args, args, adapter_args)
-    if policy.peft_config is None and args.beta:
-        args.model_init_kwargs = {"revision": model_args.model_revision}  # TRL loads the reference itself
-    trainer = MoeGRPOTrainer(
-        model=policy.model,
-        reward_funcs=rewards,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        peft_config=policy.peft_config,
-    )
+    own_reference = policy.peft_config is None and args.beta
+    with reference_of_revision(args, model_args.model_revision) if own_reference else nullcontext():
+        trainer = MoeGRPOTrainer(
+            model=policy.model,
+            reward_funcs=rewards,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            peft_config=policy.peft_config,
+        )
     policy.say_coverage(trainer, adapter_args)
     return trainer
 

@@ -1,5 +1,6 @@
 """The seam to TRL and PEFT, as host.py is to Transformers' Trainer; apart from it, for MoeTrainer needs neither."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,26 @@ def quiet() -> Iterator[None]:
         for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable", "gradient_checkpointing_disable"):
             warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)
         yield
+
+
+@contextmanager
+def reference_of_revision(args, revision: str) -> Iterator[None]:
+    """Inside, GRPOTrainer loads its reference from this revision: it takes the policy's name alone from the policy.
+
+    By `model_init_kwargs`, of which it then says that they are ignored, and means the policy.
+    """
+    logger = logging.getLogger("trl.trainer.grpo_trainer")
+    args.model_init_kwargs = {"revision": revision}
+    logger.addFilter(not_about_kwargs)
+    try:
+        yield
+    finally:
+        logger.removeFilter(not_about_kwargs)
+        args.model_init_kwargs = None
+
+
+def not_about_kwargs(record: logging.LogRecord) -> bool:
+    return "`model_init_kwargs` will be ignored" not in record.getMessage()
 
 
 def leave_out_own_aux_loss(trainer) -> None:

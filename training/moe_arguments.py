@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from .host import RENAMED, by_both_names
@@ -95,6 +96,8 @@ class MoeArguments:
     def __post_init__(self):
         vars(self).update(by_both_names(vars(self)))
         super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # memory is pinned for its way to a GPU; PyTorch warns where none is
         for old, new in RENAMED.items():  # which a host without the new names has read, and changed
             setattr(self, new, getattr(self, old))
 
