@@ -14,6 +14,7 @@ from .host import RENAMED, missing_reporters
 from .parameter_groups import GROUPS
 from .recipe_files import read_recipe
 from .record import describe
+from .saved_dtype import DTYPES
 from .stages import STAGES
 
 REQUIRED = ("model_name_or_path", "train_data", "output_dir")
@@ -46,7 +47,15 @@ class ModelArguments:
         default="float32",
         metadata={
             "help": "Type of the weights; `bf16` then computes in bfloat16 over float32 weights.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
+            "choices": list(DTYPES),
+        },
+    )
+    save_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the weights of the whole model that is saved in the end, its average's and ESFT's merged "
+            "one's, too; auto: the source's. Checkpoints, adapters and trained rows stay as they train.",
+            "choices": list(DTYPES),
         },
     )
     trainable: str = field(

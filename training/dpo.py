@@ -17,6 +17,7 @@ from .run import (
     say_summary,
     train,
 )
+from .saved_dtype import dtype_to_save
 from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeDPOConfig, AdapterArguments, EsftArguments)
@@ -40,7 +41,7 @@ def run(
     trainer = build_trainer(model_args, args, adapter_args, tokenizer, train_rows, eval_rows)
     if esft_args.esft_p is not None:
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
-    metrics = train(trainer, checkpoint)
+    metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
     metrics = metrics | merge_trained(trainer, adapter_args, esft_args)
     say_summary(trainer, metrics)
     return metrics

@@ -17,8 +17,10 @@ from .rewards import NEED_ANSWER, REWARDS, find_rewards, true_answer
 from .run import (
     checkpoint_to_resume,
     load_data,
+    say_saved,
     train,
 )
+from .saved_dtype import dtype_to_save
 from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
 
 
@@ -58,7 +60,7 @@ def run(
     args.eval_on_start = eval_rows is not None and checkpoint is None
     tokenizer = load_tokenizer_and_template(checkpoint or model_args.model_name_or_path, model_args, args, train_rows)
     trainer = build_trainer(model_args, args, adapter_args, rewards, tokenizer, train_rows, eval_rows)
-    metrics = train(trainer, checkpoint)
+    metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
     metrics = metrics | merge_trained(trainer, adapter_args)
     say_reward(trainer, metrics)
     return metrics
@@ -128,4 +130,4 @@ def say_reward(trainer: MoeGRPOTrainer, metrics: dict[str, float]) -> None:
         before = next(entry["eval_reward"] for entry in trainer.state.log_history if "eval_reward" in entry)
         reward = f"held-out reward {before:.4f} before, {metrics['eval_reward']:.4f} after"
     if trainer.is_world_process_zero():
-        print(f"{reward}; saved to {trainer.args.output_dir}", file=sys.stderr)
+        print(f"{reward}; {say_saved(trainer)}", file=sys.stderr)

@@ -29,6 +29,7 @@ from .run import (
     say_summary,
     train,
 )
+from .saved_dtype import dtype_to_save
 from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
 from .sources import load_sources, together
 
@@ -84,7 +85,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainC
         train_dataset=mix(sources, data_args.train_weights, args.seed),
         eval_dataset=together(held_out, data_args.eval_by_source),
     )
-    metrics = train(trainer, checkpoint)
+    metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
     say_summary(trainer, metrics)
     return metrics
 

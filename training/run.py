@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import (
     AutoTokenizer,
@@ -22,10 +23,12 @@ from .alignment import align
 from .arguments import DataArguments, ModelArguments
 from .checkpoints import check_optimizer, is_complete, last_checkpoint, load_model
 from .data import is_conversational
+from .esft import ROWS_FILE
 from .float8 import check_float8, compute_in_float8
 from .host import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, is_adapter
 from .mixture import mix
 from .parameter_groups import GROUPS, train_group
+from .saved_dtype import cast, name_dtype, name_of
 from .sources import load_sources, loss_names, together
 from .weight_average import AVERAGE_FILE
 
@@ -202,8 +205,8 @@ def keep_selection_bias(args: TrainingArguments) -> None:
         args.router_bias_update_speed = 0.0
 
 
-def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
-    """Train from `checkpoint` on, evaluate if there are held-out rows, save; returns the metrics.
+def train(trainer: Trainer, checkpoint: str | None, dtype: torch.dtype | None = None) -> dict[str, float]:
+    """Train from `checkpoint` on, evaluate if there are held-out rows, save in `dtype`; returns the metrics.
 
     They have `eval_loss_before` where the arguments say `eval_on_start`, or said so before the checkpoint.
     """
@@ -222,6 +225,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
         after = trainer.evaluate() | before
         trainer.save_metrics("eval", after)
         metrics = metrics | after
+    trainer.saved_dtype = dtype  # which checkpoints are not: what goes on from them has to be as exact as they were
     save(trainer)
     if getattr(trainer, "average", None) is not None:
         save_average(trainer)
@@ -271,13 +275,17 @@ def replace_folder(aside: Path, output: Path) -> None:
     aside.rename(output)
 
 
-def write_merged(trainer: Trainer, model: PreTrainedModel) -> None:
-    """A whole model and its tokenizer to `output_dir`/merged, in place of what was there."""
+def write_merged(trainer: Trainer, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+    """A whole model, in `dtype`, and its tokenizer to `output_dir`/merged, in place of what was there."""
     if trainer.args.should_save:
         output = Path(trainer.args.output_dir) / "merged"
         aside = output.with_name(".merged")
         shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside)
+        if dtype is None:
+            model.save_pretrained(aside)
+        else:
+            model.save_pretrained(aside, state_dict=cast(model.state_dict(), dtype))
+            name_dtype(aside, dtype)
         trainer.processing_class.save_pretrained(aside)
         trainer.save_record(aside)
         replace_folder(aside, output)
@@ -292,4 +300,16 @@ def say_summary(trainer: Trainer, metrics: dict[str, float]) -> None:
             for name, said in loss_names(trainer).items()
         )
     if trainer.is_world_process_zero():
-        print(f"{loss}; saved to {trainer.args.output_dir}", file=sys.stderr)
+        print(f"{loss}; {say_saved(trainer)}", file=sys.stderr)
+
+
+def say_saved(trainer: Trainer) -> str:
+    """What lies in `output_dir`, and in which type."""
+    output = Path(trainer.args.output_dir)
+    rows = (output / ROWS_FILE).is_file()
+    what = "adapter" if trainer.model is not trainer.moe else "rows of the trained experts" if rows else "model"
+    said = f"{what} saved to {output}"
+    if what == "model":
+        said += f" in {name_of(trainer.saved_dtype or trainer.moe.dtype)}"
+    parts = {"merged": "the whole model", "ema": "the average of its weights"}
+    return said + "".join(f", {part} to {output / name}" for name, part in parts.items() if (output / name).is_dir())

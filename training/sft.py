@@ -20,6 +20,7 @@ from .run import (
     say_summary,
     train,
 )
+from .saved_dtype import dtype_to_save
 from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
 from .sources import label, load_sources, together
 from .token_cache import can_tokenise, tokenised
@@ -61,7 +62,7 @@ def run(
     trainer = build_trainer(weights, model_args, args, adapter_args, tokenizer, train_rows, eval_rows)
     if esft_args.esft_p is not None:
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
-    metrics = train(trainer, checkpoint)
+    metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
     metrics = metrics | merge_trained(trainer, adapter_args, esft_args)
     say_summary(trainer, metrics)
     return metrics

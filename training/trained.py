@@ -45,7 +45,7 @@ def merge_trained(
     """Write the whole model to `output_dir`/merged if the arguments say so; returns what that measured."""
     if esft_args.esft_merge:
         merge_rows(trainer.moe)
-        write_merged(trainer, trainer.moe)
+        write_merged(trainer, trainer.moe, trainer.saved_dtype)
     return save_merged(trainer, adapter_args.lora_merge) if adapter_args.lora_merge is not None else {}
 
 

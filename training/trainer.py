@@ -25,6 +25,7 @@ from .multi_token import looking_ahead, mtp_coefficient
 from .precision import keep_precision
 from .publishing import PublishingMixin
 from .refusals import check_arguments, check_checkpointing, check_finite, plain_template_errors
+from .saved_dtype import cast, name_dtype
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
 from .step import Step
 from .weight_average import WeightAverage
@@ -59,6 +60,7 @@ class MoeTrainerMixin(PublishingMixin):
         self.experts = {True: {}, False: {}}  # training or not: router -> E, of the routers that a forward uses
         if self.label_smoother is not None and shifts_labels(self):
             self.label_smoother = ShiftedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
+        self.saved_dtype = None  # of a whole model, where it is not the one that trains
         self.mixing = []  # hooks of the dense mixer, while training
         decay = moe_argument(self.args, "ema_decay")
         self.average = None if decay is None else WeightAverage(decay)
@@ -280,7 +282,9 @@ class MoeTrainerMixin(PublishingMixin):
         folder = self.args.output_dir if output_dir is None else output_dir
         rows_alone = bool(chosen_experts(self.moe))
         if not rows_alone:
-            super()._save(output_dir, state_dict)
+            super()._save(output_dir, self.state_to_save(state_dict))
+            if self.casts and self.args.should_save:
+                name_dtype(folder, self.saved_dtype)
         elif self.args.should_save:
             Path(folder).mkdir(parents=True, exist_ok=True)
             save_rows(self.moe, folder, state_dict)
@@ -292,6 +296,16 @@ class MoeTrainerMixin(PublishingMixin):
             self.average.save(folder)
         if self.args.should_save:
             self.save_record(folder)
+
+    @property
+    def casts(self) -> bool:
+        """Whether what is saved has another type than what trains: of an adapter, never."""
+        return self.saved_dtype is not None and self.model is self.moe
+
+    def state_to_save(self, state_dict: dict | None) -> dict | None:
+        if not self.casts:
+            return state_dict
+        return cast(self.model.state_dict() if state_dict is None else state_dict, self.saved_dtype)
 
     def _run_epoch(self, *args, **kwargs):
         # The Trainer would take one more step with a run that was cut short between its last step and its end.
