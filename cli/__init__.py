@@ -5,6 +5,7 @@ import sys
 import typer
 
 from .card import card
+from .check import check
 from .convert import export, import_, upcycle, verify
 from .demo import demo
 from .errors import one_line
@@ -31,6 +32,7 @@ app.command()(verify)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(train)
 app.command()(generate)
 app.command()(trace)
+app.command()(check)
 app.command()(card)
 app.command()(push)
 app.command()(renew)

@@ -221,7 +221,10 @@ def verify(
     ] = TOLERANCE,
     json: Json = False,
 ) -> None:
-    """Compare two checkpoints' logits; exit code 1 if they differ by more than the tolerance."""
+    """Compare two checkpoints' logits; exit code 1 if they differ by more than the tolerance.
+
+    Also what B writes with a cache and without.
+    """
     with messages_on_stderr():
         hide_loading_bars()
         from hf_moe.conversion import verify
@@ -231,13 +234,20 @@ def verify(
 
 
 def finish(report: dict, as_json: bool, tolerance: float = TOLERANCE) -> None:
-    """Print the report; exit code 1 where logits that should be equal differ beyond the tolerance."""
+    """Print the report; exit code 1 where logits that should be equal differ beyond the tolerance, or a cache does."""
     print_report(report, as_json)
     expected = report.get("equal_at_step_0", True)
     # Written so that a NaN fails.
     if expected and "max_abs_diff" in report and not report["max_abs_diff"] <= tolerance:
         print(
             f"hf-moe: the logits differ by up to {report['max_abs_diff']:.3g}, more than {tolerance:g}.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+    if report.get("cached_text_equal") is False:
+        print(
+            f"hf-moe: the text with a cache is not the text without: its logits differ by up to "
+            f"{report['cache_max_abs_diff']:.3g}; run hf-moe check.",
             file=sys.stderr,
         )
         raise typer.Exit(1)

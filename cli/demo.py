@@ -1,11 +1,13 @@
 """`hf-moe demo`: from a dense checkpoint to a Hub-ready mixture of experts, with the functions behind the commands."""
 
+import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple, TextIO
 
 import typer
 
@@ -14,6 +16,8 @@ from .generate import continue_text, encode, load
 from .output import hide_loading_bars, messages_on_stderr
 
 EXPERTS, TOP_K = 8, 2
+MAX_NEW_TOKENS = 160
+REPEATED = 5  # words that come again one after the other, more than twice: a model that has lost its thread
 STORY = "Once upon a time"
 RECIPE = """\
 # Postcards for a model that has read nothing but stories.
@@ -35,7 +39,7 @@ save_strategy: "no"
 report_to: none
 disable_tqdm: true
 bf16: false
-gradient_checkpointing: false
+activation_checkpointing: false
 seed: 0
 """
 
@@ -52,7 +56,8 @@ def demo(
 def run_demo(out: Path, steps: int = 120) -> None:
     """The demo with `steps` steps of fine-tuning. `out` appears only when all of it is there.
 
-    Raises FileExistsError if `out` holds something, typer.Exit(1) if the logits differ beyond TOLERANCE.
+    Raises FileExistsError if `out` holds something, typer.Exit(1) after one line where a step's result is not what it
+    should be.
     """
     import torch
 
@@ -68,7 +73,9 @@ def run_demo(out: Path, steps: int = 120) -> None:
         losses = train_step(folder, out, steps)
         result_step(before, postcard_text(folder / "tuned"), losses)
         card_step(folder, out)
-    print(f"\nDone in {time.perf_counter() - start:.0f} s. To load the result anywhere:\n")
+    print(f"\nDone in {time.perf_counter() - start:.0f} s. To run a step again, give it another folder:\n")
+    print(f"    hf-moe train {out}/recipe.yaml --output_dir {out}/tuned_again")
+    print("\nTo load the result anywhere:\n")
     print("    from transformers import AutoModelForCausalLM, AutoTokenizer")
     print(f'    tokenizer = AutoTokenizer.from_pretrained("{out}/tuned", trust_remote_code=True)')
     print(f'    model = AutoModelForCausalLM.from_pretrained("{out}/tuned", trust_remote_code=True)')
@@ -84,7 +91,7 @@ def upcycle_step(folder: Path, out: Path) -> None:
     command("upcycle", str(DEMO_MODEL), f"{out}/upcycled", "--experts", str(EXPERTS), "--top-k", str(TOP_K))
     with messages_on_stderr():
         report = upcycle(DEMO_MODEL, folder / "upcycled", experts=EXPERTS, top_k=TOP_K, progress=False)
-        dense, sparse = (text(model, STORY) for model in (DEMO_MODEL, folder / "upcycled"))
+        dense, sparse = (written(model, STORY) for model in (DEMO_MODEL, folder / "upcycled"))
     print(f"{report['total_params']:,} parameters, {report['active_params']:,} of them work on each token.")
 
     heading(2, "Compare: before any training it computes what the dense model computes")
@@ -92,11 +99,13 @@ def upcycle_step(folder: Path, out: Path) -> None:
     print(
         f"Largest difference between two logits: {report['max_abs_diff']:.1e} (at most {TOLERANCE:.0e} is asked for)."
     )
-    if not report["max_abs_diff"] <= TOLERANCE:
-        raise typer.Exit(1)
+    expect(report["max_abs_diff"] <= TOLERANCE, f"the logits differ by up to {report['max_abs_diff']:.3g}")
     command("generate", f"{out}/upcycled", "--prompt", STORY)
-    print(STORY + sparse)
-    print("(The dense model tells the same story.)" if dense == sparse else f"(The dense model:) {STORY}{dense}")
+    print(STORY + sparse.text)
+    expect(dense.same_without_cache, "the dense model writes another text with a cache than without")
+    expect(sparse.same_without_cache, "the mixture of experts writes another text with a cache than without")
+    expect(dense.text == sparse.text, f"the dense model tells another story: {STORY}{dense.text}")
+    print("(The dense model tells the same story.)")
 
 
 def train_step(folder: Path, out: Path, steps: int) -> dict:
@@ -109,7 +118,7 @@ def train_step(folder: Path, out: Path, steps: int) -> dict:
     write_rows(folder / "data" / "held_out.jsonl", postcard_rows(64, held_out=True, seed=2))
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=out, steps=steps), encoding="utf-8")
     command("train", f"{out}/recipe.yaml")
-    with messages_on_stderr():
+    with messages_on_stderr(), contextlib.redirect_stderr(Renaming(sys.stderr, str(folder), str(out))):
         import datasets
         from hf_moe.training.stages import main
 
@@ -120,10 +129,14 @@ def train_step(folder: Path, out: Path, steps: int) -> dict:
         return main([f"{folder}/recipe.yaml", *places])
 
 
-def result_step(before: str, after: str, losses: dict) -> None:
+def result_step(before: "Written", after: "Written", losses: dict) -> None:
     heading(4, "Look at what it learnt, on postcards between people whose pairs it was not trained on")
     print(f"Held-out loss: {losses['eval_loss_before']:.3f} before, {losses['eval_loss']:.3f} after.")
-    print(f"\nPrompt: {held_out_prompt()}\n\nBefore:\n{indented(before)}\n\nAfter:\n{indented(after)}")
+    print(f"\nPrompt: {held_out_prompt()}\n\nBefore:\n{indented(before.text)}\n\nAfter:\n{indented(after.text)}")
+    expect(losses["eval_loss"] < losses["eval_loss_before"], "the held-out loss did not fall")
+    expect(after.same_without_cache, "the tuned model writes another text with a cache than without")
+    expect(after.ended, f"the tuned model's text did not end within {MAX_NEW_TOKENS} tokens")
+    expect(not repeats(after.text), "the tuned model repeats itself")
 
 
 def card_step(folder: Path, out: Path) -> None:
@@ -138,9 +151,9 @@ def card_step(folder: Path, out: Path) -> None:
             print(f"{file.stat().st_size:>12,}  {out}/{file.relative_to(folder)}")
 
 
-def postcard_text(model: Path) -> str:
+def postcard_text(model: Path) -> "Written":
     with messages_on_stderr():
-        return text(model, held_out_prompt(), chat=True)
+        return written(model, held_out_prompt(), chat=True)
 
 
 def held_out_prompt() -> str:
@@ -149,9 +162,52 @@ def held_out_prompt() -> str:
     return postcard_rows(1, held_out=True, seed=3)[0]["messages"][0]["content"]
 
 
-def text(folder: Path, prompt: str, chat: bool = False) -> str:
+class Written(NamedTuple):
+    """What a model wrote greedily, whether it came to an end, and whether it is the text without a cache, too."""
+
+    text: str
+    ended: bool
+    same_without_cache: bool
+
+
+def written(folder: Path, prompt: str, chat: bool = False) -> Written:
+    from hf_moe.generation.cached import with_and_without_cache
+
     model, tokenizer = load(folder)
-    return continue_text(model, tokenizer, encode(tokenizer, prompt, chat), max_new_tokens=160)["text"]
+    inputs = encode(tokenizer, prompt, chat)
+    report = continue_text(model, tokenizer, inputs, max_new_tokens=MAX_NEW_TOKENS)
+    same = with_and_without_cache(model, inputs["input_ids"].to(model.device), report["new_tokens"]).same
+    return Written(report["text"], report["new_tokens"] < MAX_NEW_TOKENS, same)
+
+
+def repeats(text: str) -> bool:
+    words = text.split()
+    runs = [tuple(words[i : i + REPEATED]) for i in range(len(words) - REPEATED + 1)]
+    return any(runs.count(run) > 2 for run in runs)
+
+
+def expect(true: bool, otherwise: str) -> None:
+    """End with exit code 1 and one line where what a step shows is not so."""
+    if not true:
+        print(f"hf-moe: the demo went wrong: {otherwise}; hf-moe check tells more.", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+class Renaming:
+    """A stream on which a folder has the name that it will get."""
+
+    def __init__(self, stream: TextIO, now: str, later: str):
+        self.stream, self.now, self.later = stream, now, later
+
+    def write(self, text: str) -> int:
+        self.stream.write(text.replace(self.now, self.later))
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
 
 
 def write_rows(path: Path, rows: Sequence[dict]) -> None:

@@ -1,4 +1,4 @@
-"""Two models side by side on one text: `verify`."""
+"""Two models side by side on one text, and the second one with a cache and without: `verify`."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..generation.cached import with_and_without_cache
 from . import file_backed
 from .checkpoint import Checkpoint, Entry, read_config, read_text
 from .source import built, locate
@@ -17,6 +18,7 @@ from .writer import Output
 MAX_TOKENS = 512  # that are compared unless told otherwise
 WINDOW = 256  # tokens that are read together
 ROWS = 16  # tokens whose logits are compared at a time, in float64
+PROMPT, NEW = 16, 4  # tokens that `b` reads, and writes with a cache
 TEXT = """\
 The river was low that summer, and the children walked across it on flat grey stones. "If you count them," said the \
 oldest, "there are always twenty-three on the way over and twenty-two on the way back." Nobody believed her, so they \
@@ -47,8 +49,10 @@ def verify(
     them under the names that they have in Transformers; else all.
 
     Returns max_abs_diff and mean_abs_diff of the logits, kl (mean KL(a || b) per token, nats), top1_agreement (share
-    of tokens where both put the same token first), perplexity_a, perplexity_b and tokens. Raises a ValueError where
-    the models cannot be compared, or not in the memory that is free.
+    of tokens where both put the same token first), perplexity_a, perplexity_b and tokens; of the text that `b` writes
+    with a cache cache_max_abs_diff, how far its logits are from those without, and cached_text_equal, whether that is
+    rounding alone (None where the experts of a token depend on what else is read). Raises a ValueError where the
+    models cannot be compared, or not in the memory that is free.
     """
     (folder_a, config_a), (folder_b, config_b) = opened(a), opened(b)
     if config_a.vocab_size != config_b.vocab_size:
@@ -60,11 +64,12 @@ def verify(
     windows = [part for part in ids.split(window) if len(part) > 1]
     models = [(config_a, Checkpoint(folder_a).entries), (config_b, Checkpoint(folder_b).entries)]
     check_memory(memory_needed(models, len(ids)))
-    reference = list(logits_of(folder_a, config_a, windows))
+    reference = list(logits_of(file_backed.load(folder_a, config_a), windows))
 
     largest, absolute, divergence, agreed, entries, tokens = 0.0, 0.0, 0.0, 0, 0, 0
     nll_a = nll_b = predicted = 0.0
-    for part, all_a, all_b in zip(windows, reference, logits_of(folder_b, config_b, windows), strict=True):
+    model_b = file_backed.load(folder_b, config_b)
+    for part, all_a, all_b in zip(windows, reference, logits_of(model_b, windows), strict=True):
         tokens += len(part)
         predicted += len(part) - 1
         entries += all_a.numel()
@@ -88,7 +93,16 @@ def verify(
         "perplexity_a": torch.tensor(nll_a / predicted).exp().item(),
         "perplexity_b": torch.tensor(nll_b / predicted).exp().item(),
         "tokens": tokens,
+        **cached_text(model_b, windows[0]),
     }
+
+
+def cached_text(model: PreTrainedModel, window: torch.Tensor) -> dict[str, float | bool | None]:
+    """What a text of the model says of its cache; `window` [T] is where it begins."""
+    if getattr(model.config, "router_args", {}).get("eval_capacity_factor") is not None:
+        return {"cache_max_abs_diff": None, "cached_text_equal": None}
+    found = with_and_without_cache(model, window[None, :PROMPT], NEW)
+    return {"cache_max_abs_diff": found.difference, "cached_text_equal": found.same}
 
 
 def opened(model: str | Path) -> tuple[Path, PreTrainedConfig]:
@@ -116,9 +130,8 @@ def token_ids(folder: Path, data: str | Path | None, vocab_size: int, max_tokens
     return ids
 
 
-def logits_of(folder: Path, config: PreTrainedConfig, windows: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Logits [T, V] of each window [T]. The model lives as long as the iteration."""
-    model = file_backed.load(folder, config)
+def logits_of(model: PreTrainedModel, windows: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Logits [T, V] of each window [T]."""
     for part in windows:
         yield model(input_ids=part[None], use_cache=False).logits[0]
 

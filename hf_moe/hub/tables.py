@@ -19,6 +19,7 @@ CHECK = {
     "mean_abs_diff": "Mean difference",
     "kl": "KL divergence per token, nats",
     "top1_agreement": "Share of tokens with the same likeliest successor",
+    "cache_max_abs_diff": "Largest difference between two logits with a cache and without",
     "perplexity_a": "Perplexity of the source",
     "perplexity_b": "Perplexity of this model",
     "tokens": "Tokens compared",

@@ -4,13 +4,16 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
+import typer
 import yaml
-from hf_moe_cli.demo import run_demo
+from hf_moe_cli.demo import repeats, run_demo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe.demo import DEMO_MODEL
 from hf_moe.demo.text import postcard_rows
+from hf_moe.model.attention import HfMoeAttention
 
 # The three lines that the demo prints, where hf_moe cannot be imported.
 WITHOUT_HF_MOE = """
@@ -30,7 +33,8 @@ def test_demo_from_end_to_end(command, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     run_demo(tmp_path / "out", steps=16)
-    out = capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "Warning" not in err and "deprecated" not in err and ".partial" not in err
 
     # The five steps are there, and the figures are those of the files.
     assert [line for line in out.splitlines() if line[1:3] == "/5"] == [
@@ -54,6 +58,10 @@ def test_demo_from_end_to_end(command, capfd, tmp_path, monkeypatch):
     assert "## Conversion check" in card
     assert f"| Held-out loss after | {results['eval_loss']:.4g} |" in card
 
+    # What it says about running a step again is true: the options are read, up to a file that isn't there.
+    again = next(line.split() for line in out.splitlines() if "tuned_again" in line)
+    assert command(*again[1:], "--train_data", "absent.jsonl").err.endswith("absent.jsonl.\n")
+
     # What it says about loading is true.
     lines = "\n".join(line.strip() for line in out.splitlines()[-3:])
     assert lines.startswith("from transformers import")
@@ -66,6 +74,22 @@ def test_demo_from_end_to_end(command, capfd, tmp_path, monkeypatch):
     before = (tmp_path / "out" / "tuned" / "config.json").read_bytes()
     assert command("demo", "--out", tmp_path / "out").code == 2
     assert (tmp_path / "out" / "tuned" / "config.json").read_bytes() == before
+
+
+def test_a_text_that_differs_ends_the_demo_in_one_line(capfd, tmp_path, monkeypatch):
+    forward = HfMoeAttention.forward
+    monkeypatch.setattr(HfMoeAttention, "forward", lambda *args, past_key_values, **kwargs: forward(*args, **kwargs))
+    torch.set_num_threads(1)
+    with pytest.raises(typer.Exit) as stop:
+        run_demo(tmp_path / "out", steps=1)
+    assert stop.value.exit_code == 1
+    assert "the mixture of experts writes another text with a cache than without" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_goes_in_circles_is_seen():
+    assert repeats("it is warm and it is cold " * 3)
+    assert not repeats("Dear Tom, it is warm. Dear Mia, it is cold and I like it here. Love, Zoe")
 
 
 def test_the_shipped_model_is_small_and_tells_a_story():

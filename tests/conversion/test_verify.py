@@ -7,8 +7,11 @@ import pytest
 import torch
 from hf_moe.conversion import verify
 from hf_moe.conversion.verify import token_ids
+from hf_moe_cli import main
 from transformers import AutoModelForCausalLM
 
+from hf_moe.model.attention import HfMoeAttention
+from tests.conftest import tiny_model
 from tests.conversion.conftest import build
 
 
@@ -60,6 +63,24 @@ def test_experts_of_any_width(tmp_path):
         model.save_pretrained(tmp_path / name, save_original_format=not fused)
     report = verify(tmp_path / "fused", tmp_path / "per-expert", max_tokens=40)
     assert report["max_abs_diff"] == 0 and report["tokens"] == 40
+
+
+def test_a_cache_that_is_not_read_is_seen(tmp_path, monkeypatch, capsys):
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    report = verify(tmp_path, tmp_path, max_tokens=40)
+    assert report["cached_text_equal"] is True and report["cache_max_abs_diff"] < 1e-4
+    forward = HfMoeAttention.forward
+    monkeypatch.setattr(HfMoeAttention, "forward", lambda *args, past_key_values, **kwargs: forward(*args, **kwargs))
+    report = verify(tmp_path, tmp_path, max_tokens=40)
+    assert report["max_abs_diff"] == 0  # logits without a cache say nothing of it
+    assert report["cached_text_equal"] is False and report["cache_max_abs_diff"] > 0.1
+    assert main(["verify", str(tmp_path), str(tmp_path)]) == 1
+    assert "the text with a cache is not the text without" in capsys.readouterr().err
+
+
+def test_a_capacity_in_evaluation_leaves_nothing_to_compare(tmp_path):
+    tiny_model(router_args={"eval_capacity_factor": 1.0}).save_pretrained(tmp_path)
+    assert verify(tmp_path, tmp_path, max_tokens=40)["cached_text_equal"] is None
 
 
 def test_a_nan_is_not_passed_over(pair, tmp_path):
