@@ -11,6 +11,8 @@ from hf_moe_cli import main
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+INDEX = (DOCS / "README.md").read_text(encoding="utf-8")
+IN_ORDER = re.findall(r"\]\(([\w/-]+\.md)\)", INDEX)
 
 
 class Block(NamedTuple):
@@ -38,10 +40,7 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def run_page(page: str) -> None:
-    """Run a page's Python and commands here, in one process; a block named as a file becomes that file.
-
-    Words behind ```bash are options that the commands are run with: dry-run, where others test the whole conversion.
-    """
+    """Run a page's Python and commands here, in one process; a block named as a file becomes that file."""
     names: dict = {}
     for block in blocks(page):
         if block.language == "python" and block.runs:
@@ -49,7 +48,7 @@ def run_page(page: str) -> None:
         elif block.language == "bash" and block.runs:
             for words in commands(block):
                 assert words[0] == "hf-moe", f"{page}: mark as no-run: {words}"
-                assert main(words[1:] + [f"--{word}" for word in block.words]) == 0, words
+                assert main(words[1:]) == 0, (page, words)
         elif block.language in ("json", "yaml") and block.words:
             Path(block.words[0]).write_text(block.text, encoding="utf-8")
 

@@ -13,7 +13,7 @@ from hf_moe.training.stages import stage_module
 from hf_moe_cli import app
 
 from hf_moe.model.routing import ROUTERS
-from tests.docs.conftest import DOCS, PAGES, blocks, commands, run_page
+from tests.docs.conftest import DOCS, IN_ORDER, PAGES, blocks, commands, run_page
 
 ROOT = DOCS.parent
 
@@ -28,6 +28,15 @@ def test_its_blocks_run(page, prepared, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     with mock.patch.dict(ROUTERS):  # a page adds a router of its own
         run_page(page)
+
+
+def test_all_pages_run_in_order_in_one_folder(prepared, tmp_path, monkeypatch):
+    """As a reader goes through them: no page stumbles over what an earlier one has made."""
+    monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "work"))
+    torch.set_num_threads(1)
+    with mock.patch.dict(ROUTERS):
+        for page in IN_ORDER:
+            run_page(page)
 
 
 def options_of(words: list[str]) -> set[str]:
@@ -67,6 +76,5 @@ def test_links_lead_somewhere():
 
 
 def test_the_index_names_every_page_and_the_readme_the_index():
-    index = (DOCS / "README.md").read_text(encoding="utf-8")
-    assert {page for page in PAGES if f"({page})" not in index} == {"README.md"}
+    assert set(PAGES) - set(IN_ORDER) == {"README.md"} and len(set(IN_ORDER)) == len(IN_ORDER)
     assert "(docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
