@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A saved model, or a model id on the Hub.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A saved model or adapter, or a model id on the Hub.")],
     prompt: Annotated[str, typer.Option(help="The text to continue, or the question to answer with --chat.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sample at this temperature; 0 is greedy.")] = 0.0,

@@ -1,5 +1,6 @@
-"""A causal language model and its tokenizer from a folder or the Hub."""
+"""A causal language model and its tokenizer from a folder or the Hub; in a folder, also an adapter of one."""
 
+import json
 import re
 from pathlib import Path
 
@@ -13,8 +14,9 @@ def load(model: str | Path, trust_remote_code: bool = False) -> tuple[PreTrained
     Raises FileNotFoundError, OSError or ValueError where either cannot be had.
     """
     check_model(model, trust_remote_code)
+    source = model if base_of(model) is None or (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
         raise ValueError(f"{model} has no tokenizer that can be loaded: {error}") from error
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made from the config, without files
@@ -23,8 +25,16 @@ def load(model: str | Path, trust_remote_code: bool = False) -> tuple[PreTrained
 
 
 def load_model(model: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model, which `check_model` has let through, in its saved precision and on the GPU if there is one."""
+    """The model, which `check_model` has let through, in its saved precision and on the GPU if there is one.
+
+    An adapter comes on its base, with the selection biases that were trained beside it.
+    """
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code)
+    if base_of(model) is not None:
+        from .training.selection_bias import BIAS_FILE, load_router_bias
+
+        if (Path(model) / BIAS_FILE).is_file():
+            load_router_bias(loaded, model)
     return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -33,9 +43,16 @@ def check_model(model: str | Path, trust_remote_code: bool = False) -> None:
     # A path that is not there would otherwise be asked for on the Hub.
     if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(model)):
         raise FileNotFoundError(f"{model} is neither a folder nor a model id such as owner/name.")
+    if (base := base_of(model)) is not None:
+        import peft  # noqa: F401  (Transformers would take the folder for one without a model)
+
+        try:
+            return check_model(base, trust_remote_code)
+        except OSError as error:
+            raise OSError(f"{model} is an adapter, and its base model does not load: {error}") from error
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        # Training of an adapter, or of some experts, writes the whole model there.
+        # Training of some experts writes the whole model there.
         other = folder / "merged" if (folder / "merged" / "config.json").is_file() else "the folder of a saved model"
         raise FileNotFoundError(f"{folder / 'config.json'} does not exist; give {other}.")
     try:
@@ -44,3 +61,17 @@ def check_model(model: str | Path, trust_remote_code: bool = False) -> None:
         if folder.is_dir():
             raise
         raise OSError(f"{model} is no folder here and could not be had from the Hub: {error}") from error
+
+
+def base_of(model: str | Path) -> str | None:
+    """The model that an adapter in the folder `model` is for; None where there is no adapter, or a model beside it.
+
+    Raises ValueError where the adapter does not say it.
+    """
+    path = Path(model) / "adapter_config.json"
+    if not path.is_file() or (Path(model) / "config.json").is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not say which model it adapts: give base_model_name_or_path.") from error
