@@ -28,6 +28,7 @@ from .float8 import check_float8, compute_in_float8
 from .host import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, is_adapter
 from .mixture import mix
 from .parameter_groups import GROUPS, train_group
+from .progress import say_in_lines
 from .saved_dtype import cast, name_dtype, name_of
 from .sources import load_sources, loss_names, together
 from .weight_average import AVERAGE_FILE
@@ -210,6 +211,7 @@ def train(trainer: Trainer, checkpoint: str | None, dtype: torch.dtype | None = 
 
     They have `eval_loss_before` where the arguments say `eval_on_start`, or said so before the checkpoint.
     """
+    say_in_lines(trainer)
     done = steps_done(checkpoint)
     if checkpoint is not None:
         print(f"resuming from {checkpoint}, after {done} steps", file=sys.stderr)
