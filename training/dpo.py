@@ -38,7 +38,7 @@ def run(
     train_rows, eval_rows = load_data(data_args, args, kinds=COLUMNS)
     args.eval_on_start = eval_rows is not None and checkpoint is None
     tokenizer = load_tokenizer_and_template(checkpoint or model_args.model_name_or_path, model_args, args, train_rows)
-    trainer = build_trainer(model_args, args, adapter_args, tokenizer, train_rows, eval_rows)
+    trainer = build_trainer(model_args, args, adapter_args, esft_args, tokenizer, train_rows, eval_rows)
     if esft_args.esft_p is not None:
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
     metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
@@ -51,6 +51,7 @@ def build_trainer(
     model_args: ModelArguments,
     args: MoeDPOConfig,
     adapter_args: AdapterArguments,
+    esft_args: EsftArguments,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Dataset,
     eval_rows: Dataset | dict[str, Dataset] | None,
@@ -59,7 +60,7 @@ def build_trainer(
 
     The reference is a copy of the model, router and selection bias included; of an adapter, the model without it.
     """
-    policy, reference = load_policy(model_args, args, adapter_args), None
+    policy, reference = load_policy(model_args, args, adapter_args, esft_args), None
     if policy.peft_config is None and not args.precompute_ref_log_probs:
         reference = copy.deepcopy(policy.model).requires_grad_(False)
     trainer = MoeDPOTrainer(

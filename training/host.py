@@ -26,7 +26,7 @@ from hf_moe.model.host import differences
 logger = logging.get_logger(__name__)
 
 # The oldest and the newest minor release that all tests of training ran with; of Transformers, the model's.
-TESTED = {"transformers": MODEL_TESTED, "accelerate": ((1, 15), (1, 15))}
+TESTED = {"transformers": MODEL_TESTED, "accelerate": ((1, 12), (1, 15))}
 
 # As in hf_moe/model/host.py: what the trainers override or call, the arguments that it was written against, and why
 # nothing that is documented serves.

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from .adapters import AdapterArguments, check_coverage, lora_config
 from .arguments import ModelArguments
+from .esft import EsftArguments
 from .host_trl import leave_out_own_aux_loss
 from .moe_arguments import MoeArguments, moe_argument
 from .run import check_template, choose_trained, find_template, load_tokenizer, load_trained_model
-from .trained import store_base
+from .trained import NO_ESFT, store_base
 from .trainer import MoeTrainerMixin
 
 
@@ -98,11 +99,16 @@ class Policy(NamedTuple):
             print(check_coverage(trainer.model, self.targets, adapter_args.lora_parts), file=sys.stderr)
 
 
-def load_policy(model_args: ModelArguments, args: TrainingArguments, adapter_args: AdapterArguments) -> Policy:
+def load_policy(
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    adapter_args: AdapterArguments,
+    esft_args: EsftArguments = NO_ESFT,
+) -> Policy:
     """The model that a run begins with, also where it is resumed: the trainer then restores the policy's weights."""
     model = load_trained_model(model_args.model_name_or_path, model_args, args)
     if adapter_args.lora_parts is None:
-        choose_trained(model, model_args.trainable, args)
+        choose_trained(model, model_args.trainable, args, says=esft_args.esft_p is None)
         return Policy(model)
     store_base(model, adapter_args, args)
     return Policy(model, *lora_config(model, adapter_args))

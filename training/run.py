@@ -190,9 +190,11 @@ def expert_parallel(size: int) -> dict[str, DistributedConfig]:
     return {"distributed_config": DistributedConfig(fsdp_size=processes, ep_size=size)} if size > 1 else {}
 
 
-def choose_trained(model: PreTrainedModel, group: str, args: TrainingArguments) -> None:
-    """Freeze what `group` leaves out, and say what trains."""
-    print(train_group(model, group), file=sys.stderr)
+def choose_trained(model: PreTrainedModel, group: str, args: TrainingArguments, says: bool = True) -> None:
+    """Freeze what `group` leaves out, and say what trains, unless something else is still to choose."""
+    chosen = train_group(model, group)
+    if says:
+        print(chosen, file=sys.stderr)
     if "router" not in GROUPS[group]:
         keep_selection_bias(args)
 

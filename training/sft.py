@@ -59,7 +59,7 @@ def run(
     weights = source if whole else model_args.model_name_or_path
     if esft_args.esft_p is not None:
         keep_selection_bias(args)
-    trainer = build_trainer(weights, model_args, args, adapter_args, tokenizer, train_rows, eval_rows)
+    trainer = build_trainer(weights, model_args, args, adapter_args, esft_args, tokenizer, train_rows, eval_rows)
     if esft_args.esft_p is not None:
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
     metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
@@ -73,6 +73,7 @@ def build_trainer(
     model_args: ModelArguments,
     args: MoeSFTConfig,
     adapter_args: AdapterArguments,
+    esft_args: EsftArguments,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Dataset,
     eval_rows: Dataset | dict[str, Dataset] | None,
@@ -80,7 +81,7 @@ def build_trainer(
     """The trainer with its model loaded from `source`. Raises ValueError if no row is left to train on."""
     model = load_trained_model(source, model_args, args)
     if adapter_args.lora_parts is None:
-        choose_trained(model, model_args.trainable, args)
+        choose_trained(model, model_args.trainable, args, says=esft_args.esft_p is None)
     else:
         store_base(model, adapter_args, args)
         model, covered = add_adapter(model, adapter_args)

@@ -10,12 +10,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .adapters import AdapterArguments, check_adapter_arguments, matrices
 from .arguments import ModelArguments
 from .esft import EsftArguments, check_esft_arguments, merge_rows
-from .merging import merge_adapter
+from .merging import Changes, merge_adapter
 from .quantized import quantize
 from .run import write_merged
 
 NO_ADAPTER, NO_ESFT = AdapterArguments(), EsftArguments()
 MERGE_BATCHES = 8  # enough to count routes
+MATTERS = 0.01  # of the likeliest next tokens: more than ties, which rounding decides
 
 
 def check_choices(model_args: ModelArguments, adapter_args: AdapterArguments, esft_args: EsftArguments) -> None:
@@ -49,17 +50,29 @@ def merge_trained(
     return save_merged(trainer, adapter_args.lora_merge) if adapter_args.lora_merge is not None else {}
 
 
+def advice(changes: Changes, dtype: str) -> str:
+    """What the changes mean: a route matters where the next token changes with it."""
+    if changes.tokens == 0:
+        return ": it writes what the adapter does"
+    if changes.tokens <= MATTERS * changes.all_tokens:
+        return ": ties, which rounding decides"
+    return ": --lora_merge float32 changes fewer" if dtype != "float32" else ""
+
+
 def save_merged(trainer: Trainer, dtype: str) -> dict[str, float]:
-    """The model with its adapter merged to `output_dir`/merged; returns the share of routes that this changed.
+    """The model with its adapter merged to `output_dir`/merged; returns the shares of what this changed.
 
     The routes are those of some of the trainer's batches, without autocast.
     """
     batches = trainer.some_batches(MERGE_BATCHES)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    merged, changed, total = merge_adapter(model, getattr(torch, dtype), batches)
+    merged, changes = merge_adapter(model, getattr(torch, dtype), batches)
     write_merged(trainer, merged)
     if trainer.is_world_process_zero():
-        print(f"merged in {dtype}: {changed} of {total} routes changed", file=sys.stderr)
-    metrics = {"merge_changed_routes": changed / total}
+        print(f"merged in {dtype}, whose rounding changed {changes}{advice(changes, dtype)}", file=sys.stderr)
+    metrics = {
+        "merge_changed_routes": changes.routes / changes.all_routes,
+        "merge_changed_tokens": changes.tokens / changes.all_tokens,
+    }
     trainer.save_metrics("merge", metrics)
     return metrics

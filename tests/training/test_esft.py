@@ -143,7 +143,8 @@ def command(model_folder, data_folder, tmp_path):
 
 def test_run_saves_rows_alone_and_the_merged_model(command, model_folder, tmp_path, capsys):
     metrics = main(command("--esft_merge", "--learning_rate", "1e-2"))
-    assert "ESFT trains" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "ESFT trains" in said and "trainable all" not in said  # which would not be true
     assert metrics["eval_loss"] < metrics["eval_loss_before"]
     out = tmp_path / "out"
     assert [path.name for path in out.glob("*.safetensors")] == [ROWS_FILE] and not list(out.glob(".*"))

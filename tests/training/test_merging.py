@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from hf_moe.training.adapters import adapted_weights, add_adapter
-from hf_moe.training.merging import merge_adapter, routes
+from hf_moe.training.merging import Changes, choices, merge_adapter
+from hf_moe.training.trained import advice
 
 from ..conversion.conftest import build, dbrx
 from .models import collate, deepseek_v3, hf_moe_biased, mixtral, rows
@@ -40,9 +41,9 @@ def test_merged_weight_is_the_exact_sum_rounded_once(name, dtype):
     adapted = with_adapter(model)
     exact = {key: before[key] + exact_delta(layer) for key, layer in adapted_weights(adapted).items()}
     twice = copy.deepcopy(adapted).merge_and_unload().state_dict()  # PEFT's own way
-    merged, _, total = merge_adapter(adapted, dtype, [collate(rows(4))])
+    merged, changes = merge_adapter(adapted, dtype, [collate(rows(4))])
     state = merged.state_dict()
-    assert total == 2 * sum(len(row["input_ids"]) for row in rows(4))
+    assert changes.all_routes == 2 * changes.all_tokens == 2 * sum(len(row["input_ids"]) for row in rows(4))
     for key, value in exact.items():
         assert state[key].dtype == dtype
         if dtype == torch.float32:
@@ -63,27 +64,45 @@ def test_merged_weight_is_the_exact_sum_rounded_once(name, dtype):
 def test_routes_are_counted(name):
     """None change in float32; rounding to bfloat16 changes those that a slow comparison finds."""
     batches = [collate(rows(6, seed=seed)) for seed in (1, 2)]
-    merged, changed, total = merge_adapter(with_adapter(MODELS[name]()), torch.float32, batches)
-    assert changed == 0 and total == routes(merged, batches)[..., 0].numel()
+    merged, changes = merge_adapter(with_adapter(MODELS[name]()), torch.float32, batches)
+    assert changes.routes == changes.tokens == 0 and changes.all_routes == choices(merged, batches)[0][..., 0].numel()
     adapted = with_adapter(MODELS[name]())
-    before = routes(adapted, batches)
-    merged, changed, total = merge_adapter(adapted, torch.bfloat16, batches)
-    after = routes(merged, batches)
+    before, said = choices(adapted, batches)
+    merged, changes = merge_adapter(adapted, torch.bfloat16, batches)
+    after, said_after = choices(merged, batches)
     different = sum(
         set(a) != set(b)
         for router in zip(before.tolist(), after.tolist(), strict=True)
         for a, b in zip(*router, strict=True)
     )
-    assert changed == different > 0
+    assert changes.routes == different > 0
+    assert changes.tokens == (said != said_after).sum() and len(said) == changes.all_tokens
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "said"),
+    [
+        (0, "bfloat16", ": it writes what the adapter does"),
+        (9, "bfloat16", ": ties, which rounding decides"),
+        (11, "bfloat16", ": --lora_merge float32 changes fewer"),
+        (11, "float32", ""),
+    ],
+)
+def test_what_changed_routes_mean(tokens, dtype, said):
+    changes = Changes(731, 46080, tokens, 1000)
+    assert advice(changes, dtype) == said
+    assert str(changes).startswith("731 of 46,080 routes (1.59%) and ") and f" {tokens} of 1,000 likeliest" in str(
+        changes
+    )
 
 
 def test_padding_is_no_route():
     model = with_adapter(hf_moe_biased())
     batch = collate(rows(4))
     lengths = batch["attention_mask"].sum().item()
-    assert routes(model, [batch, batch]).shape == (2, 2 * lengths, 2)
+    assert choices(model, [batch, batch])[0].shape == (2, 2 * lengths, 2)
 
 
 def test_every_choice_of_a_dbrx_is_counted():
     model, batch = build("dbrx", **dbrx(clip_qkv=8.0)), collate(rows(4))
-    assert routes(model, [batch]).shape == (3, batch["attention_mask"].sum(), 3)
+    assert choices(model, [batch])[0].shape == (3, batch["attention_mask"].sum(), 3)
