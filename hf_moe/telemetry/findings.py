@@ -169,7 +169,8 @@ def pruned(numbers: dict) -> list[Finding]:
     low, high = min(costs), max(costs)
     free = sum(change < 2 * error + 1e-4 for change, error, *_ in costs)
     if free == len(costs):
-        text = f"None of the {free} experts tried is missed on {numbers['pruning_tokens']} tokens."
+        tried = "The one expert tried is not" if free == 1 else f"None of the {free} experts tried is"
+        text = f"{tried} missed on {numbers['pruning_tokens']} tokens."
         return [Finding(PLAIN, text, "pruning")]
     text = (
         f"Losing expert {high[2]} of layer {high[3]} costs most: {high[0]:+.3f} nats of loss. {free} of the "

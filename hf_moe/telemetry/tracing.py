@@ -245,6 +245,8 @@ class Run:
         if not chosen or not budget:
             return
         tokens, tried = plan(budget, chosen)
+        if not tried:  # the budget is less than one expert takes
+            return
         batches = self.sample(tokens)
         tokens = sum(int(batch.mask.sum()) for batch in batches)
         if sum(int(batch.mask[:, 1:].sum()) for batch in batches) < 2:  # predictions, for a mean and its error

@@ -238,3 +238,16 @@ def test_one_expert_alone_is_no_toss():
     numbers = numbers_by_hand()
     numbers["layers"] = [layer | {"experts": 1, "routing_entropy": 1.0} for layer in numbers["layers"]]
     assert not [finding for finding in findings(numbers) if finding.section == "entropy"]
+
+
+def test_a_budget_for_less_than_one_expert_tries_none(saved, texts, tmp_path, one_figure, capfd):
+    summary = trace(saved, texts / "river.txt", tmp_path / "out", prune_tokens=2)
+    assert summary["pruning_trials"] == 0
+    assert "prune" not in capfd.readouterr().err
+
+
+def test_one_expert_that_was_tried():
+    numbers = numbers_by_hand()
+    numbers["layers"][0]["pruning"] = [{"expert": 0, "loss_change": 0.0, "standard_error": 0.1}]
+    said = [finding.text for finding in findings(numbers) if finding.section == "pruning"]
+    assert said == ["The one expert tried is not missed on 128 tokens."]
