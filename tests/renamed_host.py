@@ -53,9 +53,7 @@ def link_or_copy(source: str, target: str) -> None:
 def copy_renamed(folder: Path, old: str, new: str, version: str | None = None) -> None:
     source = Path(find_spec("transformers").submodule_search_locations[0])
     package = folder / "transformers"
-    shutil.copytree(
-        source, package, copy_function=link_or_copy, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True
-    )
+    shutil.copytree(source, package, copy_function=link_or_copy)  # with the bytecode of what does not change
     info = Path(importlib.metadata.distribution("transformers").locate_file("")) / (
         f"transformers-{importlib.metadata.version('transformers')}.dist-info"
     )
