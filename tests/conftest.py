@@ -76,6 +76,17 @@ def tiny_model(**changes) -> hf_moe.HfMoeForCausalLM:
     return hf_moe.HfMoeForCausalLM(tiny_config(**changes)).eval()
 
 
+@pytest.fixture
+def cache_is_forgotten(monkeypatch):
+    """Every forward begins with a new cache, as where the host calls it something that a model does not know."""
+    forward = hf_moe.HfMoeModel.forward
+
+    def forgetful(self, *args, past_key_values=None, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(hf_moe.HfMoeModel, "forward", forgetful)
+
+
 def on_the_gpu(model, ids):
     """Both there, for what Transformers does between a GPU and the host's memory only."""
     return model.to("cuda"), ids.to("cuda")

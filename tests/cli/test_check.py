@@ -3,7 +3,6 @@
 import json
 
 import hf_moe.self_check as self_check
-from hf_moe.model.attention import HfMoeAttention
 
 
 def test_every_check_passes_here(command):
@@ -17,9 +16,7 @@ def test_every_check_passes_here(command):
     assert "Warning" not in err and "deprecated" not in err
 
 
-def test_a_wrong_text_is_one_line_and_exit_code_1(command, monkeypatch):
-    forward = HfMoeAttention.forward
-    monkeypatch.setattr(HfMoeAttention, "forward", lambda *args, past_key_values, **kwargs: forward(*args, **kwargs))
+def test_a_wrong_text_is_one_line_and_exit_code_1(command, monkeypatch, cache_is_forgotten):
     wrong = {name: self_check.CHECKS[name] for name in ("host", "cached text", "left padding")}
     monkeypatch.setattr(self_check, "CHECKS", wrong)
     code, out, err = command("check")

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe.demo import DEMO_MODEL
 from hf_moe.demo.text import postcard_rows
-from hf_moe.model.attention import HfMoeAttention
 
 # The three lines that the demo prints, where hf_moe cannot be imported.
 WITHOUT_HF_MOE = """
@@ -76,9 +75,7 @@ def test_demo_from_end_to_end(command, capfd, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "tuned" / "config.json").read_bytes() == before
 
 
-def test_a_text_that_differs_ends_the_demo_in_one_line(capfd, tmp_path, monkeypatch):
-    forward = HfMoeAttention.forward
-    monkeypatch.setattr(HfMoeAttention, "forward", lambda *args, past_key_values, **kwargs: forward(*args, **kwargs))
+def test_a_text_that_differs_ends_the_demo_in_one_line(capfd, tmp_path, cache_is_forgotten):
     torch.set_num_threads(1)
     with pytest.raises(typer.Exit) as stop:
         run_demo(tmp_path / "out", steps=1)

@@ -72,7 +72,7 @@ def test_memory_is_what_was_foretold(options, foretold, wide, tmp_path):
     said = json.loads(run.stdout.splitlines()[-1])
     print(said["plan"][foretold] / 1e6, said["peak"] / 1e6)
     assert said["peak"] == pytest.approx(said["plan"][foretold], rel=0.2)
-    assert options["verify"] or said["plan"][foretold] < 5e8
+    assert options["verify"] or said["plan"][foretold] < 5.5e8  # most of it torch, whose CUDA builds are larger
 
 
 @pytest.mark.parametrize("function", ["upcycle", "import", "export"])

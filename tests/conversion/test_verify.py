@@ -10,7 +10,6 @@ from hf_moe.conversion.verify import token_ids
 from hf_moe_cli import main
 from transformers import AutoModelForCausalLM
 
-from hf_moe.model.attention import HfMoeAttention
 from tests.conftest import tiny_model
 from tests.conversion.conftest import build
 
@@ -65,12 +64,11 @@ def test_experts_of_any_width(tmp_path):
     assert report["max_abs_diff"] == 0 and report["tokens"] == 40
 
 
-def test_a_cache_that_is_not_read_is_seen(tmp_path, monkeypatch, capsys):
+def test_a_cache_that_is_not_read_is_seen(tmp_path, request, capsys):
     tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     report = verify(tmp_path, tmp_path, max_tokens=40)
     assert report["cached_text_equal"] is True and report["cache_max_abs_diff"] < 1e-4
-    forward = HfMoeAttention.forward
-    monkeypatch.setattr(HfMoeAttention, "forward", lambda *args, past_key_values, **kwargs: forward(*args, **kwargs))
+    request.getfixturevalue("cache_is_forgotten")
     report = verify(tmp_path, tmp_path, max_tokens=40)
     assert report["max_abs_diff"] == 0  # logits without a cache say nothing of it
     assert report["cached_text_equal"] is False and report["cache_max_abs_diff"] > 0.1

@@ -39,7 +39,7 @@ def test_it_is_the_merged_model(trained):
     adapter, base = trained
     model, tokenizer = load(adapter)
     merged, plain = load_model(adapter / "merged"), load_model(base)
-    ids = torch.arange(3, 60).view(1, -1)
+    ids = torch.arange(3, 60).view(1, -1).to(model.device)
     with torch.no_grad():
         logits, expected, before = (x(ids).logits for x in (model, merged, plain))
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)  # W x + B A x, or (W + B A) x
@@ -52,8 +52,8 @@ def test_it_is_the_merged_model(trained):
 def test_selection_biases_come_along(trained):
     adapter, base = trained
     saved = load_file(adapter / "router_bias.safetensors")
-    found = {name: x for name, x in load_model(adapter).state_dict().items() if name.endswith(BIAS)}
-    before = load_model(base).state_dict()
+    found = {name: x.cpu() for name, x in load_model(adapter).state_dict().items() if name.endswith(BIAS)}
+    before = load_model(base).cpu().state_dict()
     assert found and all(torch.equal(x, saved[name]) and not torch.equal(x, before[name]) for name, x in found.items())
 
 

@@ -224,7 +224,9 @@ class TestRefusals:
             (["--optim", "lomo"], ValueError, "You need to install `lomo_optim`"),
             pytest.param(
                 *(["--use_liger_kernel", "true"], ValueError, "Liger's kernels run on a GPU"),
-                marks=pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs liger-kernel"),
+                marks=pytest.mark.skipif(
+                    find_spec("liger_kernel") is None or torch.cuda.is_available(), reason="needs Liger, and no GPU"
+                ),
             ),
         ],
         ids=lambda value: value[0] if isinstance(value, list) else "",
