@@ -52,7 +52,7 @@ def in_memory(folder: Path) -> PreTrainedModel:
         raise ValueError(f"{folder}: {name} has shape {list(stored)}, but the config calls for {list(meant)}.")
     if said["missing_keys"]:
         raise ValueError(f"{folder} lacks {min(said['missing_keys'])}, which its config calls for.")
-    return model
+    return model.float()  # until Transformers 5.22 dequantised experts stay in bfloat16
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,6 +5,7 @@ As hf_moe/model/host.py does for the model; what is TRL's and PEFT's is in host_
 
 from collections.abc import Callable
 from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
 import accelerate.utils
@@ -124,6 +125,18 @@ def own_scheduler(trainer: Trainer) -> None:
     """The scheduler is the trainer's own, not the caller's: another training begins with a new one."""
     assert hasattr(trainer, "_created_lr_scheduler")
     trainer._created_lr_scheduler = True
+
+
+def start_repository(trainer: Trainer, token: str | None, private: bool) -> None:
+    """The Trainer's own `init_hf_repo`; until 5.22 whether it is private is said by the arguments alone."""
+    if "private" in signature(Trainer.init_hf_repo).parameters:
+        Trainer.init_hf_repo(trainer, token=token, private=private)
+        return
+    said, trainer.args.hub_private_repo = trainer.args.hub_private_repo, private
+    try:
+        Trainer.init_hf_repo(trainer, token=token)
+    finally:
+        trainer.args.hub_private_repo = said
 
 
 def prepared_inputs(trainer: Trainer, batch: dict) -> dict:

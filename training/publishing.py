@@ -12,7 +12,7 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_moe.hub import MARKER, check_base, plain_errors, push_folder, write_model_card
 
-from .host import add_push, finish_pushes, in_background, is_pushing
+from .host import add_push, finish_pushes, in_background, is_pushing, start_repository
 from .record import write_record
 
 STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
@@ -36,7 +36,7 @@ class PublishingMixin:
         private = self.args.hub_private_repo if private is None else private
         repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         with plain_errors(repo_id, token or self.args.hub_token):
-            super().init_hf_repo(token=token, private=private is not False)
+            start_repository(self, token, private is not False)
 
     def save_record(self, folder: str | Path) -> None:
         """What the run was, in `folder`; and no draft of a card, which PEFT puts beside an adapter."""

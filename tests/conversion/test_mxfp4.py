@@ -91,7 +91,7 @@ def test_import_dequantizes(quantized, tmp_path):
             assert torch.equal(written[f"{name}down_proj"][expert], down)
     assert "quantization_config" not in json.loads((tmp_path / "moe" / "config.json").read_text())
     theirs, ours = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).float().eval()
         for folder in (quantized, tmp_path / "moe")
     )
     ids = tokens(length=23, vocab_size=61)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from tests.conftest import FEW_PAGES, on_the_gpu, tiny_model, tokens
+from tests.conftest import FEW_PAGES, compiles_backward, on_the_gpu, tiny_model, tokens
 
 VARIANTS = {
     "softmax": {},
@@ -118,6 +118,7 @@ def test_compiles_as_one_graph(variant):
         )
 
 
+@compiles_backward
 def test_the_training_step_compiles_as_one_graph():
     model, ids = tiny_model(router_z_loss_coef=0.001).train(), tokens(2, 9)
     expected = model(ids, labels=ids, use_cache=False).loss

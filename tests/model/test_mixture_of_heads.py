@@ -15,7 +15,7 @@ from hf_moe.model.mixture_of_heads import LINEARS, HfMoeMixtureOfHeads, batched_
 from hf_moe.model.modeling_hf_moe import MASKS
 from hf_moe.model.rotary import HfMoeRotaryEmbedding
 from hf_moe.model.routing import ROUTERS
-from tests.conftest import tiny_config, tiny_model, tokens
+from tests.conftest import compiles_backward, tiny_config, tiny_model, tokens
 
 HEADS = {"attention_type": "moa", "head_dim": 12}  # 7 experts of 2 heads, 3 of them active: 6 heads a token
 JETMOE = {**HEADS, "router_type": "topk_softmax", "attention_output_bias": True, "mlp_layer_types": ["sparse"] * 3}
@@ -249,6 +249,7 @@ def test_sdpa_equals_eager():
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
+@compiles_backward
 def test_the_training_step_compiles_as_one_graph():
     one_layer = {"num_hidden_layers": 1, "mlp_layer_types": ["dense"]}
     model, ids = tiny_model(**HEADS, **one_layer, router_z_loss_coef=0.001).train(), tokens(2, 9)

@@ -77,9 +77,10 @@ def chooser(gate: nn.Module):
 
 def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
     routed = module.experts
+    if type(routed) is not HfMoeExperts:  # another class has a gate of its own, an adapter does more
+        return None
     act = ACTIVATIONS.get(type(routed.act_fn))
-    known = type(routed) is HfMoeExperts and act is not None  # another class has a gate of its own
-    if not known or module.shared_expert_gate is not None or module.scales_input:
+    if act is None or module.shared_expert_gate is not None or module.scales_input:
         return None
     if rows > experts.MAX_TOKENS:
         return many_forward(module)
