@@ -68,8 +68,8 @@ def test_there_and_back(case, saved, checkpoint, tmp_path):
         for folder in (source, tmp_path / "back")
     )
     assert first == second
-    with torch.inference_mode():
-        assert torch.equal(load(tmp_path / "back")(ids).logits, expected)
+    with torch.inference_mode():  # the same weights, which may lie otherwise in memory: other kernels
+        torch.testing.assert_close(load(tmp_path / "back")(ids).logits, expected, rtol=0, atol=1e-5)
 
 
 def test_the_mtp_layer_of_glm_is_carried(tmp_path):
