@@ -35,7 +35,7 @@ model, first = logits(repo)
 assert "hf_moe" not in sys.modules
 model.save_pretrained(again)
 _, second = logits(again)
-assert torch.equal(first, second)
+torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)  # the weights lie elsewhere: other kernels
 hidden = AutoModel.from_pretrained(again, trust_remote_code=True).eval()(ids).last_hidden_state
 AutoModelForTokenClassification.from_pretrained(again, trust_remote_code=True)
 auto_map = AutoConfig.from_pretrained(again, trust_remote_code=True).auto_map

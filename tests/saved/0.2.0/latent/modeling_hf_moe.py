@@ -251,7 +251,7 @@ class HfMoePreTrainedModel(HfMoeDispatch, HfMoeHashTables, PreTrainedModel):
         if enable and reentrant and self.active_losses():
             raise ValueError(
                 f"use_reentrant=True would cut {', '.join(self.active_losses())} off from the router; use "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}, or set them to 0.'
+                '{"use_reentrant": False} in activation_checkpointing_kwargs, or set them to 0.'
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
