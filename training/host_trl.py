@@ -15,7 +15,7 @@ from hf_moe.model.host import differences
 
 from .host import check_version
 
-TESTED = {"trl": ((1, 16), (1, 16)), "peft": ((0, 19), (0, 21))}
+TESTED = {"trl": ((1, 16), (1, 16)), "peft": ((0, 21), (0, 21))}
 
 # As in host.py, by the names of TRL's trainers, each of which takes a second to import.
 PRIVATE = {

@@ -79,6 +79,15 @@ def test_every_parameter_learns():
     assert silent == []
 
 
+def test_text_in_training_mode_with_checkpointing_is_the_same():
+    """As in TRL's GRPO: without gradients there is nothing to checkpoint, and the cache is read."""
+    model, ids = tiny_model(), tokens(2, 7)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **options)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert torch.equal(model.train().generate(ids, **options), expected)
+
+
 def test_checkpointing_changes_no_gradient():
     ids = tokens()
     expected = tiny_model(router_aux_loss_coef=0.5).train()

@@ -244,7 +244,8 @@ def layer_forward(module: HfMoeDecoderLayer, rows: int):
     if module.norms != PLACEMENTS["pre"] or module.residual_multiplier != 1 or type(norm) is not HfMoeRMSNorm:
         return None
 
-    def forward(hidden_states, token_mask=None, input_ids=None, **kwargs) -> torch.Tensor:
+    def forward(hidden_states, token_mask=None, input_ids=None, layer_cache=None, **kwargs) -> torch.Tensor:
+        kwargs["past_key_values"] = layer_cache
         routing = {"token_mask": token_mask, "input_ids": input_ids}
         heads_routing, mlp_routing = (routing if x else {} for x in (module.self_attn.routes, module.sparse))
         attended, _ = module.self_attn(module.input_layernorm(hidden_states), **heads_routing, **kwargs)

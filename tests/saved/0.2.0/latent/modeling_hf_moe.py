@@ -169,8 +169,13 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         token_mask: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
+        layer_cache: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
+        if layer_cache is not None:
+            # Until 5.23 the host takes a cache by its own name away from layers in training mode with checkpointing,
+            # also where there is no gradient to checkpoint for; where there is one, the model has done so.
+            kwargs["past_key_values"] = layer_cache
         routing = {"token_mask": token_mask, "input_ids": input_ids}
         heads_routing, mlp_routing = (routing if routes else {} for routes in (self.self_attn.routes, self.sparse))
         before_attention, after_attention, before_mlp, after_mlp = self.norms
@@ -323,8 +328,7 @@ class HfMoeModel(HfMoePreTrainedModel):
                 hidden_states,
                 attention_mask=masks[layer_type],
                 position_embeddings=rotary[layer_type],
-                past_key_values=past_key_values,
-                use_cache=use_cache,
+                layer_cache=past_key_values,
                 **shared,
             )
         hidden_states, mtp_hidden_states, mtp_masks = self.norm(hidden_states), None, None
