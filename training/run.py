@@ -25,7 +25,7 @@ from .checkpoints import check_optimizer, is_complete, last_checkpoint, load_mod
 from .data import is_conversational
 from .esft import ROWS_FILE
 from .float8 import check_float8, compute_in_float8
-from .host import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, is_adapter
+from .host import CLIPS_EXPERT_PARALLEL, TRAINER_STATE_NAME, TRAINING_ARGS_NAME, is_adapter
 from .mixture import mix
 from .parameter_groups import GROUPS, train_group
 from .progress import say_in_lines
@@ -186,6 +186,11 @@ def expert_parallel(size: int) -> dict[str, DistributedConfig]:
         raise ValueError(
             f"expert_parallel_size is {size}, which does not divide the {processes} processes of this run: start with "
             "--accelerate expert_parallel on as many GPUs, or a multiple."
+        )
+    if size > 1 and not CLIPS_EXPERT_PARALLEL:
+        raise ValueError(
+            f"expert_parallel_size is {size}, which needs Transformers 5.23: before, the norm that gradients are "
+            "clipped by leaves some of them out. Upgrade, or shard with --accelerate fsdp2."
         )
     return {"distributed_config": DistributedConfig(fsdp_size=processes, ep_size=size)} if size > 1 else {}
 

@@ -52,6 +52,10 @@ def test_training_starts_once_for_each_gpu(monkeypatch):
 def test_experts_are_split_over_processes_that_divide(monkeypatch):
     assert expert_parallel(1) == {}
     monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr("hf_moe.training.run.CLIPS_EXPERT_PARALLEL", False)  # as on an older host
+    with pytest.raises(ValueError, match=r"expert_parallel_size is 4, which needs Transformers 5\.23"):
+        expert_parallel(4)
+    monkeypatch.setattr("hf_moe.training.run.CLIPS_EXPERT_PARALLEL", True)
     spread = expert_parallel(4)["distributed_config"]
     assert (spread.fsdp_size, spread.ep_size) == (8, 4)
     for size in (0, 3, 16):

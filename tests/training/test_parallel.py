@@ -16,6 +16,8 @@ from hf_moe.training.launch import LAUNCH_FILES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import since
+
 from .shard_worker import CASES, RESUMED, found, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,6 +115,7 @@ def test_saved_folder_loads(sharded):
         assert all(torch.equal(x, weights[key]) for key, x in saved.state_dict().items() if key in weights)
 
 
+@since(23, "the gradient norm of expert parallelism leaves some out, and recipes refuse it")
 @pytest.mark.parametrize("sharded", ["fsdp2"], indirect=True)
 def test_expert_parallel_run_is_that_of_one_process(sharded, one_process):
     expected, final = one_process("biased")
