@@ -43,6 +43,9 @@ PASSED_ON = frozenset(
     ]
 )
 
+# Arguments of `generate` alone that the host leaves among the model's.
+OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+
 # Methods of the host that these files override, or call: the arguments that they were written against, and why it is
 # these, most of which have no documented form.
 PRIVATE = {
@@ -68,7 +71,7 @@ PRIVATE = {
         "prepare_inputs_for_generation": (
             f"self, input_ids, next_sequence_length, {CACHE}, attention_mask, inputs_embeds, is_first_iteration, "
             "kwargs",
-            "documented; LongRoPE drops a cache here",
+            "documented; LongRoPE drops a cache here, and what is generate's alone goes",
         ),
         "_prepare_cache_for_generation": (
             "self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length",

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from hf_moe.demo import DEMO_MODEL
 from tests.conftest import FEW_PAGES, compiles_backward, on_the_gpu, tiny_model, tokens
 
 VARIANTS = {
@@ -56,6 +57,20 @@ def test_left_padding_changes_nothing():
     batch, masks = torch.cat((padded, tokens(1, 10, seed=3))), torch.cat((mask, torch.ones_like(mask)))
     generated = model.generate(batch, attention_mask=masks, max_new_tokens=8, do_sample=False)
     assert torch.equal(generated[:1, 4:], greedy_without_cache(model, ids, 8))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_mtp": True}], ids=["greedy", "beams", "drafts"])
+def test_a_string_stops_the_text(options):
+    """The tokenizer that generate() needs for it is no argument of a forward."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    model = tiny_model(vocab_size=512, num_mtp_layers=1)
+    ids = tokens(1, 7, vocab_size=512)
+    greedy = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8, **options}
+    whole = model.generate(ids, **greedy)
+    word = tokenizer.decode(whole[0, 9])
+    stopped = model.generate(ids, stop_strings=[word], tokenizer=tokenizer, **greedy)
+    assert ids.shape[1] < stopped.shape[1] <= 10
+    assert torch.equal(stopped, whole[:, : stopped.shape[1]]) or "num_beams" in options
 
 
 def test_beam_search_finds_at_least_as_good_a_text_as_greedy():

@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, StaticLayer
-from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin, MaxLengthCriteria
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
-from .host import CACHE, of_recording, of_the_user, pad_token
+from .host import CACHE, OF_GENERATE, of_recording, of_the_user, pad_token, shown_as
 
 logger = logging.get_logger(__name__)
 
@@ -244,6 +244,12 @@ class LateFlag:
 class HfMoeDecoding:
     """`generate()` with recorded steps; everything else it can do goes Transformers' way."""
 
+    @shown_as(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        """What forward takes of generate's arguments."""
+        kwargs = {name: value for name, value in kwargs.items() if name not in OF_GENERATE}
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, positions):
         chosen = model_kwargs.get(CACHE) is not None or generation_config.cache_implementation is not None
         plain = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -284,7 +290,7 @@ class HfMoeDecoding:
         **model_kwargs,
     ):
         cache, config = model_kwargs.get(CACHE), generation_config
-        known = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
+        known = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", *OF_GENERATE}
         others = any(value is not None for name, value in model_kwargs.items() if name not in known)
         recorded = config.output_attentions or config.output_hidden_states
         here = isinstance(cache, HfMoeReservedCache) and input_ids.device == self.device and recordable(self)
