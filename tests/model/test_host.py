@@ -104,7 +104,7 @@ def test_the_shown_signature_has_the_hosts_name_for_the_cache():
     ours, theirs = hf_moe.HfMoeForCausalLM.prepare_inputs_for_generation, PreTrainedModel
     theirs = GenerationMixin.prepare_inputs_for_generation
     assert inspect.signature(ours) == inspect.signature(theirs)
-    assert "LongRoPE" in ours.__doc__ or "Phi-3" in ours.__doc__
+    assert ours.__doc__ != theirs.__doc__
 
 
 # ---- hosts that were not tested ----
