@@ -143,7 +143,13 @@ class RecipeParser(TrlParser):
             if isinstance(part, TrainingArguments):
                 check_reporters(part.report_to)
                 part.facts = describe(vars(namespace))
+                part.given = self.names_in(overrides)
         return parsed
+
+    def names_in(self, words: list[str]) -> frozenset[str]:
+        """The arguments that words of a command line give."""
+        names = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+        return frozenset(name if name in self.known else name.removeprefix("no_") for name in names)
 
     def parse_dict(self, args: dict, *further, **options) -> tuple:
         for name, (least, most) in RANGES.items():

@@ -62,11 +62,14 @@ class MoePretrainConfig(MoeSFTConfig):
 
 
 ARGUMENTS = (ModelArguments, DataArguments, MoePretrainConfig)
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainConfig) -> dict[str, float]:
     """Train, evaluate before and after, save to `output_dir`; returns the metrics, with `eval_loss_before`."""
     checkpoint = checkpoint_to_resume(args)
+    if args.from_scratch and checkpoint is None:
+        check_from_scratch(model_args.model_name_or_path, args)
     sources, held_out = load_sources(data_args, args, text_field=args.dataset_text_field)
     args.eval_on_start = bool(held_out) and checkpoint is None
     source = checkpoint or model_args.model_name_or_path
@@ -88,6 +91,27 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainC
     metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
     say_summary(trainer, metrics)
     return metrics
+
+
+def check_from_scratch(source: str, args: MoePretrainConfig) -> None:
+    """Say that weights are drawn. Raises ValueError where `source` has weights and a recipe alone leaves them aside.
+
+    A name of the Hub is taken for one of a model with weights.
+    """
+    folder = Path(source)
+    trained = not folder.is_dir() or any(path for kind in WEIGHTS for path in folder.glob(kind))
+    if trained and "from_scratch" not in getattr(
+        args, "given", ("from_scratch",)
+    ):  # Python's callers say it themselves
+        raise ValueError(
+            f"model_name_or_path {source} has weights, and the recipe's from_scratch would draw new ones in their "
+            "place: give --from_scratch false (and a --learning_rate) to train these, --from_scratch true to train "
+            "new ones by its configuration."
+        )
+    unread = "; its own are not read" if trained else ""
+    print(
+        f"from scratch: weights drawn by the configuration of {source} and seed {args.seed}{unread}", file=sys.stderr
+    )
 
 
 def check_text(groups: list[Dataset], tokenizer: PreTrainedTokenizerBase, args: MoePretrainConfig) -> None:
@@ -160,10 +184,16 @@ def law_flops(source: str, context: int) -> int:
 
 
 def new_model(source: str, model_args: ModelArguments, args: MoePretrainConfig) -> PreTrainedModel:
-    """The model of the configuration in `source` with weights drawn by the seed."""
+    """The model of the configuration in `source` with weights drawn by the seed, and nothing of where those came from.
+
+    Nor of how they were stored.
+    """
     config = AutoConfig.from_pretrained(
         source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
+    for name in ("provenance", "quantization_config"):
+        if getattr(config, name, None) is not None:
+            delattr(config, name)
     set_seed(args.seed)
     return AutoModelForCausalLM.from_config(
         config,

@@ -40,7 +40,7 @@ class PublishingMixin:
 
     def save_record(self, folder: str | Path) -> None:
         """What the run was, in `folder`; and no draft of a card, which PEFT puts beside an adapter."""
-        write_record(getattr(self.args, "facts", {}), self.moe, folder)
+        write_record(self.facts, self.moe, folder)
         readme = Path(folder) / "README.md"
         if self.model is not self.moe and readme.is_file() and MARKER not in readme.read_text(encoding="utf-8"):
             readme.unlink()

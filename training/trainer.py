@@ -24,6 +24,7 @@ from .multi_step import multi_step_schedule
 from .multi_token import looking_ahead, mtp_coefficient
 from .precision import keep_precision
 from .publishing import PublishingMixin
+from .record import facts_of
 from .refusals import check_arguments, check_checkpointing, check_finite, plain_template_errors
 from .saved_dtype import cast, name_dtype
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
@@ -65,6 +66,7 @@ class MoeTrainerMixin(PublishingMixin):
         decay = moe_argument(self.args, "ema_decay")
         self.average = None if decay is None else WeightAverage(decay)
         self.find_routing()
+        self.facts = facts_of(self.moe, self.args)
         self.add_callback(RoutingCallback(self))
         if moe_argument(self.args, "log_routing_figures"):
             from hf_moe.telemetry.live import RoutingFigures  # draws with matplotlib, of the extra "plots"

@@ -21,7 +21,8 @@ SHORT += ["--learning_rate", "1e-2", "--logging_steps", "1000", "--warmup_steps"
 def command(model_folder, text_folder, tmp_path):
     def arguments(*extra, output="out", data=text_folder / "train.jsonl"):
         places = {"--model_name_or_path": model_folder, "--train_data": data, "--output_dir": tmp_path / output}
-        return ["tiny/pretrain", *(str(word) for pair in places.items() for word in pair), *extra]
+        anew = ["--from_scratch", "true"]
+        return ["tiny/pretrain", *(str(word) for pair in places.items() for word in pair), *anew, *extra]
 
     return arguments
 

@@ -53,6 +53,7 @@ def test_recipe_runs_and_trains_its_parts(name, data_folder, text_folder, tmp_pa
     given = SMALL | places | {"output_dir": tmp_path / "out"}
     if stage == "pretrain":
         given |= PRETRAIN | {"train_data": text_folder, "eval_data": text_folder}
+        given |= {"from_scratch": kind == "pretrain"}
     elif stage == "distil":
         given |= {"teacher_model_name_or_path": tmp_path / "model"}
     metrics = main([name, *(f"--{key}={value}" for key, value in given.items())])
