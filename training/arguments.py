@@ -143,6 +143,7 @@ class RecipeParser(TrlParser):
             if isinstance(part, TrainingArguments):
                 check_reporters(part.report_to)
                 part.facts = describe(vars(namespace))
+                part.said = dict(vars(namespace))
                 part.given = self.names_in(overrides)
         return parsed
 

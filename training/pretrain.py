@@ -20,6 +20,7 @@ from hf_moe.sizes import sizes
 from .arguments import DataArguments, ModelArguments
 from .data import is_conversational
 from .mixture import mix
+from .resuming import check_same_step
 from .run import (
     checkpoint_to_resume,
     choose_trained,
@@ -76,6 +77,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainC
     tokenizer = load_tokenizer(source, model_args, args)
     check_text([*sources.values(), *held_out.values()], tokenizer, args)
     print(size_run(source, args), file=sys.stderr)
+    if checkpoint is not None:
+        check_same_step(checkpoint, args)
     if args.from_scratch and checkpoint is None:
         model = new_model(source, model_args, args)
     else:

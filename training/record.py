@@ -28,12 +28,16 @@ UNRELATED = 0.1  # the cosine of two matrices, which random ones do not reach
 
 def describe(given: dict[str, Any]) -> dict[str, Any]:
     """A recipe's arguments -> what a record says of them; of files and folders here, their names alone."""
-    facts = {"stage": "sft"} | {name: given[name] for name in ARGUMENTS if given.get(name) not in (None, False)}
+    facts = {"stage": "sft"} | {name: given[name] for name in ARGUMENTS if told(given.get(name))}
     for name in DATA:
         if given.get(name):
             facts[name] = [Path(source).name if Path(source).exists() else source for source in given[name]]
     facts["datasets"] = [source for name in DATA for source in given.get(name) or [] if is_hub_data(source)]
     return facts | {"base_model": given["model_name_or_path"]}
+
+
+def told(value: Any) -> bool:
+    return value is not None and value is not False
 
 
 def is_hub_data(source: str) -> bool:

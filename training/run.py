@@ -29,6 +29,7 @@ from .host import CLIPS_EXPERT_PARALLEL, TRAINER_STATE_NAME, TRAINING_ARGS_NAME,
 from .mixture import mix
 from .parameter_groups import GROUPS, train_group
 from .progress import say_in_lines
+from .resuming import check_same_arguments, check_same_step, contents_of
 from .saved_dtype import cast, name_dtype, name_of
 from .sources import load_sources, loss_names, together
 from .weight_average import AVERAGE_FILE
@@ -40,10 +41,11 @@ LAST = ("config.json", "adapter_config.json")  # a folder without them does not 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint that `resume_from_checkpoint` means, a folder or true for the last one; else None.
 
-    Raises ValueError if there is none, as `check_optimizer`, or if `output_dir` holds something that this run would
-    overwrite.
+    Raises ValueError if there is none, as `check_optimizer` and `check_same_arguments`, or if `output_dir` holds
+    something that this run would overwrite.
     """
     wanted, output = args.resume_from_checkpoint, Path(args.output_dir)
+    args.contents = contents_of(args)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file.")
     if wanted is None or wanted.lower() in ("false", "no"):
@@ -59,6 +61,10 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     elif not is_complete(wanted) or Path(wanted).resolve() == output.resolve():
         raise ValueError(f"resume_from_checkpoint {wanted} is not a complete checkpoint.")
     check_optimizer(wanted)
+    check_same_arguments(wanted, args)
+    if not hasattr(args, "batch_tokens"):  # which decides what a step is once the model is known
+        check_same_step(wanted, args)
+    args.resumed = wanted
     return wanted
 
 

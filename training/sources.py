@@ -1,5 +1,6 @@
 """Where a run's rows come from: sources of training rows with weights, held-out rows together or source by source."""
 
+import hashlib
 from pathlib import Path
 
 from datasets import Dataset
@@ -8,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 from .arguments import DataArguments
 from .data import EXTRA_COLUMNS, load_rows
 from .mixture import check_weights
+from .resuming import check_same_rows
 
 
 def load_sources(
@@ -16,6 +18,7 @@ def load_sources(
     """Training and held-out rows, by what to call them; `columns` tells `load_rows` what makes a row.
 
     One source, unless `train_weights` or `eval_by_source` take the entries of `train_data` or `eval_data` apart.
+    Leaves in `args.rows` what they hold. Raises ValueError as `check_same_rows` where a run is resumed.
     """
     check_weights(data_args.train_data, data_args.train_weights)
     if not data_args.eval_data and args.eval_strategy != "no":
@@ -29,13 +32,31 @@ def load_sources(
     common = {"config": data_args.dataset_config, **columns}
     sources = {name: load_rows(paths, split=data_args.train_split, **common) for name, paths in train.items()}
     check_alike(sources)
-    return (
-        sources,
-        {
-            name: load_rows(paths, split=data_args.eval_split, what="eval_data", **common)
-            for name, paths in held_out.items()
-        },
-    )
+    held_out = {
+        name: load_rows(paths, split=data_args.eval_split, what="eval_data", **common)
+        for name, paths in held_out.items()
+    }
+    args.rows = described("train_data", sources) | described("eval_data", held_out)
+    if getattr(args, "resumed", None) is not None:
+        check_same_rows(args.resumed, args)
+    return sources, held_out
+
+
+def described(what: str, sources: dict[str, Dataset]) -> dict[str, dict]:
+    """How many rows each source has, and a digest of them."""
+    names = [what] if len(sources) == 1 else [f"{what} {number}" for number in range(1, len(sources) + 1)]
+    return {
+        name: {"rows": len(rows), "digest": digest(rows)} for name, rows in zip(names, sources.values(), strict=True)
+    }
+
+
+def digest(rows: Dataset, start: bytes = b"") -> str:
+    """Of the contents of all rows, in order, after `start`."""
+    found = hashlib.blake2b(start, digest_size=16)
+    for table in rows.with_format("arrow").iter(batch_size=10_000):
+        for batch in table.combine_chunks().to_batches():
+            found.update(batch.serialize())
+    return found.hexdigest()
 
 
 def check_alike(sources: dict[str, Dataset]) -> None:

@@ -1,6 +1,5 @@
 """Conversations tokenised once: an Arrow file on disk, memory-mapped, under a name made of all that it depends on."""
 
-import hashlib
 import json
 import sys
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from trl import SFTConfig
 
 from .chat_templates import SUFFIXES, training_template
 from .long_rows import fit
+from .sources import digest
 from .tokens import Encoder, message_column
 
 BATCH = 1000
@@ -86,8 +86,4 @@ def cache_key(rows: Dataset, encoder: Encoder) -> str:
         encoder.fast,
         version("tokie"),
     ]
-    digest = hashlib.blake2b(json.dumps(how, default=str).encode(), digest_size=16)
-    for table in rows.with_format("arrow").iter(batch_size=10 * BATCH):
-        for batch in table.combine_chunks().to_batches():
-            digest.update(batch.serialize())
-    return digest.hexdigest()
+    return digest(rows, json.dumps(how, default=str).encode())

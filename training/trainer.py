@@ -26,6 +26,7 @@ from .precision import keep_precision
 from .publishing import PublishingMixin
 from .record import facts_of
 from .refusals import check_arguments, check_checkpointing, check_finite, plain_template_errors
+from .resuming import check_same_arguments, check_same_step, say_differences, write_arguments
 from .saved_dtype import cast, name_dtype
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
 from .step import Step
@@ -216,6 +217,8 @@ class MoeTrainerMixin(PublishingMixin):
         """Called when training begins."""
         if base_model(self.accelerator.unwrap_model(self.model)) is not self.moe:  # a new one, from model_init
             self.find_routing()
+        # A resumed run would log, evaluate and save as often as the checkpoint's.
+        self.state.compute_steps(self.args, self.state.max_steps)
         self.selection_bias.remember()
         self.logged.clear()
         self.mtp_losses.clear()
@@ -298,6 +301,7 @@ class MoeTrainerMixin(PublishingMixin):
             self.average.save(folder)
         if self.args.should_save:
             self.save_record(folder)
+            write_arguments(self.args, folder)
 
     @property
     def casts(self) -> bool:
@@ -346,8 +350,14 @@ class MoeTrainerMixin(PublishingMixin):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Raises ValueError where the checkpoint's optimizer has other weights, or is of another kind.
 
-        Over the second, only a step would stumble.
+        Over the second, only a step would stumble. Also where the run was told what the checkpoint's state will not
+        do, as `check_same_arguments`; what it was told beside that is said.
         """
+        if checkpoint is not None:
+            check_same_arguments(checkpoint, self.args)
+            check_same_step(checkpoint, self.args)
+            if self.is_world_process_zero():
+                say_differences(checkpoint, self.args)
         needed = [set(group) for group in self.optimizer.param_groups]
         try:
             super()._load_optimizer_and_scheduler(checkpoint)

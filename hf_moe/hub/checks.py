@@ -15,7 +15,9 @@ from .redaction import TOKENS, known_tokens
 from .renew import code_version, is_outdated
 
 # What a Trainer leaves for going on, pickles most of it, and nobody loads a model from.
-TRAINER_FILES = re.compile(r"(training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth)")
+TRAINER_FILES = re.compile(
+    r"(training_args\.bin|run\.json|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth)"
+)
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 UNREAD = (".safetensors", ".png")  # no text

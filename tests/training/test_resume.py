@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from hf_moe.training.parameter_groups import train_group
+from hf_moe.training.resuming import FILE
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -118,12 +119,14 @@ def test_folder_that_is_not_there_is_an_error_and_not_looked_for_on_the_hub(tmp_
 
 def test_checkpoint_of_another_optimizer_is_an_error(unbroken, tmp_path):
     name, folder, *_ = unbroken
+    (folder / "checkpoint-4" / FILE).unlink(missing_ok=True)  # which would tell it first
     with pytest.raises(ValueError, match="checkpoint-4 is of a run with another optimizer, which has no dampening"):
         run(name, tmp_path, resume_from_checkpoint=str(folder / "checkpoint-4"), optim="sgd")
 
 
 def test_checkpoint_of_other_trained_weights_is_an_error(unbroken, tmp_path):
     name, folder, *_ = unbroken
+    (folder / "checkpoint-4" / FILE).unlink(missing_ok=True)
     model = MODELS[name](seed=0)
     train_group(model, "attention_only")
     with pytest.raises(ValueError, match=r"checkpoint-4 is of a run that trained other weights .*: choose"):
