@@ -12,6 +12,7 @@ from .output import hide_loading_bars, messages_on_stderr, print_report
 TOLERANCE = 1e-4
 # Experts add up a network in another order, and the activations of large models reach thousands.
 UPCYCLE_TOLERANCE = 1e-3
+MODELS = ("the source", "the result")
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or a model id on the Hub.")]
 Output = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must be new or empty.")]
@@ -230,12 +231,14 @@ def verify(
         from hf_moe.conversion import verify
 
         report = verify(a, b, data=data)
-    finish(report, json, tolerance)
+    finish(report, json, tolerance, (a, b))
 
 
-def finish(report: dict, as_json: bool, tolerance: float = TOLERANCE) -> None:
-    """Print the report; exit code 1 where logits that should be equal differ beyond the tolerance, or a cache does."""
-    print_report(report, as_json)
+def finish(report: dict, as_json: bool, tolerance: float = TOLERANCE, models: tuple[str, str] = MODELS) -> None:
+    """Print the report, the models by these names; exit code 1 where logits that should be equal differ beyond the
+    tolerance, or a cache does."""
+    titles = {f"perplexity_{which}": f"perplexity of {name}" for which, name in zip("ab", models, strict=True)}
+    print_report(report if as_json else report | {"warning": None}, as_json, titles)  # which comes last
     expected = report.get("equal_at_step_0", True)
     # Written so that a NaN fails.
     if expected and "max_abs_diff" in report and not report["max_abs_diff"] <= tolerance:
@@ -251,3 +254,5 @@ def finish(report: dict, as_json: bool, tolerance: float = TOLERANCE) -> None:
             file=sys.stderr,
         )
         raise typer.Exit(1)
+    if report.get("warning"):
+        print(f"hf-moe: {report['warning']}", file=sys.stderr)

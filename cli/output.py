@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 
 @contextlib.contextmanager
@@ -28,13 +28,13 @@ def hide_loading_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def print_report(report: dict, as_json: bool) -> None:
-    """Print `report` as one JSON object, or a line per fact that there is."""
+def print_report(report: dict, as_json: bool, titles: Mapping[str, str] = {}) -> None:
+    """Print `report` as one JSON object, or a line per fact that there is, called by its title or else its name."""
     if as_json:
         print(json.dumps(report, default=str))
         return
     known = {
-        name.replace("_", " "): value
+        titles.get(name, name.replace("_", " ")): value
         for name, value in report.items()
         if value is not None and value is not False and value not in ([], {})
     }

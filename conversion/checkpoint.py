@@ -231,6 +231,11 @@ class Checkpoint:
             flat = torch.frombuffer(self._maps[file], dtype=torch.uint8, count=entry.nbytes, offset=entry.begin)
         return flat.view(entry.dtype).view(entry.shape)
 
+    def release(self) -> None:
+        """Give the pages of the files that have been read back to the system, whose cache they stay in."""
+        for mapped in self._maps.values() if hasattr(mmap, "MADV_DONTNEED") else ():  # which Windows lacks
+            mapped.madvise(mmap.MADV_DONTNEED)
+
     @property
     def dtype(self) -> torch.dtype:
         """The floating dtype that most tensors have."""

@@ -4,7 +4,12 @@ So two models can be compared on a machine that could hold neither.
 """
 
 import copy
+import logging
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,15 +22,26 @@ from .source import built
 from .writer import Output
 
 
-def load(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+@contextmanager
+def loaded(folder: Path, config: PreTrainedConfig) -> Iterator[PreTrainedModel]:
     """The causal language model in `folder`, computing in float32.
 
-    Where the files do not hold the parameters under their names, as when experts lie one by one, Transformers puts the
-    whole model together in memory.
+    Where the files do not hold the parameters under their names, as when experts lie one by one, Transformers puts
+    each layer's together, in files of its own among the system's temporary ones; in memory where it cannot.
     """
     model, checkpoint = empty(config), Checkpoint(folder)
-    if not is_file_backed(model, checkpoint.entries):
-        return ready(in_memory(folder))
+    if is_file_backed(model, checkpoint.entries):
+        yield ready(backed(model, checkpoint))
+    elif can_offload(model, checkpoint.entries):
+        logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is asked for here
+        with tempfile.TemporaryDirectory(prefix="hf_moe-") as aside:
+            yield ready(by_transformers(folder, device_map={"": "disk"}, offload_folder=aside))
+    else:
+        yield ready(by_transformers(folder).float())  # until Transformers 5.22 dequantised experts stay in bfloat16
+
+
+def backed(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model with its parameters in the files of the checkpoint."""
     state = {name: checkpoint.tensor(name) for name in stored_names(model)}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -33,11 +49,11 @@ def load(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
         parameter.requires_grad_(False)
     for group in groups(model):
         group.register_forward_pre_hook(in_float32)
-        group.register_forward_hook(back_to_the_file)
-    return ready(model)
+        group.register_forward_hook(partial(back_to_the_file, checkpoint))
+    return model
 
 
-def in_memory(folder: Path) -> PreTrainedModel:
+def by_transformers(folder: Path, **where) -> PreTrainedModel:
     """The model as Transformers loads it. Raises a ValueError where it would go on with weights drawn at random."""
     model, said = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -46,13 +62,14 @@ def in_memory(folder: Path) -> PreTrainedModel:
         use_safetensors=True,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        **where,
     )
     if said["mismatched_keys"]:
         name, stored, meant = min(said["mismatched_keys"])
         raise ValueError(f"{folder}: {name} has shape {list(stored)}, but the config calls for {list(meant)}.")
     if said["missing_keys"]:
         raise ValueError(f"{folder} lacks {min(said['missing_keys'])}, which its config calls for.")
-    return model.float()  # until Transformers 5.22 dequantised experts stay in bfloat16
+    return model
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
@@ -64,11 +81,31 @@ def ready(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def memory(config: PreTrainedConfig, tensors: Mapping[str, Entry | Output]) -> int:
-    """Bytes that the weights of a `load`ed model take at a time, its files holding `tensors`."""
+    """Bytes that the weights of a `loaded` model take at a time, its files holding `tensors`."""
     model = empty(config)
-    if not is_file_backed(model, tensors):
-        return 4 * sum(parameter.numel() for parameter in model.parameters())
-    return 4 * max(sum(parameter.numel() for parameter in group.parameters()) for group in groups(model))
+    layer = 4 * max(sum(parameter.numel() for parameter in group.parameters()) for group in groups(model))
+    if is_file_backed(model, tensors):
+        return layer
+    # A layer's experts one by one, put together by rows, and by experts.
+    return 3 * layer if can_offload(model, tensors) else whole(model)
+
+
+def whole(model: PreTrainedModel) -> int:
+    """Bytes of all weights in float32."""
+    return 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def can_offload(model: PreTrainedModel, tensors: Mapping[str, Entry | Output]) -> bool:
+    """Whether Transformers can put the model together on the disk of temporary files, which has room for all of it."""
+    state = model.state_dict()
+    # Of a tensor in another shape than the config's, it says on the disk neither its name nor what was expected.
+    fits = all(tensors[name].shape == tuple(weight.shape) for name, weight in state.items() if name in tensors)
+    room = shutil.disk_usage(tempfile.gettempdir()).free
+    return fits and not is_quantized(model) and room > whole(model)
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
 
 
 def empty(config: PreTrainedConfig) -> PreTrainedModel:
@@ -85,10 +122,8 @@ def stored_names(model: PreTrainedModel) -> list[str]:
 
 def is_file_backed(model: PreTrainedModel, tensors: Mapping[str, Entry | Output]) -> bool:
     """Whether the tensors are the model's parameters, name by name, and floats that stand for themselves."""
-    if getattr(model.config, "quantization_config", None) is not None:
-        return False
     state = model.state_dict()
-    return all(
+    return not is_quantized(model) and all(
         name in tensors and tensors[name].shape == tuple(state[name].shape) and tensors[name].dtype in WEIGHT_DTYPES
         for name in stored_names(model)
     )
@@ -112,6 +147,7 @@ def in_float32(module: nn.Module, args: tuple) -> None:
         parameter.data = parameter.data.float()
 
 
-def back_to_the_file(module: nn.Module, args: tuple, output: object) -> None:
+def back_to_the_file(checkpoint: Checkpoint, module: nn.Module, args: tuple, output: object) -> None:
     for name, parameter in module.named_parameters():
         parameter.data = module.in_file[name]
+    checkpoint.release()

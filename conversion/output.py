@@ -20,7 +20,7 @@ from ..version import __version__
 from .hashing import BUFFER, Hashing, fingerprint
 from .source import Source
 from .tokenizer import keep_class, load_tokenizer
-from .verify import MAX_TOKENS, check_memory, memory_needed, token_ids, verify
+from .verify import MAX_TOKENS, check_memory, memory_needed, token_ids, unusable, verify
 from .writer import Output, Shard, check_space, plan_shards, write_shards
 
 
@@ -81,8 +81,13 @@ def convert(
     plan = plan_of(source, config, shards, provenance, max_shard_size)
     with resumable(dst, plan, resume) as (folder, journal):
         bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc=dst.name, disable=not progress)
+
+        def advance(count: int) -> None:
+            bar.update(count)
+            source.checkpoint.release()
+
         with Hashing(source.checkpoint) as hashing, bar:
-            write_shards(folder, shards, bar.update, journal)
+            write_shards(folder, shards, advance, journal)
             origin = {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
             provenance = provenance | origin | {"sha256": hashing.digests(), "hf_moe_version": __version__}
             provenance |= inherited(source.checkpoint.folder)
@@ -96,11 +101,11 @@ def convert(
         journal.complete = True
         if check:
             provenance["check"] = verify(source.checkpoint.folder, folder)
+            provenance["check"]["warning"] = unusable(provenance["check"])
             report |= provenance["check"]
             if domains:
                 provenance["domains"] = report["domains"] = [
-                    {"source": sibling.name, "text": Path(text).name if text else "built in"}
-                    | verify(sibling.checkpoint.folder, folder, data=text)
+                    {"source": sibling.name} | verify(sibling.checkpoint.folder, folder, data=text)
                     for sibling, text in domains
                 ]
             write_config(config, folder, provenance)

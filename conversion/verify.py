@@ -1,12 +1,13 @@
 """Two models side by side on one text, and the second one with a cache and without: `verify`."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation.cached import with_and_without_cache
 from . import file_backed
@@ -35,6 +36,22 @@ three came back alive.
 Dear Anna, thank you for the letter and the photographs. The garden is full of apples again. Can you come in October? \
 The train leaves at 9:40 and arrives before noon. We could walk to the lake, as we did years ago, and be home for tea.
 """
+STORY = """\
+Once upon a time there was a little girl named Sue. She lived in a small house near the park with her mom and her \
+dog, Max. One day Sue and Max went to the park to play. The sun was warm and the sky was blue. Sue ran up the hill \
+and saw a big red ball under a tree. "Look, Max!" she said. "A ball! Do you want to play with it?"
+
+But the ball was not theirs. A little boy sat on the grass and he was sad. "I lost my ball," he said. Sue wanted to \
+keep the ball, but she saw that the boy was sad. She gave him the ball and said, "Here it is. We found it under the \
+tree." The boy smiled. "Thank you," he said. "My name is Tim. Do you want to play with me?"
+
+They played all day. They ran, they jumped, and Max barked and was happy. Then Sue's mom came and said, "It is time \
+to go home." Sue said bye to Tim. At home she told her mom about her new friend, and her mom was very proud of her. \
+From that day on Sue and Tim played in the park every day.
+"""
+TEXTS = {"built in": TEXT, "built in, simple words": STORY}
+RANDOM = "random token ids"
+COVERED = 2.0  # characters that a token stands for where a tokenizer knows the words, and not only their letters
 
 
 @torch.inference_mode()
@@ -43,33 +60,40 @@ def verify(
 ) -> dict[str, Any]:
     """Compare the next-token logits of models `a` (the reference) and `b` on a text, in float32 on the CPU.
 
-    a, b: folders with safetensors weights, or Hub ids. data: a text file; without one, a short text of our own, or
-    random token ids (from `seed`) where `a` has no tokenizer. The first `max_tokens` tokens are read in windows of
-    256. One model follows the other, and of each only one layer's weights are in memory at a time, if its files hold
-    them under the names that they have in Transformers; else all.
+    a, b: folders with safetensors weights, or Hub ids. data: a text file; without one, a short text of our own that
+    the tokenizer of `a` has words for, or random token ids (from `seed`) where there is no tokenizer, or it covers none
+    of the texts. The first `max_tokens` tokens are read in windows of 256. One model follows the other, and of each only
+    one layer's weights are in memory at a time. If its files do not hold them under the names that they have in
+    Transformers, that writes the model, in float32, to temporary files (TMPDIR); where these have no room, and with
+    quantised weights, all are in memory.
 
     Returns max_abs_diff and mean_abs_diff of the logits, kl (mean KL(a || b) per token, nats), top1_agreement (share
-    of tokens where both put the same token first), perplexity_a, perplexity_b and tokens; of the text that `b` writes
-    with a cache cache_max_abs_diff, how far its logits are from those without, and cached_text_equal, whether that is
-    rounding alone (None where the experts of a token depend on what else is read). Raises a ValueError where the
-    models cannot be compared, or not in the memory that is free.
+    of tokens where both put the same token first), perplexity_a, perplexity_b, tokens and text, its name; of the text
+    that `b` writes with a cache cache_max_abs_diff, how far its logits are from those without, and cached_text_equal,
+    whether that is rounding alone (None where the experts of a token depend on what else is read). Raises a ValueError
+    where the models cannot be compared, or not in the memory that is free.
     """
     (folder_a, config_a), (folder_b, config_b) = opened(a), opened(b)
     if config_a.vocab_size != config_b.vocab_size:
         raise ValueError(
             f"The models cannot be compared: {a} has {config_a.vocab_size} tokens, {b} has {config_b.vocab_size}."
         )
-    ids = token_ids(folder_a, data, config_a.vocab_size, max_tokens, seed)
+    ids, text = token_ids(folder_a, data, config_a.vocab_size, max_tokens, seed)
     window = min(WINDOW, config_a.max_position_embeddings, config_b.max_position_embeddings)
     windows = [part for part in ids.split(window) if len(part) > 1]
     models = [(config_a, Checkpoint(folder_a).entries), (config_b, Checkpoint(folder_b).entries)]
     check_memory(memory_needed(models, len(ids)))
-    reference = list(logits_of(file_backed.load(folder_a, config_a), windows))
+    with file_backed.loaded(folder_a, config_a) as model_a:
+        reference = list(logits_of(model_a, windows))
+    with file_backed.loaded(folder_b, config_b) as model_b:
+        return compared(reference, model_b, windows) | {"text": text}
 
+
+def compared(reference: list[torch.Tensor], model: PreTrainedModel, windows: list[torch.Tensor]) -> dict[str, Any]:
+    """What `verify` returns, given the logits [T, V] of the first model for each window, and the second model."""
     largest, absolute, divergence, agreed, entries, tokens = 0.0, 0.0, 0.0, 0, 0, 0
     nll_a = nll_b = predicted = 0.0
-    model_b = file_backed.load(folder_b, config_b)
-    for part, all_a, all_b in zip(windows, reference, logits_of(model_b, windows), strict=True):
+    for part, all_a, all_b in zip(windows, reference, logits_of(model, windows), strict=True):
         tokens += len(part)
         predicted += len(part) - 1
         entries += all_a.numel()
@@ -93,8 +117,23 @@ def verify(
         "perplexity_a": torch.tensor(nll_a / predicted).exp().item(),
         "perplexity_b": torch.tensor(nll_b / predicted).exp().item(),
         "tokens": tokens,
-        **cached_text(model_b, windows[0]),
+        **cached_text(model, windows[0]),
     }
+
+
+def unusable(report: Mapping[str, Any]) -> str | None:
+    """What to say where the second model is far from the first one; None where it is near.
+
+    KL(a || b) is the logarithm of how many times larger perplexity is with b than with a on a text that a writes.
+    Perplexity itself misleads where the text is none that a knows: damage then makes it better.
+    """
+    if report["kl"] <= math.log(2):
+        return None
+    times = f"{math.exp(report['kl']):,.3g} times the source's" if report["kl"] < 700 else "no number"
+    return (
+        f"untrained, the result is not usable: {report['top1_agreement']:.1%} of its likeliest next tokens are the "
+        f"source's, and on what the source would write its perplexity is {times}. Train it before use."
+    )
 
 
 def cached_text(model: PreTrainedModel, window: torch.Tensor) -> dict[str, float | bool | None]:
@@ -114,20 +153,32 @@ def opened(model: str | Path) -> tuple[Path, PreTrainedConfig]:
     return folder, config.get_text_config()  # of a model that sees pictures, the language model's
 
 
-def token_ids(folder: Path, data: str | Path | None, vocab_size: int, max_tokens: int, seed: int) -> torch.Tensor:
-    """The tokens to compare on, [T] int64. Raises an OSError or a ValueError where there are none to compare on."""
+def token_ids(
+    folder: Path, data: str | Path | None, vocab_size: int, max_tokens: int, seed: int
+) -> tuple[torch.Tensor, str]:
+    """The tokens to compare on, [T] int64, and what they are. OSError or ValueError where there are none."""
     tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        if data is not None:
-            raise ValueError(f"{folder} has no tokenizer to read {data} with.")
-        return torch.randint(vocab_size, (max_tokens,), generator=torch.Generator().manual_seed(seed))
-    text = TEXT if data is None else read_text(Path(data))
+    if tokenizer is None and data is not None:
+        raise ValueError(f"{folder} has no tokenizer to read {data} with.")
+    name = Path(data).name if data is not None else covered_text(tokenizer)
+    if name is None:
+        return torch.randint(vocab_size, (max_tokens,), generator=torch.Generator().manual_seed(seed)), RANDOM
+    text = TEXTS[name] if data is None else read_text(Path(data))
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
     if len(ids) < 2:
         raise ValueError(f"{data} has {len(ids)} tokens; at least 2 are needed.")
     if ids.max() >= vocab_size:
         raise ValueError(f"The tokenizer of {folder} gives token {ids.max()}, the model knows {vocab_size}.")
-    return ids
+    return ids, name
+
+
+def covered_text(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """The first of TEXTS that the tokenizer has words for: on bytes and letters no perplexity says anything."""
+    for name, text in TEXTS.items() if tokenizer is not None else ():
+        tokens = tokenizer.tokenize(text)
+        if tokens and tokenizer.unk_token not in tokens and len(text) >= COVERED * len(tokens):
+            return name
+    return None
 
 
 def logits_of(model: PreTrainedModel, windows: list[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -150,6 +201,6 @@ def check_memory(needed: int) -> None:
     free = psutil.virtual_memory().available
     if needed > free:
         raise ValueError(
-            f"Comparing the models takes {needed / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free; convert "
-            "without verify (--no-verify) and compare on a larger machine."
+            f"Comparing the models takes {needed / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free; give TMPDIR a "
+            "disk with room for the model in float32, or convert without verify (--no-verify)."
         )

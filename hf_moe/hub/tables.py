@@ -23,6 +23,8 @@ CHECK = {
     "perplexity_a": "Perplexity of the source",
     "perplexity_b": "Perplexity of this model",
     "tokens": "Tokens compared",
+    "text": "Text",
+    "warning": "Warning",
 }
 PROVENANCE = {
     "source": "Source",
@@ -87,7 +89,7 @@ def origin_rows(provenance: dict[str, Any]) -> list[tuple[str, str]]:
 def domain_rows(domains: list[dict[str, Any]]) -> list[list[str]]:
     """Each source of a merge beside the model, on the source's own text: a heading and a row each."""
     compared = ("perplexity_a", "perplexity_b", "kl")
-    titles = {"source": "Source", "text": "Text"} | {name: CHECK[name] for name in compared}
+    titles = {"source": "Source", "text": CHECK["text"]} | {name: CHECK[name] for name in compared}
     return [list(titles.values()), *([text(domain[name]) for name in titles] for domain in domains)]
 
 

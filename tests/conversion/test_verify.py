@@ -1,17 +1,24 @@
 """verify: its figures against a direct computation, and what cannot be compared."""
 
 import json
+import math
 import shutil
+import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hf_moe.conversion import verify
-from hf_moe.conversion.verify import token_ids
+from hf_moe.conversion import file_backed, upcycle, verify
+from hf_moe.conversion.verify import RANDOM, TEXTS, token_ids, unusable
 from hf_moe_cli import main
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.conftest import tiny_model
 from tests.conversion.conftest import build
+
+# What a small vocabulary has to have words of to be compared on each text; the last one has words of none.
+WORDS = {**TEXTS, RANDOM: "\N{SNOWMAN} \N{COMET}"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,8 @@ def pair(tmp_path_factory):
 def test_figures(pair):
     a, b = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in pair)
     report = verify(*pair, max_tokens=150, seed=5)
-    ids = token_ids(pair[0], None, 61, 150, 5)
+    ids, text = token_ids(pair[0], None, 61, 150, 5)
+    assert text == report["text"] == "random token ids"
     distances, divergences, agreements, losses = [], [], [], []
     with torch.inference_mode():
         for start in range(0, 150, 64):  # max_position_embeddings
@@ -62,6 +70,73 @@ def test_experts_of_any_width(tmp_path):
         model.save_pretrained(tmp_path / name, save_original_format=not fused)
     report = verify(tmp_path / "fused", tmp_path / "per-expert", max_tokens=40)
     assert report["max_abs_diff"] == 0 and report["tokens"] == 40
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_experts_one_by_one_are_put_together_on_the_disk(room, tmp_path, monkeypatch):
+    model = build("mixtral").to(torch.bfloat16)
+    for name, fused in [("fused", True), ("per-expert", False)]:
+        model.save_pretrained(tmp_path / name, save_original_format=not fused)
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(aside))
+    if not room:
+        monkeypatch.setattr(file_backed.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    placed = []
+    load = file_backed.by_transformers
+
+    def loads(folder, **where):
+        placed.append(where)
+        loaded = load(folder, **where)
+        assert {parameter.device.type for parameter in loaded.parameters()} == {"meta" if room else "cpu"}
+        assert any(aside.rglob("*.safetensors")) == room
+        return loaded
+
+    monkeypatch.setattr(file_backed, "by_transformers", loads)
+    report = verify(tmp_path / "fused", tmp_path / "per-expert", max_tokens=40)
+    assert report["max_abs_diff"] == 0 and report["cached_text_equal"]
+    assert len(placed) == 1 and not any(aside.iterdir())
+
+
+@pytest.mark.parametrize("expected", WORDS)
+def test_text_is_one_that_the_tokenizer_covers(expected, tmp_path):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [WORDS[expected]] * 3, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet)
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    ids, text = token_ids(tmp_path, None, 500, 512, 0)
+    assert text == expected
+    if expected in TEXTS:
+        assert tokenizer.decode(ids.tolist()) == TEXTS[expected]
+
+
+@pytest.mark.parametrize(("factor", "warned"), [(1.02, False), (3.0, True)])
+def test_a_conversion_that_leaves_nothing_usable_says_so(factor, warned, pair, tmp_path, capsys):
+    report = upcycle(pair[0], tmp_path / "moe", experts=2, top_k=1, progress=False)
+    assert report["warning"] is None
+    changed = {"kl": math.log(factor), "top1_agreement": 0.03}
+    said = unusable(report | changed)
+    assert bool(said) == warned
+    if warned:
+        assert "3 times the source's" in said and "3.0%" in said and "\n" not in said
+        assert "no number" in unusable(report | {"kl": float("inf"), "top1_agreement": 0.0})
+        assert unusable(report | {"kl": float("nan"), "top1_agreement": 0.0})
+
+
+def test_warning_stands_on_standard_error_and_in_the_card(shared_data, tmp_path, capsys):
+    source, moe = shared_data / "stories260K-hf", tmp_path / "moe"
+    arguments = ["--experts", "2", "--top-k", "1", "--strategy", "drop", "--drop-ratio", "0.9"]
+    assert main(["upcycle", str(source), str(moe), *arguments]) == 0
+    out, err = capsys.readouterr()
+    (warning,) = (line for line in err.splitlines() if "not usable" in line)
+    assert "perplexity of the source" in out and "perplexity of the result" in out and "simple words" in out
+    assert warning.removeprefix("hf-moe: ") in (moe / "README.md").read_text()
+    assert main(["verify", str(source), str(moe)]) == 1
+    assert f"perplexity of {moe}" in capsys.readouterr().out
 
 
 def test_a_cache_that_is_not_read_is_seen(tmp_path, request, capsys):
