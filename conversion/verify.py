@@ -61,10 +61,10 @@ def verify(
     """Compare the next-token logits of models `a` (the reference) and `b` on a text, in float32 on the CPU.
 
     a, b: folders with safetensors weights, or Hub ids. data: a text file; without one, a short text of our own that
-    the tokenizer of `a` has words for, or random token ids (from `seed`) where there is no tokenizer, or it covers none
-    of the texts. The first `max_tokens` tokens are read in windows of 256. One model follows the other, and of each only
-    one layer's weights are in memory at a time. If its files do not hold them under the names that they have in
-    Transformers, that writes the model, in float32, to temporary files (TMPDIR); where these have no room, and with
+    the tokenizer of `a` has words for, or random token ids (from `seed`) where there is no tokenizer, or it covers
+    none of the texts. The first `max_tokens` tokens are read in windows of 256. One model follows the other, and of
+    each only one layer's weights are in memory at a time. If its files do not hold them under the names that they have
+    in Transformers, that writes the model, in float32, to temporary files (TMPDIR); where these have no room, and with
     quantised weights, all are in memory.
 
     Returns max_abs_diff and mean_abs_diff of the logits, kl (mean KL(a || b) per token, nats), top1_agreement (share
