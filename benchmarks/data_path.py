@@ -80,9 +80,9 @@ def measure(path: Path, tokenizer_path: str, template: str, cache: Path, max_len
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import datasets
     import pyarrow.compute as pc
+    from hf_moe.training.chat_templates import shipped_templates
     from hf_moe.training.data import load_rows
     from hf_moe.training.packing import pack
-    from hf_moe.training.run import shipped_templates
     from hf_moe.training.sft_trainer import MoeSFTConfig
     from hf_moe.training.token_cache import tokenised
     from transformers import AutoTokenizer
@@ -92,6 +92,7 @@ def measure(path: Path, tokenizer_path: str, template: str, cache: Path, max_len
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:PROCESSES])
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer.chat_template = Path(shipped_templates()[template]).read_text(encoding="utf-8")
     args = MoeSFTConfig(
         output_dir=str(cache / "unused"),
         use_cpu=True,
@@ -99,7 +100,6 @@ def measure(path: Path, tokenizer_path: str, template: str, cache: Path, max_len
         max_length=max_length,
         packing=True,
         assistant_only_loss=True,
-        chat_template_path=shipped_templates()[template],
         dataset_num_proc=PROCESSES,
     )
     memory = Memory()

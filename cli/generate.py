@@ -94,13 +94,14 @@ def load(model: str | Path, trust_remote_code: bool = False) -> "tuple[PreTraine
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: bool) -> dict:
     """The prompt's tokens [1, T] with their mask. Raises ValueError where there is no chat template or no token."""
+    from hf_moe.chat import render
+
     if chat:
         if not tokenizer.chat_template:
             raise ValueError("--chat needs a chat template, but this model's tokenizer has none; leave --chat out.")
         message = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+        text = render(tokenizer, message, "--prompt", add_generation_prompt=True)
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[-1] == 0:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
+from ..chat import write_plain_templates
 from ..hub import inherited, write_model_card
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
@@ -94,6 +95,7 @@ def convert(
         for path in source.carried_files():
             (folder / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.checkpoint.folder / path, folder / path)
+        write_plain_templates(folder)
         if tokenizer is not None:
             keep_class(tokenizer, folder)
         config.dtype = source.config.dtype or source.checkpoint.dtype

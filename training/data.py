@@ -1,14 +1,38 @@
-"""Rows for training: JSON lines, folders and Hub data sets, checked before anything heavy is loaded."""
+"""Rows for training: files, folders and Hub data sets, checked and in one form before anything heavy is loaded."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_dataset_builder
+from datasets import load_from_disk as load_saved
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+from hf_moe.chat import ROLES, conversation
+
+from .json_text import JsonText, values
+
+BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".txt": "text",
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # after one of those
+SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder of save_to_disk
 # What TRL reads beside the rows themselves.
 EXTRA_COLUMNS = ("tools", "chat_template_kwargs")
+CONVERSATIONS = ("messages", "conversations")  # columns that are never text
+FIELDS = ("role", "content", "from", "value")
+PLAIN = List({"role": Value("string"), "content": Value("string")})  # messages of nothing else
+OBJECTS = List(JsonText())  # messages with more to them
 
 
 def load_rows(
@@ -22,6 +46,8 @@ def load_rows(
 ) -> Dataset:
     """The rows of `sources`: files, or one folder or Hub data set with `config` and `split`; only columns TRL reads.
 
+    Conversations are in the column messages, of roles that chat templates know and contents of text; see hf_moe.chat.
+
     kinds: the columns that can make a row, the first that are there count; None: those of supervised fine-tuning.
     Raises FileNotFoundError where there is no such file or data set, ValueError where rows are not what TRL expects.
     """
@@ -31,14 +57,26 @@ def load_rows(
     if len(rows) == 0:
         raise ValueError(f"{label} has no rows.")
     columns = row_columns(rows.column_names, kinds, label)
-    check_values(rows, columns, label)
-    return rows.select_columns([*columns, *(name for name in EXTRA_COLUMNS if name in rows.column_names)])
+    check_images(rows, label)
+    names = [*columns, *(name for name in EXTRA_COLUMNS if name in rows.column_names)]
+    form = Features({name: form_of(rows, name, label) for name in names})
+    check_alike(rows, columns, label)
+    if all(is_ready(rows, name) for name in names):
+        return rows.select_columns(names)
+    if not all(is_flat(rows.features[name]) for name in names):
+        rows = as_written(rows, names, sources, split, config)
+    return rewritten(rows.select_columns(names), form, label)
+
+
+# ---- reading ----
 
 
 def read(sources: list[str], label: str, split: str, config: str | None) -> Dataset:
     paths = [Path(source).expanduser() for source in sources]
-    if len(paths) == 1 and not paths[0].is_file() and paths[0].suffix not in BUILDERS:
+    if len(paths) == 1 and not paths[0].is_file() and builder(paths[0]) is None:
         splits = load(label, str(paths[0]) if paths[0].is_dir() else sources[0], config)
+        if isinstance(splits, Dataset):
+            return splits
         if split not in splits:
             raise ValueError(f"{label} has no split {split}; its splits are {', '.join(splits)}.")
         return splits[split]
@@ -47,21 +85,70 @@ def read(sources: list[str], label: str, split: str, config: str | None) -> Data
             raise FileNotFoundError(f"{label}: there is no file {path}.")
         if path.stat().st_size == 0:
             raise ValueError(f"{label}: {path} is empty.")
-    suffixes = sorted({path.suffix for path in paths})
-    if len(suffixes) > 1 or suffixes[0] not in BUILDERS:
+    builders = {builder(path) for path in paths}
+    if len(builders) > 1 or None in builders:
+        suffixes = sorted({path.suffix for path in paths})
         raise ValueError(f"{label}: files must all end in one of {', '.join(BUILDERS)}, but end in {suffixes}.")
-    return load(label, BUILDERS[suffixes[0]], data_files=[str(path) for path in paths])["train"]
+    return load(label, *builders, data_files=[str(path) for path in paths])["train"]
 
 
-def load(label: str, *args, **kwargs) -> DatasetDict:
-    """`load_dataset`, with its errors in one line that names the rows."""
+def builder(path: Path) -> str | None:
+    """What of `datasets` reads a file of this name, compressed or not."""
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    return BUILDERS.get(suffix)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote it."""
+    return any((folder / name).is_file() for name in SAVED)
+
+
+def load(label: str, *args, **kwargs) -> DatasetDict | Dataset:
+    """`load_dataset`, or `load_from_disk` for what it saved, with errors in one line that names the rows."""
     try:
-        return load_dataset(*args, **kwargs)
+        return load_saved(args[0]) if is_saved(Path(args[0])) else load_dataset(*args, **kwargs)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"{label} is neither a file nor a folder here, nor a data set on the Hub.") from error
-    except (DatasetGenerationError, ValueError) as error:
+    except (DatasetGenerationError, ImportError, ValueError, EOFError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(f"{label} cannot be read as rows: {reason}") from error
+
+
+def as_written(rows: Dataset, names: list[str], sources: list[str], split: str, config: str | None) -> Dataset:
+    """The rows that `read` has found with the values of JSON files as they stand there; others as they are.
+
+    Reading these, `datasets` takes a text for the JSON in it where some rows have objects in its place, and rounds.
+    """
+    paths = [Path(source).expanduser() for source in sources]
+    if rows.info.builder_name != "json" or is_saved(paths[0]):
+        return rows
+    if paths[0].is_file():
+        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    else:
+        source = str(paths[0]) if paths[0].is_dir() else sources[0]
+        files = [(str(file),) for file in load_dataset_builder(source, config).config.data_files[split]]
+    try:
+        return Dataset.from_generator(
+            objects, features=Features(dict.fromkeys(names, JsonText())), gen_kwargs={"files": tuple(files)}
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):  # one object over several lines, with a list a column
+            return rows
+        raise
+
+
+def objects(files: tuple[tuple, ...]) -> Iterator[dict[str, Any]]:
+    """The objects of JSON files: one a line, or a list of them."""
+    for path, *_ in files:
+        with fsspec.open(path, encoding="utf-8-sig", mode="rt", compression="infer") as file:
+            first = file.readline()
+            if first.lstrip().startswith("["):
+                yield from json.loads(first + file.read())
+            else:
+                yield from (json.loads(line) for line in (first, *file) if line.strip())
+
+
+# ---- what the rows are ----
 
 
 def row_columns(found: list[str], kinds: tuple[tuple[str, ...], ...], label: str) -> tuple[str, ...]:
@@ -73,51 +160,131 @@ def row_columns(found: list[str], kinds: tuple[tuple[str, ...], ...], label: str
     raise ValueError(f"{label} has the columns {', '.join(found)}; expected {expected}.")
 
 
-def check_values(rows: Dataset, columns: tuple[str, ...], label: str) -> None:
-    """Every row has a value, no conversation is empty, and all is text or messages that TRL reads.
+def check_images(rows: Dataset, label: str) -> None:
+    """Raises ValueError for a row with an image beside its text, which nothing here would look at."""
+    for name in ("image", "images"):
+        if name in rows.column_names:
+            column = rows.data.column(name)
+            there = pc.is_valid(column)
+            if isinstance(rows.features[name], List):
+                there = pc.greater(pc.fill_null(pc.list_value_length(column), 0), 0)
+            if (row := pc.index(there, True).as_py()) >= 0:
+                raise ValueError(f"{label}: row {row} has an image in the column {name}, but models here read text.")
 
-    Where a column's type says that its values are text, the first row tells the rest.
+
+def form_of(rows: Dataset, name: str, label: str) -> Any:
+    """The feature that a column is to have: of its first row, whether it is text or messages."""
+    first, fields = rows[0][name], getattr(rows.features[name], "feature", None)
+    if name in EXTRA_COLUMNS:
+        return JsonText()
+    if isinstance(first, str) and name not in CONVERSATIONS:
+        return Value("string")
+    if isinstance(first, list):
+        return PLAIN if isinstance(fields, dict) and fields.keys() <= set(FIELDS) else OBJECTS
+    if first is None:
+        raise ValueError(f"{label}: row 0 has no {name}.")
+    expected = "a list of messages" if name in CONVERSATIONS else "text or a list of messages"
+    raise ValueError(f"{label}: {name} must be {expected}, but is {type(first).__name__}.")
+
+
+def is_flat(feature: Any) -> bool:
+    """Whether there is nothing in a column but text, or messages of two texts."""
+    fields = getattr(feature, "feature", None)
+    parts = fields.values() if isinstance(fields, dict) and fields.keys() <= set(FIELDS) else [feature]
+    return all(isinstance(part, Value) and part.dtype in ("string", "large_string") for part in parts)
+
+
+def is_ready(rows: Dataset, name: str) -> bool:
+    """Whether a column is text, or messages of known roles and with contents of text, and no value is missing."""
+    column, feature = rows.data.column(name), rows.features[name]
+    if name in EXTRA_COLUMNS or name == "conversations" or not is_flat(feature) or column.null_count:
+        return False
+    if feature != PLAIN:
+        return isinstance(feature, Value)
+    messages = pc.list_flatten(column)
+    role, content = (pc.struct_field(messages, key) for key in ("role", "content"))
+    return (
+        pc.min(pc.list_value_length(column)).as_py() > 0
+        and not messages.null_count + role.null_count + content.null_count
+        and set(pc.unique(role).to_pylist()) <= set(ROLES)
+    )
+
+
+def rewritten(rows: Dataset, form: Features, label: str) -> Dataset:
+    """The rows with the features of `form`, and conversations by the name messages.
+
+    Raises ValueError for the first row with a value that is missing, of another kind than the first row's, or none
+    that chat templates could read.
     """
-    for name in columns:
-        column = rows.data.column(name)
-        bad = pc.is_null(column)
-        if isinstance(rows[0][name], list):
-            bad = pc.or_(bad, pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0))
-        row = pc.index(bad, True).as_py()
-        if row >= 0:
-            raise ValueError(f"{label}: row {row} has no {name}.")
-        for value in [rows[0][name]] if holds_text(rows.features[name], name) else rows[name]:
-            check_shape(value, name, label)
-    kinds = {name: "messages" if isinstance(rows[0][name], list) else "text" for name in columns if name != "answer"}
+    rows = rows.with_format("arrow").map(
+        Rewriting(rows.features, form, label),
+        batched=True,
+        with_indices=True,
+        features=form,
+        desc=f"Reading {label.split()[0]}",
+    )
+    return rows.with_format(None).rename_columns({"conversations": "messages"} if "conversations" in form else {})
+
+
+class Rewriting:
+    """A table of rows to columns of another form; see `rewritten`."""
+
+    def __init__(self, found: Features, form: Features, label: str):
+        self.found, self.form, self.label = found, form, label
+
+    def __call__(self, table: pa.Table, indices: list[int]) -> dict[str, list]:
+        return {
+            name: [
+                self.value(name, value, row)
+                for value, row in zip(values(table[name], self.found[name]), indices, strict=True)
+            ]
+            for name in self.form
+        }
+
+    def value(self, name: str, value: Any, row: int) -> Any:
+        where = f"{self.label}: row {row}"
+        if name in EXTRA_COLUMNS:
+            return extra(name, value, where)
+        if value is None or value == []:
+            raise ValueError(f"{where} has no {name}.")
+        if isinstance(self.form[name], Value):
+            if not isinstance(value, str):
+                raise ValueError(f"{where} has {kind(value)} as its {name}, but the rows before it have text.")
+            return value
+        if isinstance(value, str) and name not in CONVERSATIONS:
+            raise ValueError(f"{where} has text as its {name}, but the rows before it have a list of messages.")
+        try:
+            return conversation(value)
+        except ValueError as error:
+            raise ValueError(f"{where}: {name}: {error}.") from error
+
+
+def extra(name: str, value: Any, where: str) -> Any:
+    """What the chat template gets beside the messages: a list of tools, or more of its variables."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: {name} is text that is not JSON: {error}.") from error
+    if name == "chat_template_kwargs" and not isinstance(value, dict | None):
+        raise ValueError(f"{where}: {name} must be an object, but is {kind(value)}.")
+    return value or {} if name == "chat_template_kwargs" else value
+
+
+def kind(value: Any) -> str:
+    return "a list of messages" if isinstance(value, list) else f"a {type(value).__name__}"
+
+
+def check_alike(rows: Dataset, names: tuple[str, ...], label: str) -> None:
+    """Raises ValueError where some of the columns that make a row are text and others messages.
+
+    But for the prompt of pairs of messages, which UltraFeedback has as text.
+    """
+    kinds = {name: "messages" if isinstance(rows[0][name], list) else "text" for name in names if name != "answer"}
+    if kinds == {"prompt": "text", "chosen": "messages", "rejected": "messages"}:
+        return
     if len(set(kinds.values())) > 1:
         found = " and ".join(f"{name} is {kind}" for name, kind in kinds.items())
         raise ValueError(f"{label}: {found}, but all must be the same.")
-
-
-def holds_text(feature, name: str) -> bool:
-    """Whether the type of a column leaves nothing but text, or messages of text."""
-    fields = getattr(feature, "feature", None)
-    texts = [fields.get(key) for key in message_keys(name)] if isinstance(fields, dict) else [feature]
-    return all(isinstance(text, Value) and text.dtype in ("string", "large_string") for text in texts)
-
-
-def message_keys(name: str) -> tuple[str, str]:
-    return ("from", "value") if name == "conversations" else ("role", "content")
-
-
-def check_shape(value, name: str, label: str) -> None:
-    who, what = message_keys(name)
-    if isinstance(value, list):
-        for message in value:
-            needed = {who} if isinstance(message, dict) and message.get("tool_calls") else {who, what}
-            if not isinstance(message, dict) or not needed <= message.keys():
-                raise ValueError(f"{label}: each entry of {name} needs {who} and {what}; found {message!r}.")
-            if not isinstance(message[who], str) or not isinstance(message.get(what), str | list | None):
-                raise ValueError(f"{label}: {who} and {what} of {name} must be text; found {message!r}.")
-    elif name in ("messages", "conversations"):
-        raise ValueError(f"{label}: {name} must be a list of messages, but is {type(value).__name__}.")
-    elif not isinstance(value, str):
-        raise ValueError(f"{label}: {name} must be text or a list of messages, but is {type(value).__name__}.")
 
 
 def is_conversational(rows: Dataset) -> bool:

@@ -12,14 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTTrainer
 
 from .arguments import DataArguments, ModelArguments
+from .chat_templates import check_template, find_template, template_tokenizer, use_template
 from .checkpoints import load_model
 from .host_trl import log_beside_loss
 from .mixture import mix
 from .run import (
-    check_template,
     checkpoint_to_resume,
     choose_trained,
-    find_template,
     load_tokenizer,
     load_trained_model,
     say_summary,
@@ -27,7 +26,7 @@ from .run import (
 )
 from .saved_dtype import dtype_to_save
 from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
-from .sources import load_sources, together
+from .sources import by_label, load_sources, together
 
 
 @dataclass
@@ -102,7 +101,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilCon
     args.eval_on_start = bool(held_out) and checkpoint is None
     source = checkpoint or model_args.model_name_or_path
     tokenizer = load_tokenizer(source, model_args, args)
-    check_template(tokenizer, next(iter(sources.values())), args)
+    use_template(tokenizer, args)
+    check_template(template_tokenizer(tokenizer, args), by_label(sources, held_out), args.dataset_num_proc)
     model = load_trained_model(source, model_args, args)
     choose_trained(model, model_args.trainable, args)
     trainer = MoeDistilTrainer(

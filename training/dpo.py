@@ -2,22 +2,23 @@
 
 import copy
 import sys
+from functools import partial
 
-from datasets import Dataset
+from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase
+from trl import extract_prompt
 
 from .adapters import AdapterArguments
 from .arguments import DataArguments, ModelArguments
+from .chat_templates import check_template
+from .data import EXTRA_COLUMNS, OBJECTS, PLAIN, is_conversational
 from .dpo_trainer import MoeDPOConfig, MoeDPOTrainer
 from .esft import EsftArguments, specialise
+from .mixture import mix
 from .policy import load_policy, load_tokenizer_and_template
-from .run import (
-    checkpoint_to_resume,
-    load_data,
-    say_summary,
-    train,
-)
+from .run import checkpoint_to_resume, say_summary, train
 from .saved_dtype import dtype_to_save
+from .sources import by_label, label, load_sources, together
 from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeDPOConfig, AdapterArguments, EsftArguments)
@@ -35,9 +36,14 @@ def run(
     """Train on pairs of a chosen and a rejected text, evaluate before and after, save; returns the metrics."""
     check_choices(model_args, adapter_args, esft_args)
     checkpoint = checkpoint_to_resume(args)
-    train_rows, eval_rows = load_data(data_args, args, kinds=COLUMNS)
-    args.eval_on_start = eval_rows is not None and checkpoint is None
-    tokenizer = load_tokenizer_and_template(checkpoint or model_args.model_name_or_path, model_args, args, train_rows)
+    sources, held_out = load_sources(data_args, args, kinds=COLUMNS)
+    sources = {name: with_prompts(rows, name) for name, rows in sources.items()}
+    held_out = {name: with_prompts(rows, label(name)) for name, rows in held_out.items()}
+    args.eval_on_start = bool(held_out) and checkpoint is None
+    tokenizer = load_tokenizer_and_template(checkpoint or model_args.model_name_or_path, model_args, args)
+    check_template(tokenizer, by_label(sources, held_out), args.dataset_num_proc)
+    train_rows = mix(sources, data_args.train_weights, args.seed)
+    eval_rows = together(held_out, data_args.eval_by_source)
     trainer = build_trainer(model_args, args, adapter_args, esft_args, tokenizer, train_rows, eval_rows)
     if esft_args.esft_p is not None:
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
@@ -45,6 +51,35 @@ def run(
     metrics = metrics | merge_trained(trainer, adapter_args, esft_args)
     say_summary(trainer, metrics)
     return metrics
+
+
+def with_prompts(rows: Dataset, name: str) -> Dataset:
+    """Pairs of conversations with a prompt apart: what both begin with, or a text, as UltraFeedback has it.
+
+    Raises ValueError, with the number of its row, for a pair without one.
+    """
+    if not is_conversational(rows):
+        return rows
+    messages = OBJECTS if OBJECTS in rows.features.values() else PLAIN
+    form = Features(dict.fromkeys(COLUMNS[0], messages))
+    form |= {extra: rows.features[extra] for extra in EXTRA_COLUMNS if extra in rows.column_names}
+    return rows.map(partial(with_prompt, name=name), with_indices=True, features=form, desc=f"Splitting {name}")
+
+
+def with_prompt(pair: dict, row: int, name: str) -> dict:
+    prompt, chosen, rejected = pair.get("prompt"), pair["chosen"], pair["rejected"]
+    if not isinstance(chosen, list):
+        raise ValueError(f"{name}: prompt is messages and chosen is text, but all must be the same.")
+    if isinstance(prompt, list):
+        asked = len(prompt)
+        repeated = all(len(answer) > asked and answer[:asked] == prompt for answer in (chosen, rejected))
+        return {"chosen": chosen[asked:], "rejected": rejected[asked:]} if repeated else {}
+    if prompt is not None and chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        return {"prompt": [{"role": "user", "content": prompt}]}
+    split = extract_prompt({"chosen": chosen, "rejected": rejected})
+    if not split["prompt"]:
+        raise ValueError(f"{name}: row {row}: chosen and rejected do not begin with the same message, the prompt.")
+    return split
 
 
 def build_trainer(

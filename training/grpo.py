@@ -5,22 +5,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from .adapters import AdapterArguments
 from .arguments import DataArguments, ModelArguments
+from .chat_templates import check_template
 from .grpo_trainer import MoeGRPOConfig, MoeGRPOTrainer
 from .host_trl import reference_of_revision
+from .mixture import mix
 from .policy import load_policy, load_tokenizer_and_template
 from .rewards import NEED_ANSWER, REWARDS, find_rewards, true_answer
-from .run import (
-    checkpoint_to_resume,
-    load_data,
-    say_saved,
-    train,
-)
+from .run import checkpoint_to_resume, say_saved, train
 from .saved_dtype import dtype_to_save
+from .sources import by_label, load_sources
 from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
 
 
@@ -35,7 +33,7 @@ class RewardArguments:
 
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeGRPOConfig, AdapterArguments, RewardArguments)
-COLUMNS = (("prompt", "answer"), ("question", "answer"), ("messages",), ("prompt",))
+COLUMNS = (("prompt", "answer"), ("question", "answer"), ("messages",), ("conversations",), ("prompt",))
 
 
 def run(
@@ -54,16 +52,25 @@ def run(
     if data_args.eval_by_source:
         raise ValueError("eval_by_source is true, but TRL's GRPO reports rewards without their source: leave it out.")
     checkpoint = checkpoint_to_resume(args)
-    train_rows, eval_rows = load_data(data_args, args, kinds=COLUMNS)
-    train_rows = questions(train_rows, names, "train_data")
-    eval_rows = None if eval_rows is None else questions(eval_rows, names, "eval_data")
-    args.eval_on_start = eval_rows is not None and checkpoint is None
-    tokenizer = load_tokenizer_and_template(checkpoint or model_args.model_name_or_path, model_args, args, train_rows)
+    sources, held_out = load_sources(data_args, args, kinds=COLUMNS)
+    args.eval_on_start = bool(held_out) and checkpoint is None
+    tokenizer = load_tokenizer_and_template(checkpoint or model_args.model_name_or_path, model_args, args)
+    check_template(tokenizer, by_label(sources, held_out), args.dataset_num_proc, asked)
+    train_rows = questions(mix(sources, data_args.train_weights, args.seed), names, "train_data")
+    eval_rows = questions(held_out["eval_data"], names, "eval_data") if held_out else None
     trainer = build_trainer(model_args, args, adapter_args, rewards, tokenizer, train_rows, eval_rows)
     metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
     metrics = metrics | merge_trained(trainer, adapter_args)
     say_reward(trainer, metrics)
     return metrics
+
+
+def asked(row: dict) -> list[tuple[list[dict], bool]]:
+    """What of a row goes through the chat template: the prompt that `questions` makes of it."""
+    if "question" in row:
+        return [([{"role": "user", "content": row["question"]}], True)]
+    prompt = row["messages"][:-1] if "messages" in row else row["prompt"]
+    return [(prompt, True)] if prompt else []
 
 
 def questions(rows: Dataset, rewards: list[str], what: str) -> Dataset:
@@ -75,13 +82,17 @@ def questions(rows: Dataset, rewards: list[str], what: str) -> Dataset:
     if "question" in rows.column_names:
         rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})
     elif "messages" in rows.column_names:
-        asked = rows.filter(lambda row: len(row["messages"]) > 1)
-        if len(asked) == 0:
+        answered = rows.filter(lambda row: len(row["messages"]) > 1)
+        if len(answered) == 0:
             raise ValueError(f"{what} has no row whose messages are a question and an answer.")
-        if len(asked) < len(rows):
-            lost = f"{len(rows) - len(asked)} of {len(rows)}"
+        if len(answered) < len(rows):
+            lost = f"{len(rows) - len(answered)} of {len(rows)}"
             print(f"{what}: {lost} rows have one message alone, and are left out", file=sys.stderr)
-        rows = asked.map(lambda row: {"prompt": row["messages"][:-1], "answer": row["messages"][-1]["content"] or ""})
+        rows = answered.map(
+            lambda row: {"prompt": row["messages"][:-1], "answer": row["messages"][-1].get("content") or ""},
+            features=Features({"prompt": rows.features["messages"], "answer": Value("string")}),
+            remove_columns=rows.column_names,
+        )
     needing = [name for name in rewards if name in NEED_ANSWER]
     if needing:
         if "answer" not in rows.column_names:

@@ -5,16 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from .adapters import AdapterArguments, check_coverage, lora_config
 from .arguments import ModelArguments
+from .chat_templates import find_template, use_template
 from .esft import EsftArguments
 from .host_trl import leave_out_own_aux_loss
 from .moe_arguments import MoeArguments, moe_argument
-from .run import check_template, choose_trained, find_template, load_tokenizer, load_trained_model
+from .run import choose_trained, load_tokenizer, load_trained_model
 from .trained import NO_ESFT, store_base
 from .trainer import MoeTrainerMixin
 
@@ -73,16 +73,17 @@ class MoePolicyMixin(MoeTrainerMixin):
 
 
 def load_tokenizer_and_template(
-    source: str, model_args: ModelArguments, args: TrainingArguments, rows: Dataset
+    source: str, model_args: ModelArguments, args: TrainingArguments
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in `source`, with the chat template that the arguments name. Raises ValueError or OSError."""
     tokenizer = load_tokenizer(source, model_args, args)
     if args.chat_template_path is not None:
-        path = Path(find_template(args.chat_template_path))
-        if not path.is_file():
-            raise FileNotFoundError(f"chat_template_path {path} is no file and no template that comes along.")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
-    check_template(tokenizer, rows, args)
+        args.chat_template_path = find_template(args.chat_template_path)
+        if not Path(args.chat_template_path).is_file():
+            raise FileNotFoundError(
+                f"chat_template_path {args.chat_template_path} is no file and no template that comes along."
+            )
+    use_template(tokenizer, args)
     return tokenizer
 
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -18,23 +17,21 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
+from hf_moe.chat import write_plain_templates
 
 from .alignment import align
-from .arguments import DataArguments, ModelArguments
+from .arguments import ModelArguments
 from .checkpoints import check_optimizer, is_complete, last_checkpoint, load_model
-from .data import is_conversational
 from .esft import ROWS_FILE
 from .float8 import check_float8, compute_in_float8
 from .host import CLIPS_EXPERT_PARALLEL, TRAINER_STATE_NAME, TRAINING_ARGS_NAME, is_adapter
-from .mixture import mix
 from .parameter_groups import GROUPS, train_group
 from .progress import say_in_lines
 from .resuming import check_same_arguments, check_same_step, contents_of
 from .saved_dtype import cast, name_dtype, name_of
-from .sources import load_sources, loss_names, together
+from .sources import loss_names
 from .weight_average import AVERAGE_FILE
 
-TEMPLATES = Path(__file__).parent / "templates"
 LAST = ("config.json", "adapter_config.json")  # a folder without them does not load
 
 
@@ -73,14 +70,6 @@ def steps_done(checkpoint: str | None) -> int:
     return 0 if checkpoint is None else TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}").global_step
 
 
-def load_data(
-    data_args: DataArguments, args: TrainingArguments, **columns
-) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
-    """Training rows, mixed as the arguments say, and held-out rows; `columns` tells `load_rows` what makes a row."""
-    sources, held_out = load_sources(data_args, args, **columns)
-    return mix(sources, data_args.train_weights, args.seed), together(held_out, data_args.eval_by_source)
-
-
 def load_tokenizer(
     source: str, model_args: ModelArguments, args: TrainingArguments, name: str = "model_name_or_path"
 ) -> PreTrainedTokenizerBase:
@@ -100,32 +89,6 @@ def load_tokenizer(
             "has no tokenizer that loads" if path.is_dir() else "is no folder here and could not be had from the Hub"
         )
         raise ValueError(f"{name} {source} {what}: {' '.join(str(error).split())}") from error
-
-
-def shipped_templates() -> dict[str, str]:
-    """The chat templates that come with hf_moe: name to file."""
-    return {path.stem: str(path) for path in sorted(TEMPLATES.glob("*.jinja"))}
-
-
-def find_template(name: str | None) -> str | None:
-    """The file of a shipped template by its name; a file, a folder or a Hub tokenizer's name as it is, for TRL."""
-    if name is None or Path(name).exists():
-        return name
-    path = shipped_templates().get(name, name)
-    if path == name and ("/" not in name or name.endswith((".jinja", ".j2"))):
-        raise FileNotFoundError(
-            f"chat_template_path: there is no file {name}; the templates that come along are "
-            f"{', '.join(shipped_templates())}."
-        )
-    return path
-
-
-def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: TrainingArguments) -> None:
-    if is_conversational(rows) and args.chat_template_path is None and tokenizer.chat_template is None:
-        raise ValueError(
-            "The rows are conversations and the tokenizer has no chat template: give --chat_template_path FILE.jinja, "
-            f"or one of {', '.join(shipped_templates())}."
-        )
 
 
 def load_trained_model(source: str, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedModel:
@@ -302,6 +265,7 @@ def write_merged(trainer: Trainer, model: PreTrainedModel, dtype: torch.dtype | 
             model.save_pretrained(aside, state_dict=cast(model.state_dict(), dtype))
             name_dtype(aside, dtype)
         trainer.processing_class.save_pretrained(aside)
+        write_plain_templates(aside)
         trainer.save_record(aside)
         replace_folder(aside, output)
 

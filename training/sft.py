@@ -7,13 +7,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .adapters import AdapterArguments, add_adapter
 from .arguments import DataArguments, ModelArguments
+from .chat_templates import check_template, find_template, template_tokenizer, use_template
 from .esft import EsftArguments, specialise
 from .mixture import mix
 from .run import (
-    check_template,
     checkpoint_to_resume,
     choose_trained,
-    find_template,
     keep_selection_bias,
     load_tokenizer,
     load_trained_model,
@@ -22,7 +21,7 @@ from .run import (
 )
 from .saved_dtype import dtype_to_save
 from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
-from .sources import label, load_sources, together
+from .sources import by_label, label, load_sources, together
 from .token_cache import can_tokenise, tokenised
 from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, store_base
 
@@ -44,8 +43,11 @@ def run(
     args.eval_on_start = bool(held_out) and checkpoint is None
     source = checkpoint or model_args.model_name_or_path
     tokenizer = load_tokenizer(source, model_args, args)
-    check_template(tokenizer, next(iter(sources.values())), args)
-    if can_tokenise([*sources.values(), *held_out.values()], tokenizer, args):
+    use_template(tokenizer, args)
+    groups = by_label(sources, held_out)
+    tokenises = can_tokenise(list(groups.values()), tokenizer, args)
+    check_template(template_tokenizer(tokenizer, args), groups, args.dataset_num_proc, roles_alone=tokenises)
+    if tokenises:
         sources = {name: tokenised(rows, name, tokenizer, args) for name, rows in sources.items()}
         held_out = {
             name: tokenised(rows, label(name), tokenizer, args, args.eval_packing) for name, rows in held_out.items()

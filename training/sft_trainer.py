@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from .chat_templates import restore_marks
 from .host_trl import leave_out_own_aux_loss
 from .long_rows import ON_LONG_ROWS, fit
 from .moe_arguments import MoeArguments
@@ -38,8 +39,10 @@ class MoeSFTTrainer(MoeTrainerMixin, SFTTrainer):
 
     takes_model_loss = False
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, processing_class=None, **kwargs):
+        if processing_class is not None:
+            restore_marks(processing_class)
+        super().__init__(*args, processing_class=processing_class, **kwargs)
         leave_out_own_aux_loss(self)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):

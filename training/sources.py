@@ -2,12 +2,14 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from transformers import Trainer, TrainingArguments
 
 from .arguments import DataArguments
-from .data import EXTRA_COLUMNS, load_rows
+from .data import EXTRA_COLUMNS, OBJECTS, load_rows, rewritten
+from .json_text import JsonText
 from .mixture import check_weights
 from .resuming import check_same_rows
 
@@ -31,7 +33,7 @@ def load_sources(
         held_out = source_names(data_args.eval_data)
     common = {"config": data_args.dataset_config, **columns}
     sources = {name: load_rows(paths, split=data_args.train_split, **common) for name, paths in train.items()}
-    check_alike(sources)
+    sources = alike(sources)
     held_out = {
         name: load_rows(paths, split=data_args.eval_split, what="eval_data", **common)
         for name, paths in held_out.items()
@@ -59,8 +61,11 @@ def digest(rows: Dataset, start: bytes = b"") -> str:
     return found.hexdigest()
 
 
-def check_alike(sources: dict[str, Dataset]) -> None:
-    """Raises ValueError where rows that are to be mixed are not of one kind: TRL looks at the first for all."""
+def alike(sources: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Rows that are to be mixed with the same columns of the same form.
+
+    Raises ValueError where they are not of one kind: TRL looks at the first for all.
+    """
     kinds = {name: [x for x in rows.column_names if x not in EXTRA_COLUMNS] for name, rows in sources.items()}
     (first, expected), *others = kinds.items()
     for name, kind in others:
@@ -69,6 +74,23 @@ def check_alike(sources: dict[str, Dataset]) -> None:
                 f"{first} has rows of {' and '.join(expected)}, {name} of {' and '.join(kind)}: sources that are "
                 "mixed need the same columns."
             )
+    features = [rows.features for rows in sources.values()]
+    if all(found == features[0] for found in features):
+        return sources
+    form = Features({name: common_form(name, features) for found in features for name in found})
+    return {name: rewritten(with_columns(rows, form), form, name) for name, rows in sources.items()}
+
+
+def common_form(name: str, features: list[Features]) -> Any:
+    found = [x[name] for x in features if name in x]
+    return JsonText() if name in EXTRA_COLUMNS else Value("string") if isinstance(found[0], Value) else OBJECTS
+
+
+def with_columns(rows: Dataset, form: Features) -> Dataset:
+    """The rows with a column of nulls for each that they lack."""
+    for name in form.keys() - rows.features.keys():
+        rows = rows.add_column(name, [None] * len(rows), feature=form[name])
+    return rows
 
 
 def source_names(sources: list[str]) -> dict[str, list[str]]:
@@ -82,6 +104,11 @@ def source_names(sources: list[str]) -> dict[str, list[str]]:
 def together(held_out: dict[str, Dataset], by_source: bool) -> Dataset | dict[str, Dataset] | None:
     """Held-out rows as a Trainer takes them."""
     return (held_out or None) if by_source else held_out.get("eval_data")
+
+
+def by_label(sources: dict[str, Dataset], held_out: dict[str, Dataset]) -> dict[str, Dataset]:
+    """All rows, by what messages call them."""
+    return sources | {label(name): rows for name, rows in held_out.items()}
 
 
 def label(name: str) -> str:

@@ -10,10 +10,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from .chat_templates import SUFFIXES, training_template
+from .chat_templates import training_template
+from .data import PLAIN
 from .long_rows import fit
 from .sources import digest
-from .tokens import Encoder, message_column
+from .tokens import Encoder
 
 BATCH = 1000
 
@@ -21,10 +22,10 @@ BATCH = 1000
 def can_tokenise(groups: list[Dataset], tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> bool:
     """Whether all rows are plain conversations, and tokenizer and template at hand. Else TRL tokenises."""
     return (
-        all(message_column(rows) is not None for rows in groups)
+        all(rows.features == {"messages": PLAIN} for rows in groups)
         and tokenizer.is_fast
         and args.eos_token is None
-        and (args.chat_template_path is None or args.chat_template_path.endswith(SUFFIXES))
+        and args.chat_template_path is None
     )
 
 
@@ -36,7 +37,7 @@ def tokenised(
     Raises ValueError as `Encoder`, `training_template` and `fit`.
     """
     template = training_template(tokenizer, args)
-    encoder = Encoder(tokenizer, template, args.assistant_only_loss)
+    encoder = Encoder(tokenizer, template, args.assistant_only_loss, name=name)
     with args.main_process_first(desc=f"tokenising {name}"):
         if not encoder.agrees_with_transformers(rows):
             print(f"{name}: tokie does not read this tokenizer; Transformers tokenises, more slowly", file=sys.stderr)
@@ -64,6 +65,7 @@ def cached(rows: Dataset, encoder: Encoder, name: str, num_proc: int | None = No
         .map(
             encoder,
             batched=True,
+            with_indices=True,
             batch_size=BATCH,
             remove_columns=rows.column_names,
             num_proc=num_proc,

@@ -9,6 +9,7 @@ Transformers, and all are if tokie disagrees with it on a sample.
 import json
 import secrets
 import tempfile
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -22,10 +23,11 @@ from jinja2.ext import Extension
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from hf_moe.chat import refusal
+
 from .host import compile_chat_template
 
 IGNORED = -100  # of labels that do not count
-KINDS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # column -> keys of each message
 MARK = f"\0{secrets.token_hex(16)}"  # no conversation holds it
 SAMPLE = 256  # rows on which tokie and Transformers are compared
 EVERY_BYTE = "".join(map(chr, range(256))) + "日本語 😀"  # some vocabularies lack some
@@ -44,36 +46,33 @@ class Generation(Extension):
         return [marks[0], *body, marks[1]]
 
 
-def message_column(rows: Dataset) -> str | None:
-    """The column of conversations, if all there is to a row is messages with a role and a text; else None."""
-    for name, keys in KINDS.items():
-        if rows.column_names == [name]:
-            kind = rows.features.arrow_schema.field(name).type
-            if pa.types.is_list(kind) and pa.types.is_struct(kind.value_type):
-                fields = {field.name: field.type for field in kind.value_type}
-                if fields.keys() == set(keys) and all(map(pa.types.is_string, fields.values())):
-                    return name
-    return None
-
-
 class Encoder:
     """Tables with a column of conversations to tables with `input_ids` and `labels`, both lists of int32.
 
     Args:
         template: a chat template. `assistant_only`: labels are IGNORED outside `{% generation %}`; else never.
-        fast: tokenise with tokie, where the bytes add up.
-    Raises ValueError for a conversation that the template refuses.
+        fast: tokenise with tokie, where the bytes add up. name: what errors call the rows.
+    Raises ValueError for a conversation that the template refuses, with the number of its row.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, assistant_only: bool, fast: bool = True):
-        self.tokenizer, self.template, self.assistant_only, self.fast = tokenizer, template, assistant_only, fast
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        assistant_only: bool,
+        fast: bool = True,
+        name: str = "train_data",
+    ):
+        self.tokenizer, self.template, self.assistant_only = tokenizer, template, assistant_only
+        self.fast, self.name = fast, name
 
     def __getstate__(self) -> dict:
         # Another process builds its own of the rest.
-        return {name: self.__dict__[name] for name in ("tokenizer", "template", "assistant_only", "fast")}
+        return {name: self.__dict__[name] for name in ("tokenizer", "template", "assistant_only", "fast", "name")}
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        pieces = [self.render(conversation).split(MARK) for conversation in conversations(table)]
+    def __call__(self, table: pa.Table, rows: Sequence[int] | None = None) -> pa.Table:
+        """`rows`: the numbers of the table's rows, where it is a part of a data set."""
+        pieces = self.render(table, range(len(table)) if rows is None else rows)
         encode = self.with_tokie if self.fast else self.with_transformers
         ids, counts, counted = encode(pieces)
         labels = np.where(counted, ids, IGNORED).astype(np.int32) if self.assistant_only else ids
@@ -95,12 +94,15 @@ class Encoder:
         """What a template sees beside the messages, as Transformers gives it."""
         return {"tools": None, "documents": None, "add_generation_prompt": False, **self.tokenizer.special_tokens_map}
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        try:
-            return self.compiled.render(messages=messages, **self.given)
-        except (jinja2.TemplateError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"The chat template refuses a conversation ({reason}): {messages!r:.200}") from error
+    def render(self, table: pa.Table, rows: Sequence[int]) -> list[list[str]]:
+        """The text of each row, cut where the assistant's words begin and end."""
+        pieces = []
+        for row, messages in zip(rows, conversations(table), strict=True):
+            try:
+                pieces.append(self.compiled.render(messages=messages, **self.given).split(MARK))
+            except Exception as error:  # a template is a program, whose mistakes are as many as Python's
+                raise refusal(error, messages, f"{self.name}: row {row}") from error
+        return pieces
 
     # ---- token ids of all rows one after the other, how many each row has, and which of them the assistant wrote ----
 
@@ -174,8 +176,7 @@ class Encoder:
     def agrees_with_transformers(self, rows: Dataset) -> bool:
         """Whether tokie, on SAMPLE of the rows, evenly spaced, gives what Transformers gives, and mostly by itself."""
         chosen = np.unique(np.linspace(0, len(rows) - 1, SAMPLE).astype(int))
-        table = rows.select(chosen).with_format("arrow")[:]
-        pieces = [self.render(conversation).split(MARK) for conversation in conversations(table)]
+        pieces = self.render(rows.select(chosen).with_format("arrow")[:], chosen)
         try:
             odd = self.with_bytes([*pieces, [EVERY_BYTE]])[-1][:-1]
         except BaseException as error:  # tokie's own, or that of a panic, which is no Exception
@@ -187,10 +188,9 @@ class Encoder:
 
 
 def conversations(table: pa.Table) -> list[list[dict[str, str]]]:
-    """The messages of each row, with the keys that chat templates read."""
-    (name,) = table.column_names
-    rows = table[name].combine_chunks()
-    role, content = (rows.flatten().field(key).to_pylist() for key in KINDS[name])
+    """The messages of each row."""
+    rows = table["messages"].combine_chunks()
+    role, content = (rows.flatten().field(key).to_pylist() for key in ("role", "content"))
     messages = [{"role": who, "content": what} for who, what in zip(role, content, strict=True)]
     stops = np.cumsum(rows.value_lengths().to_numpy(zero_copy_only=False))
     return [messages[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]

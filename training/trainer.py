@@ -8,6 +8,7 @@ from torch import nn
 from transformers import IntervalStrategy, PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from hf_moe.chat import write_plain_templates
 from hf_moe.kernels import liger
 from hf_moe.routers import Routing, captured, find_routers
 
@@ -300,6 +301,7 @@ class MoeTrainerMixin(PublishingMixin):
         if self.args.should_save and self.average is not None:
             self.average.save(folder)
         if self.args.should_save:
+            write_plain_templates(Path(folder))
             self.save_record(folder)
             write_arguments(self.args, folder)
 

@@ -10,6 +10,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, co
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from ..chat import plain_templates
 from .card import install, render_card
 from .checks import check_folder
 from .folder import MARKER
@@ -82,6 +83,10 @@ def prepared(folder: Path, repo_id: str, checkpoints: bool) -> Iterator[tuple[Pa
         readme = folder / "README.md"
         if not readme.exists() or MARKER in readme.read_text(encoding="utf-8"):
             render_card(folder, Path(aside), name=repo_id)
+        for part in {Path(name).parent for name in files}:
+            for name, text in plain_templates(folder / part).items():
+                (aside / part / name).parent.mkdir(parents=True, exist_ok=True)
+                (aside / part / name).write_text(text, encoding="utf-8")
         written = {str(path.relative_to(aside)): path for path in Path(aside).rglob("*") if path.is_file()}
         found = {name: written.get(name, folder / name) for name in sorted({*files, *written})}
         yield Path(aside), found, left_out

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from hf_moe.chat import conversation, render
 
 PIECE = 32_768  # characters of a plain text that are tokenized together
 SORTED = 64  # windows that are sorted by length before they are put together, for less padding
@@ -197,7 +198,8 @@ def row_text(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     row = row if isinstance(row, dict) else {}
     if isinstance(row.get("text"), str):
         return row["text"]
-    parts = [row.get("messages")] if "messages" in row else [row.get("prompt"), row.get("completion")]
+    talk = next((name for name in ("messages", "conversations") if name in row), None)
+    parts = [row[talk]] if talk else [row.get("prompt"), row.get("completion")]
     if all(isinstance(part, str) for part in parts):
         return "".join(parts)
     if "text" in row and parts == [None, None]:
@@ -206,10 +208,8 @@ def row_text(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
         raise ValueError(f"{where} has the columns {', '.join(row) or 'of no object'}; expected {COLUMNS}.")
     if not tokenizer.chat_template:
         raise ValueError(f"{where} is a conversation, and the model's tokenizer has no chat template.")
-    messages = [message for part in parts for message in part]
-    if not all(isinstance(message, dict) and "role" in message for message in messages):
-        raise ValueError(f"{where} has a message that is no object with a role.")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"{where} does not go through the model's chat template: {error}.") from error
+        messages = conversation([message for part in parts for message in part])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from error
+    return render(tokenizer, messages, where)

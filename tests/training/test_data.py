@@ -20,7 +20,7 @@ def test_rows_keep_the_columns_that_trl_reads(tmp_path, kind):
     row, conversational = KINDS[kind]
     path = write_rows(tmp_path / "rows.jsonl", [row | {"id": "a", "source": "b"}] * 3)
     rows = load_rows([str(path)], split="train")
-    assert (len(rows), rows[2]) == (3, row)
+    assert (len(rows), rows[2]) == (3, {"messages": MESSAGES} if kind == "conversations" else row)
     assert is_conversational(rows) == conversational
 
 
@@ -66,8 +66,8 @@ def test_folder_has_splits(data_folder):
         ([{"text": "a"}, {"id": 3}], "row 1 has no text"),
         ([{"messages": MESSAGES}, {"messages": []}], "row 1 has no messages"),
         ([{"messages": []}, {"messages": MESSAGES}], "row 0 has no messages"),
-        ([{"messages": SHAREGPT}], "each entry of messages needs role and content"),
-        ([{"conversations": MESSAGES}], "each entry of conversations needs from and value"),
+        ([{"messages": ["Hi"]}], "row 0: messages: each entry needs role and content; found 'Hi'"),
+        ([{"messages": MESSAGES}, {"messages": [{"role": "user"}]}], "row 1: messages: each entry needs role and con"),
         ([{"messages": "Hi"}], "messages must be a list of messages, but is str"),
         ([{"text": 3}], "text must be text or a list of messages, but is int"),
         (
@@ -78,7 +78,10 @@ def test_folder_has_splits(data_folder):
             [{"messages": MESSAGES}, {"messages": [MESSAGES[0], {"role": "assistant", "content": 3}]}],
             "must be text; .*3",
         ),
-        ([{"messages": [MESSAGES[0], {"role": None, "content": "Ho"}]}], "must be text; found .'role': None"),
+        (
+            [{"messages": [MESSAGES[0], {"role": None, "content": "Ho"}]}],
+            "row 0: .*needs role and content; found .'content': 'Ho'",
+        ),
         ([{"prompt": "Hi", "completion": MESSAGES[1:]}], "prompt is text and completion is messages, but all must be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -110,13 +113,13 @@ def test_data_set_without_rows(tmp_path):
 
 def test_absent_and_mixed_files(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
-    (tmp_path / "rows.csv").write_text("text\na\n")
+    (tmp_path / "rows.xls").write_text("text\na\n")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*absent.jsonl"):
         load_rows([str(tmp_path / "absent.jsonl")], split="train")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         load_rows([str(rows), str(tmp_path)], split="train")
-    with pytest.raises(ValueError, match=r"must all end in one of .jsonl, .json, .parquet, but end in \['.csv'\]"):
-        load_rows([str(tmp_path / "rows.csv")], split="train")
+    with pytest.raises(ValueError, match=r"must all end in one of .jsonl, .json, .*, but end in \['.xls'\]"):
+        load_rows([str(tmp_path / "rows.xls")], split="train")
 
 
 def test_hub_data_set(monkeypatch):

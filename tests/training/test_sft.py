@@ -9,11 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hf_moe.conversion import upcycle
-from hf_moe.training.run import TEMPLATES, say_new_positions
+from hf_moe.training.chat_templates import TEMPLATES
+from hf_moe.training.run import say_new_positions
 from hf_moe.training.sft_trainer import MoeSFTTrainer
 from hf_moe.training.stages import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_moe.chat import plain
 
 from .conftest import tiny_tokenizer, write_rows
 from .models import hf_moe
@@ -42,7 +45,7 @@ def test_tiny_recipe_lowers_the_held_out_loss_and_saves_a_model_that_loads(comma
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.chat_template == (TEMPLATES / "plain.jinja").read_text(encoding="utf-8")
+    assert tokenizer.chat_template == plain((TEMPLATES / "plain.jinja").read_text(encoding="utf-8"))
     saved = load_file(tmp_path / "out" / "checkpoint-40" / "model.safetensors")
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items() if name in saved)
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from hf_moe.training import tokens
-from hf_moe.training.run import shipped_templates
+from hf_moe.training.chat_templates import shipped_templates
 from hf_moe.training.sft_trainer import MoeSFTConfig
 from hf_moe.training.token_cache import cached, can_tokenise, tokenised
-from hf_moe.training.tokens import Encoder, message_column
+from hf_moe.training.tokens import Encoder
 from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -95,10 +95,16 @@ def test_vocabulary_of_pieces_of_words(shared_data):
     assert lists(encoder(ROWS.with_format("arrow")[:])) == expected(tokenizer, template)
 
 
+def talking(name: str = "plain"):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = Path(shipped_templates()[name]).read_text(encoding="utf-8")
+    return tokenizer
+
+
 @pytest.fixture
 def args(tmp_path):
     def arguments(**changes):
-        given = {"max_length": 40, "assistant_only_loss": True, "chat_template_path": shipped_templates()["plain"]}
+        given = {"max_length": 40, "assistant_only_loss": True}
         return MoeSFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **given | changes)
 
     return arguments
@@ -108,34 +114,34 @@ def args(tmp_path):
 def counted(monkeypatch):
     """How many batches were tokenised."""
     calls, encode = [], Encoder.__call__
-    monkeypatch.setattr(Encoder, "__call__", lambda self, table: calls.append(len(table)) or encode(self, table))
+    monkeypatch.setattr(Encoder, "__call__", lambda self, *given: calls.append(len(given[0])) or encode(self, *given))
     return calls
 
 
 def test_cache_is_used_until_something_changes(args, counted):
-    first = tokenised(ROWS, "rows", tiny_tokenizer(), args(max_length=None))
-    again = tokenised(Dataset.from_list(ROWS.to_list()), "rows", tiny_tokenizer(), args(max_length=None))
+    first = tokenised(ROWS, "rows", talking(), args(max_length=None))
+    again = tokenised(Dataset.from_list(ROWS.to_list()), "rows", talking(), args(max_length=None))
     assert counted == [4] and again[:] == first[:] and again._fingerprint == first._fingerprint
-    tokenised(ROWS, "rows", tiny_tokenizer(), args(max_length=70))  # which the cache does not depend on
+    tokenised(ROWS, "rows", talking(), args(max_length=70))  # which the cache does not depend on
     assert counted == [4]
     changed = ROWS.to_list()
     changed[3]["messages"][1]["content"] += "!"
-    larger = tiny_tokenizer()
+    larger = talking()
     larger.add_tokens(["Ho"])
-    tokenised(Dataset.from_list(changed), "rows", tiny_tokenizer(), args())
+    tokenised(Dataset.from_list(changed), "rows", talking(), args())
     tokenised(ROWS, "rows", larger, args())
-    tokenised(ROWS, "rows", tiny_tokenizer(), args(assistant_only_loss=False))
-    tokenised(ROWS, "rows", tiny_tokenizer(), args(chat_template_path=shipped_templates()["olmoe"]))
+    tokenised(ROWS, "rows", talking(), args(assistant_only_loss=False))
+    tokenised(ROWS, "rows", talking("olmoe"), args())
     assert counted == [4] * 5
 
 
 def test_disagreement_on_the_sample_leaves_it_to_transformers(args, monkeypatch, capsys):
-    right = tokenised(ROWS, "rows", tiny_tokenizer(), args(max_length=None))
+    right = tokenised(ROWS, "rows", talking(), args(max_length=None))
     found = Encoder.with_tokie
     monkeypatch.setattr(
         Encoder, "with_tokie", lambda self, pieces: (found(self, pieces)[0] + 1, *found(self, pieces)[1:])
     )
-    assert tokenised(ROWS, "rows", tiny_tokenizer(), args(max_length=None))[:] == right[:]
+    assert tokenised(ROWS, "rows", talking(), args(max_length=None))[:] == right[:]
     assert "rows: tokie does not read this tokenizer; Transformers tokenises, more slowly\n" in capsys.readouterr().err
 
 
@@ -151,8 +157,8 @@ from tests.training.test_tokens import many
 
 datasets.config.HF_DATASETS_CACHE = sys.argv[1]
 encode = Encoder.__call__
-def kill(self, table):
-    result = encode(self, table)
+def kill(self, table, rows):
+    result = encode(self, table, rows)
     if "stop" in table["messages"].to_pylist()[-1][0]["content"]:
         while not list(Path(sys.argv[1]).glob("hf_moe/*_00000_of_00002.arrow")):
             time.sleep(0.01)
@@ -190,7 +196,7 @@ def test_kill_in_the_middle_of_a_cache(tmp_path, monkeypatch):
 
 def test_what_is_left_to_trl(args):
     tokenizer = tiny_tokenizer()
-    assert can_tokenise([ROWS], tokenizer, args()) and message_column(ROWS) == "messages"
+    assert can_tokenise([ROWS], tokenizer, args())
     for row in (
         {"text": "Hi"},
         {"prompt": "Hi", "completion": "Ho"},
@@ -200,14 +206,6 @@ def test_what_is_left_to_trl(args):
     ):
         assert not can_tokenise([ROWS, Dataset.from_list([row])], tokenizer, args()), row
     assert not can_tokenise([ROWS], tokenizer, args(chat_template_path="owner/tokenizer"))
-
-
-def test_other_names_of_role_and_content():
-    renamed = [{"conversations": [{"from": who, "value": what} for who, what in talk]} for talk in TALK]
-    template = Path(shipped_templates()["plain"]).read_text(encoding="utf-8")
-    encoder = Encoder(tiny_tokenizer(), template, True)
-    tables = [encoder(rows.with_format("arrow")[:]) for rows in (ROWS, Dataset.from_list(renamed))]
-    assert tables[0].equals(tables[1])
 
 
 @pytest.mark.parametrize(
@@ -221,8 +219,10 @@ def test_other_names_of_role_and_content():
 def test_conversation_that_the_template_refuses(args, template, talk, reason):
     rows = Dataset.from_list([{"messages": [{"role": who, "content": what} for who, what in talk]}])
     rows = rows.cast(ROWS.features)
-    with pytest.raises(ValueError, match=rf"template refuses a conversation \(.*{reason}.*\): \[\{{'role'") as error:
-        tokenised(rows, "rows", tiny_tokenizer(), args(chat_template_path=shipped_templates()[template]))
+    with pytest.raises(
+        ValueError, match=rf"^rows: row 0: the chat template refuses .*\(.*{reason}.*\): \[\{{'role'"
+    ) as error:
+        tokenised(rows, "rows", talking(template), args())
     assert "\n" not in str(error.value)
 
 

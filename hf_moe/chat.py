@@ -1,0 +1,131 @@
+"""Conversations as chat templates read them, whoever wrote them, and chat templates as any Jinja engine reads them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+# ShareGPT's names, and its descendants' -> those of chat templates, which are ROLES.
+ALIASES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TEXTS = (None, "text", "input_text", "output_text")  # types of the parts of a content that are text
+SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # what may stand for a content
+# {% generation %} marks what the assistant wrote, for a loss on that alone. No engine but Transformers knows the tag,
+# and a comment does to the text around it what a tag does.
+MARKS = re.compile(r"\{%([-+]?)\s*((?:end)?generation)\s*([-+]?)%\}")
+COMMENTS = re.compile(r"\{#([-+]?)\s*((?:end)?generation)\s*([-+]?)#\}")
+
+# Files of a model's folder that can hold a template.
+TEMPLATE_FILES = (
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "chat_template.json",
+    "tokenizer_config.json",
+)
+
+
+def conversation(entries: Any) -> list[dict[str, Any]]:
+    """Messages with a role and a content: ShareGPT's from and value, its roles and lists of text parts rewritten.
+
+    Raises ValueError with a reason, in one line, for what is no message, says nothing, or is no text.
+    """
+    if not isinstance(entries, list):
+        raise ValueError(f"must be a list of messages, but is {type(entries).__name__}")
+    return [message(entry) for entry in entries]
+
+
+def message(entry: Any) -> dict[str, Any]:
+    who, what = "role", "content"
+    if isinstance(entry, dict):
+        entry = {name: value for name, value in entry.items() if value is not None or name == "content"}
+        if "role" not in entry and "from" in entry:
+            who, what = "from", "value"
+    if not isinstance(entry, dict) or who not in entry:
+        raise ValueError(f"each entry needs role and content; found {entry!r:.200}")
+    role, content = entry[who], text(entry.get(what))
+    if not isinstance(role, str) or not isinstance(content, str | None):
+        raise ValueError(f"{who} and {what} must be text; found {entry!r:.200}")
+    if content is None and not any(entry.get(name) for name in SAID):
+        raise ValueError(f"each entry needs {who} and {what}; found {entry!r:.200}")
+    rest = {name: value for name, value in entry.items() if name not in (who, what)}
+    known = ALIASES.get(role.lower(), role.lower())
+    message = {"role": known if known in ROLES else role}
+    return message | ({"content": content} if what in entry else {}) | rest
+
+
+def text(content: Any) -> Any:
+    """A content whose parts are text as one text, as processors join them; another as it is."""
+    if not isinstance(content, list):
+        return content
+    parts = []
+    for part in content:
+        part = {"text": part} if isinstance(part, str) else part
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type") not in TEXTS:
+            kind = part.get("type") if isinstance(part, dict) else None
+            raise ValueError(
+                f"a content has a part of type {kind}, but models here read text alone"
+                if kind not in TEXTS
+                else f"a content has a part without text: {part!r:.200}"
+            )
+        parts.append(part["text"])
+    return "".join(parts)
+
+
+def unknown_role(messages: list[dict[str, Any]], template: str) -> str | None:
+    """The first role that neither is one of ROLES nor stands in the template by its name."""
+    for message in messages:
+        role = message["role"]
+        if role not in ROLES and not re.search(rf"""(["']){re.escape(role)}\1""", template):
+            return role
+    return None
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str, **given: Any) -> str:
+    """The chat template's text. Raises ValueError of one line, which begins with `where`, for whatever it raises."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **given)
+    except Exception as error:  # a template is a program, whose mistakes are as many as Python's
+        raise refusal(error, messages, where) from error
+
+
+def refusal(error: Exception, messages: list[dict[str, Any]], where: str) -> ValueError:
+    """In one line, that a chat template could not take `messages`, and why."""
+    kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+    reason = f"{kind}{' '.join(str(error).split())}"
+    return ValueError(f"{where}: the chat template refuses a conversation ({reason}): {messages!r:.200}")
+
+
+def plain(template: str) -> str:
+    """A template, or a JSON file with one, whose marks of the assistant's words are comments, which all engines skip.
+
+    The text that it writes is the same.
+    """
+    return MARKS.sub(r"{#\1 \2 \3#}", template)
+
+
+def plain_templates(folder: Path) -> dict[str, str]:
+    """Names of the files in a model's folder whose templates have marks -> what they hold without."""
+    texts = {path: path.read_text(encoding="utf-8") for name in TEMPLATE_FILES for path in folder.glob(name)}
+    return {str(path.relative_to(folder)): plain(text) for path, text in texts.items() if MARKS.search(text)}
+
+
+def write_plain_templates(folder: Path) -> None:
+    for name, text in plain_templates(folder).items():
+        aside = folder / f"{name}.partial"
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(folder / name)
+
+
+def marked(template: str) -> str:
+    """The inverse of `plain`."""
+    return COMMENTS.sub(r"{%\1 \2 \3%}", template)
