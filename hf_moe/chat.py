@@ -22,8 +22,9 @@ TEXTS = (None, "text", "input_text", "output_text")  # types of the parts of a c
 SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # what may stand for a content
 # {% generation %} marks what the assistant wrote, for a loss on that alone. No engine but Transformers knows the tag,
 # and a comment does to the text around it what a tag does.
-MARKS = re.compile(r"\{%([-+]?)\s*((?:end)?generation)\s*([-+]?)%\}")
-COMMENTS = re.compile(r"\{#([-+]?)\s*((?:end)?generation)\s*([-+]?)#\}")
+MARK = re.compile(r"\{%([-+]?)\s*((?:end)?generation)\s*([-+]?)%\}")
+MARK_OR_COMMENT = re.compile(r"(?P<comment>\{#.*?#\})|(?P<tag>\{%[-+]?\s*(?:end)?generation\s*[-+]?%\})", re.DOTALL)
+COMMENT = re.compile(r"\{#([-+]?)\s*((?:end)?generation)\s*([-+]?)#\}")
 
 # Files of a model's folder that can hold a template.
 TEMPLATE_FILES = (
@@ -110,13 +111,19 @@ def plain(template: str) -> str:
 
     The text that it writes is the same.
     """
-    return MARKS.sub(r"{#\1 \2 \3#}", template)
+
+    def unmark(found: re.Match) -> str:
+        if found["tag"]:
+            return MARK.sub(r"{#\1 \2 \3#}", found["tag"])
+        return MARK.sub(r"\2", found["comment"])  # in which another comment would end it
+
+    return MARK_OR_COMMENT.sub(unmark, template)
 
 
 def plain_templates(folder: Path) -> dict[str, str]:
     """Names of the files in a model's folder whose templates have marks -> what they hold without."""
     texts = {path: path.read_text(encoding="utf-8") for name in TEMPLATE_FILES for path in folder.glob(name)}
-    return {str(path.relative_to(folder)): plain(text) for path, text in texts.items() if MARKS.search(text)}
+    return {str(path.relative_to(folder)): plain(text) for path, text in texts.items() if MARK.search(text)}
 
 
 def write_plain_templates(folder: Path) -> None:
@@ -128,4 +135,4 @@ def write_plain_templates(folder: Path) -> None:
 
 def marked(template: str) -> str:
     """The inverse of `plain`."""
-    return COMMENTS.sub(r"{%\1 \2 \3%}", template)
+    return COMMENT.sub(r"{%\1 \2 \3%}", template)

@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from hf_moe.chat import ROLES, conversation
 
-from .json_text import JsonText, values
+from .json_text import JsonText, encoded, values
 
 BUILDERS = {
     ".jsonl": "json",
@@ -235,7 +235,7 @@ class Rewriting:
     def __call__(self, table: pa.Table, indices: list[int]) -> dict[str, list]:
         return {
             name: [
-                self.value(name, value, row)
+                encoded(self.value(name, value, row), self.form[name])
                 for value, row in zip(values(table[name], self.found[name]), indices, strict=True)
             ]
             for name in self.form

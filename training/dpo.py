@@ -4,7 +4,7 @@ import copy
 import sys
 from functools import partial
 
-from datasets import Dataset, Features
+from datasets import Dataset, Features, List
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
@@ -14,6 +14,7 @@ from .chat_templates import check_template
 from .data import EXTRA_COLUMNS, OBJECTS, PLAIN, is_conversational
 from .dpo_trainer import MoeDPOConfig, MoeDPOTrainer
 from .esft import EsftArguments, specialise
+from .json_text import encoded
 from .mixture import mix
 from .policy import load_policy, load_tokenizer_and_template
 from .run import checkpoint_to_resume, say_summary, train
@@ -63,23 +64,30 @@ def with_prompts(rows: Dataset, name: str) -> Dataset:
     messages = OBJECTS if OBJECTS in rows.features.values() else PLAIN
     form = Features(dict.fromkeys(COLUMNS[0], messages))
     form |= {extra: rows.features[extra] for extra in EXTRA_COLUMNS if extra in rows.column_names}
-    return rows.map(partial(with_prompt, name=name), with_indices=True, features=form, desc=f"Splitting {name}")
+    split = partial(with_prompt, name=name, messages=messages)
+    return rows.map(split, with_indices=True, features=form, desc=f"Splitting {name}")
 
 
-def with_prompt(pair: dict, row: int, name: str) -> dict:
+def with_prompt(pair: dict, row: int, name: str, messages: List) -> dict:
+    parts = split_pair(pair, f"{name}: row {row}")
+    return {part: encoded(talk, messages) for part, talk in zip(COLUMNS[0], parts, strict=True)}
+
+
+def split_pair(pair: dict, where: str) -> tuple[list[dict], list[dict], list[dict]]:
+    """Prompt, chosen and rejected."""
     prompt, chosen, rejected = pair.get("prompt"), pair["chosen"], pair["rejected"]
     if not isinstance(chosen, list):
-        raise ValueError(f"{name}: prompt is messages and chosen is text, but all must be the same.")
+        raise ValueError(f"{where}: prompt is messages and chosen is text, but all must be the same.")
     if isinstance(prompt, list):
         asked = len(prompt)
         repeated = all(len(answer) > asked and answer[:asked] == prompt for answer in (chosen, rejected))
-        return {"chosen": chosen[asked:], "rejected": rejected[asked:]} if repeated else {}
+        return (prompt, chosen[asked:], rejected[asked:]) if repeated else (prompt, chosen, rejected)
     if prompt is not None and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        return {"prompt": [{"role": "user", "content": prompt}]}
+        return [{"role": "user", "content": prompt}], chosen, rejected
     split = extract_prompt({"chosen": chosen, "rejected": rejected})
     if not split["prompt"]:
-        raise ValueError(f"{name}: row {row}: chosen and rejected do not begin with the same message, the prompt.")
-    return split
+        raise ValueError(f"{where}: chosen and rejected do not begin with the same message, the prompt.")
+    return split["prompt"], split["chosen"], split["rejected"]
 
 
 def build_trainer(

@@ -13,6 +13,7 @@ from .arguments import DataArguments, ModelArguments
 from .chat_templates import check_template
 from .grpo_trainer import MoeGRPOConfig, MoeGRPOTrainer
 from .host_trl import reference_of_revision
+from .json_text import encoded
 from .mixture import mix
 from .policy import load_policy, load_tokenizer_and_template
 from .rewards import NEED_ANSWER, REWARDS, find_rewards, true_answer
@@ -55,7 +56,7 @@ def run(
     sources, held_out = load_sources(data_args, args, kinds=COLUMNS)
     args.eval_on_start = bool(held_out) and checkpoint is None
     tokenizer = load_tokenizer_and_template(checkpoint or model_args.model_name_or_path, model_args, args)
-    check_template(tokenizer, by_label(sources, held_out), args.dataset_num_proc, asked)
+    check_template(tokenizer, by_label(sources, held_out), said=asked)
     train_rows = questions(mix(sources, data_args.train_weights, args.seed), names, "train_data")
     eval_rows = questions(held_out["eval_data"], names, "eval_data") if held_out else None
     trainer = build_trainer(model_args, args, adapter_args, rewards, tokenizer, train_rows, eval_rows)
@@ -88,9 +89,13 @@ def questions(rows: Dataset, rewards: list[str], what: str) -> Dataset:
         if len(answered) < len(rows):
             lost = f"{len(rows) - len(answered)} of {len(rows)}"
             print(f"{what}: {lost} rows have one message alone, and are left out", file=sys.stderr)
+        messages = rows.features["messages"]
         rows = answered.map(
-            lambda row: {"prompt": row["messages"][:-1], "answer": row["messages"][-1].get("content") or ""},
-            features=Features({"prompt": rows.features["messages"], "answer": Value("string")}),
+            lambda row: {
+                "prompt": encoded(row["messages"][:-1], messages),
+                "answer": row["messages"][-1].get("content") or "",
+            },
+            features=Features({"prompt": messages, "answer": Value("string")}),
             remove_columns=rows.column_names,
         )
     needing = [name for name in rewards if name in NEED_ANSWER]

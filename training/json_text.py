@@ -31,6 +31,15 @@ with warnings.catch_warnings():
     register_feature(JsonText, JsonText.__name__)
 
 
+def encoded(value: Any, feature: Any) -> Any:
+    """What a map is to return for a column of this feature: `datasets` would write JSON with ten digits."""
+    if value is None:
+        return None
+    if isinstance(feature, Json):
+        return feature.encode_example(value)
+    return [encoded(part, feature.feature) for part in value] if isinstance(feature, List) else value
+
+
 def values(column: pa.ChunkedArray, feature: Any) -> list[Any]:
     """A column's values as they were before Arrow gave each object the keys of all others: without those of no value.
 

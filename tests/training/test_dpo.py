@@ -168,7 +168,6 @@ def test_long_pairs_are_counted(whole, tmp_path, capsys):
 
 
 def test_conversations_that_the_template_refuses(whole, tmp_path):
-    """In dpo while rows are prepared; grpo meets them in its first step."""
     template = tmp_path / "strict.jinja"
     template.write_text("{{ raise_exception('roles must\\nalternate') }}", encoding="utf-8")
     row = {"prompt": [{"role": "user", "content": "Hi"}]}
@@ -176,7 +175,7 @@ def test_conversations_that_the_template_refuses(whole, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [row | answers] * 8)
     given = ["--model_name_or_path", whole[1], "--train_data", rows, "--chat_template_path", template]
     for stage in ("dpo", "grpo"):
-        with pytest.raises(ValueError, match="The chat template refuses a conversation: roles must alternate"):
+        with pytest.raises(ValueError, match=r"row 0: the chat template refuses .* \(roles must alternate\)"):
             main([f"tiny/{stage}", *map(str, given), "--output_dir", str(tmp_path / stage)])
 
 
