@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 from dataclasses import dataclass, field
-from typing import NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
@@ -120,6 +120,7 @@ class RecipeParser(TrlParser):
         self.known = {action.dest for action in self._actions} - {"help"}
         self.choices = {action.dest: action.choices for action in self._actions if action.choices}
         self.types = {name: kind for part in dataclass_types for name, kind in get_type_hints(part).items()}
+        self.without_a_word = {action.dest: action.default for action in reversed(self._actions)}
         self.where = ""  # what is being read, for messages
 
     def error(self, message: str) -> NoReturn:
@@ -129,7 +130,11 @@ class RecipeParser(TrlParser):
         """One instance per dataclass from [recipe, --key, value, ...]; the command line wins."""
         name, *overrides = [with_new_name(word) for word in argv]
         self.take_recipe(name)
-        namespace, unknown = self.parse_known_args(overrides)
+        words, unset = without_nulls(overrides)
+        namespace, unknown = self.parse_known_args(words)
+        for key in unset:
+            self.check_key(key)
+            setattr(namespace, key, self.unset(key))
         for word in unknown:
             if word.startswith("--"):
                 self.check_key(word[2:].split("=")[0].replace("-", "_"))
@@ -151,6 +156,10 @@ class RecipeParser(TrlParser):
         """The arguments that words of a command line give."""
         names = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
         return frozenset(name if name in self.known else name.removeprefix("no_") for name in names)
+
+    def unset(self, key: str) -> Any:
+        """What null means for an argument: none, or where it cannot be that, what it is without a word."""
+        return None if type(None) in get_args(self.types[key]) else self.without_a_word[key]
 
     def parse_dict(self, args: dict, *further, **options) -> tuple:
         for name, (least, most) in RANGES.items():
@@ -175,6 +184,7 @@ class RecipeParser(TrlParser):
         recipe = {RENAMED.get(key, key): value for key, value in recipe.items()}
         for key in recipe:
             self.check_key(str(key))
+        recipe = {key: self.unset(key) if value is None else value for key, value in recipe.items()}
         # Scalars go through argparse, which checks their type and choices. It would take defaults unchecked.
         scalars = {key: value for key, value in recipe.items() if isinstance(value, str | int | float)}
         parsed = vars(self.parse_args([f"--{key}={value}" for key, value in scalars.items()]))
@@ -210,6 +220,24 @@ class RecipeParser(TrlParser):
         if key not in self.known:
             nearest = difflib.get_close_matches(key, self.known, n=1, cutoff=0.0)[0]
             self.error(f"unknown argument {key}; the nearest known one is {nearest}.")
+
+
+def without_nulls(words: list[str]) -> tuple[list[str], dict[str, None]]:
+    """The words of a command line but for `--key null`, and the keys of those that no later word gives a value."""
+    options, kept, unset = [], [], {}
+    for word in words:
+        if word.startswith("--") or not options:
+            options.append([])
+        options[-1].append(word)
+    for option in options:
+        name, equals, value = option[0].partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        if ([value] if equals else option[1:]) == ["null"]:
+            unset[key] = None
+        else:
+            unset.pop(key, None)
+            kept += option
+    return kept, unset
 
 
 def with_new_name(word: str) -> str:

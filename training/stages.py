@@ -32,7 +32,7 @@ def stage_module(argv: list[str]) -> ModuleType:
     stage = early.parse_known_args(argv)[0].stage
     if stage is None and not argv[0].startswith("-"):
         stage = read_recipe(argv[0]).get("stage")
-    stage = "sft" if stage is None else stage
+    stage = "sft" if stage in (None, "null") else stage
     if stage not in list(STAGES):  # which compares values of any type
         raise ValueError(f"recipe {argv[0]}: stage is {stage!r}; it can be {', '.join(STAGES)}.")
     return import_module(STAGES[stage])

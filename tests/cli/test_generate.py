@@ -86,6 +86,15 @@ def test_chat_goes_through_the_template(command):
     assert result.out == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
 
 
+def test_a_mistake_of_the_chat_template_is_one_line(command, tmp_path):
+    shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0].content + 1 }}")
+    code, out, err = command("generate", tmp_path / "model", "--chat", "--prompt", PROMPT)
+    assert (code, out) == (2, "")
+    said = "hf-moe: --prompt: the chat template refuses a conversation (TypeError: can only concatenate str"
+    assert err.splitlines()[-1].startswith(said)
+
+
 def test_chat_without_a_template_is_refused(command, gpt2):
     code, out, err = command("generate", gpt2, "--chat", "--prompt", PROMPT)
     assert (code, out) == (2, "")

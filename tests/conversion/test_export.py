@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 from hf_moe.conversion import export_checkpoint, import_checkpoint, nearest_families, upcycle
@@ -394,6 +395,18 @@ def test_mtp_layers_are_left_out_only_where_that_is_asked_for(tmp_path):
     report = export_checkpoint(tmp_path / "moe", tmp_path / "out", to="mixtral", drop_mtp=True, progress=False)
     assert report["max_abs_diff"] <= 1e-5
     assert not [name for name in weights_of(tmp_path / "out") if "mtp" in name or "layers.3" in name]
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+def test_a_template_with_training_marks_is_exported_without(name, tmp_path):
+    """Whose text is the same, and which Jinja itself reads."""
+    tiny_model(**MIXTRAL_LIKE).save_pretrained(tmp_path / "moe")
+    (tmp_path / "moe" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "moe" / name).write_text("{%- generation %}\n {{- messages }}{% endgeneration -%} .")
+    export_checkpoint(tmp_path / "moe", tmp_path / "out", to="mixtral", verify=False, progress=False)
+    written = (tmp_path / "out" / name).read_text()
+    assert jinja2.Template(written).render(messages="Hi") == "Hi."
+    assert (tmp_path / "moe" / name).read_text() != written
 
 
 @pytest.mark.parametrize("folder", ["moe", "bfloat16"])

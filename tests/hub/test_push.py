@@ -50,6 +50,20 @@ def test_a_dry_run_says_all_and_touches_nothing(hub, command, folder):
     assert real["files"] == report["files"]
 
 
+def test_templates_are_sent_without_the_marks_of_training(hub, command, folder):
+    """Of a folder that an earlier release saved, and of a checkpoint in it."""
+    marked = "{% generation %}{{ messages }}{% endgeneration %}"
+    (folder / "chat_template.jinja").write_text(marked)
+    shutil.copytree(folder, folder / "merged")
+    json.loads(command("push", folder, REPO, "--dry-run", "--json").out)
+    assert (folder / "chat_template.jinja").read_text() == marked
+    json.loads(command("push", folder, REPO, "--json").out)
+    names = [name for name in hub.files(REPO) if name.endswith("chat_template.jinja")]
+    assert "chat_template.jinja" in names
+    for name in names:
+        assert hub.files(REPO)[name] == b"{# generation #}{{ messages }}{# endgeneration #}"
+
+
 def test_after_an_interruption_no_shard_is_sent_twice(hub, command, folder):
     arrived = []
 

@@ -2,7 +2,7 @@ import pytest
 import yaml
 from hf_moe.training.arguments import REQUIRED
 from hf_moe.training.recipe_files import read_recipe, shipped_recipes
-from hf_moe.training.stages import check_recipe, parse
+from hf_moe.training.stages import STAGES, check_recipe, parse
 
 GIVEN = ["--model_name_or_path", "model", "--train_data", "rows.jsonl", "--output_dir", "out"]
 CPU = ["--bf16", "false"]
@@ -72,6 +72,45 @@ def test_both_names_in_one_recipe_are_an_error(recipe):
     name = recipe(activation_checkpointing=True, gradient_checkpointing=False)
     with pytest.raises(ValueError, match="gradient_checkpointing is the old name of activation_checkpointing, which"):
         parse([name, *GIVEN])
+
+
+def values(words: list[str]) -> dict:
+    return {name: value for part in parse(words) for name, value in vars(part).items()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_value_of_a_recipe_can_be_unset(stage, recipe):
+    """What may be none is none; anything else is what it is without a word."""
+    said = {"chat_template_path": "plain", "eval_data": ["a"], "seed": 3, "trainable": "router_only"}
+    said |= {"max_length": 9, "lr_scheduler_type": "linear", "gradient_checkpointing": True, "save_strategy": "no"}
+    bare = values([recipe(stage=stage), *GIVEN])
+    said = {key: value for key, value in said.items() if key in bare}
+    name = recipe(stage=stage, **said)
+    expected = {key: None if key == "max_length" else bare[key] for key in said}
+    for words in ([f"--{key}", "null"] for key in said), ([f"--{key.replace('_', '-')}=null"] for key in said):
+        found = values([name, *GIVEN, *(word for pair in words for word in pair)])
+        assert {key: found[key] for key in said} == expected
+    found = values([recipe(stage=stage, **dict.fromkeys(said)), *GIVEN])
+    assert {key: found[key] for key in said} == expected
+    assert values([recipe(stage=stage), *GIVEN, "--seed", "null", "--seed", "5"])["seed"] == 5
+
+
+def test_null_unsets_what_the_recipe_says(recipe):
+    name = recipe(
+        chat_template_path="plain", max_steps=7, train_data=["null", "a"], eval_data=["b"], learning_rate=None
+    )
+    found = values([name, *GIVEN[:2], *GIVEN[4:], "--chat_template_path", "null", "--eval_data", "null"])
+    assert (found["chat_template_path"], found["eval_data"], found["max_steps"]) == (None, None, 7)
+    assert (
+        found["train_data"] == ["null", "a"] and found["learning_rate"] == values([recipe(), *GIVEN])["learning_rate"]
+    )
+    assert values([name, *GIVEN, "--max_steps", "null"])["max_steps"] == -1
+    with pytest.raises(
+        ValueError, match="unknown argument chat_template; the nearest known one is chat_template_path"
+    ):
+        parse([name, *GIVEN, "--chat_template", "null"])
+    with pytest.raises(ValueError, match="leaves --output_dir to you"):
+        parse([name, *GIVEN, "--output_dir", "null"])
 
 
 def test_null_in_a_recipe_is_a_value(recipe):
@@ -162,7 +201,6 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_does(name, tmp_path, mon
         ({"trainabel": "all"}, "unknown argument trainabel; the nearest known one is trainable."),
         ({"trainable": "dense"}, r"argument trainable: invalid choice: 'dense'"),
         ({"learning_rate": "high"}, "argument learning_rate: invalid float value: 'high'"),
-        ({"max_steps": None}, "argument max_steps cannot be None: .*int"),
         ({"max_steps": [3]}, r"argument max_steps cannot be \[3\]: .*int"),
         ({"train_data": ["a.jsonl", 3]}, r"argument train_data cannot be \['a.jsonl', 3\]"),
         ({"model_init_kwargs": ["x"]}, r"argument model_init_kwargs cannot be \['x'\]"),

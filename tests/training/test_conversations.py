@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import fsspec
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 from hf_moe.training import dpo, grpo
+from hf_moe.training.chat_templates import TEMPLATES
 from hf_moe.training.data import load_rows
 from hf_moe.training.mixture import mix
 from hf_moe.training.sft_trainer import MoeSFTConfig, MoeSFTTrainer
@@ -18,10 +20,13 @@ from hf_moe.training.stages import main, parse
 from hf_moe.training.token_cache import cached
 from hf_moe.training.tokens import Encoder
 
+from hf_moe.chat import plain
+
 from .conftest import MODELS, tiny_tokenizer, write_rows
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
 OTHER = {"role": "assistant", "content": "No"}
+TALK = [{"messages": [USER, ANSWER | {"content": "Ho" * size}]} for size in (1, 2, 3, 4)]
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
     "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{% endfor %}{{ kind }}"
@@ -292,6 +297,39 @@ def test_texts_among_messages(values, stage, tokenizer_folder, tmp_path):
     assert f"row 1 has {second} as its prompt, but the rows before it have {first}." in message
 
 
+# ---- templates that are saved ----
+
+
+def test_saved_folders_hold_plain_templates_and_are_trained_on(model_folder, tmp_path):
+    """Also one that goes on from a checkpoint, and where TRL looks for the marks."""
+    (tmp_path / "recipe.yaml").write_text("{use_cpu: true, bf16: false, report_to: none, assistant_only_loss: true}")
+    tools = [row | {"tools": [tool("stop")]} for row in TALK]
+    rows = {name: write_rows(tmp_path / f"{name}.jsonl", talk) for name, talk in (("plain", TALK), ("tools", tools))}
+
+    def train(model, output, data="plain", *extra):
+        given = {"model_name_or_path": model, "train_data": rows[data], "output_dir": tmp_path / output}
+        given |= {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+        words = [str(word) for key, value in given.items() for word in (f"--{key}", value)]
+        return main([str(tmp_path / "recipe.yaml"), *words, *extra])["train_loss"]
+
+    marked = (TEMPLATES / "plain.jinja").read_text(encoding="utf-8")
+    first = train(model_folder, "first", "plain", "--chat_template_path", "plain", "--ema_decay", "0.5")
+    folders = [tmp_path / "first" / name for name in (".", "checkpoint-1", "checkpoint-2", "ema")]
+    for folder in folders:
+        assert (folder / "chat_template.jinja").read_text(encoding="utf-8") == plain(marked) != marked
+    shutil.copytree(tmp_path / "first" / "checkpoint-1", tmp_path / "again" / "checkpoint-1")
+    again = ["--resume_from_checkpoint", "true", "--chat_template_path", "plain", "--ema_decay", "0.5"]
+    train(model_folder, "again", "plain", *again)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "again")]
+    assert weights[0] == weights[1]
+    assert 0 < train(tmp_path / "first", "next") < first
+    assert train(tmp_path / "first", "tools", "tools") > 0
+    adapter = ["--lora_parts", "attention", "--lora_r", "2", "--lora_merge", "float32"]
+    train(tmp_path / "first", "adapter", "plain", *adapter)
+    for folder in (tmp_path / "next", tmp_path / "tools", tmp_path / "adapter", tmp_path / "adapter" / "merged"):
+        assert (folder / "chat_template.jinja").read_text(encoding="utf-8") == plain(marked)
+
+
 # ---- layouts and files ----
 
 
@@ -349,8 +387,8 @@ def test_files_of_text(name, tmp_path):
 
 def test_mixed_sources_of_other_forms(tmp_path):
     """Plain rows beside some with tools: each as it was."""
-    plain = write_rows(tmp_path / "plain.jsonl", [{"messages": [USER, ANSWER]}] * 4)
-    given = {"train_data": f"{plain} {as_parquet(TOOLS, tmp_path)}", "train_weights": "1 1", "output_dir": "out"}
+    first = write_rows(tmp_path / "plain.jsonl", [{"messages": [USER, ANSWER]}] * 4)
+    given = {"train_data": f"{first} {as_parquet(TOOLS, tmp_path)}", "train_weights": "1 1", "output_dir": "out"}
     words = [word for key, value in given.items() for word in (f"--{key}", *value.split())]
     _, data, args, *_ = parse(["tiny/sft", "--model_name_or_path", "absent", *words])
     rows = list(mix(load_sources(data, args)[0], [1, 1], 0))
