@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..generation_settings import mended_config
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry
 from .source import built
 from .writer import Output
@@ -55,8 +56,10 @@ def backed(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
 
 def by_transformers(folder: Path, **where) -> PreTrainedModel:
     """The model as Transformers loads it. Raises a ValueError where it would go on with weights drawn at random."""
+    config, _ = mended_config(folder, trust_remote_code=False)
     model, said = AutoModelForCausalLM.from_pretrained(
         folder,
+        config=config,
         dtype=torch.float32,
         trust_remote_code=False,
         use_safetensors=True,

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..chat import write_plain_templates
+from ..generation_settings import FILE as GENERATION_CONFIG
+from ..generation_settings import write_mended
 from ..hub import inherited, write_model_card
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
@@ -81,6 +84,19 @@ def convert(
     tokenizer = load_tokenizer(source.checkpoint.folder)
     plan = plan_of(source, config, shards, provenance, max_shard_size)
     with resumable(dst, plan, resume) as (folder, journal):
+        # What goes along comes first: of it something may fail, and not after an hour of writing weights.
+        for path in source.carried_files():
+            (folder / path).parent.mkdir(exist_ok=True)
+            if path.name != GENERATION_CONFIG:
+                shutil.copyfile(source.checkpoint.folder / path, folder / path)
+            elif left_out := write_mended(source.checkpoint.folder / path, folder / path, model.vocab_size):
+                print(left_out, file=sys.stderr)
+        write_plain_templates(folder)
+        config.dtype = source.config.dtype or source.checkpoint.dtype
+        provenance |= {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
+        write_config(config, folder, provenance)
+        if tokenizer is not None:
+            keep_class(tokenizer, folder)
         bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc=dst.name, disable=not progress)
 
         def advance(count: int) -> None:
@@ -89,16 +105,8 @@ def convert(
 
         with Hashing(source.checkpoint) as hashing, bar:
             write_shards(folder, shards, advance, journal)
-            origin = {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
-            provenance = provenance | origin | {"sha256": hashing.digests(), "hf_moe_version": __version__}
+            provenance |= {"sha256": hashing.digests(), "hf_moe_version": __version__}
             provenance |= inherited(source.checkpoint.folder)
-        for path in source.carried_files():
-            (folder / path).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source.checkpoint.folder / path, folder / path)
-        write_plain_templates(folder)
-        if tokenizer is not None:
-            keep_class(tokenizer, folder)
-        config.dtype = source.config.dtype or source.checkpoint.dtype
         write_config(config, folder, provenance)
         journal.complete = True
         if check:

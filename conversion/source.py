@@ -1,6 +1,7 @@
 """Opening the checkpoint that a conversion starts from: its family, its config, its tensors and its origin."""
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..generation_settings import check_generation_config, mend_ids, say_ids
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from .block_fp8 import BlockFP8Checkpoint, block_size
@@ -197,6 +199,9 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
     config = built(read, invalid, folder, trust_remote_code=False)
     if is_part:
         config, said = text_config(config, said), said.get("text_config", {})
+    check_generation_config(folder)
+    if left_out := mend_ids(config, config.vocab_size):
+        print(say_ids(name, left_out, config.vocab_size), file=sys.stderr)
     if said.get("per_layer_config"):
         raise ValueError(f"{model_type} field per_layer_config cannot be carried: layers must be alike.")
     known = {f.name for f in fields(type(config))} | set(config.attribute_map) | set(config.attribute_map.values())

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation.cached import with_and_without_cache
+from ..generation_settings import mend_ids
 from . import file_backed
 from .checkpoint import Checkpoint, Entry, read_config, read_text
 from .source import built, locate
@@ -150,7 +151,9 @@ def opened(model: str | Path) -> tuple[Path, PreTrainedConfig]:
     read_config(folder)
     Checkpoint(folder)
     config = built(AutoConfig.from_pretrained, f"{model} cannot be loaded", folder, trust_remote_code=False)
-    return folder, config.get_text_config()  # of a model that sees pictures, the language model's
+    config = config.get_text_config()  # of a model that sees pictures, the language model's
+    mend_ids(config, config.vocab_size)
+    return folder, config
 
 
 def token_ids(

@@ -2,10 +2,13 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .generation_settings import mended_config
 
 
 def load(model: str | Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -29,7 +32,11 @@ def load_model(model: str | Path, trust_remote_code: bool = False) -> PreTrained
 
     An adapter comes on its base, with the selection biases that were trained beside it.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code)
+    config, left_out = mended_config(base_of(model) or model, trust_remote_code=trust_remote_code)
+    if left_out:
+        print(left_out, file=sys.stderr)
+    right = {} if config is None else {"config": config}
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code, **right)
     if base_of(model) is not None:
         from .training.selection_bias import BIAS_FILE, load_router_bias
 

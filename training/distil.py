@@ -21,6 +21,7 @@ from .run import (
     choose_trained,
     load_tokenizer,
     load_trained_model,
+    right_config,
     say_summary,
     train,
 )
@@ -145,7 +146,8 @@ def load_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arg
             f"teacher {source} has another tokenizer: {len(other)} tokens differ, the first of them {other[0]!r}, "
             f"which is {known.get(other[0])} there and {ours.get(other[0])} here."
         )
-    teacher = load_model(source, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code)
+    config = right_config(source, ModelArguments(), args)
+    teacher = load_model(source, **config, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code)
     sizes = [x.config.get_text_config().vocab_size for x in (teacher, model)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"teacher {source} has {sizes[0]} logits, the model {sizes[1]}: they cannot be compared.")

@@ -20,7 +20,7 @@ from .policy import load_policy, load_tokenizer_and_template
 from .run import checkpoint_to_resume, say_summary, train
 from .saved_dtype import dtype_to_save
 from .sources import by_label, label, load_sources, together
-from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, merged_dtype
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeDPOConfig, AdapterArguments, EsftArguments)
 # The second: conversations or texts that begin with the same prompt.
@@ -48,7 +48,9 @@ def run(
     trainer = build_trainer(model_args, args, adapter_args, esft_args, tokenizer, train_rows, eval_rows)
     if esft_args.esft_p is not None:
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
-    metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
+    dtype = dtype_to_save(model_args, args)
+    trainer.merged_dtype = merged_dtype(dtype, adapter_args, esft_args)
+    metrics = train(trainer, checkpoint, dtype)
     metrics = metrics | merge_trained(trainer, adapter_args, esft_args)
     say_summary(trainer, metrics)
     return metrics

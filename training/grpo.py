@@ -20,7 +20,7 @@ from .rewards import NEED_ANSWER, REWARDS, find_rewards, true_answer
 from .run import checkpoint_to_resume, say_saved, train
 from .saved_dtype import dtype_to_save
 from .sources import by_label, load_sources
-from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, merged_dtype
 
 
 @dataclass
@@ -60,7 +60,9 @@ def run(
     train_rows = questions(mix(sources, data_args.train_weights, args.seed), names, "train_data")
     eval_rows = questions(held_out["eval_data"], names, "eval_data") if held_out else None
     trainer = build_trainer(model_args, args, adapter_args, rewards, tokenizer, train_rows, eval_rows)
-    metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
+    dtype = dtype_to_save(model_args, args)
+    trainer.merged_dtype = merged_dtype(dtype, adapter_args)
+    metrics = train(trainer, checkpoint, dtype)
     metrics = metrics | merge_trained(trainer, adapter_args)
     say_reward(trainer, metrics)
     return metrics

@@ -87,13 +87,14 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def reference_of_revision(args, revision: str) -> Iterator[None]:
+def reference_of_revision(args, revision: str, **kwargs) -> Iterator[None]:
     """Inside, GRPOTrainer loads its reference from this revision: it takes the policy's name alone from the policy.
+    `kwargs` are further ones of `from_pretrained`.
 
     By `model_init_kwargs`, of which it then says that they are ignored, and means the policy.
     """
     logger = logging.getLogger("trl.trainer.grpo_trainer")
-    args.model_init_kwargs = {"revision": revision}
+    args.model_init_kwargs = {"revision": revision, **kwargs}
     logger.addFilter(not_about_kwargs)
     try:
         yield

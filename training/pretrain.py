@@ -27,6 +27,7 @@ from .run import (
     implementations,
     load_tokenizer,
     load_trained_model,
+    right_config,
     say_summary,
     train,
 )
@@ -191,7 +192,7 @@ def new_model(source: str, model_args: ModelArguments, args: MoePretrainConfig) 
 
     Nor of how they were stored.
     """
-    config = AutoConfig.from_pretrained(
+    config = right_config(source, model_args, args).get("config") or AutoConfig.from_pretrained(
         source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
     for name in ("provenance", "quantization_config"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -18,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
 from hf_moe.chat import write_plain_templates
+from hf_moe.generation_settings import check_generation_config, mended_config
 
 from .alignment import align
 from .arguments import ModelArguments
@@ -29,6 +31,7 @@ from .parameter_groups import GROUPS, train_group
 from .progress import say_in_lines
 from .resuming import check_same_arguments, check_same_step, contents_of
 from .saved_dtype import cast, name_dtype, name_of
+from .saving import after_saving
 from .sources import loss_names
 from .weight_average import AVERAGE_FILE
 
@@ -110,7 +113,7 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
         option = {"revision": "model_revision", "distributed_config": "expert_parallel_size"}.get(name, name)
         raise ValueError(f"model_init_kwargs holds {name}, for which there is --{option}: say it there alone.")
     try:
-        model = load_model(source, **given, **further)
+        model = load_model(source, **right_config(source, model_args, args), **given, **further)
     except ImportError as error:  # of attn_implementation and the like
         raise ValueError(" ".join(str(error).split())) from error
     if is_adapter(model):  # saving would write the adapter alone, and lose what its base has learnt
@@ -125,6 +128,21 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
     if model_args.float8:
         print(compute_in_float8(model), file=sys.stderr)
     return model
+
+
+def right_config(source: str, model_args: ModelArguments, args: TrainingArguments) -> dict[str, PreTrainedConfig]:
+    """For `from_pretrained`: the config, where that in `source` has ids that the model has no row for; says which.
+
+    Raises ValueError where the generation config in a folder does not load.
+    """
+    check_generation_config(Path(source))
+    config, left_out = mended_config(
+        source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    if config is None:
+        return {}
+    print(left_out, file=sys.stderr)
+    return {"config": config}
 
 
 def say_new_positions(model: PreTrainedModel, args: TrainingArguments) -> None:
@@ -183,7 +201,7 @@ def keep_selection_bias(args: TrainingArguments) -> None:
 
 
 def train(trainer: Trainer, checkpoint: str | None, dtype: torch.dtype | None = None) -> dict[str, float]:
-    """Train from `checkpoint` on, evaluate if there are held-out rows, save in `dtype`; returns the metrics.
+    """Train from `checkpoint` on, save in `dtype`, then evaluate if there are held-out rows; returns the metrics.
 
     They have `eval_loss_before` where the arguments say `eval_on_start`, or said so before the checkpoint.
     """
@@ -191,22 +209,26 @@ def train(trainer: Trainer, checkpoint: str | None, dtype: torch.dtype | None = 
     done = steps_done(checkpoint)
     if checkpoint is not None:
         print(f"resuming from {checkpoint}, after {done} steps", file=sys.stderr)
+    trainer.final_dtype = dtype
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = result.metrics if result.global_step > done else {}
-    if metrics:
-        trainer.save_metrics("train", metrics)
-    if trainer.eval_dataset is not None:
-        history = trainer.state.log_history
-        before = {
-            f"{name}_before": next(entry[name] for entry in history if name in entry) for name in loss_names(trainer)
-        }
-        after = trainer.evaluate() | before
-        trainer.save_metrics("eval", after)
-        metrics = metrics | after
     trainer.saved_dtype = dtype  # which checkpoints are not: what goes on from them has to be as exact as they were
     save(trainer)
-    if getattr(trainer, "average", None) is not None:
-        save_average(trainer)
+    with after_saving(trainer):
+        if getattr(trainer, "average", None) is not None:
+            save_average(trainer)
+        metrics = result.metrics if result.global_step > done else {}
+        if metrics:
+            trainer.save_metrics("train", metrics)
+        if trainer.eval_dataset is not None:
+            history = trainer.state.log_history
+            before = {
+                f"{name}_before": next(entry[name] for entry in history if name in entry)
+                for name in loss_names(trainer)
+            }
+            after = trainer.evaluate() | before
+            trainer.save_metrics("eval", after)
+            metrics = metrics | after
+        publish(trainer)
     return metrics
 
 
@@ -220,12 +242,16 @@ def save(trainer: Trainer) -> None:
         for path in sorted(aside.iterdir(), key=lambda path: path.name in LAST):
             path.replace(output / path.name)
         aside.rmdir()
+
+
+def publish(trainer: Trainer) -> None:
+    """The run's log and the model's card to `output_dir`, and all of it to the Hub if the arguments say so."""
     trainer.save_state()
     trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
         if trainer.args.should_save:
-            (output / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # which pushing has saved anew
+            (Path(trainer.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # which pushing saved anew
 
 
 def save_aside(trainer: Trainer, aside: Path) -> None:

@@ -23,7 +23,7 @@ from .saved_dtype import dtype_to_save
 from .sft_trainer import MoeSFTConfig, MoeSFTTrainer
 from .sources import by_label, label, load_sources, together
 from .token_cache import can_tokenise, tokenised
-from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, store_base
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, merged_dtype, store_base
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments)
 
@@ -64,7 +64,9 @@ def run(
     trainer = build_trainer(weights, model_args, args, adapter_args, esft_args, tokenizer, train_rows, eval_rows)
     if esft_args.esft_p is not None:
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
-    metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
+    dtype = dtype_to_save(model_args, args)
+    trainer.merged_dtype = merged_dtype(dtype, adapter_args, esft_args)
+    metrics = train(trainer, checkpoint, dtype)
     metrics = metrics | merge_trained(trainer, adapter_args, esft_args)
     say_summary(trainer, metrics)
     return metrics

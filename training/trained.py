@@ -13,6 +13,7 @@ from .esft import EsftArguments, check_esft_arguments, merge_rows
 from .merging import Changes, merge_adapter
 from .quantized import quantize
 from .run import write_merged
+from .saving import after_saving
 
 NO_ADAPTER, NO_ESFT = AdapterArguments(), EsftArguments()
 MERGE_BATCHES = 8  # enough to count routes
@@ -40,14 +41,24 @@ def store_base(model: PreTrainedModel, adapter_args: AdapterArguments, args: Tra
         print(quantize(model, matrices(model), args.device, adapter_args.lora_base), file=sys.stderr)
 
 
+def merged_dtype(
+    dtype: torch.dtype | None, adapter_args: AdapterArguments = NO_ADAPTER, esft_args: EsftArguments = NO_ESFT
+) -> torch.dtype | None:
+    """The type of the whole model that `merge_trained` is to write; None where it writes none."""
+    if adapter_args.lora_merge is not None:
+        return getattr(torch, adapter_args.lora_merge)
+    return (dtype or torch.float32) if esft_args.esft_merge else None
+
+
 def merge_trained(
     trainer: Trainer, adapter_args: AdapterArguments = NO_ADAPTER, esft_args: EsftArguments = NO_ESFT
 ) -> dict[str, float]:
     """Write the whole model to `output_dir`/merged if the arguments say so; returns what that measured."""
-    if esft_args.esft_merge:
-        merge_rows(trainer.moe)
-        write_merged(trainer, trainer.moe, trainer.saved_dtype)
-    return save_merged(trainer, adapter_args.lora_merge) if adapter_args.lora_merge is not None else {}
+    with after_saving(trainer):
+        if esft_args.esft_merge:
+            merge_rows(trainer.moe)
+            write_merged(trainer, trainer.moe, trainer.saved_dtype)
+        return save_merged(trainer, adapter_args.lora_merge) if adapter_args.lora_merge is not None else {}
 
 
 def advice(changes: Changes, dtype: str) -> str:

@@ -29,6 +29,7 @@ from .record import facts_of
 from .refusals import check_arguments, check_checkpointing, check_finite, plain_template_errors
 from .resuming import check_same_arguments, check_same_step, say_differences, write_arguments
 from .saved_dtype import cast, name_dtype
+from .saving import keep_weights, mend, try_saving
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
 from .step import Step
 from .weight_average import WeightAverage
@@ -64,6 +65,8 @@ class MoeTrainerMixin(PublishingMixin):
         if self.label_smoother is not None and shifts_labels(self):
             self.label_smoother = ShiftedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
         self.saved_dtype = None  # of a whole model, where it is not the one that trains
+        self.final_dtype = self.merged_dtype = None  # of what is saved in the end, for which there is to be room
+        self.tried = False  # to save
         self.mixing = []  # hooks of the dense mixer, while training
         decay = moe_argument(self.args, "ema_decay")
         self.average = None if decay is None else WeightAverage(decay)
@@ -207,6 +210,9 @@ class MoeTrainerMixin(PublishingMixin):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, *args, **kwargs):
+        if not self.tried:
+            try_saving(self)
+            self.tried = True
         try:
             with plain_template_errors():
                 return super().train(*args, **kwargs)
@@ -284,11 +290,21 @@ class MoeTrainerMixin(PublishingMixin):
     # ---- saving and restoring ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.selection_bias.restore()
         folder = self.args.output_dir if output_dir is None else output_dir
+        try:
+            mend(self.moe)
+            self.save_all(folder, state_dict)
+        except Exception as error:
+            if not self.args.should_save:
+                raise
+            keep_weights(self, folder, state_dict, error)
+
+    def save_all(self, folder: str, state_dict: dict | None) -> None:
+        """The weights, what goes with them, and a record of the run, to `folder`."""
+        self.selection_bias.restore()
         rows_alone = bool(chosen_experts(self.moe))
         if not rows_alone:
-            super()._save(output_dir, self.state_to_save(state_dict))
+            super()._save(folder, self.state_to_save(state_dict))
             if self.casts and self.args.should_save:
                 name_dtype(folder, self.saved_dtype)
         elif self.args.should_save:
@@ -304,6 +320,16 @@ class MoeTrainerMixin(PublishingMixin):
             write_plain_templates(Path(folder))
             self.save_record(folder)
             write_arguments(self.args, folder)
+
+    def save_without_weights(self, folder: str | Path) -> None:
+        """The same without a weight, before there is anything to lose."""
+        names = [name for name, x in self.model.named_parameters() if x.requires_grad]
+        if not chosen_experts(self.moe):
+            adapter = self.model is not self.moe
+            super()._save(str(folder), {name: torch.zeros(0) for name in names} if adapter else {})
+        elif self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        self.save_record(folder)
 
     @property
     def casts(self) -> bool:

@@ -270,7 +270,10 @@ class HfMoeModel(HfMoePreTrainedModel):
 
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # An id that is no row, as of a token that only the tokenizer has, pads with none of them.
+        has_padding = config.pad_token_id is not None and 0 <= config.pad_token_id < config.vocab_size
+        padding = config.pad_token_id if has_padding else None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
         self.layers = nn.ModuleList(HfMoeDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
         rotary = HfMoeRotaryEmbeddings if config.rope_by_layer_type else HfMoeRotaryEmbedding

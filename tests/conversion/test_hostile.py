@@ -124,9 +124,9 @@ def test_whatever_a_file_says_it_is_read_or_refused(data, shard, tmp_path):
 
 @pytest.fixture
 def small_disk():
-    """The system refuses to let a file grow beyond 20 KB, as it does where a disk is full."""
+    """The system refuses to let a file grow beyond 60 KB, as it does where a disk is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
