@@ -11,12 +11,13 @@ Paper: https://arxiv.org/abs/2106.09685. On PEFT 0.21, which decides how each pa
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from .host_trl import LoraLayer, adapted_name
+from .host_trl import LoraLayer, adapted_name, show_bias
 from .parameter_groups import part_of
 from .quantized import STORED, check_quantization
 from .selection_bias import base_name
@@ -102,8 +103,21 @@ def lora_targets(model: nn.Module, parts: list[str]) -> dict[str, str]:
     return {name: part for name, part in found.items() if part in parts}
 
 
-def lora_config(model: nn.Module, args: AdapterArguments) -> tuple[LoraConfig, dict[str, str]]:
-    """PEFT's configuration of an adapter on `args.lora_parts`, and the weights that it is to reach, as `lora_targets`.
+def token_rows(model: nn.Module, tokens: list[int]) -> dict[str, list[int]] | None:
+    """PEFT's `trainable_token_indices` of `tokens`: of the embeddings, and of a head that is not the same weights."""
+    if not tokens:
+        return None
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    found = {names[embeddings]: tokens}
+    return found if head is None or head.weight is embeddings.weight else found | {names[head]: tokens}
+
+
+def lora_config(
+    model: nn.Module, args: AdapterArguments, tokens: Sequence[int] = ()
+) -> tuple[LoraConfig, dict[str, str]]:
+    """PEFT's configuration of an adapter on `args.lora_parts` and the rows of `tokens`, and the weights that it is to
+    reach, as `lora_targets`.
 
     Raises ValueError as that does, and for the experts of mixture-of-heads attention.
     """
@@ -126,19 +140,24 @@ def lora_config(model: nn.Module, args: AdapterArguments) -> tuple[LoraConfig, d
         lora_dropout=args.lora_dropout,
         target_modules=sorted(modules),
         target_parameters=sorted(parameters) or None,
+        trainable_token_indices=token_rows(model, list(tokens)),
         task_type="CAUSAL_LM",
     )
     return config, targets
 
 
-def add_adapter(model: nn.Module, args: AdapterArguments) -> tuple[PeftModel, str]:
-    """The model with a LoRA adapter on `args.lora_parts`, all else frozen; and what it covers, in words.
+def add_adapter(model: nn.Module, args: AdapterArguments, tokens: Sequence[int] = ()) -> tuple[PeftModel, str]:
+    """The model with a LoRA adapter on `args.lora_parts` and the rows of `tokens`, all else frozen; and what it
+    covers, in words.
 
     Raises ValueError as `lora_config` and `check_coverage` do.
     """
-    config, targets = lora_config(model, args)
+    config, targets = lora_config(model, args, tokens)
     adapted = get_peft_model(model, config)
-    return adapted, check_coverage(adapted, targets, args.lora_parts)
+    if tokens:
+        show_bias(model.get_output_embeddings())
+    covered = check_coverage(adapted, targets, args.lora_parts)
+    return adapted, f"{covered}, among them the rows of {len(tokens)} new tokens" if tokens else covered
 
 
 def adapted_weights(model: PeftModel) -> dict[str, LoraLayer]:

@@ -11,10 +11,8 @@ from trl import SFTConfig, get_training_chat_template
 
 from hf_moe.chat import ROLES, marked, render, unknown_role
 
-from .arguments import ModelArguments
 from .data import PLAIN, is_conversational
 from .host_trl import has_generation_markers
-from .run import load_tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
 SUFFIXES = (".jinja", ".j2")  # of what is a file or a mistake; any other name can be a tokenizer's
@@ -49,13 +47,6 @@ def use_template(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) ->
         tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
         args.chat_template_path = None
     restore_marks(tokenizer)
-
-
-def template_tokenizer(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> PreTrainedTokenizerBase:
-    """The one whose template the run takes: another tokenizer's, where the arguments still name one."""
-    if args.chat_template_path is None:
-        return tokenizer
-    return load_tokenizer(args.chat_template_path, ModelArguments(), args, "chat_template_path")
 
 
 def restore_marks(tokenizer: PreTrainedTokenizerBase) -> None:

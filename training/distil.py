@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTTrainer
 
 from .arguments import DataArguments, ModelArguments
-from .chat_templates import check_template, find_template, template_tokenizer, use_template
+from .chat_templates import check_template, find_template, use_template
 from .checkpoints import load_model
 from .host_trl import log_beside_loss
 from .mixture import mix
+from .new_tokens import give_rows, take_template
 from .run import (
     checkpoint_to_resume,
     choose_trained,
@@ -102,9 +103,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilCon
     args.eval_on_start = bool(held_out) and checkpoint is None
     source = checkpoint or model_args.model_name_or_path
     tokenizer = load_tokenizer(source, model_args, args)
+    new = take_template(tokenizer, args)
     use_template(tokenizer, args)
-    check_template(template_tokenizer(tokenizer, args), by_label(sources, held_out), args.dataset_num_proc)
+    check_template(tokenizer, by_label(sources, held_out), args.dataset_num_proc)
     model = load_trained_model(source, model_args, args)
+    give_rows(model, tokenizer, args, model_args, new=new)
     choose_trained(model, model_args.trainable, args)
     trainer = MoeDistilTrainer(
         model=model,

@@ -105,7 +105,7 @@ def build_trainer(
 
     The reference is a copy of the model, router and selection bias included; of an adapter, the model without it.
     """
-    policy, reference = load_policy(model_args, args, adapter_args, esft_args), None
+    policy, reference = load_policy(model_args, args, tokenizer, adapter_args, esft_args), None
     if policy.peft_config is None and not args.precompute_ref_log_probs:
         reference = copy.deepcopy(policy.model).requires_grad_(False)
     trainer = MoeDPOTrainer(

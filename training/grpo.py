@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
+from hf_moe.generation_settings import mended_config
+
 from .adapters import AdapterArguments
 from .arguments import DataArguments, ModelArguments
 from .chat_templates import check_template
@@ -15,6 +17,7 @@ from .grpo_trainer import MoeGRPOConfig, MoeGRPOTrainer
 from .host_trl import reference_of_revision
 from .json_text import encoded
 from .mixture import mix
+from .new_tokens import copy_rows
 from .policy import load_policy, load_tokenizer_and_template
 from .rewards import NEED_ANSWER, REWARDS, find_rewards, true_answer
 from .run import checkpoint_to_resume, say_saved, train
@@ -124,9 +127,15 @@ def build_trainer(
     eval_rows: Dataset | None,
 ) -> MoeGRPOTrainer:
     """The trainer before any step, with a reference if `beta` is above 0."""
-    policy = load_policy(model_args, args, adapter_args)
+    policy = load_policy(model_args, args, tokenizer, adapter_args)
     own_reference = policy.peft_config is None and args.beta
-    with reference_of_revision(args, model_args.model_revision) if own_reference else nullcontext():
+    config, _ = mended_config(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    right = {} if config is None else {"config": config}
+    with reference_of_revision(args, model_args.model_revision, **right) if own_reference else nullcontext():
         trainer = MoeGRPOTrainer(
             model=policy.model,
             reward_funcs=rewards,
@@ -136,6 +145,8 @@ def build_trainer(
             processing_class=tokenizer,
             peft_config=policy.peft_config,
         )
+    if own_reference:
+        copy_rows(policy.model, trainer.accelerator.unwrap_model(trainer.ref_model))
     policy.say_coverage(trainer, adapter_args)
     return trainer
 

@@ -128,6 +128,12 @@ def generated_step(trainer) -> int:
     return trainer._step
 
 
+def show_bias(head) -> None:
+    """TRL's fused head reads the bias of the model's, which PEFT's wrapper for single rows does not show."""
+    if not hasattr(head, "bias"):
+        object.__setattr__(head, "bias", head.original_module.bias)  # no second parameter
+
+
 def adapted_name(layer: LoraLayer) -> str:
     """Which parameter of its module a layer of PEFT's adapts."""
     return layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"

@@ -14,6 +14,7 @@ from .chat_templates import find_template, use_template
 from .esft import EsftArguments
 from .host_trl import leave_out_own_aux_loss
 from .moe_arguments import MoeArguments, moe_argument
+from .new_tokens import give_rows
 from .run import choose_trained, load_tokenizer, load_trained_model
 from .trained import NO_ESFT, store_base
 from .trainer import MoeTrainerMixin
@@ -103,11 +104,16 @@ class Policy(NamedTuple):
 def load_policy(
     model_args: ModelArguments,
     args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
     adapter_args: AdapterArguments,
     esft_args: EsftArguments = NO_ESFT,
 ) -> Policy:
-    """The model that a run begins with, also where it is resumed: the trainer then restores the policy's weights."""
+    """The model that a run begins with, also where it is resumed: the trainer then restores the policy's weights.
+
+    With a row for each token of `tokenizer`.
+    """
     model = load_trained_model(model_args.model_name_or_path, model_args, args)
+    give_rows(model, tokenizer, args, model_args, adapter_args, esft_args)
     if adapter_args.lora_parts is None:
         choose_trained(model, model_args.trainable, args, says=esft_args.esft_p is None)
         return Policy(model)

@@ -20,6 +20,7 @@ from hf_moe.sizes import sizes
 from .arguments import DataArguments, ModelArguments
 from .data import is_conversational
 from .mixture import mix
+from .new_tokens import give_rows
 from .resuming import check_same_step
 from .run import (
     checkpoint_to_resume,
@@ -84,6 +85,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainC
         model = new_model(source, model_args, args)
     else:
         model = load_trained_model(source, model_args, args)
+    give_rows(model, tokenizer, args, model_args)
     choose_trained(model, model_args.trainable, args)
     trainer = MoeSFTTrainer(
         model=model,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from jinja2 import TemplateError
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_moe.model.balancing import LOSSES
 
@@ -90,6 +90,25 @@ def check_finite(loss: torch.Tensor, step: int) -> None:
         raise ValueError(
             f"The loss is {loss.item()} in step {step + 1}: training stops before any weight moves by it. Go on from "
             "the last checkpoint with a lower --learning_rate or --max_grad_norm, or look for the rows that cause it."
+        )
+
+
+def without_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
+    """The ids of the tokens beyond a model's rows, in order."""
+    return sorted(number for number in set(tokenizer.get_vocab().values()) if number >= rows)
+
+
+def check_rows(model: PreTrainedModel, tokenizer) -> None:
+    """Raises ValueError where `tokenizer` has special tokens, as that of padding, that `model` has no row for."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not isinstance(model, PreTrainedModel):
+        return
+    rows = model.config.get_text_config().vocab_size
+    lacking = [number for number in without_rows(tokenizer, rows) if number in tokenizer.all_special_ids]
+    if lacking:
+        raise ValueError(
+            f"The tokenizer's {tokenizer.convert_ids_to_tokens(lacking[0])} is token {lacking[0]}, beyond the model's "
+            f"{rows:,} rows: call model.resize_token_embeddings({without_rows(tokenizer, rows)[-1] + 1}) before the "
+            "trainer is made."
         )
 
 

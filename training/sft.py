@@ -7,9 +7,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .adapters import AdapterArguments, add_adapter
 from .arguments import DataArguments, ModelArguments
-from .chat_templates import check_template, find_template, template_tokenizer, use_template
+from .chat_templates import check_template, find_template, use_template
 from .esft import EsftArguments, specialise
 from .mixture import mix
+from .new_tokens import give_rows, take_template, trained_tokens
 from .run import (
     checkpoint_to_resume,
     choose_trained,
@@ -43,10 +44,11 @@ def run(
     args.eval_on_start = bool(held_out) and checkpoint is None
     source = checkpoint or model_args.model_name_or_path
     tokenizer = load_tokenizer(source, model_args, args)
+    new = take_template(tokenizer, args) or trained_tokens(checkpoint)
     use_template(tokenizer, args)
     groups = by_label(sources, held_out)
     tokenises = can_tokenise(list(groups.values()), tokenizer, args)
-    check_template(template_tokenizer(tokenizer, args), groups, args.dataset_num_proc, roles_alone=tokenises)
+    check_template(tokenizer, groups, args.dataset_num_proc, roles_alone=tokenises)
     if tokenises:
         sources = {name: tokenised(rows, name, tokenizer, args) for name, rows in sources.items()}
         held_out = {
@@ -61,7 +63,7 @@ def run(
     weights = source if whole else model_args.model_name_or_path
     if esft_args.esft_p is not None:
         keep_selection_bias(args)
-    trainer = build_trainer(weights, model_args, args, adapter_args, esft_args, tokenizer, train_rows, eval_rows)
+    trainer = build_trainer(weights, model_args, args, adapter_args, esft_args, tokenizer, train_rows, eval_rows, new)
     if esft_args.esft_p is not None:
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
     dtype = dtype_to_save(model_args, args)
@@ -81,14 +83,17 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Dataset,
     eval_rows: Dataset | dict[str, Dataset] | None,
+    new: list[int],
 ) -> MoeSFTTrainer:
-    """The trainer with its model loaded from `source`. Raises ValueError if no row is left to train on."""
+    """The trainer with its model loaded from `source`, to which the tokens `new` are new. Raises ValueError if no row
+    is left to train on."""
     model = load_trained_model(source, model_args, args)
+    tokens = give_rows(model, tokenizer, args, model_args, adapter_args, esft_args, new)
     if adapter_args.lora_parts is None:
         choose_trained(model, model_args.trainable, args, says=esft_args.esft_p is None)
     else:
         store_base(model, adapter_args, args)
-        model, covered = add_adapter(model, adapter_args)
+        model, covered = add_adapter(model, adapter_args, tokens)
         print(covered, file=sys.stderr)
     return MoeSFTTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=train_rows, eval_dataset=eval_rows

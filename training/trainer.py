@@ -25,9 +25,13 @@ from .multi_step import multi_step_schedule
 from .multi_token import looking_ahead, mtp_coefficient
 from .precision import keep_precision
 from .publishing import PublishingMixin
+<<<<<<< HEAD
 from .record import facts_of
 from .refusals import check_arguments, check_checkpointing, check_finite, plain_template_errors
 from .resuming import check_same_arguments, check_same_step, say_differences, write_arguments
+=======
+from .refusals import check_arguments, check_checkpointing, check_finite, check_rows, plain_template_errors
+>>>>>>> 51a153c (A token without a row gets one before the first step, or one line: those of a chat template are trained by an adapter, too)
 from .saved_dtype import cast, name_dtype
 from .saving import keep_weights, mend, try_saving
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
@@ -211,6 +215,7 @@ class MoeTrainerMixin(PublishingMixin):
 
     def train(self, *args, **kwargs):
         if not self.tried:
+            check_rows(self.moe, self.processing_class)
             try_saving(self)
             self.tried = True
         try:
@@ -323,6 +328,7 @@ class MoeTrainerMixin(PublishingMixin):
 
     def save_without_weights(self, folder: str | Path) -> None:
         """The same without a weight, before there is anything to lose."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         names = [name for name, x in self.model.named_parameters() if x.requires_grad]
         if not chosen_experts(self.moe):
             adapter = self.model is not self.moe
