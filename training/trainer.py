@@ -25,13 +25,9 @@ from .multi_step import multi_step_schedule
 from .multi_token import looking_ahead, mtp_coefficient
 from .precision import keep_precision
 from .publishing import PublishingMixin
-<<<<<<< HEAD
 from .record import facts_of
-from .refusals import check_arguments, check_checkpointing, check_finite, plain_template_errors
-from .resuming import check_same_arguments, check_same_step, say_differences, write_arguments
-=======
 from .refusals import check_arguments, check_checkpointing, check_finite, check_rows, plain_template_errors
->>>>>>> 51a153c (A token without a row gets one before the first step, or one line: those of a chat template are trained by an adapter, too)
+from .resuming import check_same_arguments, check_same_step, say_differences, write_arguments
 from .saved_dtype import cast, name_dtype
 from .saving import keep_weights, mend, try_saving
 from .selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
