@@ -332,6 +332,7 @@ class MoeTrainerMixin(PublishingMixin):
         elif self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         self.save_record(folder)
+        write_arguments(self.args, folder)
 
     @property
     def casts(self) -> bool:
