@@ -61,6 +61,10 @@ def read_json(path: Path) -> dict:
 def read_config(folder: Path) -> dict:
     """The config.json in `folder`. Raises as `read_json` does, and where a field to choose by has another type."""
     path = folder / "config.json"
+    if not path.is_file() and (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is an adapter: give the whole model, which --lora_merge writes to {folder / 'merged'}."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the folder of a saved model.")
     said = read_json(path)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..staging import check_destination
+from .export_adapter import export_adapter, is_adapter
 from .families import ENCODER_DECODERS, FAMILIES, Family
 from .families.family import same
 from .families.regions import Region
@@ -36,7 +38,8 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Turn an hf_moe checkpoint into one of a family of `FAMILIES`, with the same weights, bit for bit.
 
-    src: a folder with an hf_moe checkpoint, or a Hub id. dst: a folder that does not exist or is empty. to: a key of
+    src: a folder with an hf_moe checkpoint, or a Hub id; or a folder with a LoRA adapter of one, which becomes an
+    adapter of the exported base, expert by expert. dst: a folder that does not exist or is empty. to: a key of
     `FAMILIES`. layout: "per-expert" (a tensor for each expert and projection) or "fused" (tensors of all experts),
     where the family has both; None: as its models were released, which vLLM's loaders and llama.cpp's converter read.
     drop_mtp: leave out the layers for multi-token prediction. dry_run: plan and report, write nothing. resume: go on
@@ -56,6 +59,8 @@ def export_checkpoint(
     layout = layout or next(iter(family.layouts))
     if layout not in family.layouts:
         raise ValueError(f"layout {layout!r} is unknown to {to}; it can be {' or '.join(family.layouts)}.")
+    if is_adapter(src):
+        return export_adapter(src, dst, to=to, open_base=partial(open_hf_moe, drop_mtp=drop_mtp), dry_run=dry_run)
     source, config = open_hf_moe(src, drop_mtp)
     exported, training_fields = family_config(family, config)
     outputs = source.outputs(config)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from ..generation.cached import with_and_without_cache
 from ..generation_settings import mend_ids
+from ..same_tokens import check_same_tokens
 from . import file_backed
 from .checkpoint import Checkpoint, Entry, read_config, read_text
 from .source import built, locate
@@ -79,6 +80,10 @@ def verify(
         raise ValueError(
             f"The models cannot be compared: {a} has {config_a.vocab_size} tokens, {b} has {config_b.vocab_size}."
         )
+    tokenizers = [load_tokenizer(folder) for folder in (folder_a, folder_b)]
+    if None not in tokenizers:
+        why = "a text is not the same to both, and their logits cannot be compared."
+        check_same_tokens(*tokenizers, (str(a), str(b)), config_a.vocab_size, why, roles=False)
     ids, text = token_ids(folder_a, data, config_a.vocab_size, max_tokens, seed)
     window = min(WINDOW, config_a.max_position_embeddings, config_b.max_position_embeddings)
     windows = [part for part in ids.split(window) if len(part) > 1]

@@ -4,12 +4,15 @@ Loss: a T^2 KL(teacher || student), both softened by the temperature T, plus 1 -
 al., https://arxiv.org/abs/1503.02531, 2). Each is a mean over the tokens of the whole optimizer step that have labels.
 """
 
+import sys
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTTrainer
+
+from hf_moe.same_tokens import check_same_tokens
 
 from .arguments import DataArguments, ModelArguments
 from .chat_templates import check_template, find_template, use_template
@@ -103,6 +106,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilCon
     args.eval_on_start = bool(held_out) and checkpoint is None
     source = checkpoint or model_args.model_name_or_path
     tokenizer = load_tokenizer(source, model_args, args)
+    own_template = args.chat_template_path is None
     new = take_template(tokenizer, args)
     use_template(tokenizer, args)
     check_template(tokenizer, by_label(sources, held_out), args.dataset_num_proc)
@@ -115,7 +119,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilCon
         processing_class=tokenizer,
         train_dataset=mix(sources, data_args.train_weights, args.seed),
         eval_dataset=together(held_out, data_args.eval_by_source),
-        teacher=load_teacher(model, tokenizer, args),
+        teacher=load_teacher(model, tokenizer, args, roles=own_template),
     )
     metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
     say_summary(trainer, metrics)
@@ -137,18 +141,16 @@ def check_distil_arguments(args: MoeDistilConfig) -> None:
         )
 
 
-def load_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: MoeDistilConfig) -> PreTrainedModel:
-    """The teacher. Raises ValueError where its tokens are not the model's."""
+def load_teacher(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: MoeDistilConfig, roles: bool = True
+) -> PreTrainedModel:
+    """The teacher. Raises ValueError where its tokens are not the model's, nor its chats if `roles`."""
     source = args.teacher_model_name_or_path
     # model_revision and the like are the model's, not the teacher's.
-    known = load_tokenizer(source, ModelArguments(), args, "teacher_model_name_or_path").get_vocab()
-    ours = tokenizer.get_vocab()
-    other = sorted(token for token in known.keys() | ours.keys() if known.get(token) != ours.get(token))
-    if other:
-        raise ValueError(
-            f"teacher {source} has another tokenizer: {len(other)} tokens differ, the first of them {other[0]!r}, "
-            f"which is {known.get(other[0])} there and {ours.get(other[0])} here."
-        )
+    theirs = load_tokenizer(source, ModelArguments(), args, "teacher_model_name_or_path")
+    names = (f"teacher {source}", "the model")
+    why = "the teacher has another tokenizer, and reads the model's ids; give one with the same."
+    check_same_tokens(theirs, tokenizer, names, sys.maxsize, why, roles)
     config = right_config(source, ModelArguments(), args)
     teacher = load_model(source, **config, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code)
     sizes = [x.config.get_text_config().vocab_size for x in (teacher, model)]

@@ -3,12 +3,17 @@
 import copy
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from hf_moe.conversion.tokenizer import load_tokenizer
 from trl import DPOConfig, DPOTrainer
 
+from hf_moe.same_tokens import check_same_tokens
+
+from .host import loaded_from
 from .policy import MoePolicyMixin, PolicyArguments
 from .sft_trainer import NAMES
 
@@ -27,6 +32,10 @@ class MoeDPOTrainer(MoePolicyMixin, DPOTrainer):
     pass through the policy; never those of the reference.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_reference(self)
+
     def model_inputs(self, inputs: dict) -> dict:
         return {name: inputs[name] for name in MODEL_INPUTS}
 
@@ -39,6 +48,21 @@ class MoeDPOTrainer(MoePolicyMixin, DPOTrainer):
         uncut.max_length = None
         rows = prepare(dataset, processing_class, uncut, dataset_name)
         return fit(rows, NAMES.get(dataset_name, f"eval_data {dataset_name}"), args)
+
+
+def check_reference(trainer: DPOTrainer) -> None:
+    """Raises ValueError where a reference of the caller's own has other rows, or came with another tokenizer."""
+    if trainer.ref_model is None:
+        return
+    reference = trainer.accelerator.unwrap_model(trainer.ref_model)
+    sizes = [x.config.get_text_config().vocab_size for x in (reference, trainer.moe)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"The reference has {sizes[0]} logits, the model {sizes[1]}: they cannot be compared.")
+    source, _ = loaded_from(reference.config)
+    if source and Path(source).is_dir() and (theirs := load_tokenizer(Path(source))) is not None:
+        why = "a reference reads the model's ids; give one with its tokenizer."
+        names = (f"reference {source}", "the model")
+        check_same_tokens(theirs, trainer.processing_class, names, sizes[0], why, roles=False)
 
 
 def fit(rows: Dataset, name: str, args: DPOConfig) -> Dataset:

@@ -1,6 +1,7 @@
 """What an upcycling is going to do, checked as a whole before anything is written."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
+from ...same_tokens import check_same_tokens
 from ..hashing import file_digest
 from ..source import Source
+from ..tokenizer import load_tokenizer
 from ..writer import Output
 from . import DEFAULT_STRATEGY, UPCYCLERS
 from .evidence import Evidence
@@ -167,7 +170,33 @@ def siblings(sources: Sequence[Source]) -> Sequence[Source]:
                     f"{name} is {entry.dtype} in {source.name}, but {first.checkpoint.entries[name].dtype} in "
                     f"{first.name}; save them in one dtype first."
                 )
+    check_tokenizers(sources)
     return sources
+
+
+def check_tokenizers(sources: Sequence[Source]) -> None:
+    """Raises a ValueError where an id means another token in one of the sources than in the first.
+
+    Says which have no tokenizer, or no chat template, to tell.
+    """
+    if len(sources) == 1:
+        return
+    tokenizers = [load_tokenizer(source.checkpoint.folder) for source in sources]
+    lacking = {"tokenizer": [tokenizer is None for tokenizer in tokenizers]}
+    lacking["chat template"] = [getattr(tokenizer, "chat_template", None) is None for tokenizer in tokenizers]
+    for what, absent in lacking.items():
+        if any(absent) and not all(absent):
+            names = ", ".join(source.name for source, lacks in zip(sources, absent, strict=True) if lacks)
+            print(f"{names}: no {what} to compare with the others'", file=sys.stderr)
+    known = [(source, tokenizer) for source, tokenizer in zip(sources, tokenizers, strict=True) if tokenizer]
+    for source, tokenizer in known[1:]:
+        check_same_tokens(
+            known[0][1],
+            tokenizer,
+            (known[0][0].name, source.name),
+            sources[0].hf_moe_fields["vocab_size"],
+            "experts are merged from siblings of one model, which read the same ids.",
+        )
 
 
 def feed_forward(outputs: Mapping[str, Output], layer: int) -> FeedForward:

@@ -24,6 +24,24 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def remade(change) -> PreTrainedTokenizerFast:
+    """The same after `change` of what its file says."""
+    made = tiny_tokenizer()
+    change(said := json.loads(made.backend_tokenizer.to_str()))
+    names = {name: getattr(made, name) for name in ("pad_token", "bos_token", "eos_token")}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(said)), **names)
+
+
+def swapped(one: str = "a", other: str = "b") -> PreTrainedTokenizerFast:
+    """One that gives two letters each other's ids."""
+
+    def swap(said: dict) -> None:
+        vocab = said["model"]["vocab"]
+        vocab[one], vocab[other] = vocab[other], vocab[one]
+
+    return remade(swap)
+
+
 SIZES = {
     "vocab_size": 259,
     "hidden_size": 24,

@@ -12,7 +12,7 @@ from hf_moe import MoeDPOConfig, MoeDPOTrainer
 from hf_moe.routers import captured, find_routers
 
 from .balance_worker import Gradient, difference, slow_losses
-from .conftest import tiny_tokenizer, write_rows
+from .conftest import swapped, tiny_tokenizer, write_rows
 from .models import hf_moe, olmoe
 from .policies import BALANCED, BYTES, pairs, run_tiny, save_model
 
@@ -185,3 +185,22 @@ def test_wrong_columns(whole, tmp_path):
     given = ["--model_name_or_path", str(whole[1]), "--train_data", str(rows), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="expected prompt and chosen and rejected or chosen and rejected"):
         main(["tiny/dpo", *given])
+
+
+def test_a_reference_that_reads_other_ids(tmp_path):
+    """One of the caller's own: its rows, and the tokenizer beside it."""
+    rows = Dataset.from_list(pairs(8))
+    other = swapped()
+    other.save_pretrained(save_model(tmp_path / "other", hf_moe(**BYTES)))
+
+    def train(reference):
+        args = MoeDPOConfig(tmp_path / "out", report_to="none", bf16=False, use_cpu=True)
+        return MoeDPOTrainer(
+            hf_moe(**BYTES), ref_model=reference, args=args, processing_class=tiny_tokenizer(), train_dataset=rows
+        )
+
+    with pytest.raises(ValueError, match="The reference has 300 logits, the model 259: they cannot be compared"):
+        train(hf_moe(**BYTES | {"vocab_size": 300}))
+    with pytest.raises(ValueError, match=r"token .* is 'b' in reference .*other, 'a' in the model .*ids; give one"):
+        train(AutoModelForCausalLM.from_pretrained(tmp_path / "other"))
+    train(hf_moe(1, **BYTES))

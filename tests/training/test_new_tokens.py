@@ -149,6 +149,7 @@ def test_a_model_grows_by_a_templates_tokens(group, base, chatml, data_folder, t
         assert (rows[NEW] - rows[:259].mean(dim=0)).norm() < rows[:259].std(dim=0).norm()
 
 
+PRETRAIN = ["--max_steps=-1", "--train_tokens=600", "--from_scratch=false"]
 STAGES = ("sft", "pretrain", "distil", "dpo", "grpo")
 
 
@@ -162,7 +163,9 @@ def stage_rows(stage, folder):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_pad_token_beyond_the_rows_in_every_stage(stage, base, tmp_path, capsys):
     model = base(259, pad=True, pad_token_id=259)
-    extra = {"grpo": ["--beta=0.1"], "pretrain": ["--max_steps=-1", "--train_tokens=600"]}.get(stage, [])
+    extra = {"grpo": ["--beta=0.1"], "pretrain": ["--max_steps=-1", "--train_tokens=600", "--from_scratch=false"]}.get(
+        stage, []
+    )
     if stage == "distil":
         extra = [f"--teacher_model_name_or_path={model}"]
         with pytest.raises(ValueError, match="has 259 logits, the model 260: they cannot be compared"):
