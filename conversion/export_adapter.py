@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..chat import write_plain_templates
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from ..staging import check_destination, staged
@@ -88,6 +89,7 @@ def export_adapter(
             target = folder / path.relative_to(src)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
+        write_plain_templates(folder)
         (folder / CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return report
 
