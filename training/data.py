@@ -1,6 +1,9 @@
 """Rows for training: files, folders and Hub data sets, checked and in one form before anything heavy is loaded."""
 
+import gzip
 import json
+import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ BUILDERS = {
     ".txt": "text",
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # after one of those
+BROKEN = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)  # what their readers raise
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder of save_to_disk
 # What TRL reads beside the rows themselves.
 EXTRA_COLUMNS = ("tools", "chat_template_kwargs")
@@ -109,7 +113,7 @@ def load(label: str, *args, **kwargs) -> DatasetDict | Dataset:
         return load_saved(args[0]) if is_saved(Path(args[0])) else load_dataset(*args, **kwargs)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"{label} is neither a file nor a folder here, nor a data set on the Hub.") from error
-    except (DatasetGenerationError, ImportError, ValueError, EOFError) as error:
+    except (DatasetGenerationError, ImportError, ValueError, *BROKEN) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(f"{label} cannot be read as rows: {reason}") from error
 

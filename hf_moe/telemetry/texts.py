@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -13,7 +14,9 @@ from hf_moe.chat import conversation, render
 
 PIECE = 32_768  # characters of a plain text that are tokenized together
 SORTED = 64  # windows that are sorted by length before they are put together, for less padding
-ROW_FILES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+ROW_FILES = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # after one of those
+SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder of save_to_disk
 COLUMNS = "text, messages, or prompt and completion"
 Rows = Sequence[str | dict]  # texts in memory, or rows as files have them
 
@@ -136,10 +139,11 @@ def texts(source: str | Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
             yield row if isinstance(row, str) else row_text(row, tokenizer, f"Row {number}")
         return
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix == ".jsonl":
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    if path.is_file() and suffix == ".jsonl":
         rows = json_lines(path)
-    elif path.is_file() and path.suffix in ROW_FILES:
-        rows = data_set_rows(source, ROW_FILES[path.suffix], data_files=str(path))
+    elif path.is_file() and suffix in ROW_FILES:
+        rows = data_set_rows(source, ROW_FILES[suffix], data_files=str(path))
     elif path.is_file():
         yield from plain_text(path)
         return
@@ -155,7 +159,7 @@ def texts(source: str | Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
 
 def plain_text(path: Path) -> Iterator[str]:
     """A file in pieces that end where a line ends."""
-    with path.open(encoding="utf-8") as file:
+    with fsspec.open(str(path), "rt", encoding="utf-8", compression="infer") as file:
         try:
             while piece := file.readlines(PIECE):
                 yield "".join(piece)
@@ -164,7 +168,7 @@ def plain_text(path: Path) -> Iterator[str]:
 
 
 def json_lines(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
+    with fsspec.open(str(path), "rb", compression="infer") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -175,15 +179,23 @@ def json_lines(path: Path) -> Iterator[Any]:
 
 
 def data_set_rows(source: str, *args, **kwargs) -> Iterator[dict]:
-    """The rows of split "train", or of the only split, one after the other."""
-    from datasets import load_dataset
+    """The rows of split "train", or of the only split, one after the other, without what is null in their objects.
+
+    Parquet and Arrow give each object the keys of all others.
+    """
+    from datasets import Dataset, load_dataset, load_from_disk
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        splits = load_dataset(*args, streaming=True, **kwargs)
+        if any((Path(args[0]) / name).is_file() for name in SAVED):
+            splits = load_from_disk(args[0])
+            splits = {"train": splits} if isinstance(splits, Dataset) else splits
+        else:
+            splits = load_dataset(*args, streaming=True, **kwargs)
         if "train" not in splits and len(splits) > 1:
             raise ValueError(f"it has no split train, but {', '.join(splits)}; save the one you mean as a file")
-        yield from splits.get("train", next(iter(splits.values())))
+        for row in splits.get("train", next(iter(splits.values()))):
+            yield {name: without_nulls(value) for name, value in row.items()}
     except StopIteration:  # what datasets says of an empty JSON file
         raise ValueError(f"{source} holds no text: a JSON file there is empty.") from None
     except DatasetNotFoundError as error:
@@ -191,6 +203,12 @@ def data_set_rows(source: str, *args, **kwargs) -> Iterator[dict]:
     except (ValueError, ConnectionError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(f"{source} cannot be read as rows: {reason}.") from error
+
+
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def row_text(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:

@@ -1,9 +1,11 @@
 """Reading texts: what is read, how it is cut, and what is refused."""
 
+import copy
+import gzip
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from hf_moe.telemetry.texts import Domain, named_sources, texts
 
@@ -38,6 +40,37 @@ def test_what_is_read(tmp_path, tokenizer, name, content, read):
 def test_conversations_go_through_the_chat_template(tmp_path, tokenizer):
     path = write(tmp_path, "a.jsonl", as_lines({"messages": CHAT}))
     assert list(texts(path, tokenizer)) == [tokenizer.apply_chat_template(CHAT, tokenize=False)]
+
+
+def talking(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_conversations_as_people_have_them(tmp_path, tokenizer):
+    """ShareGPT's, parts of text, tool calls that Arrow has mixed; compressed, and saved to the disk."""
+    sharegpt = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": [{"type": "text", "text": "Ho"}]}]
+    calls = [[{"role": "assistant", "content": "Ho", "tool_calls": [{"arguments": {x: 1}}]}] for x in ("a", "b")]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ m.tool_calls or '' }};{% endfor %}"
+    )
+    lines = gzip.compress(as_lines({"conversations": sharegpt}).encode())
+    assert list(texts(write(tmp_path, "a.jsonl.gz", lines), tokenizer)) == ["user:Hi;assistant:Ho;"]
+    assert list(texts(write(tmp_path, "a.txt.gz", gzip.compress(b"one")), tokenizer)) == ["one"]
+    rows = Dataset.from_list([{"messages": talk} for talk in calls])
+    rows.to_parquet(tmp_path / "a.parquet")
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows}).save_to_disk(tmp_path / "all")
+    expected = [f"assistant:Ho[{{'arguments': {{'{x}': 1}}}}];" for x in ("a", "b")]
+    for name in ("a.parquet", "one", "all"):
+        assert list(texts(str(tmp_path / name), tokenizer)) == expected
+
+
+def test_a_mistake_of_the_chat_template_is_one_line(tmp_path, tokenizer):
+    tokenizer = talking(tokenizer, "{{ messages[0].content + 1 }}")
+    with pytest.raises(ValueError, match=r"a.jsonl, row 1: the chat template refuses a conversation \(TypeError: can"):
+        list(texts(write(tmp_path, "a.jsonl", as_lines({"messages": CHAT})), tokenizer))
 
 
 def test_texts_in_memory(tmp_path, tokenizer):

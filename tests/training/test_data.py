@@ -98,10 +98,11 @@ def test_rows_that_trl_cannot_read(tmp_path, rows, message):
     [(b"", "is empty"), (b"not json\n", "cannot be read as rows"), (b"\xff\xfe\x00", "cannot be read as rows")],
     ids=["empty", "text", "binary"],
 )
-def test_file_without_rows(tmp_path, content, message):
-    (tmp_path / "rows.jsonl").write_bytes(content)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.xz"])
+def test_file_without_rows(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
-        load_rows([str(tmp_path / "rows.jsonl")], split="train")
+        load_rows([str(tmp_path / name)], split="train")
     assert "\n" not in str(error.value)
 
 
