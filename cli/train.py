@@ -13,7 +13,7 @@ def train(
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the recipes that come along.")] = False,
     show: Annotated[str | None, typer.Option(metavar="RECIPE", help="Print a recipe.")] = None,
-    check: Annotated[str | None, typer.Option(metavar="RECIPE", help="Validate a recipe, without training.")] = None,
+    check: Annotated[str | None, typer.Option(metavar="RECIPE", help="Validate a recipe and what follows it.")] = None,
     accelerate: Annotated[
         str | None,
         typer.Option(
@@ -42,7 +42,8 @@ def train(
     elif check is not None:
         from hf_moe.training.stages import check_recipe
 
-        print(f"{check}: all {check_recipe(check)} arguments are valid")
+        overrides = [*([recipe] if recipe else []), *context.args]  # the first word after --check RECIPE
+        print(f"{check}: all {check_recipe(check, *overrides)} arguments are valid")
     elif accelerate is not None:
         from hf_moe.training.launch import find_launch_file, launch
 

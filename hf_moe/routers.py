@@ -106,7 +106,7 @@ def routed_experts(config: PreTrainedConfig) -> tuple[int, int]:
         return next((value for place in places for name in names if (value := getattr(place, name, None))), 1)
 
     experts = first("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return experts, first("num_experts_per_tok", "moe_top_k")
+    return experts, first("num_experts_per_tok", "moe_top_k", "moe_topk", "top_k_experts")
 
 
 @contextmanager

@@ -1,19 +1,25 @@
 """Every argument of a run: dataclasses, filled from a YAML recipe and from `--key value` after it."""
 
+import argparse
 import difflib
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, get_args, get_type_hints
 
+import torch
 from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 from trl import TrlParser
 
 from .host import RENAMED, missing_reporters
 from .parameter_groups import GROUPS
+from .publishing import STRATEGIES
 from .recipe_files import read_recipe
 from .record import describe
+from .rehearsal import rehearse
 from .saved_dtype import DTYPES
 from .stages import STAGES
 
@@ -30,6 +36,12 @@ RANGES = {
     "weight_decay": (0, math.inf),
     "neftune_noise_alpha": (0, math.inf),
     "lora_alpha": (1, math.inf),
+}
+
+# What has no meaning without a GPU, and why.
+GPU_ONLY = {
+    "activation_offloading": "it moves activations from a GPU to the host's memory",
+    "use_liger_kernel": "Liger's kernels run on a GPU",
 }
 
 
@@ -130,7 +142,23 @@ class RecipeParser(TrlParser):
         """One instance per dataclass from [recipe, --key, value, ...]; the command line wins."""
         name, *overrides = [with_new_name(word) for word in argv]
         self.take_recipe(name)
-        words, unset = without_nulls(overrides)
+        namespace = self.take_overrides(overrides)
+        missing = [f"--{key}" for key in REQUIRED if not getattr(namespace, key)]
+        if missing:
+            raise ValueError(f"Recipe {name} leaves {' and '.join(missing)} to you: give them after the recipe.")
+        parsed = self.parse_dict(vars(namespace))
+        for part in parsed:
+            if isinstance(part, TrainingArguments):
+                check_choices(part, part.device)
+                check_device(part)
+                part.facts = describe(vars(namespace))
+                part.said = dict(vars(namespace))
+                part.given = self.names_in(overrides)
+        return parsed
+
+    def take_overrides(self, words: list[str]) -> argparse.Namespace:
+        """What the words of a command line leave of the recipe's values. Raises ValueError for an unknown one."""
+        words, unset = without_nulls(words)
         namespace, unknown = self.parse_known_args(words)
         for key in unset:
             self.check_key(key)
@@ -140,17 +168,7 @@ class RecipeParser(TrlParser):
                 self.check_key(word[2:].split("=")[0].replace("-", "_"))
         if unknown:
             raise ValueError(f"{unknown[0]!r} belongs to no argument: write --key value.")
-        missing = [f"--{key}" for key in REQUIRED if not getattr(namespace, key)]
-        if missing:
-            raise ValueError(f"Recipe {name} leaves {' and '.join(missing)} to you: give them after the recipe.")
-        parsed = self.parse_dict(vars(namespace))
-        for part in parsed:
-            if isinstance(part, TrainingArguments):
-                check_reporters(part.report_to)
-                part.facts = describe(vars(namespace))
-                part.said = dict(vars(namespace))
-                part.given = self.names_in(overrides)
-        return parsed
+        return namespace
 
     def names_in(self, words: list[str]) -> frozenset[str]:
         """The arguments that words of a command line give."""
@@ -167,6 +185,16 @@ class RecipeParser(TrlParser):
             if value is not None and not least <= value <= most:
                 within = f"at least {least}" if most == math.inf else f"from {least} to {most}"
                 raise ValueError(f"{name} is {value}; it must be {within}.")
+        if args.get("dtype") == "float16" and not args.get("lora_parts"):
+            raise ValueError(
+                "dtype is float16, in which Adam's epsilon and small squares are 0, so that its weights become no "
+                "numbers: give float32 (--fp16 true then computes in float16), or lora_parts, which train beside them."
+            )
+        if args.get("ddp_backend") is not None and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                f"ddp_backend is {args['ddp_backend']}, but this is one process: start several with --accelerate, or "
+                "leave it out."
+            )
         for name, value in args.items():
             if name.endswith("_kwargs") and isinstance(value, str) and not value.startswith("{"):
                 raise ValueError(
@@ -200,18 +228,24 @@ class RecipeParser(TrlParser):
         self.where = ""
         return len(recipe)
 
-    def check(self, name: str) -> int:
-        """Validate a recipe by itself, whatever machine this is; returns how many arguments it gives.
+    def check(self, argv: list[str]) -> int:
+        """Validate [recipe, --key, value, ...] without a model or data; returns how many arguments the recipe gives.
 
-        Raises ValueError for the first that is unknown, of another type, or in contradiction to the others.
+        Raises ValueError for the first that is unknown, of another type, in contradiction to the others, or that
+        needs a package which is not here. Whether there is a GPU does not count.
         """
+        name, *overrides = [with_new_name(word) for word in argv]
         count = self.take_recipe(name)
-        given = vars(self.parse_args([]))
+        given = vars(self.take_overrides(overrides))
         # What only the machine of the run can tell, and what only its user knows, is not the recipe's fault.
         given |= {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "deepspeed": None, "fsdp": None}
+        given |= {"ddp_backend": None}
         given["output_dir"] = "unused"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.parse_dict(given)
+            for part in self.parse_dict(given):
+                if isinstance(part, TrainingArguments):
+                    check_choices(part, device)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"recipe {name}: {' '.join(str(error).split())}") from error
         return count
@@ -250,6 +284,31 @@ def with_new_name(word: str) -> str:
         if name == f"__no_{old}":
             return f"--{new}=false"
     return word
+
+
+def check_choices(args: TrainingArguments, device: torch.device | str) -> None:
+    """Raises ValueError for a choice that this machine cannot do, or that does nothing without another argument."""
+    check_reporters(args.report_to)
+    if args.push_to_hub and args.hub_strategy not in STRATEGIES:
+        raise ValueError(
+            f"hub_strategy is {args.hub_strategy.value}, which would upload pickles; it can be "
+            f"{' or '.join(strategy.value for strategy in STRATEGIES)}."
+        )
+    if args.dataloader_multiprocessing_context is not None and not args.dataloader_num_workers:
+        raise ValueError(
+            f"dataloader_multiprocessing_context is {args.dataloader_multiprocessing_context}, but rows are loaded in "
+            "one process: give --dataloader_num_workers, or leave it out."
+        )
+    if args.save_strategy == SaveStrategy.BEST and args.metric_for_best_model is None:
+        raise ValueError("save_strategy is best: give --metric_for_best_model, as eval_loss, or save by steps.")
+    rehearse(args, device)
+
+
+def check_device(args: TrainingArguments) -> None:
+    """Raises ValueError for what needs a GPU where there is none."""
+    for name, why in GPU_ONLY.items():
+        if getattr(args, name, False) and args.device.type == "cpu":
+            raise ValueError(f"{name} is true, but {why}: set it to false on a CPU.")
 
 
 def check_reporters(names: list[str]) -> None:

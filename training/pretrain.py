@@ -21,6 +21,8 @@ from .arguments import DataArguments, ModelArguments
 from .data import is_conversational
 from .mixture import mix
 from .new_tokens import give_rows
+from .rate_guard import RateGuard
+from .refusals import leave_out_routing
 from .resuming import check_same_step
 from .run import (
     checkpoint_to_resume,
@@ -55,7 +57,10 @@ class MoePretrainConfig(MoeSFTConfig):
         },
     )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "The highest of the schedule; null: the scaling law's, 0.3118 C^-0.1250."}
+        default=None,
+        metadata={
+            "help": "The highest of the schedule; null: the scaling law's, 0.3118 C^-0.1250, for random weights alone."
+        },
     )
     packing: bool = field(default=True, metadata={"help": "Several documents a row, each of which sees only itself."})
     packing_strategy: str = field(
@@ -73,6 +78,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainC
     checkpoint = checkpoint_to_resume(args)
     if args.from_scratch and checkpoint is None:
         check_from_scratch(model_args.model_name_or_path, args)
+    elif args.learning_rate is None and not args.from_scratch:
+        raise ValueError(
+            "learning_rate null means the scaling law's, which is for random weights and wrecks trained ones: give "
+            "--learning_rate, of the order of the highest that they were trained with, or below."
+        )
     sources, held_out = load_sources(data_args, args, text_field=args.dataset_text_field)
     args.eval_on_start = bool(held_out) and checkpoint is None
     source = checkpoint or model_args.model_name_or_path
@@ -83,6 +93,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainC
         check_same_step(checkpoint, args)
     if args.from_scratch and checkpoint is None:
         model = new_model(source, model_args, args)
+        leave_out_routing(model, args)
     else:
         model = load_trained_model(source, model_args, args)
     give_rows(model, tokenizer, args, model_args)
@@ -94,6 +105,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainC
         train_dataset=mix(sources, data_args.train_weights, args.seed),
         eval_dataset=together(held_out, data_args.eval_by_source),
     )
+    if not args.from_scratch and checkpoint is None:
+        trainer.add_callback(RateGuard(trainer))
     metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
     say_summary(trainer, metrics)
     return metrics

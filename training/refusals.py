@@ -1,5 +1,6 @@
 """What hf_moe's trainers refuse: arguments without a use, and set-ups that would make the balance losses wrong."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,11 +10,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_moe.model.balancing import LOSSES
+from hf_moe.routers import find_routers, routed_experts
 
 from .host import checkpointing_function
 from .moe_arguments import BALANCE_OVER, moe_argument
 from .multi_step import check_milestones
 from .weight_average import check_average
+
+SCORES = ("softmax", "sigmoid")
+# What a recipe says of routing -> what leaves it out.
+ROUTING = {**dict.fromkeys(LOSSES, 0.0), "router_bias_update_speed": None, "densemixer": False}
 
 
 def check_arguments(trainer) -> None:
@@ -32,11 +38,13 @@ def check_arguments(trainer) -> None:
     if trainer.average is not None:
         check_average(trainer.average.decay, trainer)
     check_multi_token(trainer.moe, args)
-    if not trainer.routers:
+    unread = unread_routers(trainer)
+    if unread is not None:
         given = {name: moe_argument(args, name) for name in LOSSES}
         for name, value in (given if hasattr(trainer.moe, "active_losses") else given | coefficients).items():
             if value:
-                raise ValueError(f"{name} is {value}, but {model} is not a Mixture-of-Experts model: no routers.")
+                raise ValueError(f"{name} is {value}, but {model} {unread}")
+    if not trainer.routers:
         return
     for name in ("device_aux_loss_coef", "comm_aux_loss_coef"):
         if name in coefficients and trainer.balance.n_group == 1:
@@ -62,6 +70,41 @@ def check_arguments(trainer) -> None:
             f"{', '.join(coefficients)} cannot be computed where sequences are split over {parts} processes (context "
             "or sequence parallelism): set them to 0."
         )
+
+
+def unread_routers(trainer) -> str | None:
+    """Why no balance loss of the trainer's model can be had, in words; None where one can."""
+    scores = getattr(trainer.moe.config.get_text_config(), "scoring_func", None)
+    if trainer.routers:
+        known = scores is None or scores in SCORES
+        return None if known else f"scores experts by {scores}; losses read {' and '.join(SCORES)}: set it to 0."
+    unread = mixtures(trainer.moe)
+    if not unread:
+        return "is not a Mixture-of-Experts model: no routers."
+    return (
+        f"is a Mixture-of-Experts model whose routers hf_moe does not read yet ({', '.join(unread)}: its classes name "
+        "no router_logits of theirs): set it to 0, to train without."
+    )
+
+
+def mixtures(model: nn.Module) -> list[str]:
+    """The classes in `model` that are routers or mixtures by their names."""
+    if routed_experts(model.config)[0] == 1:
+        return []
+    kinds = {type(part).__name__ for part in model.modules()}
+    return sorted(kind for kind in kinds if kind.endswith(("Router", "Gate", "MoE", "MoeBlock")))
+
+
+def leave_out_routing(model: nn.Module, args: TrainingArguments) -> None:
+    """On a dense model, set to nothing what a recipe says of routing and the command line does not; says so."""
+    given = getattr(args, "given", None)
+    if given is None or find_routers(model) or mixtures(model):
+        return
+    found = [name for name in ROUTING if getattr(args, name, None) and name not in given]
+    for name in found:
+        setattr(args, name, ROUTING[name])
+    if found:
+        print(f"{type(model).__name__} is dense: the recipe's {', '.join(found)} left out", file=sys.stderr)
 
 
 def check_multi_token(model: nn.Module, args: TrainingArguments) -> None:

@@ -29,6 +29,7 @@ from .float8 import check_float8, compute_in_float8
 from .host import CLIPS_EXPERT_PARALLEL, TRAINER_STATE_NAME, TRAINING_ARGS_NAME, is_adapter
 from .parameter_groups import GROUPS, train_group
 from .progress import say_in_lines
+from .refusals import leave_out_routing
 from .resuming import check_same_arguments, check_same_step, contents_of
 from .saved_dtype import cast, name_dtype, name_of
 from .saving import after_saving
@@ -122,6 +123,7 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
             "if --lora_merge wrote it), or the adapter's base with --lora_parts for a new adapter."
         )
     args.model_init_kwargs = None  # used
+    leave_out_routing(model, args)
     if args.device.type == "cpu":
         align(model)
     say_new_positions(model, args)

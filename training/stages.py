@@ -67,9 +67,12 @@ def main(argv: list[str]) -> dict[str, float]:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def check_recipe(name: str) -> int:
-    """Validate every argument of a recipe without training; returns how many it gives. Raises as RecipeParser."""
-    return parser_of(stage_module([name])).check(name)
+def check_recipe(name: str, *overrides: str) -> int:
+    """Validate every argument of a recipe, and of what follows it, without training; returns how many it gives.
+
+    Raises as RecipeParser.
+    """
+    return parser_of(stage_module([name, *overrides])).check([name, *overrides])
 
 
 def arguments_of(name: str) -> dict[str, Any]:
@@ -77,6 +80,6 @@ def arguments_of(name: str) -> dict[str, Any]:
     from .host import by_both_names
 
     parser = parser_of(stage_module([name]))
-    parser.check(name)
+    parser.check([name])
     parser.take_recipe(name)
     return by_both_names(vars(parser.parse_args([])))

@@ -27,6 +27,7 @@ from .precision import keep_precision
 from .publishing import PublishingMixin
 from .record import facts_of
 from .refusals import check_arguments, check_checkpointing, check_finite, check_rows, plain_template_errors
+from .rehearsal import schedule_arguments
 from .resuming import check_same_arguments, check_same_step, say_differences, write_arguments
 from .saved_dtype import cast, name_dtype
 from .saving import keep_weights, mend, try_saving
@@ -207,6 +208,7 @@ class MoeTrainerMixin(PublishingMixin):
                 optimizer or self.optimizer, warmup, num_training_steps, milestones, gamma
             )
             own_scheduler(self)
+        self.args.lr_scheduler_kwargs = schedule_arguments(self.args, num_training_steps) or None
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, *args, **kwargs):
