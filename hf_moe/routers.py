@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
+from .model.padding import valid_tokens
 from .model.routing import sigmoid_affinity, softmax_affinity
 
 BIAS = "e_score_correction_bias"
@@ -89,6 +90,13 @@ def find_routers(model: nn.Module) -> dict[str, Router]:
     }
     # A layer may be named beside the router inside it: the innermost is the router.
     return {name: x for name, x in found.items() if not any(other.startswith(f"{name}.") for other in found)}
+
+
+def token_mask(inputs: dict) -> torch.Tensor:
+    """[B, S] 1 where a token of a model's inputs counts, 0 on padding, whatever the form of their attention_mask."""
+    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"][..., 0]
+    valid = valid_tokens(inputs.get("attention_mask"), *tokens.shape)
+    return torch.ones_like(tokens, dtype=torch.long) if valid is None else valid.long()
 
 
 def as_list(value) -> list:

@@ -5,7 +5,7 @@ import torch
 from hf_moe.training.selection_bias import base_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_moe.routers import captured, find_routers
+from hf_moe.routers import captured, find_routers, token_mask
 
 from .training.models import LATENT, SIZES, hf_moe, hf_moe_biased
 
@@ -95,3 +95,11 @@ def test_gradients_flow_through_what_is_captured():
 
 def test_a_dense_model_has_none():
     assert find_routers(hf_moe(mlp_layer_types=["dense", "dense"])) == {}
+
+
+def test_padding_is_known_from_either_form_of_mask():
+    ids, mask = torch.ones(2, 5, dtype=torch.long), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    pairs = torch.ones(5, 5, dtype=torch.bool).tril() & mask.bool()[:, None, None]
+    for given in (mask, pairs):
+        assert torch.equal(token_mask({"input_ids": ids, "attention_mask": given}), mask)
+    assert torch.equal(token_mask({"inputs_embeds": torch.zeros(2, 5, 3)}), torch.ones_like(mask))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_moe.model.balancing import LOSSES, Routed, Statistics, routed, statistics
-from hf_moe.routers import Router, Routing, routed_experts
+from hf_moe.routers import Router, Routing, routed_experts, token_mask
 
 from .moe_arguments import moe_argument
 from .multi_token import mtp_coefficient, multi_token_decoder
@@ -96,13 +96,6 @@ class Balance:
     def weighted(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         """The sum over losses of coefficient times the mean over routers."""
         return sum(self.coefficients[name] * value.mean() for name, value in losses.items())
-
-
-def token_mask(inputs: dict) -> torch.Tensor:
-    """[B, S]: 1 where a token counts. Without a [B, S] attention mask all do."""
-    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"][..., 0]
-    mask = inputs.get("attention_mask")
-    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else torch.ones_like(tokens)
 
 
 def count_tokens(inputs: dict) -> Statistics:

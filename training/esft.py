@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_moe.routers import captured, find_routers, routed_experts
+from hf_moe.routers import captured, find_routers, routed_experts, token_mask
 
 from .merging import INPUTS
 from .selection_bias import base_model
@@ -84,7 +84,7 @@ def score_experts(model: nn.Module, batches: Iterable[dict], score: str = "token
     totals = {}
     for batch in batches:
         inputs = {name: batch[name].to(base.device) for name in INPUTS if name in batch}
-        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).reshape(-1)
+        mask = token_mask(inputs).reshape(-1)
         with captured(routers, top_k) as routings:
             model(**inputs, use_cache=False)
         for name, routing in routings.items():

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hf_moe.routers import captured, find_routers, routed_experts
+from hf_moe.routers import captured, find_routers, routed_experts, token_mask
 
 from .quantized import dequantize
 from .selection_bias import SelectionBias, base_model
@@ -40,7 +40,7 @@ def choices(model: nn.Module, batches: Iterable[dict]) -> tuple[torch.Tensor, to
     chosen, likeliest = [], []
     for batch in batches:
         inputs = {name: batch[name].to(base.device) for name in INPUTS if name in batch}
-        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).reshape(-1).bool()
+        mask = token_mask(inputs).reshape(-1).bool()
         with captured(routers, top_k) as routings:
             logits = model(**inputs, use_cache=False).logits
         likeliest.append(logits.argmax(dim=-1).reshape(-1)[mask].cpu())

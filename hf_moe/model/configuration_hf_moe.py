@@ -239,6 +239,11 @@ class HfMoeConfig(PreTrainedConfig):
         return bool(self.nested_rope_parameter_keys(self.rope_parameters))
 
     @property
+    def limits_experts(self) -> bool:
+        """Whether an expert takes a limited number of a forward's tokens outside training, too."""
+        return self.router_args.get("eval_capacity_factor") is not None
+
+    @property
     def ropes(self) -> list[dict[str, Any]]:
         """Each dict of rope_parameters, of which there is one for all layers or one a layer type."""
         return list(self.rope_parameters.values()) if self.rope_by_layer_type else [self.rope_parameters]

@@ -57,7 +57,7 @@ class HfMoeDispatch:
             "experts_swiglu_limit": experts and config.experts_swiglu_limit is not None,
             "expert_input_scaling": experts and config.expert_input_scaling,
             "router_type 'dense'": experts and config.router_type == "dense",
-            "eval_capacity_factor": experts and config.router_args.get("eval_capacity_factor") is not None,
+            "eval_capacity_factor": experts and config.limits_experts,
         }
         if any(unknown.values()):
             names = ", ".join(name for name, needed in unknown.items() if needed)
@@ -91,6 +91,7 @@ class HfMoeDispatch:
             "no chunks (layer_types has chunked_attention)": "chunked_attention" in config.layer_types,
             f"no cap on logits (attn_logit_softcapping {capped}) without flash attention": capped is not None
             and "flash" not in config._attn_implementation,
+            "no batch of one request's own for eval_capacity_factor to count in": config.limits_experts,
         }
         for what, needed in lacks.items():
             if needed:

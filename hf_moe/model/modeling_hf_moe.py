@@ -37,6 +37,7 @@ from .mlp import HfMoeMLP, clamped_swiglu
 from .multi_token import HfMoeMultiToken, HfMoeMultiTokenLayer, predict_ahead
 from .norms import PLACEMENTS, HfMoeUnitOffsetRMSNorm, make_norm
 from .outputs import HfMoeCausalLMOutput, HfMoeModelOutput
+from .padding import as_attention_reads, check_mask, valid_tokens
 from .rotary import HfMoeRotaryEmbedding, HfMoeRotaryEmbeddings, position_embeddings
 from .router import HfMoeHashTables, HfMoeRouter
 from .router_losses import HfMoeRouterLosses
@@ -310,10 +311,10 @@ class HfMoeModel(HfMoePreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
-        token_mask = None  # [B, S], for routers: padding takes no place at an expert
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            token_mask = attention_mask[:, -inputs_embeds.shape[1] :]
-        masks = attention_mask
+        token_mask = self.token_mask(attention_mask, inputs_embeds, past_key_values)
+        masks = attention_mask = as_attention_reads(
+            attention_mask, inputs_embeds.dtype, self.config._attn_implementation
+        )
         if not isinstance(masks, dict):  # `generate` prepares one mask a layer type
             masks = {
                 layer_type: MASKS[layer_type](
@@ -344,7 +345,16 @@ class HfMoeModel(HfMoePreTrainedModel):
             **{CACHE: past_key_values if use_cache else None},
             mtp_hidden_states=mtp_hidden_states,
             mtp_masks=mtp_masks,
+            token_mask=token_mask,
         )
+
+    def token_mask(self, attention_mask, inputs_embeds: torch.Tensor, past_key_values) -> torch.Tensor | None:
+        """[B, S] False on padding, which takes no place at an expert; None where there is none."""
+        implementation = str(self.config._attn_implementation)
+        if implementation.startswith("paged|"):  # continuous batching packs its rows
+            return None
+        check_mask(attention_mask, implementation)
+        return valid_tokens(attention_mask, *inputs_embeds.shape[:2], past_key_values, self.config.layer_types)
 
     def scaled(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Embeddings times embedding_multiplier, which is rounded to their dtype first, as Gemma does."""
@@ -429,9 +439,9 @@ class HfMoeForCausalLM(
             loss = loss + config.mtp_loss_coef * mtp_loss.to(loss.device)
         if policy:
             items = kwargs.get("num_items_in_batch")
-            loss = loss + self.policy_loss(outputs, logits, labels, attention_mask, items)
+            loss = loss + self.policy_loss(outputs, logits, labels, items)
         if output_router_logits and outputs.router_logits:
-            aux_loss, router_losses = self.router_losses(outputs, attention_mask)
+            aux_loss, router_losses = self.router_losses(outputs)
             if loss is not None:
                 loss = loss + sum(getattr(config, name) * x.to(loss.device) for name, x in router_losses.items())
         return HfMoeCausalLMOutput(

@@ -13,7 +13,7 @@ from .configuration_hf_moe import HfMoeConfig
 from .host import CACHE, record
 from .norms import make_norm
 from .router import HfMoeRouter
-from .speculation import check_lengths, check_speculation, speculative_decoding
+from .speculation import check_batches, check_lengths, check_speculation, speculative_decoding
 
 
 class HfMoeMultiTokenLayer(nn.Module):
@@ -131,6 +131,7 @@ class HfMoeMultiToken:
             )
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        check_batches(self.config, generation_mode, generation_config)
         if generation_config.use_mtp:
             check_speculation(self, generation_mode, generation_config, generation_mode_kwargs)
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)

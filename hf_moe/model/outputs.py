@@ -15,7 +15,7 @@ class HfMoeModelOutput(MoeModelOutputWithPast):
     those of REINFORCE; both are empty for other routers.
 
     With MTP, `mtp_hidden_states` holds one [B, S, D] a module and `mtp_masks` one more [B, S], see `predict_ahead`;
-    the modules' routers come after those of the layers.
+    the modules' routers come after those of the layers. `token_mask` [B, S] is False on padding, None without any.
     """
 
     router_indices: tuple[torch.Tensor, ...] | None = None
@@ -23,6 +23,7 @@ class HfMoeModelOutput(MoeModelOutputWithPast):
     router_baselines: tuple[torch.Tensor, ...] | None = None
     mtp_hidden_states: tuple[torch.Tensor, ...] | None = None
     mtp_masks: tuple[torch.Tensor, ...] | None = None
+    token_mask: torch.Tensor | None = None
 
 
 @dataclass

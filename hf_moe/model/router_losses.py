@@ -23,12 +23,9 @@ def stacked(routings: list[tuple]) -> list[tuple]:
 class HfMoeRouterLosses:
     """Balance losses and REINFORCE over the layers' routers and, where they ran, those of the MTP modules."""
 
-    def routings(self, outputs: HfMoeModelOutput, attention_mask: torch.Tensor | dict | None) -> list[tuple]:
-        """Of each router logits, index, mask and tokens. Padding is known from a [B, S] mask, what counts in MTP from
-        its own."""
-        length, mask = outputs.last_hidden_state.shape[1], None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            mask = attention_mask[:, -length:].reshape(-1)
+    def routings(self, outputs: HfMoeModelOutput) -> list[tuple]:
+        """Of each router logits, index, mask and tokens. What counts in MTP is known from its own masks."""
+        mask = None if outputs.token_mask is None else outputs.token_mask.reshape(-1)
         ahead = [mask.reshape(-1) for mask in self.per_mtp_router((outputs.mtp_masks or ())[:-1])]
         masks = [mask] * (len(outputs.router_logits) - len(ahead)) + ahead
         tokens = outputs.router_tokens or [None] * len(masks)
@@ -40,11 +37,9 @@ class HfMoeRouterLosses:
         sequences = len(outputs.last_hidden_state)
         return [routed(logits, affinity(logits), index, *row, sequences) for logits, index, *row in routings]
 
-    def router_losses(
-        self, outputs: HfMoeModelOutput, attention_mask: torch.Tensor | dict | None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def router_losses(self, outputs: HfMoeModelOutput) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The load-balance loss, and every loss that has a coefficient: averages over the routers."""
-        batches = self.routed(outputs, stacked(self.routings(outputs, attention_mask)))
+        batches = self.routed(outputs, stacked(self.routings(outputs)))
         counted = [statistics(batch, self.config.n_group) for batch in batches]
 
         def averaged(name: str) -> torch.Tensor:
@@ -59,7 +54,6 @@ class HfMoeRouterLosses:
         outputs: HfMoeModelOutput,
         logits: torch.Tensor,
         labels: torch.Tensor,
-        attention_mask: torch.Tensor | dict | None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """REINFORCE: a token's loss, of an MTP module that module's, is the cost of the experts it was sent to.
@@ -69,7 +63,7 @@ class HfMoeRouterLosses:
         args = self.config.router_args
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         costs = nn.functional.cross_entropy(logits.mT.float(), targets, reduction="none")
-        layers = self.routed(outputs, self.routings(outputs, attention_mask))
+        layers = self.routed(outputs, self.routings(outputs))
         ahead = []
         if outputs.mtp_masks:
             with torch.no_grad():

@@ -1,8 +1,7 @@
 """Self-speculation: the MTP modules draft tokens, one forward of the model verifies them all.
 
 Shapes: B rows, N tokens known so far, C drafts, D hidden size, V vocabulary. The text has the distribution of plain
-decoding, and is the same where that is greedy, as long as the experts of a token do not depend on the other tokens
-of its batch (they do with router_args["eval_capacity_factor"]).
+decoding, and is the same where that is greedy.
 """
 
 from dataclasses import dataclass
@@ -143,6 +142,17 @@ def check_speculation(model: nn.Module, mode: str, config: GenerationConfig, mod
     if any(asked.values()):
         names = ", ".join(name for name, value in asked.items() if value)
         raise ValueError(f"use_mtp does not go with {names}: leave one of them out.")
+
+
+def check_batches(config, mode: str, generation_config: GenerationConfig) -> None:
+    """Raise ValueError where `generate` would read a text in other pieces than plain decoding, and experts count."""
+    asked = {"drafts": mode == "assisted_generation", "prefill_chunk_size": generation_config.prefill_chunk_size}
+    if config.limits_experts and any(asked.values()):
+        names = ", ".join(name for name, value in asked.items() if value)
+        raise ValueError(
+            f"{names} would give another text with eval_capacity_factor {config.router_args['eval_capacity_factor']}, "
+            "which counts the tokens of each forward: leave one of them out."
+        )
 
 
 def check_lengths(config, length: int, max_length: int) -> None:

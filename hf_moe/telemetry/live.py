@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import Trainer, TrainerCallback
 
-from ..routers import find_routers, routed_experts
+from ..routers import find_routers, routed_experts, token_mask
 from .counts import RARE, RouterCounts
 from .figures import draw, png
 from .measures import router_numbers
@@ -68,7 +68,7 @@ class RoutingFigures(TrainerCallback):
         self.handles.append(model.register_forward_pre_hook(self.keep_mask, with_kwargs=True))
 
     def keep_mask(self, module, args, kwargs) -> None:
-        self.mask = kwargs.get("attention_mask")
+        self.mask = token_mask(kwargs) if kwargs.get("attention_mask") is not None else None
 
     def counting(self, name: str, router) -> Callable:
         def hook(module, args, output):

@@ -271,7 +271,7 @@ def test_micro_batches_add_up_to_one_batch():
 def test_the_last_entries_take_no_part_in_balancing():
     model, ids = mtp_model(2).train(), tokens(2, 11)
     outputs = model.model(ids, output_mtp_hidden_states=True, output_router_logits=True, output_router_indices=True)
-    counted = [int(layer.mask_T.sum()) for layer in model.routed(outputs, model.routings(outputs, None))]
+    counted = [int(layer.mask_T.sum()) for layer in model.routed(outputs, model.routings(outputs))]
     assert counted == [22, 22, 20, 18]
 
 
