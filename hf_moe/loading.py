@@ -42,6 +42,8 @@ def load_model(model: str | Path, trust_remote_code: bool = False) -> PreTrained
 
         if (Path(model) / BIAS_FILE).is_file():
             load_router_bias(loaded, model)
+    if getattr(loaded, "hf_quantizer", None) is not None:  # which has put it where it computes
+        return loaded.eval()
     return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from hf_moe.model.unquantized import fused_in_full_precision
+
 from .parameter_groups import part_of
 
 BLOCK = 64  # numbers that share a scale; the scales are quantised in turn ("double quantisation")
@@ -132,8 +134,9 @@ def check_quantization(stored: str) -> None:
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, targets: dict[str, str], device: torch.device, stored: str = "nf4") -> str:
-    """Store the weights in `targets` (name -> part) as `stored` on `device`, one after the other; says what that did.
+def quantize(model: nn.Module, targets: dict[str, str], device: torch.device | None, stored: str = "nf4") -> str:
+    """Store the weights in `targets` (name -> part) as `stored` on `device`, or where they are, one after the other;
+    says what that did.
 
     Raises ValueError as `coverage`.
     """
@@ -142,10 +145,23 @@ def quantize(model: nn.Module, targets: dict[str, str], device: torch.device, st
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         weight = module._parameters[attribute]
-        packed = STORED[stored].quantize(weight.to(device))
+        packed = STORED[stored].quantize(weight.to(device or weight.device))
         before, after = before + weight.numel() * weight.element_size(), after + packed.bytes
         setattr(module, attribute, nn.Parameter(packed, requires_grad=False))
     return coverage(model, targets, before, after, stored)
+
+
+def quantize_experts(model: nn.Module, stored: str = "nf4") -> str:
+    """Store the experts that a quantization config has left in full precision, where they lie; says what that did.
+
+    In memory alone: such a model computes and gets adapters, but is saved from its plain weights. Raises ValueError
+    without such experts, for what is no key of STORED, or where the package that packs is missing.
+    """
+    check_quantization(stored)
+    left = fused_in_full_precision(model)
+    if not left:
+        raise ValueError(f"{type(model).__name__} has no expert in full precision: there is nothing to quantise.")
+    return quantize(model, {name: part_of(name) for name in left}, None, stored)
 
 
 def coverage(model: nn.Module, targets: dict[str, str], before: int, after: int, stored: str = "nf4") -> str:

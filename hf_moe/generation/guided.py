@@ -29,6 +29,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
     Raises ModuleNotFoundError without llguidance, ValueError for a grammar or tokenizer that it can't use.
     """
 
+    stateless = True  # what its matchers have read is taken back where the ids ask for it
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,

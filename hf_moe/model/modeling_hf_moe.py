@@ -42,6 +42,7 @@ from .rotary import HfMoeRotaryEmbedding, HfMoeRotaryEmbeddings, position_embedd
 from .router import HfMoeHashTables, HfMoeRouter
 from .router_losses import HfMoeRouterLosses
 from .routing import ROUTERS
+from .unquantized import HfMoeUnquantized
 
 ATTENTIONS = {"gqa": HfMoeAttention, "mla": HfMoeLatentAttention, "moa": HfMoeMixtureOfHeads}
 
@@ -203,7 +204,7 @@ RECORDERS = {
 }
 
 
-class HfMoePreTrainedModel(HfMoeDispatch, HfMoeHashTables, PreTrainedModel):
+class HfMoePreTrainedModel(HfMoeUnquantized, HfMoeDispatch, HfMoeHashTables, PreTrainedModel):
     """What Transformers needs to know of the family: initialisation, what it supports, what it can record."""
 
     config_class = HfMoeConfig
@@ -351,8 +352,8 @@ class HfMoeModel(HfMoePreTrainedModel):
     def token_mask(self, attention_mask, inputs_embeds: torch.Tensor, past_key_values) -> torch.Tensor | None:
         """[B, S] False on padding, which takes no place at an expert; None where there is none."""
         implementation = str(self.config._attn_implementation)
-        if implementation.startswith("paged|"):  # continuous batching packs its rows
-            return None
+        if implementation.startswith("paged|") or not isinstance(past_key_values, Cache | None):
+            return None  # continuous batching packs its rows
         check_mask(attention_mask, implementation)
         return valid_tokens(attention_mask, *inputs_embeds.shape[:2], past_key_values, self.config.layer_types)
 

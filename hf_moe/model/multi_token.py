@@ -13,7 +13,7 @@ from .configuration_hf_moe import HfMoeConfig
 from .host import CACHE, record
 from .norms import make_norm
 from .router import HfMoeRouter
-from .speculation import check_batches, check_lengths, check_speculation, speculative_decoding
+from .speculation import check_batches, check_lengths, check_processors, check_speculation, speculative_decoding
 
 
 class HfMoeMultiTokenLayer(nn.Module):
@@ -139,6 +139,7 @@ class HfMoeMultiToken:
     def _assisted_decoding(self, input_ids, generation_config, inputs_tensor=None, **kwargs):
         check_lengths(self.config, input_ids.shape[1], generation_config.max_length)
         if not generation_config.use_mtp:
+            check_processors(kwargs["logits_processor"], kwargs["stopping_criteria"])
             kwargs["inputs_tensor"] = inputs_tensor
             return super()._assisted_decoding(input_ids, generation_config=generation_config, **kwargs)
         names = ("assistant_model", "assistant_tokenizer", "tokenizer", "synced_gpus")

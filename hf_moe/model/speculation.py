@@ -9,11 +9,32 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, LogitsProcessorList
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from .attention import MASKS
 from .host import CACHE, QuantizedLayer, pad_token
 from .rotary import position_embeddings
+
+# The host's processors that count their calls, run the model, or call what a user gave.
+STATEFUL = (
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+)
+# Criteria that need not see each token: the host's own loop of drafts cuts what is beyond an end or a length itself.
+ASKED_SELDOM = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)
 
 
 @dataclass
@@ -21,7 +42,7 @@ class HfMoeSpeculativeOutput(GenerateDecoderOnlyOutput):
     """What `generate` returns with `use_mtp` and `return_dict_in_generate`.
 
     `forward_passes` counts those of the decoder, the prompt's included; `drafted_tokens` and `accepted_tokens` count
-    over the rows that were not finished. A draft after a rejected one is not accepted.
+    over the rows that were not finished. A draft after one that any row rejected is not accepted.
     """
 
     forward_passes: int | None = None
@@ -90,28 +111,50 @@ class Drafter:
         return ids[:, known:], None if distributions[0] is None else torch.stack(distributions, dim=1)
 
 
-def verify(
-    drafts: torch.Tensor, distributions: torch.Tensor | None, logits: torch.Tensor
+def follow(
+    scores: torch.Tensor, draft: torch.Tensor | None, distribution: torch.Tensor | None, sample: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many drafts [B, C] each row accepts, [B], and the token [B, C + 1] that follows as many accepted ones.
+    """The token [B] of a place whose processed scores are [B, V], and whether it is the row's `draft` [B].
 
-    `logits` [B, C + 1, V] are the model's. Without `distributions` [B, C, V] a draft must be the likeliest token.
-    With them it is accepted with probability min(1, p / q), and the token after a rejection is drawn from
-    norm(max(0, p - q)) (speculative sampling, https://arxiv.org/abs/2211.17192, 2.3 and algorithm 1).
+    Greedy: the likeliest token. Sampling accepts a draft from a `distribution` [B, V] with probability min(1, p / q),
+    and draws else from norm(max(0, p - q)) (speculative sampling, https://arxiv.org/abs/2211.17192, 2.3, algorithm 1).
     """
-    count = drafts.shape[1]
-    if distributions is None:
-        following = logits.argmax(dim=-1)
-        accepted = drafts == following[:, :count]
-    else:
-        p = logits.softmax(dim=-1)
-        q = nn.functional.pad(distributions, (0, 0, 0, 1))  # nothing was drafted for the last place
-        p_draft, q_draft = (x[:, :count].gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for x in (p, q))
-        accepted = torch.rand_like(p_draft) * q_draft < p_draft
-        rest = (p - q).clamp_min(0)
-        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q: never rejected
-        following = torch.multinomial(rest.flatten(0, 1), num_samples=1).view(rest.shape[:2])
-    return accepted.long().cumprod(dim=1).sum(dim=1), following
+    if not sample:
+        token = scores.argmax(dim=-1)
+        return token, torch.zeros_like(token, dtype=torch.bool) if draft is None else token == draft
+    p = scores.softmax(dim=-1)
+    if draft is None:
+        token = torch.multinomial(p, num_samples=1).squeeze(1)
+        return token, torch.zeros_like(token, dtype=torch.bool)
+    p_draft, q_draft = (x.gather(-1, draft.unsqueeze(1)).squeeze(1) for x in (p, distribution))
+    accepted = torch.rand_like(p_draft) * q_draft < p_draft
+    rest = (p - distribution).clamp_min(0)
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q: never rejected
+    return torch.where(accepted, draft, torch.multinomial(rest, num_samples=1).squeeze(1)), accepted
+
+
+def stateless(processor: LogitsProcessor) -> bool:
+    """Whether its scores depend on the ids and scores that it is given alone, so that a draft may ask it, too.
+
+    So do the host's own, but for what counts its calls, runs the model, or calls what a user gave. Any other processor
+    says it by an attribute `stateless`.
+    """
+    own = type(processor).__module__ == LogitsProcessor.__module__ and not isinstance(processor, STATEFUL)
+    return getattr(processor, "stateless", own)
+
+
+def check_processors(logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList) -> None:
+    """Raise ValueError for what the host's own loop of drafts would ask too often, or too seldom.
+
+    It asks processors about drafts that it takes back, and criteria once for several tokens.
+    """
+    unfit = [type(x).__name__ for x in logits_processor if not stateless(x)]
+    unfit += [type(x).__name__ for x in stopping_criteria if not isinstance(x, ASKED_SELDOM)]
+    if unfit:
+        raise ValueError(
+            f"{', '.join(unfit)} must see each token of the text once, unlike drafts by prompt lookup or an assistant: "
+            "leave one of them out, or use use_mtp; a processor of your own without a state says stateless = True."
+        )
 
 
 def take_back(cache: Cache, count: int) -> None:
@@ -196,8 +239,9 @@ def speculative_decoding(
 ) -> HfMoeSpeculativeOutput | torch.Tensor:
     """Generate, `num_mtp_layers` drafts at a time, and keep of them what every unfinished row accepts.
 
-    Where rows accept different numbers, all advance by the smallest plus one: a row that accepted more keeps its draft
-    there. That is still exact, because a place is kept or not by what happened before it.
+    Place by place, up to the first where a row rejects its draft; the others keep theirs there. Processors and
+    criteria are asked once a token, in order, as in plain decoding, so those with a state are right; drafts ask those
+    without one.
     """
     ids, sample = input_ids, generation_config.do_sample
     seen = int(cache.get_seq_length())
@@ -207,8 +251,10 @@ def speculative_decoding(
     for name in ("logits_to_keep", "use_cache", "inputs_embeds", "output_hidden_states"):
         kwargs.pop(name, None)
 
+    of_drafts = LogitsProcessorList(filter(stateless, logits_processor))
+
     def choose(ids, logits):  # a draft and, if sampling, its distribution
-        logits = logits_processor(ids, logits)
+        logits = of_drafts(ids, logits)
         if not sample:
             return logits.argmax(dim=-1, keepdim=True), None
         distribution = logits.softmax(dim=-1)
@@ -238,26 +284,22 @@ def speculative_decoding(
             cache.activate_past_recording()  # now that the prompt is read: it keeps what windows would drop
         logits = outputs.logits.to(dtype=torch.float32, device=ids.device)
         length = ids.shape[1]
-        places = [logits_processor(read[:, : length + i], logits[:, i].clone()) for i in range(count + 1)]
-        if sample and distributions is None:
-            distributions = logits[:, :0]
-        matches, following = verify(drafts, distributions if sample else None, torch.stack(places, dim=1))
-        common = int(matches[unfinished].min())
-        last = following[:, common]
-        if common < count:
-            last = torch.where(matches > common, drafts[:, common], last)
         passes, drafted = passes + 1, drafted + count * int(unfinished.sum())
-        accepted += int(matches[unfinished].sum())
-
-        for i, token in enumerate((*drafts[:, :common].unbind(dim=1), last)):
+        for place in range(count + 1):
+            draft = drafts[:, place] if place < count else None
+            distribution = distributions[:, place] if sample and place < count else None
+            processed = logits_processor(ids, logits[:, place].clone())
+            token, same = follow(processed, draft, distribution, sample)
+            agreed = int(same[unfinished].sum())
+            accepted, rejected = accepted + agreed, agreed < int(unfinished.sum())
             if ends:
                 token = torch.where(unfinished, token, pad_token(generation_config).to(token))
             ids = torch.cat((ids, token.unsqueeze(1)), dim=1)
-            scores, raw_logits = (*scores, places[i]), (*raw_logits, logits[:, i])
+            scores, raw_logits = (*scores, processed), (*raw_logits, logits[:, place])
             if streamer is not None:
                 streamer.put(token.cpu())
             unfinished = unfinished & ~stopping_criteria(ids, scores if generation_config.output_scores else None)
-            if not unfinished.any():
+            if rejected or not unfinished.any():
                 break
 
         new = ids.shape[1] - length

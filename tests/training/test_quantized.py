@@ -1,5 +1,6 @@
 """QLoRA: what is stored in 4 bits, fused experts too, and a run from recipe to merged model."""
 
+import logging
 from contextlib import redirect_stderr
 from io import StringIO
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 from hf_moe.training.adapters import AdapterArguments, add_adapter, check_adapter_arguments, lora_targets, matrices
 from hf_moe.training.parameter_groups import part_of
-from hf_moe.training.quantized import Nf4Weight, coverage, dequantize, quantize
+from hf_moe.training.quantized import Nf4Weight, coverage, dequantize, quantize, quantize_experts
 from hf_moe.training.selection_bias import BIAS_FILE, load_router_bias
 from hf_moe.training.stages import main
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_moe import HfMoeForCausalLM
 
@@ -42,6 +44,36 @@ def test_missing_package_is_named(monkeypatch):
 def test_base_without_adapter():
     with pytest.raises(ValueError, match="lora_base is nf4, but there is no adapter"):
         check_adapter_arguments(AdapterArguments(lora_base="nf4"), "all")
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantization_config_says_that_it_left_the_experts_and_what_stores_them(tmp_path, caplog, bits, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    plain = wide()
+    plain.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**{bits: True}))
+    left = [x for name, x in plain.named_parameters() if ".experts." in name]
+    stays = sum(x.nbytes for x in left)
+    whole = sum(x.nbytes for x in model.parameters())
+    said = [record.getMessage() for record in caplog.records if "fused matrices" in record.getMessage()]
+    assert len(said) == 1 and "\n" not in said[0]
+    assert f"{len(left)} fused matrices of the experts in float32: {stays:,} of the model's {whole:,} bytes" in said[0]
+    ids = torch.arange(2, 9).unsqueeze(0)
+    before = model(ids).logits
+    assert f"nf4 for {len(left)} matrices of routed_experts" in quantize_experts(model)
+    assert sum(getattr(x, "bytes", 0) for x in model.parameters()) < 0.2 * stays
+    after = model(ids).logits
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(before, after, rtol=0.1, atol=0.2 * before.abs().max().item())
+    with pytest.raises(ValueError, match="no expert in full precision"):
+        quantize_experts(model)
+
+
+def test_without_a_quantization_config_nothing_is_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    wide().save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "fused matrices" not in caplog.text
 
 
 def test_values_are_the_nearest_levels():
