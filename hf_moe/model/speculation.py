@@ -152,7 +152,7 @@ def check_processors(logits_processor: LogitsProcessorList, stopping_criteria: S
     unfit += [type(x).__name__ for x in stopping_criteria if not isinstance(x, ASKED_SELDOM)]
     if unfit:
         raise ValueError(
-            f"{', '.join(unfit)} must see each token of the text once, unlike drafts by prompt lookup or an assistant: "
+            f"{', '.join(unfit)} must see each token of the text once, unlike drafts by lookup or an assistant: "
             "leave one of them out, or use use_mtp; a processor of your own without a state says stateless = True."
         )
 
