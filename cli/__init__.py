@@ -6,6 +6,7 @@ import typer
 
 from .card import card
 from .check import check
+from .compare import compare
 from .convert import export, import_, upcycle, verify
 from .demo import demo
 from .errors import one_line
@@ -30,6 +31,7 @@ app.command()(export)
 app.command()(verify)
 # A recipe's keys are its own business, so train takes any option and passes it on; its --help tells of them, too.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(train)
+app.command()(compare)
 app.command()(generate)
 app.command()(trace)
 app.command()(check)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
@@ -14,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from trl import TrlParser
 
-from .host import RENAMED, missing_reporters
+from .host import RENAMED, missing_reporters, unknown_reporters
 from .parameter_groups import GROUPS
 from .publishing import STRATEGIES
 from .recipe_files import read_recipe
@@ -38,6 +39,8 @@ RANGES = {
     "lora_alpha": (1, math.inf),
 }
 
+# Reporter -> the package that brings it, where it has another name.
+PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow"}
 # What has no meaning without a GPU, and why.
 GPU_ONLY = {
     "activation_offloading": "it moves activations from a GPU to the host's memory",
@@ -289,6 +292,8 @@ def with_new_name(word: str) -> str:
 def check_choices(args: TrainingArguments, device: torch.device | str) -> None:
     """Raises ValueError for a choice that this machine cannot do, or that does nothing without another argument."""
     check_reporters(args.report_to)
+    if args.log_routing_figures and find_spec("matplotlib") is None:
+        raise ValueError("log_routing_figures is true, which needs matplotlib: pip install 'hf_moe[plots]'.")
     if args.push_to_hub and args.hub_strategy not in STRATEGIES:
         raise ValueError(
             f"hub_strategy is {args.hub_strategy.value}, which would upload pickles; it can be "
@@ -312,6 +317,15 @@ def check_device(args: TrainingArguments) -> None:
 
 
 def check_reporters(names: list[str]) -> None:
-    """Raises ValueError for what Transformers would report to, were its package there."""
+    """Raises ValueError for what Transformers does not report to, or would, were its package there."""
+    if unknown := unknown_reporters(names):
+        raise ValueError(
+            f"report_to is {unknown[0]}, which Transformers does not know: say trackio, tensorboard or wandb, or none "
+            "(metrics.jsonl is written in any case)."
+        )
     if missing := missing_reporters(names):
-        raise ValueError(f"report_to is {missing[0]}, whose package is not installed: install it, or say none.")
+        package = PACKAGES.get(missing[0], missing[0])
+        raise ValueError(
+            f"report_to is {missing[0]}, whose package is not installed: pip install {package}, or say none "
+            "(metrics.jsonl is written in any case)."
+        )

@@ -169,6 +169,10 @@ def missing_reporters(names: list[str]) -> list[str]:
     return [name for name in names if name in INTEGRATION_TO_CALLBACK and name not in available]
 
 
+def unknown_reporters(names: list[str]) -> list[str]:
+    return [name for name in names if name not in INTEGRATION_TO_CALLBACK]
+
+
 # ---- pushing while training goes on ----
 
 

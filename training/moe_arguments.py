@@ -90,7 +90,10 @@ class MoeArguments:
     )
     log_routing_figures: bool = field(
         default=False,
-        metadata={"help": "Log load, entropy and co-activation as pictures, to TensorBoard or Weights & Biases."},
+        metadata={
+            "help": "Draw load, entropy and co-activation at each log, to output_dir/figures, and to TensorBoard or "
+            "Weights & Biases where report_to names them."
+        },
     )
 
     def __post_init__(self):

@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-FILE = "run.json"
+from hf_moe.hub import RUN_FILE as FILE
+
 # Arguments that have to be as they were, beside the learning rate and the rows of a step.
 KEPT = (
     *("stage", "from_scratch", "model_revision", "model_init_kwargs", "trainable", "ema_decay"),

@@ -20,6 +20,7 @@ from transformers.distributed import DistributedConfig
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
 from hf_moe.chat import write_plain_templates
 from hf_moe.generation_settings import check_generation_config, mended_config
+from hf_moe.hub import METRICS
 
 from .alignment import align
 from .arguments import ModelArguments
@@ -36,6 +37,7 @@ from .saving import after_saving
 from .sources import loss_names
 from .weight_average import AVERAGE_FILE
 
+LOGS = (METRICS, "figures")  # of a run that ended before it had anything to save
 LAST = ("config.json", "adapter_config.json")  # a folder without them does not load
 
 
@@ -50,7 +52,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file.")
     if wanted is None or wanted.lower() in ("false", "no"):
-        if output.exists() and any(output.iterdir()):
+        if output.exists() and any(path.name not in LOGS for path in output.iterdir()):
             raise ValueError(
                 f"output_dir {output} is not empty: give another, or --resume_from_checkpoint true to continue it."
             )

@@ -19,6 +19,7 @@ from .dense_mixer import add_dense_mixer, check_dense_mixer
 from .esft import chosen_experts, load_rows, save_rows
 from .host import own_scheduler, prepared_inputs, shifts_labels
 from .label_smoothing import ShiftedLabelSmoother
+from .log_files import LogFiles
 from .metrics import FIRST_LOSS, rows, split, summarize
 from .moe_arguments import moe_argument
 from .multi_step import multi_step_schedule
@@ -74,6 +75,7 @@ class MoeTrainerMixin(PublishingMixin):
         self.find_routing()
         self.facts = facts_of(self.moe, self.args)
         self.add_callback(RoutingCallback(self))
+        self.add_callback(LogFiles())
         if moe_argument(self.args, "log_routing_figures"):
             from hf_moe.telemetry.live import RoutingFigures  # draws with matplotlib, of the extra "plots"
 

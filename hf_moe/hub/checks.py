@@ -10,7 +10,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from ..model import modeling_hf_moe
 from ..version import __version__
-from .folder import ADAPTER, CONFIG, SavedModel, read_folder, read_json
+from .folder import ADAPTER, CONFIG, METRICS, SavedModel, read_folder, read_json
 from .redaction import TOKENS, known_tokens
 from .renew import code_version, is_outdated
 
@@ -55,6 +55,8 @@ def choose_files(folder: Path, checkpoints: bool) -> tuple[list[str], dict[str, 
                 left_out[path] = "hidden"
             elif TRAINER_FILES.fullmatch(name):
                 left_out[path] = "for resuming"
+            elif name == METRICS:
+                left_out[path] = "logs"
             else:
                 files.append(path)
     return files, left_out

@@ -16,6 +16,7 @@ COLUMNS = {
 PANELS = {
     "Loss": {"loss": "training", "eval_loss": "held out"},
     "Load of the busiest expert, 1 at balance": {"router_load_max": "training", "eval_router_load_max": "held out"},
+    "Learning rate": {"learning_rate": "training"},
 }
 ROWS = 8
 
@@ -42,10 +43,20 @@ def curve_table(log_history: list[dict[str, Any]]) -> tuple[list[str], list[list
 
 def draw_curves(log_history: list[dict[str, Any]], path: Path) -> bool:
     """Write the picture as a PNG; returns whether there is one. Without matplotlib it says so, and there is none."""
+    return draw({"": log_history}, path)
+
+
+def draw_runs(logs: dict[str, list[dict[str, Any]]], path: Path) -> bool:
+    """The same of several runs, name -> log."""
+    return draw({f"{name}, ": log for name, log in logs.items()}, path)
+
+
+def draw(logs: dict[str, list[dict[str, Any]]], path: Path) -> bool:
     panels = []
     for title, names in PANELS.items():
         lines = {
-            label: [(entry["step"], entry[name]) for entry in log_history if name in entry and "step" in entry]
+            f"{whose}{label}": [(entry["step"], entry[name]) for entry in log if name in entry and "step" in entry]
+            for whose, log in logs.items()
             for name, label in names.items()
         }
         lines = {label: points for label, points in lines.items() if points}

@@ -19,6 +19,7 @@ from ..sizes import sizes
 
 CONFIG, ADAPTER, RECORD, STATE = "config.json", "adapter_config.json", "training.json", "trainer_state.json"
 INDEX = "model.safetensors.index.json"
+RUN_FILE, METRICS = "run.json", "metrics.jsonl"  # what a run was told, and what it logged
 MARKER = "<!-- Written by `hf-moe card`; without this line the file is yours and stays as it is. -->"
 # What a checkpoint of each kind keeps its weights in.
 WEIGHTS = {"adapter": "adapter_model.safetensors", "expert_rows": "expert_rows.safetensors"}

@@ -1,7 +1,9 @@
-"""The figures of the report while a model trains, as images wherever the Trainer reports."""
+"""The figures of the report while a model trains: files beside the run, and images where the Trainer reports."""
 
 import io
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -26,6 +28,13 @@ def to_wandb(callback: TrainerCallback, name: str, figure: Figure, step: int) ->
     wandb.log({name: wandb.Image(Image.open(io.BytesIO(png(figure)))), "train/global_step": step})
 
 
+def write(path: Path, picture: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(picture)
+    os.replace(partial, path)
+
+
 # The Trainer's callback that reports somewhere -> how it takes a picture.
 REPORTERS: dict[str, Callable[[TrainerCallback, str, Figure, int], None]] = {
     "TensorBoardCallback": to_tensorboard,
@@ -37,17 +46,13 @@ class RoutingFigures(TrainerCallback):
     """Logs load, entropy and co-activation over the tokens since the last log.
 
     `trainer.add_callback(RoutingFigures(trainer))`, for any Trainer and any mixture of experts of Transformers.
-    Padding does not count. Goes to TensorBoard and Weights & Biases, as `report_to` says. Raises ValueError where
-    neither is there, or no router.
+    Padding does not count. The latest lie in `output_dir`/figures; all go to TensorBoard and Weights & Biases, where
+    `report_to` says so. Raises ValueError where there is no router.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.handles, self.counts, self.mask = [], {}, None
-        if not self.reporters():
-            raise ValueError(
-                f"report_to is {trainer.args.report_to}: routing figures go to tensorboard or wandb; name one of them."
-            )
         if not find_routers(trainer.model):
             raise ValueError("The model is dense: it has no router to draw figures of.")
 
@@ -101,6 +106,7 @@ class RoutingFigures(TrainerCallback):
             for shown in SHOWN:
                 for title, figure in draw(shown, {"layers": layers}):
                     name = "/".join(["routing", "-".join([shown, *title.split()])])
+                    write(Path(args.output_dir) / "figures" / f"{name}.png", png(figure))
                     for kind, callback in self.reporters().items():
                         REPORTERS[kind](callback, name, figure, state.global_step)
         self.counts.clear()

@@ -87,11 +87,10 @@ def test_where_the_pictures_go(tmp_path):
     assert board.figures == [(name, step) for step in (1, 2) for name in names]
     assert [[key for key in entry if key != "train/global_step"] for entry in wandb.logged] == [[x] for x in 2 * names]
     assert [entry["train/global_step"] for entry in wandb.logged] == [1] * 4 + [2] * 4
+    assert {f"routing/{path.stem}" for path in (tmp_path / "figures" / "routing").iterdir()} == set(names)
 
 
 def test_mistakes(tmp_path):
     dense = hf_moe(mlp_layer_types=["dense", "dense"])
-    with pytest.raises(ValueError, match="routing figures go to tensorboard or wandb"):
-        live.RoutingFigures(make(dense, tmp_path, []))
     with pytest.raises(ValueError, match="is dense"):
         live.RoutingFigures(make(dense, tmp_path, [TensorBoardCallback()]))

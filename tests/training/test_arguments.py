@@ -143,7 +143,8 @@ def test_null_in_a_recipe_is_a_value(recipe):
         ({}, ["--neftune_noise_alpha", "-1"], "neftune_noise_alpha is -1.0; it must be at least 0"),
         ({}, ["--lora_alpha", "0"], "lora_alpha is 0; it must be at least 1"),
         ({}, ["--lr_scheduler_kwargs", "min_lr=0"], "lr_scheduler_kwargs is min_lr=0; it must be a mapping"),
-        ({"report_to": "clearml"}, [], "report_to is clearml, whose package is not installed"),
+        ({"report_to": "clearml"}, [], "report_to is clearml, whose package is not installed: pip install clearml"),
+        ({"report_to": "nonsense"}, [], "report_to is nonsense, which Transformers does not know: say trackio"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -211,6 +212,7 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_does(name, tmp_path, mon
             "argument reward_funcs cannot hold 'praise'; it can hold gsm8k",
         ),
         ({"load_best_model_at_end": True, "save_strategy": "no", "eval_strategy": "epoch"}, "load_best_model_at_end"),
+        ({"report_to": "clearml"}, "report_to is clearml, whose package is not installed: pip install clearml"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; it must be at least 1"),
         ({3: "x"}, "unknown argument 3"),
     ],
