@@ -5,9 +5,9 @@
     python benchmarks/upcycling_training_gpu.py --table benchmarks/results/upcycling_training.json
 
 The recipe as shipped, but for what all runs share: how many tokens, the batch, and that the card is shared by several
-runs at a time, so that only losses are compared, no times. Held-out loss is in nats a token, before training, where the
-recipe looks whether the rate is too high, halfway and at the end; the dense model trains beside its mixtures. A run
-that fails or stops says why.
+runs at a time, so that only losses are compared, no times. Held-out loss is in nats a token, before training, where
+the recipe looks whether the rate is too high, halfway and at the end; the dense model trains beside its mixtures. A
+run that fails or stops says why.
 """
 
 import argparse
@@ -69,8 +69,8 @@ def table(report: dict) -> str:
     lines = [
         "# Upcycled and trained on: SmolLM2-135M to 4 experts of which 2 work",
         "",
-        f"Held-out loss, nats a token, by `hf-moe train {report['recipe']}` on English documentation, dictionaries and "
-        f"books, {report['batch']:,} tokens a step.",
+        f"Held-out loss, nats a token, by `hf-moe train {report['recipe']}` on English documentation, dictionaries "
+        f"and books, {report['batch']:,} tokens a step.",
         "",
         f"| start | learning rate | tokens, M | {' | '.join(f'step {step}' for step in steps)} |",
         f"|---|---:|---:|{'---:|' * len(steps)}",

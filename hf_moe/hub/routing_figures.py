@@ -1,5 +1,6 @@
 """What `hf-moe trace` found of a model's routing, for its card."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from .folder import SavedModel, read_json
 
 # The trace's figures that a card shows, by the first word of their file's name -> what they show.
 SHOWN = {"load": "Load of each expert", "entropy": "Routing entropy", "domains": "Domain specialisation"}
+
+FIGURE = re.compile(r"; figures/([^/;)]+\.png)(?=\)$)")  # as a finding of the trace ends
 
 
 def read_trace(saved: SavedModel, trace: Path, figures: Path) -> dict[str, Any]:
@@ -45,7 +48,14 @@ def read_trace(saved: SavedModel, trace: Path, figures: Path) -> dict[str, Any]:
                         "path": f"{figures.name}/{target.name}",
                     }
                 )
-    return {"rows": [list(row) for row in facts.items()], "findings": numbers["findings"], "figures": shown}
+    paths = {figure["path"].split("/routing-")[-1]: figure["path"] for figure in shown}
+    findings = [FIGURE.sub(lambda found: at(paths.get(found[1])), finding) for finding in numbers["findings"]]
+    return {"rows": [list(row) for row in facts.items()], "findings": findings, "figures": shown}
+
+
+def at(path: str | None) -> str:
+    """Where a finding's figure lies beside the card; nothing where the card does not show it."""
+    return "" if path is None else f"; {path}"
 
 
 def said(domain: dict[str, Any]) -> str:

@@ -135,7 +135,7 @@ def entropy(numbers: dict) -> Iterator[tuple[str, Figure]]:
 
 def coactivation(numbers: dict) -> Iterator[tuple[str, Figure]]:
     """The experts that are most often together, as OLMoE shows them: at most 16."""
-    for place in chosen_layers(numbers):
+    for place in chosen_layers(numbers, "coactivation"):
         layer = numbers["layers"][place]
         values = np.array(layer["coactivation"])
         if layer["top_k"] < 2:
@@ -153,7 +153,7 @@ def domains(numbers: dict) -> Iterator[tuple[str, Figure]]:
     names = [domain["name"] for domain in numbers["domains"]]
     if len(names) < 2:
         return
-    for place in chosen_layers(numbers):
+    for place in chosen_layers(numbers, "domains"):
         layer = numbers["layers"][place]
         values, fair = np.array(layer["domain_specialization"]), layer["top_k"] / layer["experts"]
         norm = TwoSlopeNorm(fair, 0, max(2 * fair, values.max(), 1e-9))

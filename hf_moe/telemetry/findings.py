@@ -11,14 +11,32 @@ TOGETHER = 2.0  # times chance, from which on two experts count as a pair
 SPECIAL = 0.1  # share of a domain's tokens beyond that of the others
 
 
+BY_LAYER = ("domains", "coactivation")  # sections that have a figure for each layer that they show
+
+
 class Finding(NamedTuple):
+    """`section` of the report has the numbers, of `layer`, by its label, where the text is about one."""
+
     tone: str
     text: str
-    section: str  # of the report, where the numbers are
+    section: str
+    layer: str | None = None
+    sample: str = ""  # what was looked at
+
+    @property
+    def figure(self) -> str:
+        """The name of the figure that shows it."""
+        return f"{self.section}-layer-{self.layer}".replace(" ", "-") if self.section in BY_LAYER else self.section
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.sample}; figures/{self.figure}.png)"
 
 
 def percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.1 or share == 0 else f"{share:.1%}"
+    """Never 100% of what is less, nor 0% of what is more."""
+    if 0.99 <= share < 1:
+        return f"{share:.2%}" if share < 0.9999 else "over 99.99%"
+    return f"{share:.0%}" if share >= 0.1 or share == 0 else f"{share:.1%}" if share >= 5e-4 else "under 0.1%"
 
 
 def few(items: list[str], most: int = 4) -> str:
@@ -36,30 +54,39 @@ def concentration(numbers: dict) -> list[Finding]:
             f"The load is even: the busiest expert of any layer, expert {layer['load'].index(largest)} of layer "
             f"{layer['label']}, gets {largest:.2f} times its fair share."
         )
-        return [Finding(GOOD, text, "load")]
+        return [Finding(GOOD, text, "load", layer["label"])]
     # The fewest experts that take more than half of the choices, or of the tokens where few are chosen.
     order = sorted(layer["load"], reverse=True)
     count = next(n for n in range(1, experts + 1) if sum(order[:n]) / experts >= 0.5)
     text = (
         f"Layer {layer['label']} sends {percent(sum(order[:count]) / experts)} of its choices to {count} of {experts} "
-        f"experts; with an even load they would get {percent(count / experts)}. The busiest gets {largest:.1f} times "
-        "its fair share, the most of any layer."
+        f"experts; with an even load they would get {percent(count / experts)}. The busiest, expert "
+        f"{layer['load'].index(largest)}, gets {largest:.1f} times its fair share, the most of any layer."
     )
-    return [Finding(ATTENTION, text, "load")]
+    return [Finding(ATTENTION, text, "load", layer["label"])]
 
 
 def dead(numbers: dict) -> list[Finding]:
     total = sum(layer["experts"] for layer in numbers["layers"])
     found = [(layer["label"], expert) for layer in numbers["layers"] for expert in layer["dead"]]
-    rest = sum(0 < x < NEARLY_DEAD for layer in numbers["layers"] for x in layer["load"])
-    more = f"{rest} more" if found else f"But {rest}"
-    idle = f" {more} {'gets' if rest == 1 else 'get'} less than a tenth of the fair load." if rest else ""
+    rest = [
+        (layer["label"], expert)
+        for layer in numbers["layers"]
+        for expert, load in enumerate(layer["load"])
+        if 0 < load < NEARLY_DEAD
+    ]
+    more = f"{len(rest)} more" if found else f"But {len(rest)}"
+    gets = "gets" if len(rest) == 1 else "get"
+    idle = f" {more} {gets} less than a tenth of the fair load: {few(places(rest))}." if rest else ""
     if found:
-        where = few([f"expert {expert} of layer {label}" for label, expert in found])
-        text = f"{len(found)} of {total} experts got not one of {numbers['tokens']:,} tokens: {where}.{idle}"
+        text = f"{len(found)} of {total} experts got not one token: {few(places(found))}.{idle}"
         return [Finding(ATTENTION, text, "load")]
-    text = f"No expert is dead: each of the {total} got some of the {numbers['tokens']:,} tokens.{idle}"
+    text = f"No expert is dead: each of the {total} got some of the tokens.{idle}"
     return [Finding(ATTENTION if rest else GOOD, text, "load")]
+
+
+def places(found: list[tuple[str, int]]) -> list[str]:
+    return [f"expert {expert} of layer {label}" for label, expert in found]
 
 
 def duplicate(numbers: dict) -> list[Finding]:
@@ -85,7 +112,8 @@ def certainty(numbers: dict) -> list[Finding]:
     if mean >= RANDOM:
         text = (
             f"The routers hardly prefer any expert: their probabilities have {percent(mean)} of the entropy of equal "
-            "ones. The choice is close to a toss."
+            f"ones, in the surest layer, {low['label']}, {percent(low['routing_entropy'])}. The choice is close to a "
+            "toss."
         )
         return [Finding(ATTENTION, text, "entropy")]
     text = f"The routers' probabilities have {percent(mean)} of the entropy of equal ones"
@@ -112,14 +140,15 @@ def domains(numbers: dict) -> list[Finding]:
     gap, best, expert, layer, own, other = max(gaps, key=lambda x: x[0])
     if gap < SPECIAL:
         text = (
-            f"No expert belongs to a domain: the largest difference between domains is {percent(gap)} of the tokens."
+            f"No expert belongs to a domain: the largest difference between domains is {percent(gap)} of the tokens, "
+            f"of expert {expert} of layer {layer['label']}."
         )
-        return [Finding(PLAIN, text, "domains")]
+        return [Finding(PLAIN, text, "domains", layer["label"])]
     text = (
         f"Expert {expert} of layer {layer['label']} gets {percent(own)} of the tokens of {names[best]}, "
         f"{percent(other)} of the others'; chance is {percent(layer['top_k'] / layer['experts'])}."
     )
-    return [Finding(PLAIN, text, "domains")]
+    return [Finding(PLAIN, text, "domains", layer["label"])]
 
 
 def vocabulary(numbers: dict) -> list[Finding]:
@@ -132,7 +161,7 @@ def vocabulary(numbers: dict) -> list[Finding]:
         f"Layer {layer['label']} looks most at the word itself: a token id goes to its favourite expert "
         f"{percent(shares['read'])} of the time, against {percent(shares['chance'])} if ids did not matter."
     )
-    return [Finding(PLAIN, text, "vocabulary")]
+    return [Finding(PLAIN, text, "vocabulary", layer["label"])]
 
 
 def pairs(numbers: dict) -> list[Finding]:
@@ -155,7 +184,7 @@ def pairs(numbers: dict) -> list[Finding]:
         f"Experts {i} and {j} of layer {label} travel together: at least {percent(both)} of the tokens of each go to "
         f"the other, too; by its load alone expert {j} would get {percent(alone)}."
     )
-    return [Finding(PLAIN, text, "coactivation")]
+    return [Finding(PLAIN, text, "coactivation", label)]
 
 
 def pruned(numbers: dict) -> list[Finding]:
@@ -168,16 +197,19 @@ def pruned(numbers: dict) -> list[Finding]:
         return []
     low, high = min(costs), max(costs)
     free = sum(change < 2 * error + 1e-4 for change, error, *_ in costs)
+    total = sum(layer["experts"] for layer in numbers["layers"])
+    tried = f"all {total} experts" if len(costs) == total else f"the {len(costs)} of {total} experts that were tried"
+    if len(costs) < total:
+        tried += ", those with the least load of each layer" if len(costs) > 1 else ", of those with the least load"
     if free == len(costs):
-        tried = "The one expert tried is not" if free == 1 else f"None of the {free} experts tried is"
-        text = f"{tried} missed on {numbers['pruning_tokens']} tokens."
+        text = f"Nothing was lost without any one of {tried}."
         return [Finding(PLAIN, text, "pruning")]
     text = (
-        f"Losing expert {high[2]} of layer {high[3]} costs most: {high[0]:+.3f} nats of loss. {free} of the "
-        f"{len(costs)} experts tried can each go without a loss that {numbers['pruning_tokens']} tokens would show; "
-        f"the cheapest is expert {low[2]} of layer {low[3]} ({low[0]:+.3f})."
+        f"Of {tried}, {free} can each go without a loss that these tokens would show. Losing expert {high[2]} of "
+        f"layer {high[3]} costs most: {high[0]:+.3f} nats of loss; the cheapest is expert {low[2]} of layer {low[3]} "
+        f"({low[0]:+.3f})."
     )
-    return [Finding(PLAIN, text, "pruning")]
+    return [Finding(PLAIN, text, "pruning", high[3])]
 
 
 def saturated(numbers: dict) -> list[Finding]:
@@ -211,7 +243,24 @@ FINDINGS: dict[str, Callable[[dict], list[Finding]]] = {
 TONES = (ATTENTION, PLAIN, GOOD)
 
 
+# What a finding rests on, where it is not all tokens that were read.
+SAMPLES = {
+    "similarity": "all weights, and answers to some of the {tokens:,} tokens",
+    "pruning": "{pruning_tokens:,} tokens",
+}
+
+
+def cited(section: str, numbers: dict) -> set[int]:
+    """Places of the layers that the findings of a section are about, which its figures have to show."""
+    labels = [layer["label"] for layer in numbers["layers"]]
+    return {labels.index(finding.layer) for finding in FINDINGS[section](numbers) if finding.layer is not None}
+
+
 def findings(numbers: dict) -> list[Finding]:
     """All that there is to say; what needs attention first, otherwise in the order above."""
     found = [finding for find in FINDINGS.values() for finding in find(numbers)]
+    found = [
+        finding._replace(sample=SAMPLES.get(finding.section, "{tokens:,} tokens").format_map(numbers))
+        for finding in found
+    ]
     return sorted(found, key=lambda finding: TONES.index(finding.tone))

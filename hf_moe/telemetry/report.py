@@ -38,12 +38,30 @@ def writing(out: str | Path) -> Iterator[Callable[[dict], list[str]]]:
 
 def write(folder: Path, numbers: dict[str, Any]) -> list[str]:
     """All files into `folder`; returns the findings in words."""
+    numbers = public(numbers)
     found = findings(numbers)
-    numbers = numbers | {"findings": [finding.text for finding in found]}
+    numbers = numbers | {"findings": [str(finding) for finding in found]}
     (folder / "numbers.json").write_text(json.dumps(rounded(numbers), ensure_ascii=False), encoding="utf-8")
     panels = draw_all(folder / "figures", numbers)
     (folder / "report.html").write_text(render(numbers, found, panels), encoding="utf-8")
     return numbers["findings"]
+
+
+def public(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The numbers with the names of files and folders of this machine in place of their paths, to be published."""
+    return numbers | {
+        "model": without_folders(numbers["model"]),
+        "domains": [domain | {"source": without_folders(domain["source"])} for domain in numbers["domains"]],
+        "saturation": [
+            entry | {"checkpoint": without_folders(entry["checkpoint"])} for entry in numbers["saturation"]
+        ],
+    }
+
+
+def without_folders(name: str) -> str:
+    """The last part of a path on this machine; anything else, such as a Hub id, as it is."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.is_absolute() or name.startswith(".") or path.exists() else name
 
 
 def rounded(value: Any) -> Any:
@@ -77,7 +95,7 @@ def render(numbers: dict[str, Any], found: list[Finding], panels: dict[str, list
     sections = []
     for name, section in SECTIONS.items():
         if panels.get(name):
-            said = [finding.text for finding in found if finding.section == name]
+            said = [f"{finding.text} ({finding.sample})" for finding in found if finding.section == name]
             tables = list(section.tables(numbers))
             shown = {"name": name, "said": said, "panels": panels[name], "tables": tables}
             sections.append(section._asdict() | shown)

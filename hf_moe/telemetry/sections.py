@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from .findings import percent
+from .findings import cited, percent
 
 MIXTRAL, OLMOE = "Mixtral, arXiv 2401.04088", "OLMoE, arXiv 2409.02060"
 
@@ -24,10 +24,10 @@ class Section(NamedTuple):
     tables: Callable[[dict], Iterator[Table]]
 
 
-def chosen_layers(numbers: dict) -> list[int]:
-    """Places of the first, the middle and the last layer."""
+def chosen_layers(numbers: dict, section: str) -> list[int]:
+    """Places of the first, the middle and the last layer, and of those that the section's findings are about."""
     last = len(numbers["layers"]) - 1
-    return sorted({0, (last + 1) // 2, last})
+    return sorted({0, (last + 1) // 2, last} | cited(section, numbers))
 
 
 def off_diagonal(matrix: list[list[float]]) -> list[float]:
@@ -79,7 +79,7 @@ def similarity(numbers: dict) -> Iterator[Table]:
 
 
 def domains(numbers: dict) -> Iterator[Table]:
-    for place in chosen_layers(numbers):
+    for place in chosen_layers(numbers, "domains"):
         layer = numbers["layers"][place]
         header = ["domain", *map(str, range(layer["experts"]))]
         rows = [

@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 from hf_moe.telemetry import trace
-from hf_moe.telemetry.findings import findings
-from hf_moe.telemetry.report import render, writing
+from hf_moe.telemetry.findings import findings, percent
+from hf_moe.telemetry.report import draw_all, render, writing
 
 from ..training.models import hf_moe
 from .conftest import FIELDS, MODELS
@@ -78,7 +79,7 @@ def test_report_of_a_saved_model(saved, texts, tmp_path):
     assert all((out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
     assert page.tags.count("figure") == page.tags.count("svg") == len(pictures)
     for finding in summary["findings"]:
-        assert any(finding in said for said in page.said)
+        assert any(finding.rpartition(" (")[0] in said for said in page.said)
     assert any(HOSTILE in said for said in page.said)
     assert not list(tmp_path.glob(".*"))
 
@@ -138,14 +139,75 @@ def test_findings_say_what_stands_out():
     said = [finding.text for finding in findings(numbers_by_hand())]
     for part in (
         "Layer 0 sends 50% of its choices to 1 of 4 experts; with an even load they would get 25%",
-        "1 of 8 experts got not one of 100 tokens: expert 3 of layer 0",
+        "The busiest, expert 0, gets 2.0 times its fair share",
+        "1 of 8 experts got not one token: expert 3 of layer 0",
         "2 experts have a near copy in their layer: 0, 1 of layer 0",
         "40% of the entropy of equal ones",
         "goes to its favourite expert 80% of the time, against 50%",
+        "Of the 1 of 8 experts that were tried, of those with the least load, 0 can each go",
         "Losing expert 0 of layer 0 costs most: +0.500 nats",
     ):
         assert any(part in text for text in said), part
     assert said[0].startswith("Layer 0 sends")  # what needs attention comes first
+
+
+def special_layer(place: int, count: int) -> dict:
+    """Numbers of `count` layers, of which one has an expert of a domain and a pair that works together."""
+    numbers = numbers_by_hand()
+    even = numbers["layers"][1] | {"tokens": [50] * 4, "coactivation": [[0, 0.3, 0.3, 0.3]] * 4}
+    even |= {"domain_specialization": [[0.5] * 4] * 2, "load": [1.0, 1.0, 1.0, 0.05]}
+    special = {"domain_specialization": [[0.9, 0.4, 0.4, 0.3], [0.1, 0.6, 0.6, 0.7]], "load": [1.3, 0.9, 0.9, 0.9]}
+    special |= {"coactivation": [[0, 1.0, 0, 0], [1.0, 0, 0, 0], [0] * 4, [0] * 4]}
+    numbers["domains"] = [{"name": name, "source": name, "tokens": 9, "perplexity": 1.5} for name in ("a", "b")]
+    numbers["layers"] = [
+        even | {"router": f"layers.{i}.gate", "label": str(i)} | (special if i == place else {}) for i in range(count)
+    ]
+    return numbers
+
+
+def test_every_finding_names_its_place_its_figure_and_its_sample(tmp_path):
+    pytest.importorskip("matplotlib")
+    numbers = special_layer(4, 9)  # neither the first nor the middle, nor the last
+    numbers["layers"][4], numbers["layers"][3] = numbers["layers"][3], numbers["layers"][4]
+    found = findings(numbers)
+    draw_all(tmp_path / "figures", numbers)
+    for finding in found:
+        assert (tmp_path / "figures" / f"{finding.figure}.png").is_file(), finding
+        assert re.search(r"\d[\d,]* tokens", finding.sample) and str(finding).endswith(f"{finding.figure}.png)")
+    by_section = {finding.section: finding for finding in found}
+    label = numbers["layers"][3]["label"]
+    assert by_section["domains"].figure == f"domains-layer-{label}" and f"of layer {label}" in str(found)
+    assert by_section["coactivation"].layer == label
+    idle = next(finding.text for finding in found if "less than a tenth" in finding.text)
+    assert "expert 3 of layer 0, expert 3 of layer 1" in idle and "4 more" in idle
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (1.0, "100%"),
+        (0.99996, "over 99.99%"),
+        (0.9996, "99.96%"),
+        (0.42, "42%"),
+        (0.042, "4.2%"),
+        (0.0001, "under 0.1%"),
+        (0, "0%"),
+    ],
+)
+def test_shares_are_not_rounded_to_all_or_nothing(share, said):
+    assert percent(share) == said
+
+
+def test_nothing_published_has_a_path_of_this_machine(saved, texts, tmp_path):
+    pytest.importorskip("matplotlib")
+    before = tmp_path / "before"
+    shutil.copytree(saved, before)
+    out = tmp_path / "out"
+    trace(str(saved), str(texts / "river.txt"), out, compare=[str(before)], prune_tokens=0, progress=False)
+    for file in ("report.html", "numbers.json"):
+        text = (out / file).read_text()
+        assert str(tmp_path) not in text and str(texts) not in text and str(saved) not in text
+        assert saved.name in text and "river.txt" in text and "before" in text
 
 
 def test_the_page_escapes_what_comes_from_data():
@@ -250,4 +312,6 @@ def test_one_expert_that_was_tried():
     numbers = numbers_by_hand()
     numbers["layers"][0]["pruning"] = [{"expert": 0, "loss_change": 0.0, "standard_error": 0.1}]
     said = [finding.text for finding in findings(numbers) if finding.section == "pruning"]
-    assert said == ["The one expert tried is not missed on 128 tokens."]
+    assert said == [
+        "Nothing was lost without any one of the 1 of 8 experts that were tried, of those with the least load."
+    ]
