@@ -65,6 +65,7 @@ def generate(
         raise ValueError(f"--use-mtp needs modules for multi-token prediction, but {model} has none; leave it out.")
     guide = make_guide(language_model, tokenizer, json_schema, regex)
     inputs = encode(tokenizer, prompt, chat)
+    check_rows(language_model, inputs, model)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     settings |= {"guide": guide, "use_mtp": use_mtp}
     count, choose = (best_of, likeliest) if best_of else (self_consistency, most_common)
@@ -107,6 +108,15 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: bool) -> dic
     if inputs["input_ids"].shape[-1] == 0:
         raise ValueError("--prompt is empty, and this model's tokenizer adds no token of its own to start from.")
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+def check_rows(model: "PreTrainedModel", inputs: dict, name: str) -> None:
+    """Raises ValueError where the tokenizer has made a token that the model has no row for."""
+    token, rows = inputs["input_ids"].max().item(), model.get_input_embeddings().weight.shape[0]
+    if token >= rows:
+        raise ValueError(
+            f"--prompt has the token {token}, but {name} has rows 0 to {rows - 1}: its tokenizer is another."
+        )
 
 
 def make_guide(

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .generation_settings import mended_config
+from .generation_settings import FILE as GENERATION_CONFIG
+from .generation_settings import mend_ids, mended_config, say_ids
 
 
 def load(model: str | Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -37,6 +38,9 @@ def load_model(model: str | Path, trust_remote_code: bool = False) -> PreTrained
         print(left_out, file=sys.stderr)
     right = {} if config is None else {"config": config}
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code, **right)
+    vocab_size = loaded.config.get_text_config().vocab_size
+    if ids := mend_ids(loaded.generation_config, vocab_size):
+        print(say_ids(GENERATION_CONFIG, ids, vocab_size), file=sys.stderr)
     if base_of(model) is not None:
         from .training.selection_bias import BIAS_FILE, load_router_bias
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -160,7 +159,7 @@ def keep_weights(trainer: Trainer, folder: str | Path, state: dict | None, error
             save_file(get_peft_model_state_dict(trainer.model, state), kept / ADAPTER_FILE)
         else:
             save_torch_state_dict(trainer.model.state_dict() if state is None else state, kept)
-    except (OSError, SafetensorError) as second:
+    except Exception as second:  # a full disk, or weights that no process has whole
         shutil.rmtree(kept, ignore_errors=True)
         last = last_checkpoint(trainer.args.output_dir) or "not there"
         raise OSError(

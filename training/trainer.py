@@ -329,11 +329,16 @@ class MoeTrainerMixin(PublishingMixin):
     def save_without_weights(self, folder: str | Path) -> None:
         """The same without a weight, before there is anything to lose."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        names = [name for name, x in self.model.named_parameters() if x.requires_grad]
-        if not chosen_experts(self.moe):
+        spread = getattr(self.moe.config, "distributed_config", None) is not None  # gathered by all processes at once
+        rows_alone = bool(chosen_experts(self.moe))
+        if spread:
+            self.moe.config.save_pretrained(folder)
+            self.moe.generation_config.save_pretrained(folder)
+        elif not rows_alone:
+            names = [name for name, x in self.model.named_parameters() if x.requires_grad]
             adapter = self.model is not self.moe
             super()._save(str(folder), {name: torch.zeros(0) for name in names} if adapter else {})
-        elif self.processing_class is not None:
+        if (spread or rows_alone) and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         self.save_record(folder)
         write_arguments(self.args, folder)

@@ -76,6 +76,24 @@ def test_a_checkpoints_sampling_settings_do_not_reach_a_greedy_run(command, tmp_
     assert command("generate", folder, *words).out == command("generate", DEMO_MODEL, *words).out
 
 
+def test_ids_without_a_row_are_said(command, tmp_path):
+    """Texts of one batch end at different tokens, and the shorter ones are padded."""
+    folder = shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": 512}))
+    words = ("--prompt", PROMPT, "--temperature", 1, "--best-of", 5, "--max-new-tokens", 200)
+    code, out, err = command("generate", folder, *words)
+    assert code == 0 and out.startswith(PROMPT)
+    assert "model: pad_token_id 512 left out" in err and "generation_config.json: pad_token_id 512 left out" in err
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    code, _, err = command("generate", folder, "--prompt", "<extra>")
+    assert code == 2 and "--prompt has the token 512, but" in err and "rows 0 to 511" in err.splitlines()[-1]
+
+
 def test_chat_goes_through_the_template(command):
     request = "Tell a story about a brave frog named Zoe at the lake."
     result = command("generate", DEMO_MODEL, "--chat", "--prompt", request)
