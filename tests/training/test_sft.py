@@ -69,12 +69,12 @@ def test_rows_without_conversations_train(command, tmp_path, row):
 
 
 def test_shared_stories(command, shared_data, tmp_path):
-    """A trained dense model refuses the balance loss; upcycled, it learns from real rows."""
+    """A trained dense model refuses the balance loss of a command; upcycled, it learns from real rows."""
     train, held_out = (str(shared_data / "sft" / f"stories_{split}.jsonl") for split in ("train", "val"))
     dense, sparse = shared_data / "stories260K-hf", tmp_path / "sparse"
     short = ["--eval_data", held_out, "--max_steps", "6", "--max_length", "96", "--learning_rate", "3e-3"]
     with pytest.raises(ValueError, match="not a Mixture-of-Experts model"):
-        main(command(*short, data=train, model=dense, output="dense"))
+        main(command(*short, "--router_aux_loss_coef=0.01", data=train, model=dense, output="dense"))
     upcycle(dense, sparse, experts=3, top_k=2, verify=False, progress=False)
     metrics = main(command(*short, data=train, model=sparse))
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.05
