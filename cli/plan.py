@@ -26,6 +26,12 @@ def plan(
         int | None, typer.Option(min=1, help="Rows of a forward pass on one GPU; else the recipe's, or 1.")
     ] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; else the recipe's, or 4096.")] = None,
+    accumulation: Annotated[
+        int | None, typer.Option(min=1, help="Forward passes of an optimizer step; else the recipe's, or 1.")
+    ] = None,
+    experts: Annotated[
+        str | None, typer.Option(help="experts_implementation: grouped_mm, hf_moe or sonicmoe.")
+    ] = None,
     checkpointing: Annotated[
         bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Gradient checkpointing.")
     ] = None,
@@ -49,6 +55,8 @@ def plan(
             "per_device_train_batch_size": micro_batch,
             "max_length": length,
             "gradient_checkpointing": checkpointing,
+            "gradient_accumulation_steps": accumulation,
+            "experts_implementation": experts,
             "train_tokens": tokens,
         }
         chosen = {name: value for name, value in given.items() if value is not None}
@@ -65,8 +73,8 @@ def plan(
 
 
 def chosen_rate(tflops: float | None, mfu: float | None):
-    """Raises ValueError where both are given, or one is not above 0, or is more than can be."""
-    from hf_moe.plan import H100_PEAK, MEASURED, Rate
+    """None where neither is given. Raises ValueError where both are, or one is not above 0, or is more than can be."""
+    from hf_moe.plan import H100_PEAK, Rate
 
     if tflops is not None and mfu is not None:
         raise ValueError("--tflops and --mfu both say how fast a GPU is: give one.")
@@ -79,14 +87,15 @@ def chosen_rate(tflops: float | None, mfu: float | None):
         return Rate(tflops * 1e12, "--tflops")
     if mfu is not None:
         return Rate(mfu * H100_PEAK, f"--mfu {mfu:g} of an H100's 989 TFLOP/s", counts_recomputation=False)
-    return MEASURED
+    return None
 
 
 def spend(flops: float, gpus: int, rate) -> dict[str, Any]:
     """The scaling laws' plan of a compute budget, and how long it takes."""
+    from hf_moe.plan import MEASURED
     from hf_moe.scaling_laws import planned
 
-    report = planned(flops)
+    report, rate = planned(flops), rate or MEASURED
     gpu_days = flops / rate.flops / 86400
     speed = {"flops_per_second": rate.flops, "flops_per_second_from": rate.source}
     return {**report, "gpus": gpus, "gpu_days": gpu_days, "days": gpu_days / gpus, **speed}
@@ -133,7 +142,12 @@ def run_table(report: dict[str, Any]):
 
 def time_rows(report: dict[str, Any]):
     if "tokens_per_second" in report:
-        yield "tokens a second", f"{report['tokens_per_second']:,.0f}"
+        yield "tokens a second", f"{report['tokens_per_second']:,.0f}, padding included"
+    if "tokens_per_second_range" in report:
+        low, high = report["tokens_per_second_range"]
+        yield "", f"{low:,.0f} to {high:,.0f}: as far off were measured runs that the others predicted"
+        sends = "; what GPUs send each other is not counted" if report["gpus"] > 1 else ""
+        yield "a step", f"{report['seconds_per_step']:,.3g} seconds{sends}"
     if "days" in report:
         tokens = f"{compact(report['train_tokens'])} tokens: {report['days']:,.3g} days"
         yield "time", f"{tokens}, {report['gpu_days']:,.3g} GPU-days"

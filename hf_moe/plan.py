@@ -1,4 +1,4 @@
-"""What a training run will cost: memory of each GPU by part, and time by a measured rate.
+"""What a training run will cost: memory of each GPU by part, and time by what measured runs took, or by a rate.
 
 Memory is counted on the model itself, built without weights: the same code decides what trains as in a run.
 """
@@ -14,6 +14,7 @@ from .activations import activation_bytes
 from .model.configuration_hf_moe import HfMoeConfig
 from .model.modeling_hf_moe import HfMoeForCausalLM
 from .sizes import active_part, sizes
+from .speed import RANGE, count, seconds
 from .training.parameter_groups import train_group
 
 # What is cut into a share for each GPU; zero3 is FSDP2's full sharding.
@@ -66,7 +67,10 @@ class Run:
     optim: str = "adamw_torch"
     per_device_train_batch_size: int = 1
     max_length: int = 4096
+    gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
+    experts_implementation: str | None = None
+    router_aux_loss_coef: float | None = None  # None: the configuration's
     ema_decay: float | None = None
     train_tokens: float | None = None
     stage: str | None = None  # None: hf_moe's MoeTrainer
@@ -81,8 +85,10 @@ def run_of_recipe(recipe: dict[str, Any], **given) -> Run:
     return Run(**{name: value for name, value in said.items() if value is not None} | given)
 
 
-def plan(config: HfMoeConfig, run: Run, rate: Rate = MEASURED) -> dict[str, Any]:
+def plan(config: HfMoeConfig, run: Run, rate: Rate | None = None) -> dict[str, Any]:
     """Memory of each GPU by part in bytes, tokens a second and, of `train_tokens`, the days; as JSON can hold it.
+
+    Without a `rate` the time is that of `hf_moe.speed`, with the range in which measured runs lay around it.
 
     memory_per_gpu_total is the sum of all parts. That is the peak where gradients outlive a micro-batch, as in
     accumulation; without it they come as activations go. Raises ValueError for what contradicts itself.
@@ -93,7 +99,6 @@ def plan(config: HfMoeConfig, run: Run, rate: Rate = MEASURED) -> dict[str, Any]
     known = [value for value in parts.values() if value is not None]
     trained = sum(x.numel() for x in model.parameters() if x.requires_grad)
     flops = flops_per_token(model, config, run)
-    done = flops["forward"] + flops["backward"] + (flops["recomputation"] if rate.counts_recomputation else 0)
     report = {
         "total_params": sum(x.numel() for x in model.parameters()),
         "trained_params": trained,
@@ -107,9 +112,7 @@ def plan(config: HfMoeConfig, run: Run, rate: Rate = MEASURED) -> dict[str, Any]
         "not_counted": NOT_COUNTED.get(run.stage),
         "cpu_memory_ema": 0 if run.ema_decay is None else 4 * trained,
         "flops_per_token": flops,
-        "flops_per_second": rate.flops,
-        "flops_per_second_from": rate.source,
-        "tokens_per_second": run.gpus * rate.flops / done,
+        **(measured_time(model, config, run, flops) if rate is None else time_at(rate, run, flops)),
     }
     if run.train_tokens is not None:
         report["train_tokens"] = run.train_tokens
@@ -118,12 +121,34 @@ def plan(config: HfMoeConfig, run: Run, rate: Rate = MEASURED) -> dict[str, Any]
     return report
 
 
+def time_at(rate: Rate, run: Run, flops: dict[str, float]) -> dict[str, Any]:
+    done = flops["forward"] + flops["backward"] + (flops["recomputation"] if rate.counts_recomputation else 0)
+    return {
+        "flops_per_second": rate.flops,
+        "flops_per_second_from": rate.source,
+        "tokens_per_second": run.gpus * rate.flops / done,
+    }
+
+
+def measured_time(model: nn.Module, config: HfMoeConfig, run: Run, flops: dict[str, float]) -> dict[str, Any]:
+    """Padding counts as tokens; what GPUs send each other is not counted."""
+    step = seconds(count(model, config, run, flops))
+    tokens = run.gpus * run.gradient_accumulation_steps * run.per_device_train_batch_size * run.max_length
+    return {
+        "seconds_per_step": step,
+        "tokens_per_second": tokens / step,
+        "tokens_per_second_range": [tokens / step * x for x in RANGE],
+        "flops_per_second": sum(flops.values()) * tokens / step / run.gpus,
+        "flops_per_second_from": "by the terms that measured runs on H100s and H200s have in common",
+    }
+
+
 def check(run: Run) -> None:
     """Raises ValueError for a choice that there is not, or a size below 1."""
     for name, choices in (("sharding", SHARDING), ("optim", STATES), ("dtype", DTYPES)):
         if getattr(run, name) not in choices:
             raise ValueError(f"{name} is {getattr(run, name)}; plan knows {', '.join(choices)}.")
-    for name in ("gpus", "per_device_train_batch_size", "max_length"):
+    for name in ("gpus", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} is {getattr(run, name)}; it must be at least 1.")
     if run.train_tokens is not None and not 0 < run.train_tokens < math.inf:

@@ -69,6 +69,14 @@ def active_part(name: str, parameter: torch.Tensor, config: HfMoeConfig) -> int:
     return parameter[0].numel() * experts_per_token(config)
 
 
+def expert_flops(config: HfMoeConfig) -> int:
+    """Forward FLOPs of a token in the routed experts of the layers."""
+    with torch.device("meta"):
+        parameters = HfMoeForCausalLM(config).named_parameters()
+    matrices = [(name, x) for name, x in parameters if ".mlp.experts." in name and not name.endswith("bias")]
+    return 2 * sum(active_part(name, x, config) for name, x in matrices)
+
+
 def experts_per_token(config: HfMoeConfig) -> int:
     return config.num_experts if config.router_type == "dense" else config.num_experts_per_tok
 

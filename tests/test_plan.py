@@ -1,6 +1,8 @@
 """The plan beside what PyTorch allocates for small models that really train; and the scaling laws beside the paper."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hf_moe import HfMoeForCausalLM, scaling_laws
 from hf_moe.plan import MEASURED, Rate, Run, meta_model, model_to_train, plan, run_of_recipe, state_memory
 from hf_moe.routers import find_routers
 from hf_moe.sizes import sizes
+from hf_moe.speed import COSTS, RANGE
 
 from .conftest import tiny_config, tiny_model
 
@@ -154,10 +157,49 @@ def test_time_from_a_rate():
     assert 1 / 2.1 < frozen["tokens_per_second"] * forward / 1e9 < 1 / 2
 
 
-def test_default_rate_is_the_measured_one():
+def test_default_rate_of_a_budget_is_the_measured_one():
     path = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "moe_layer.json"
     measured = json.loads(path.read_text(encoding="utf-8"))["results"]["OLMoE-1B-7B"]["grouped_mm"]
     assert MEASURED.flops == measured["forward_backward_tflops"] * 1e12
+
+
+def fit_speed():
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "fit_speed.py"
+    spec = importlib.util.spec_from_file_location("fit_speed", path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["fit_speed"] = script  # which its dataclasses are looked up in
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_time_is_near_what_the_tables_measured():
+    """Tokens a second of each training run in the tables of benchmarks/results, within 15%; of the others in range."""
+    points = fit_speed().points()
+    assert len([point for point in points if point.table]) == 9
+    for point in points:
+        low, high = (0.85, 1.15) if point.table else RANGE
+        assert low <= point.speed() <= high, f"{point.name}: {point.speed():.2f}"
+
+
+def test_costs_are_those_of_the_fit():
+    script = fit_speed()
+    measured = script.points()
+    costs = script.fit(measured, first=COSTS, steps=100)
+    for point in measured:
+        assert point.speed(costs) == pytest.approx(point.speed(), rel=0.02), point.name
+
+
+def test_time_of_a_plan():
+    config, run = tiny_config(), Run(**SMALL, gpus=2, gradient_accumulation_steps=3)
+    report = plan(config, run)
+    assert report["tokens_per_second"] == pytest.approx(2 * 3 * 48 / report["seconds_per_step"])
+    low, high = report["tokens_per_second_range"]
+    assert low < report["tokens_per_second"] < high
+    # Of so small a model all is the host's: launches of three layers, forward and backward, and the trainer's.
+    host = 3 * (3 * 2 * COSTS.layer + 2 * COSTS.balance + COSTS.batch)
+    update = 4 * report["trained_params"] * COSTS.trained_byte
+    assert report["seconds_per_step"] == pytest.approx(host + update)
+    assert plan(config, Run(**SMALL | {"gradient_checkpointing": True}))["seconds_per_step"] > host / 3
 
 
 def test_a_recipe_says_what_it_says():
@@ -180,6 +222,7 @@ def test_a_recipe_says_what_it_says():
         ({"optim": "lion"}, "optim is lion; plan knows adamw_torch"),
         ({"dtype": "int3"}, "dtype is int3; plan knows auto, float32"),
         ({"gpus": 0}, "gpus is 0; it must be at least 1"),
+        ({"experts_implementation": "eager"}, "experts_implementation is eager; plan knows the speed of grouped_mm"),
         ({"train_tokens": -1.0}, "train_tokens is -1; it must be above 0"),
         ({"trainable": "moe"}, "trainable is 'moe'"),
         ({"lora_parts": ["router"]}, "lora_parts is"),

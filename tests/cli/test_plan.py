@@ -23,9 +23,12 @@ def test_table_and_json_say_the_same(command, folder):
     assert code == 0 and "1 of 16 tokens in a forward pass" in table
     for part, size in report["memory_per_gpu"].items():
         assert f"{part.replace('_', ' ')}" in table and f"{size / 1e6:,.1f} MB" in table
-    assert (
-        f"{report['tokens_per_second']:,.0f}" in table and "moe_layer.json" in table and "of each of 2 GPUs" in table
-    )
+    assert f"{report['tokens_per_second']:,.0f}, padding included" in table and "of each of 2 GPUs" in table
+    for end in report["tokens_per_second_range"]:
+        assert f"{end:,.0f}" in table
+    assert "what GPUs send each other is not counted" in table
+    given = command(*arguments, "--tflops", "300")[1]
+    assert "300 TFLOP/s" in given and "padding included" in given and "measured runs" not in given
 
 
 def test_recipe_and_what_replaces_it(command, folder):
