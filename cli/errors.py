@@ -21,6 +21,8 @@ def one_line(error: Exception) -> str | None:
         message = (
             f"this command needs {error.name}, which is not installed: pip install 'hf_moe[{EXTRAS[error.name]}]'"
         )
+    elif isinstance(error, ImportError) and error.name is None:  # said by a package, not by a failed import
+        message = str(error)
     else:
         from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError

@@ -149,5 +149,6 @@ def check_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < nbytes:
         raise OSError(
-            f"The output takes {nbytes / 1e9:.2f} GB, but the disk of {folder} has {free / 1e9:.2f} GB left."
+            f"The output takes {nbytes / 1e9:.2f} GB, but the disk of {folder} has {free / 1e9:.2f} GB left: name "
+            "another folder, or free some space."
         )

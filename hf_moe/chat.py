@@ -74,7 +74,7 @@ def text(content: Any) -> Any:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type") not in TEXTS:
             kind = part.get("type") if isinstance(part, dict) else None
             raise ValueError(
-                f"a content has a part of type {kind}, but models here read text alone"
+                f"a content has a part of type {kind}, but models here read text alone: leave out such rows"
                 if kind not in TEXTS
                 else f"a content has a part without text: {part!r:.200}"
             )
@@ -103,7 +103,10 @@ def refusal(error: Exception, messages: list[dict[str, Any]], where: str) -> Val
     """In one line, that a chat template could not take `messages`, and why."""
     kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
     reason = f"{kind}{' '.join(str(error).split())}"
-    return ValueError(f"{where}: the chat template refuses a conversation ({reason}): {messages!r:.200}")
+    return ValueError(
+        f"{where}: the chat template refuses a conversation ({reason}), so mend it or give another template: "
+        f"{messages!r:.200}"
+    )
 
 
 def plain(template: str) -> str:

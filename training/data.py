@@ -173,7 +173,10 @@ def check_images(rows: Dataset, label: str) -> None:
             if isinstance(rows.features[name], List):
                 there = pc.greater(pc.fill_null(pc.list_value_length(column), 0), 0)
             if (row := pc.index(there, True).as_py()) >= 0:
-                raise ValueError(f"{label}: row {row} has an image in the column {name}, but models here read text.")
+                raise ValueError(
+                    f"{label}: row {row} has an image in the column {name}, but models here read text alone: leave "
+                    "out such rows."
+                )
 
 
 def form_of(rows: Dataset, name: str, label: str) -> Any:

@@ -34,7 +34,8 @@ def fit(rows: Dataset, name: str, args: SFTConfig, packing: bool) -> Dataset:
             keep &= ~long
     within = f" within max_length {args.max_length}" if cuts else ""
     if not keep.any():
-        raise ValueError(f"{name} has no token to learn from{within}.")
+        longer = "raise --max_length, or " if cuts else ""
+        raise ValueError(f"{name} has no token to learn from{within}: {longer}give rows with an answer, or text.")
     nothing = int((learned == 0).sum())
     if nothing:
         print(f"{name}: {nothing} of {len(rows)} rows have no token to learn from{within}", file=sys.stderr)

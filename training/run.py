@@ -50,7 +50,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     wanted, output = args.resume_from_checkpoint, Path(args.output_dir)
     args.contents = contents_of(args)
     if output.exists() and not output.is_dir():
-        raise ValueError(f"output_dir {output} is a file.")
+        raise ValueError(f"output_dir {output} is a file: give a folder.")
     if wanted is None or wanted.lower() in ("false", "no"):
         if output.exists() and any(path.name not in LOGS for path in output.iterdir()):
             raise ValueError(
@@ -60,9 +60,15 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     if wanted.lower() in ("true", "yes"):
         wanted = last_checkpoint(output)
         if wanted is None:
-            raise ValueError(f"output_dir {output} holds no complete checkpoint to resume from.")
+            raise ValueError(
+                f"output_dir {output} holds no complete checkpoint to resume from: leave --resume_from_checkpoint "
+                "out, with an --output_dir that is new or empty, to begin anew."
+            )
     elif not is_complete(wanted) or Path(wanted).resolve() == output.resolve():
-        raise ValueError(f"resume_from_checkpoint {wanted} is not a complete checkpoint.")
+        raise ValueError(
+            f"resume_from_checkpoint {wanted} is not a complete checkpoint: give a folder checkpoint-STEP of a run, "
+            "or true for the last one in output_dir."
+        )
     check_optimizer(wanted)
     check_same_arguments(wanted, args)
     if not hasattr(args, "batch_tokens"):  # which decides what a step is once the model is known

@@ -231,10 +231,17 @@ def test_an_interrupted_conversion_says_how_to_go_on(command, monkeypatch, tmp_p
     assert json.loads(command(*words, "--resume").out)["output"] == str(tmp_path / "out")
 
 
-def test_our_own_faults_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(hf_moe.conversion, "verify", raising(RuntimeError("ours")))
-    with pytest.raises(RuntimeError, match="ours"):
+@pytest.mark.parametrize("fault", [RuntimeError("ours"), ImportError("ours", name="hf_moe.none")])
+def test_our_own_faults_keep_their_traceback(monkeypatch, fault):
+    monkeypatch.setattr(hf_moe.conversion, "verify", raising(fault))
+    with pytest.raises(type(fault), match="ours"):
         main(["verify", "a", "b"])
+
+
+def test_a_host_that_is_refused_is_one_line(command, monkeypatch):
+    monkeypatch.setattr(hf_moe.conversion, "verify", raising(ImportError("needs Transformers 5.21 or newer")))
+    code, _, err = command("verify", "a", "b")
+    assert (code, err) == (2, "hf-moe: needs Transformers 5.21 or newer\n")
 
 
 def test_a_contradiction_in_the_config_is_one_line(command, monkeypatch):

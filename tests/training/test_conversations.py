@@ -126,7 +126,9 @@ def test_parts_of_text_and_of_images(stage, tokenizer_folder, tmp_path):
 def test_column_of_images(tokenizer_folder, tmp_path):
     rows = [{"messages": [USER, ANSWER], "images": images} for images in ([], ["a.png"])]
     message = refused("sft", rows, tokenizer_folder, tmp_path)
-    assert message.endswith("row 1 has an image in the column images, but models here read text.")
+    assert message.endswith(
+        "row 1 has an image in the column images, but models here read text alone: leave out such rows."
+    )
 
 
 # ---- objects, whose keys Arrow mixes ----
