@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..generation_settings import mended_config
+from ..reading import built, whole_model
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry
-from .source import built
 from .writer import Output
 
 
@@ -57,22 +57,9 @@ def backed(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
 def by_transformers(folder: Path, **where) -> PreTrainedModel:
     """The model as Transformers loads it. Raises a ValueError where it would go on with weights drawn at random."""
     config, _ = mended_config(folder, trust_remote_code=False)
-    model, said = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=torch.float32,
-        trust_remote_code=False,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **where,
+    return whole_model(
+        folder, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, **where
     )
-    if said["mismatched_keys"]:
-        name, stored, meant = min(said["mismatched_keys"])
-        raise ValueError(f"{folder}: {name} has shape {list(stored)}, but the config calls for {list(meant)}.")
-    if said["missing_keys"]:
-        raise ValueError(f"{folder} lacks {min(said['missing_keys'])}, which its config calls for.")
-    return model
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:

@@ -7,9 +7,9 @@ from transformers import AutoConfig
 
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..presets import PRESETS, preset, preset_config
+from ..reading import built
 from .checkpoint import read_config
 from .families import DENSE_FAMILIES, FAMILIES
-from .source import built
 from .text_part import TEXT_PARTS, text_config
 
 

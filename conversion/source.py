@@ -2,19 +2,19 @@
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..generation_settings import check_generation_config, mend_ids, say_ids
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
+from ..reading import built
 from .block_fp8 import BlockFP8Checkpoint, block_size
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, check_inside, read_config
 from .families import DENSE_FAMILIES, ENCODER_DECODERS, FAMILIES, PARALLEL_BLOCKS, Family
@@ -239,17 +239,6 @@ def open_weights(folder: Path, quantization: dict[str, Any] | None) -> Checkpoin
     if quantization.get("quant_method") == "mxfp4":
         return MXFP4Checkpoint(folder)
     return BlockFP8Checkpoint(folder, block_size(quantization))
-
-
-def built(make: Callable, what: str, *arguments: Any, **fields: Any) -> Any:
-    """What `make` returns. Its complaints about fields become a ValueError of one line that says `what` is wrong."""
-    try:
-        return make(*arguments, **fields)
-    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        reason = str(error.__cause__ or error)
-        if isinstance(error, KeyError):  # a key, or what Transformers says of several
-            reason = error.args[0] if " " in str(error.args[0]) else f"{error} is missing or unknown"
-        raise ValueError(f"{what}: {' '.join(reason.split())}") from error
 
 
 def _unknown_family(name: str, model_type: Any, families: Mapping[str, Family]) -> str:

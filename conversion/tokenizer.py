@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from ..reading import auto_tokenizer
 from .checkpoint import read_json
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
@@ -14,11 +15,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a checkpoint folder, None where it has none. Raises a ValueError of one line."""
     if not any((folder / file).exists() for file in VOCABULARY_FILES):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare exceptions
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The tokenizer in {folder} cannot be loaded: {reason or type(error).__name__}") from error
+    return auto_tokenizer(folder, f"The tokenizer in {folder} cannot be loaded", trust_remote_code=False)
 
 
 def keep_class(source: PreTrainedTokenizerBase, folder: Path) -> None:

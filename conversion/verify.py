@@ -11,10 +11,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from ..generation.cached import with_and_without_cache
 from ..generation_settings import mend_ids
+from ..reading import built
 from ..same_tokens import check_same_tokens
 from . import file_backed
 from .checkpoint import Checkpoint, Entry, read_config, read_text
-from .source import built, locate
+from .source import locate
 from .tokenizer import load_tokenizer
 from .writer import Output
 

@@ -6,12 +6,13 @@ have no effect beside the others are left out, too: with them Transformers loads
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
+
+from .reading import auto_config, reason
 
 FILE = "generation_config.json"
 IDS = (
@@ -60,7 +61,7 @@ def mended_config(model: str | Path, **kwargs: Any) -> tuple[PreTrainedConfig | 
     """
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         return None, None
-    config = AutoConfig.from_pretrained(model, **kwargs)
+    config = auto_config(model, **kwargs)
     vocab_size = getattr(config.get_text_config(), "vocab_size", None)
     left_out = [] if vocab_size is None else mend_ids(config.get_text_config(), vocab_size)
     return (config, say_ids(str(model), left_out, vocab_size)) if left_out else (None, None)
@@ -102,9 +103,8 @@ def check_generation_config(folder: Path) -> None:
         if not isinstance(said, dict):
             raise ValueError(f"it holds a {type(said).__name__}, not an object.")
         GenerationConfig.from_dict(said)
-    except (TypeError, ValueError) as error:
-        reason = re.sub(r"\s+", " ", str(error)).strip()
-        raise ValueError(f"{path} cannot be used, so correct or remove it: {reason}") from error
+    except Exception as error:  # of Transformers, which computes with what it reads before it checks it
+        raise ValueError(f"{path} cannot be used, so correct or remove it: {reason(error)}") from error
 
 
 def write_mended(source: Path, target: Path, vocab_size: int) -> str | None:

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .generation_settings import FILE as GENERATION_CONFIG
 from .generation_settings import mend_ids, mended_config, say_ids
+from .reading import auto_config, auto_tokenizer, whole_model
 
 
 def load(model: str | Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -19,10 +20,8 @@ def load(model: str | Path, trust_remote_code: bool = False) -> tuple[PreTrained
     """
     check_model(model, trust_remote_code)
     source = model if base_of(model) is None or (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{model} has no tokenizer that can be loaded: {error}") from error
+    what = f"{model} has no tokenizer that can be loaded"
+    tokenizer = auto_tokenizer(source, what, trust_remote_code=trust_remote_code)
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made from the config, without files
         raise ValueError(f"{model} has no tokenizer; save one beside the model.")
     return load_model(model, trust_remote_code), tokenizer
@@ -37,7 +36,7 @@ def load_model(model: str | Path, trust_remote_code: bool = False) -> PreTrained
     if left_out:
         print(left_out, file=sys.stderr)
     right = {} if config is None else {"config": config}
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code, **right)
+    loaded = whole_model(model, dtype="auto", trust_remote_code=trust_remote_code, **right)
     vocab_size = loaded.config.get_text_config().vocab_size
     if ids := mend_ids(loaded.generation_config, vocab_size):
         print(say_ids(GENERATION_CONFIG, ids, vocab_size), file=sys.stderr)
@@ -69,7 +68,7 @@ def check_model(model: str | Path, trust_remote_code: bool = False) -> None:
         other = folder / "merged" if (folder / "merged" / "config.json").is_file() else "the folder of a saved model"
         raise FileNotFoundError(f"{folder / 'config.json'} does not exist; give {other}.")
     try:
-        AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        auto_config(model, trust_remote_code=trust_remote_code)
     except OSError as error:
         if folder.is_dir():
             raise

@@ -5,32 +5,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .host import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 
 ADAPTER_FILE = "adapter_model.safetensors"
-
-
-def load_model(path: str, auto_class=AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
-    """`auto_class.from_pretrained(path)`; ValueError where weights are missing, unreadable or of another size."""
-    try:
-        model, info = auto_class.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-    except SafetensorError as error:
-        raise ValueError(f"{path} has weights that cannot be read: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} of the model's weights, the first of them {missing[0]}.")
-    wrong = sorted(info["mismatched_keys"])
-    if wrong:
-        name, found, expected = wrong[0]
-        raise ValueError(
-            f"{path} has {len(wrong)} of the model's weights in another size, the first of them {name}: "
-            f"{list(found)} for {list(expected)}."
-        )
-    return model
 
 
 def check_adapter(path: str | Path, model: nn.Module) -> None:

@@ -68,7 +68,7 @@ def load_rows(
     if all(is_ready(rows, name) for name in names):
         return rows.select_columns(names)
     if not all(is_flat(rows.features[name]) for name in names):
-        rows = as_written(rows, names, sources, split, config)
+        rows = as_written(rows, names, sources, split, config, label)
     return rewritten(rows.select_columns(names), form, label)
 
 
@@ -114,11 +114,18 @@ def load(label: str, *args, **kwargs) -> DatasetDict | Dataset:
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"{label} is neither a file nor a folder here, nor a data set on the Hub.") from error
     except (DatasetGenerationError, ImportError, ValueError, *BROKEN) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"{label} cannot be read as rows: {reason}") from error
+        raise unreadable(label, error) from error
 
 
-def as_written(rows: Dataset, names: list[str], sources: list[str], split: str, config: str | None) -> Dataset:
+def unreadable(label: str, error: Exception) -> ValueError:
+    """In one line, why rows cannot be read."""
+    reason = str(error.__cause__ or error).strip().splitlines() or [type(error.__cause__ or error).__name__]
+    return ValueError(f"{label} cannot be read as rows: {reason[0]:.300}")
+
+
+def as_written(
+    rows: Dataset, names: list[str], sources: list[str], split: str, config: str | None, label: str
+) -> Dataset:
     """The rows that `read` has found with the values of JSON files as they stand there; others as they are.
 
     Reading these, `datasets` takes a text for the JSON in it where some rows have objects in its place, and rounds.
@@ -138,7 +145,7 @@ def as_written(rows: Dataset, names: list[str], sources: list[str], split: str, 
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, json.JSONDecodeError):  # one object over several lines, with a list a column
             return rows
-        raise
+        raise unreadable(label, error) from error
 
 
 def objects(files: tuple[tuple, ...]) -> Iterator[dict[str, Any]]:

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTTrainer
 
+from hf_moe.reading import whole_model
 from hf_moe.same_tokens import check_same_tokens
 
 from .arguments import DataArguments, ModelArguments
 from .chat_templates import check_template, find_template, use_template
-from .checkpoints import load_model
 from .host_trl import log_beside_loss
 from .mixture import mix
 from .new_tokens import give_rows, take_template
@@ -152,7 +152,7 @@ def load_teacher(
     why = "the teacher has another tokenizer, and reads the model's ids; give one with the same."
     check_same_tokens(theirs, tokenizer, names, sys.maxsize, why, roles)
     config = right_config(source, ModelArguments(), args)
-    teacher = load_model(source, **config, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code)
+    teacher = whole_model(source, **config, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code)
     sizes = [x.config.get_text_config().vocab_size for x in (teacher, model)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"teacher {source} has {sizes[0]} logits, the model {sizes[1]}: they cannot be compared.")

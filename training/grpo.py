@@ -8,7 +8,9 @@ from importlib.util import find_spec
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
+from hf_moe.chat import render
 from hf_moe.generation_settings import mended_config
+from hf_moe.reading import auto_config
 
 from .adapters import AdapterArguments
 from .arguments import DataArguments, ModelArguments
@@ -62,6 +64,9 @@ def run(
     check_template(tokenizer, by_label(sources, held_out), said=asked)
     train_rows = questions(mix(sources, data_args.train_weights, args.seed), names, "train_data")
     eval_rows = questions(held_out["eval_data"], names, "eval_data") if held_out else None
+    for what, rows in {"train_data": train_rows, "eval_data": eval_rows}.items():
+        if rows is not None:
+            check_lengths(rows, tokenizer, model_args, args, what)
     trainer = build_trainer(model_args, args, adapter_args, rewards, tokenizer, train_rows, eval_rows)
     dtype = dtype_to_save(model_args, args)
     trainer.merged_dtype = merged_dtype(dtype, adapter_args)
@@ -115,6 +120,35 @@ def questions(rows: Dataset, rewards: list[str], what: str) -> Dataset:
             print(f"{what}: {lost} rows have no answer that {needing[0]} can read, and are left out", file=sys.stderr)
         rows = kept
     return rows.select_columns([name for name in ("prompt", "answer") if name in rows.column_names])
+
+
+def check_lengths(
+    rows: Dataset | tuple,
+    tokenizer: PreTrainedTokenizerBase,
+    model_args: ModelArguments,
+    args: MoeGRPOConfig,
+    what: str,
+) -> None:
+    """Raises ValueError for a prompt that leaves no position for an answer: nothing cuts prompts, and long ones take
+    time and memory that grow with their square."""
+    config = auto_config(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for row in rows if positions else ():
+        text = row["prompt"]
+        if not isinstance(text, str):
+            text = render(tokenizer, text, what, add_generation_prompt=True)
+        if len(text.encode(errors="replace")) < positions:  # a token is a byte at least
+            continue
+        tokens = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        if tokens >= positions:
+            raise ValueError(
+                f"{what} has a prompt of {tokens:,} tokens, but the model has {positions:,} positions for it and the "
+                f"answer; leave it out or shorten it: {text!r:.100}"
+            )
 
 
 def build_trainer(

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from hf_moe.conversion.known_config import folder_config
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hf_moe.reading import auto_config, built
 from hf_moe.scaling_laws import batch_tokens, learning_rate
 from hf_moe.sizes import sizes
 
@@ -207,14 +208,16 @@ def new_model(source: str, model_args: ModelArguments, args: MoePretrainConfig) 
 
     Nor of how they were stored.
     """
-    config = right_config(source, model_args, args).get("config") or AutoConfig.from_pretrained(
+    config = right_config(source, model_args, args).get("config") or auto_config(
         source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
     for name in ("provenance", "quantization_config"):
         if getattr(config, name, None) is not None:
             delattr(config, name)
     set_seed(args.seed)
-    return AutoModelForCausalLM.from_config(
+    return built(
+        AutoModelForCausalLM.from_config,
+        f"{source} cannot be built",
         config,
         dtype=model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype),
         trust_remote_code=args.trust_remote_code,

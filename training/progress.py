@@ -64,6 +64,13 @@ class LinesOverBar(Lines, ProgressCallback):
     """And Transformers' bar."""
 
 
+def close_bar(trainer: Trainer) -> None:
+    """Ends the line that Transformers' bar stands on, where an error keeps that from its end."""
+    for callback in trainer.callback_handler.callbacks:
+        if getattr(callback, "training_bar", None) is not None:
+            callback.training_bar.close()
+
+
 def say_in_lines(trainer: Trainer) -> None:
     """In place of what Transformers' trainers print; a notebook's table stays."""
     if trainer.pop_callback(PrinterCallback) is not None:

@@ -37,7 +37,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     """Arguments in a recipe. Raises FileNotFoundError as `find_recipe`, ValueError if it does not hold a mapping."""
     try:
         recipe = yaml.safe_load(recipe_text(name))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"Recipe {name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"Recipe {name} must map argument names to values, but holds a {type(recipe).__name__}.")

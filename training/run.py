@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,15 +20,16 @@ import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
 from hf_moe.chat import write_plain_templates
 from hf_moe.generation_settings import check_generation_config, mended_config
 from hf_moe.hub import METRICS
+from hf_moe.reading import auto_tokenizer, whole_model
 
 from .alignment import align
 from .arguments import ModelArguments
-from .checkpoints import check_optimizer, is_complete, last_checkpoint, load_model
+from .checkpoints import check_optimizer, is_complete, last_checkpoint
 from .esft import ROWS_FILE
 from .float8 import check_float8, compute_in_float8
 from .host import CLIPS_EXPERT_PARALLEL, TRAINER_STATE_NAME, TRAINING_ARGS_NAME, is_adapter
 from .parameter_groups import GROUPS, train_group
-from .progress import say_in_lines
+from .progress import close_bar, say_in_lines
 from .refusals import leave_out_routing
 from .resuming import check_same_arguments, check_same_step, contents_of
 from .saved_dtype import cast, name_dtype, name_of
@@ -92,15 +92,13 @@ def load_tokenizer(
     path = Path(source)
     if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
         raise FileNotFoundError(f"{name}: there is no folder {source}.")
-    try:
-        return AutoTokenizer.from_pretrained(
-            source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        what = (
-            "has no tokenizer that loads" if path.is_dir() else "is no folder here and could not be had from the Hub"
-        )
-        raise ValueError(f"{name} {source} {what}: {' '.join(str(error).split())}") from error
+    what = "has no tokenizer that loads" if path.is_dir() else "is no folder here and could not be had from the Hub"
+    return auto_tokenizer(
+        source,
+        f"{name} {source} {what}",
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def load_trained_model(source: str, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedModel:
@@ -122,7 +120,7 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
         option = {"revision": "model_revision", "distributed_config": "expert_parallel_size"}.get(name, name)
         raise ValueError(f"model_init_kwargs holds {name}, for which there is --{option}: say it there alone.")
     try:
-        model = load_model(source, **right_config(source, model_args, args), **given, **further)
+        model = whole_model(source, **right_config(source, model_args, args), **given, **further)
     except ImportError as error:  # of attn_implementation and the like
         raise ValueError(" ".join(str(error).split())) from error
     if is_adapter(model):  # saving would write the adapter alone, and lose what its base has learnt
@@ -220,7 +218,11 @@ def train(trainer: Trainer, checkpoint: str | None, dtype: torch.dtype | None = 
     if checkpoint is not None:
         print(f"resuming from {checkpoint}, after {done} steps", file=sys.stderr)
     trainer.final_dtype = dtype
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException:
+        close_bar(trainer)
+        raise
     trainer.saved_dtype = dtype  # which checkpoints are not: what goes on from them has to be as exact as they were
     save(trainer)
     with after_saving(trainer):

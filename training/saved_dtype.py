@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, TrainingArguments
+from transformers import TrainingArguments
 
+from hf_moe.reading import auto_config
 from hf_moe.routers import BIAS
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -22,9 +23,7 @@ def dtype_to_save(model_args, args: TrainingArguments) -> torch.dtype | None:
     if model_args.dtype != "float32":
         return None
     source = model_args.model_name_or_path
-    config = AutoConfig.from_pretrained(
-        source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-    )
+    config = auto_config(source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code)
     return config.get_text_config().dtype or config.dtype or dtype_in_files(Path(source))
 
 

@@ -5,7 +5,10 @@ and returns the metrics.
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -57,14 +60,32 @@ def main(argv: list[str]) -> dict[str, float]:
     """
     try:
         stage = stage_module(argv)
+        from transformers import TrainingArguments
+
         from .host_trl import quiet
 
         with quiet():
-            return stage.run(*parser_of(stage).parse(argv))
+            parsed = parser_of(stage).parse(argv)
+            (output,) = (Path(part.output_dir) for part in parsed if isinstance(part, TrainingArguments))
+            with nothing_left(output):
+                return stage.run(*parsed)
     except ImportError as error:
         if error.name is not None:  # Python's own, of a module: not what a library says of its extras
             raise
         raise ValueError(" ".join(str(error).split())) from error
+
+
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """Takes away the folder of a run that ends in an error before anything is in it."""
+    new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if new and folder.is_dir() and not any(folder.iterdir()):
+            with suppress(FileNotFoundError):  # another process was first
+                folder.rmdir()
+        raise
 
 
 def check_recipe(name: str, *overrides: str) -> int:

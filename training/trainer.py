@@ -10,11 +10,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_moe.chat import write_plain_templates
 from hf_moe.kernels import liger
+from hf_moe.reading import whole_model
 from hf_moe.routers import Routing, captured, find_routers
 
 from .balance import Balance, over_processes
 from .callbacks import RoutingCallback
-from .checkpoints import check_adapter, load_model
+from .checkpoints import check_adapter
 from .dense_mixer import add_dense_mixer, check_dense_mixer
 from .esft import chosen_experts, load_rows, save_rows
 from .host import own_scheduler, prepared_inputs, shifts_labels
@@ -379,7 +380,7 @@ class MoeTrainerMixin(PublishingMixin):
             if self.selection_bias.biases:
                 load_router_bias(model, resume_from_checkpoint)
         elif isinstance(model, PreTrainedModel):
-            saved = load_model(resume_from_checkpoint, type(model), config=model.config, dtype=model.dtype)
+            saved = whole_model(resume_from_checkpoint, type(model), config=model.config, dtype=model.dtype)
             model.load_state_dict(saved.state_dict())
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -11,9 +11,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..model.configuration_hf_moe import HfMoeConfig
+from ..reading import auto_config, built
 from ..routers import routed_experts
 from ..sizes import sizes
 
@@ -127,9 +128,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder / CONFIG} does not exist; a model card needs a saved model.")
     said = read_json(folder / CONFIG)
+    if not isinstance(said.get("model_type"), str | None):
+        raise ValueError(f"{folder / CONFIG} says model_type={said['model_type']!r}, which is no str.")
     if said.get("model_type") in CONFIG_MAPPING:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return PreTrainedConfig.from_dict(said)
+        return auto_config(folder, trust_remote_code=False)
+    return built(PreTrainedConfig.from_dict, f"{folder / CONFIG} is no valid config", said)
 
 
 def read_shapes(folder: Path, only: str | None = None) -> dict[str, tuple[int, ...]]:
@@ -139,6 +142,8 @@ def read_shapes(folder: Path, only: str | None = None) -> dict[str, tuple[int, .
     from a set of shards, or holds what their index does not say.
     """
     index = read_json(folder / INDEX).get("weight_map", {}) if only is None else {}
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise ValueError(f"{folder / INDEX} has no weight_map of names to files.")
     files = [folder / only] if only else sorted(folder.glob("*.safetensors"))
     missing = sorted(set(index.values()) - {file.name for file in files})
     if missing:

@@ -202,7 +202,7 @@ def data_set_rows(source: str, *args, **kwargs) -> Iterator[dict]:
         raise FileNotFoundError(f"{source} is neither a file nor a folder here, nor a data set on the Hub.") from error
     except (ValueError, ConnectionError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"{source} cannot be read as rows: {reason}.") from error
+        raise ValueError(f"{source} cannot be read as rows: {reason:.300}.") from error
 
 
 def without_nulls(value: Any) -> Any:

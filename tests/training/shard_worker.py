@@ -12,11 +12,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from hf_moe.training.adapters import AdapterArguments, add_adapter
-from hf_moe.training.checkpoints import load_model
 from hf_moe.training.esft import split_experts
 from transformers.distributed import DistributedConfig
 
 from hf_moe.kernels import experts
+from hf_moe.reading import whole_model
 from hf_moe.routers import find_routers
 from tests.training.balance_worker import COEFFICIENTS, train_one_step
 from tests.training.models import hf_moe, hf_moe_biased
@@ -108,7 +108,7 @@ def train_expert_parallel(folder: Path) -> None:
         hf_moe_biased().save_pretrained(folder / "start")
     PartialState().wait_for_everyone()
     layout = DistributedConfig(fsdp_size=2, ep_size=2)
-    model = load_model(str(folder / "start"), distributed_config=layout)
+    model = whole_model(str(folder / "start"), distributed_config=layout)
     arguments = RUN | BIASED | {"keep_folder": folder, "save_strategy": "no"}
     _, trainer = train_one_step(model, 2, 2, **arguments)
     assert model.model.layers[0].mlp.experts.num_experts == 3

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from hf_moe.training.checkpoints import last_checkpoint, load_model
+from hf_moe.training.checkpoints import last_checkpoint
 from hf_moe.training.sft_trainer import MoeSFTConfig, MoeSFTTrainer
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+
+from hf_moe.reading import whole_model
 
 from .conftest import MODELS, tiny_hf_moe, tiny_tokenizer
 
@@ -191,7 +193,7 @@ def test_weight_missing_from_a_checkpoint_is_an_error(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     message = r"lacks 1 of the model's weights, the first of them model.layers.2.mlp.experts.down_proj"
     with pytest.raises(ValueError, match=message):
-        load_model(str(tmp_path))
+        whole_model(str(tmp_path))
     with pytest.raises(ValueError, match=message):
         make_trainer(tiny_hf_moe(), tmp_path / "out")._load_from_checkpoint(str(tmp_path))
 

@@ -1,0 +1,154 @@
+"""What Transformers makes of a user's files: a config, a tokenizer, a model, or one line that says why not.
+
+It computes with what a file says before it checks it, so that a wrong value is a TypeError, an IndexError or a
+RuntimeError as often as a ValueError, and the tokenizers library raises bare exceptions.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+# In the report that Transformers logs of a load: a weight, and the last line of the traceback.
+UNCONVERTED = re.compile(r"^(\S+) *\| CONVERSION \|.*?^\w*Error: ([^\n]*)$", re.MULTILINE | re.DOTALL)
+
+
+def built(make: Callable, what: str, *arguments: Any, **fields: Any) -> Any:
+    """What `make` returns. Its complaints about fields become a ValueError of one line that says `what` is wrong.
+
+    A file that is not there is an OSError, and a package an ImportError, as Transformers says it.
+    """
+    try:
+        return make(*arguments, **fields)
+    except (OSError, ImportError):
+        raise
+    except BaseException as error:  # the tokenizers library panics, too, which is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    said = str(error.__cause__ or error)
+    if isinstance(error, KeyError):  # a key, or what Transformers says of several
+        said = str(error.args[0]) if " " in str(error.args[0]) else f"{error} is missing or unknown"
+    return " ".join(said.split()) or type(error).__name__
+
+
+def auto_config(model: str | Path, **kwargs: Any) -> PreTrainedConfig:
+    """`AutoConfig.from_pretrained`. Raises OSError or a ValueError of one line."""
+    where = Path(model) / "config.json" if Path(model).is_dir() else f"the config of {model}"
+    return built(AutoConfig.from_pretrained, str(where), model, **kwargs)
+
+
+def auto_tokenizer(model: str | Path, what: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained`, tried on a word: what a file says wrongly may show in use alone.
+
+    Raises a ValueError of one line that begins with `what`.
+    """
+    try:
+        tokenizer = built(AutoTokenizer.from_pretrained, what, model, **kwargs)
+        built(tokenizer, what, "word", truncation=True)
+        return tokenizer
+    except OSError as error:
+        raise ValueError(f"{what}: {reason(error)}") from error
+
+
+@contextmanager
+def conversion_errors(found: list[str]) -> Iterator[None]:
+    """Adds to `found` the weights that Transformers could not make of those in the files, each with the reason.
+
+    It would log their tracebacks.
+    """
+
+    def wanted(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        found.extend(f"{name}: {why}" for name, why in UNCONVERTED.findall(said))
+        return not UNCONVERTED.search(said)
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
+
+
+def whole_model(path: str | Path, auto_class=AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
+    """`auto_class.from_pretrained(path)`; ValueError where weights are missing, unreadable, of another size or NaN."""
+    if auto_class is AutoModelForCausalLM and (Path(path) / "config.json").is_file():
+        check_files_hold(Path(path), kwargs.get("config"), kwargs.get("trust_remote_code", False))
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    unconverted: list[str] = []
+    try:
+        with conversion_errors(unconverted):
+            model, info = built(auto_class.from_pretrained, f"{path} cannot be loaded", path, **kwargs)
+    except ValueError as error:
+        if isinstance(error.__cause__, SafetensorError):
+            raise ValueError(f"{path} has weights that cannot be read: {error.__cause__}") from error
+        if unconverted:
+            raise ValueError(f"{path} cannot be loaded: its weights do not make {unconverted[0]}") from error
+        raise
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} of the model's weights, the first of them {missing[0]}.")
+    wrong = sorted(info["mismatched_keys"])
+    if wrong:
+        name, found, expected = wrong[0]
+        raise ValueError(
+            f"{path} has {len(wrong)} of the model's weights in another size, the first of them {name}: "
+            f"{list(found)} for {list(expected)}."
+        )
+    for name, weight in model.named_parameters():
+        if not is_finite(weight.detach()):
+            raise ValueError(f"{path} has weights that are no finite numbers, the first of them {name}.")
+    return model
+
+
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether all of it are numbers, as far as it is here and has a type with others."""
+    if weight.is_meta or not weight.numel() or not weight.is_floating_point() or weight.itemsize == 1:
+        return True
+    return all(x.isfinite() for x in weight.aminmax())
+
+
+def check_files_hold(folder: Path, config: PreTrainedConfig | None, trust_remote_code: bool) -> None:
+    """Raises ValueError where the weights in `folder` are too few for the model of its config, in one bit each.
+
+    Transformers would draw the others at random, in as much memory as a mistaken size calls for.
+    """
+    config = auto_config(folder, trust_remote_code=trust_remote_code) if config is None else config
+    files = sorted(folder.glob("*.safetensors"))
+    layers, tensors = getattr(config.get_text_config(), "num_hidden_layers", 0), 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                tensors += len(weights.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{folder} has weights that cannot be read: {error}") from error
+    if files and layers > tensors:
+        raise ValueError(f"{folder / 'config.json'} says num_hidden_layers={layers}, but {tensors} weights are there.")
+    with torch.device("meta"):
+        what = f"{folder} cannot be loaded"
+        model = built(AutoModelForCausalLM.from_config, what, deepcopy(config), trust_remote_code=trust_remote_code)
+    parameters, stored = sum(x.numel() for x in model.parameters()), sum(file.stat().st_size for file in files)
+    if files and parameters > 8 * stored:
+        raise ValueError(
+            f"{folder / 'config.json'} describes a model of {parameters:,} parameters, but the weights beside it are "
+            f"{stored:,} bytes."
+        )
