@@ -131,6 +131,9 @@ def test_half_a_surrogate_pair_in_a_row(refused, upcycled, tmp_path):  # noqa: F
     talk = [{"role": "user", "content": "a \ud800", "x": 1}, {"role": "assistant", "content": ["b"]}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
     assert "cannot be read as rows" in refused(*train(upcycled, tmp_path / "rows.jsonl", tmp_path / "out"))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a \ud800"}) + "\n")
+    line = refused("trace", upcycled, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    assert line.endswith("row 1 has half of a surrogate pair, \\ud800, at character 2.")
 
 
 def test_a_recipe_too_deep_to_read(refused, tmp_path):

@@ -136,7 +136,8 @@ def texts(source: str | Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
     """The texts of a file, a folder, a Hub data set or rows. Raises FileNotFoundError or ValueError of one line."""
     if not isinstance(source, str):
         for number, row in enumerate(source, 1):
-            yield row if isinstance(row, str) else row_text(row, tokenizer, f"Row {number}")
+            where = f"Row {number}"
+            yield unicode(row if isinstance(row, str) else row_text(row, tokenizer, where), where)
         return
     path = Path(source).expanduser()
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
@@ -154,7 +155,18 @@ def texts(source: str | Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
     else:
         rows = data_set_rows(source, source)
     for number, row in enumerate(rows, 1):
-        yield row_text(row, tokenizer, f"{source}, row {number}")
+        where = f"{source}, row {number}"
+        yield unicode(row_text(row, tokenizer, where), where)
+
+
+def unicode(text: str, where: str) -> str:
+    """The text. Raises ValueError for half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):x}"
+        raise ValueError(f"{where} has half of a surrogate pair, {half}, at character {error.start}.") from error
+    return text
 
 
 def plain_text(path: Path) -> Iterator[str]:
