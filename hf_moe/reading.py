@@ -104,7 +104,9 @@ def whole_model(path: str | Path, auto_class=AutoModelForCausalLM, **kwargs: Any
         if unconverted:
             raise ValueError(f"{path} cannot be loaded: its weights do not make {unconverted[0]}") from error
         raise
-    missing = sorted(info["missing_keys"])
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    found = {id(weight) for name, weight in weights.items() if name not in info["missing_keys"]}
+    missing = sorted(name for name in info["missing_keys"] if id(weights.get(name)) not in found)  # less what is tied
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of the model's weights, the first of them {missing[0]}.")
     wrong = sorted(info["mismatched_keys"])
