@@ -220,7 +220,7 @@ def test_conversation_that_the_template_refuses(args, template, talk, reason):
     rows = Dataset.from_list([{"messages": [{"role": who, "content": what} for who, what in talk]}])
     rows = rows.cast(ROWS.features)
     with pytest.raises(
-        ValueError, match=rf"^rows: row 0: the chat template refuses .*\(.*{reason}.*\): \[\{{'role'"
+        ValueError, match=rf"^rows: row 0: the chat template refuses .*\(.*{reason}.*\), so .*: \[\{{'role'"
     ) as error:
         tokenised(rows, "rows", talking(template), args())
     assert "\n" not in str(error.value)
