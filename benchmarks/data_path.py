@@ -80,11 +80,11 @@ def measure(path: Path, tokenizer_path: str, template: str, cache: Path, max_len
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import datasets
     import pyarrow.compute as pc
-    from hf_moe.training.chat_templates import shipped_templates
-    from hf_moe.training.data import load_rows
-    from hf_moe.training.packing import pack
-    from hf_moe.training.sft_trainer import MoeSFTConfig
-    from hf_moe.training.token_cache import tokenised
+    from hf_moe.training.data.chat_templates import shipped_templates
+    from hf_moe.training.data.packing import pack
+    from hf_moe.training.data.rows import load_rows
+    from hf_moe.training.data.token_cache import tokenised
+    from hf_moe.training.trainers.sft_trainer import MoeSFTConfig
     from transformers import AutoTokenizer
 
     datasets.config.HF_DATASETS_CACHE = cache

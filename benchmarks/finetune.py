@@ -35,7 +35,7 @@ SHARED += " --gradient_checkpointing false --experts_implementation hf_moe --sav
 
 def accuracy(folder: str, rows: list[dict], batch: int = 100) -> float:
     """The share of `rows` whose greedy answer is right."""
-    from hf_moe.training.rewards import gsm8k_last_number
+    from hf_moe.training.stages.rewards import gsm8k_last_number
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -58,7 +58,8 @@ def accuracy(folder: str, rows: list[dict], batch: int = 100) -> float:
 
 def tune(name: str, model: str, output: Path, args) -> dict:
     """Run one recipe; what it measured, with the loss of every step."""
-    from hf_moe.training import sft, stages
+    from hf_moe.training import main as stages
+    from hf_moe.training.stages import sft
 
     recipe, merged = RECIPES[name]
     counted, original = {}, sft.train

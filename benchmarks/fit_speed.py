@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from hf_moe import HfMoeConfig
-from hf_moe.plan import Run, flops_per_token, model_to_train
-from hf_moe.speed import COSTS, Costs, Work, count, seconds
+from hf_moe.sizes.plan import Run, flops_per_token, model_to_train
+from hf_moe.sizes.speed import COSTS, Costs, Work, count, seconds
 
 RESULTS = Path(__file__).parent / "results"
 OLMOE = HfMoeConfig.from_preset("olmoe-1b-7b")

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from hf_moe.training.float8 import compute_in_float8
+from hf_moe.training.weights.float8 import compute_in_float8
 from sharding_gpu import BATCH, CONFIG, LENGTH, STEPS, Clock, rows
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM, MoeTrainer, MoeTrainingArguments

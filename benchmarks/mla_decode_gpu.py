@@ -25,7 +25,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 from hf_moe.model.modeling_hf_moe import HfMoeExperts
 from hf_moe.model.router import HfMoeRouter
-from hf_moe.sizes import sizes
+from hf_moe.sizes.counts import sizes
 from hf_moe.version import __version__
 
 CASES = [(1, 128), (1, 4096), (1, 32768), (16, 128), (16, 4096)]  # batch, context

@@ -120,7 +120,7 @@ def train_step(folder: Path, out: Path, steps: int) -> dict:
     command("train", f"{out}/recipe.yaml")
     with messages_on_stderr(), contextlib.redirect_stderr(Renaming(sys.stderr, str(folder), str(out))):
         import datasets
-        from hf_moe.training.stages import main
+        from hf_moe.training.main import main
 
         datasets.disable_progress_bars()
         # The recipe names the folder as it will be called; until then it has another name.

@@ -29,7 +29,7 @@ def inspect(
     with messages_on_stderr():
         from hf_moe.conversion.known_config import find_config
 
-        from hf_moe.sizes import cache_alternatives, sizes
+        from hf_moe.sizes.counts import cache_alternatives, sizes
 
         config, about = find_config(model)
         report = {"model": model, **about, **summary(config), **sizes(config, context)}
@@ -154,7 +154,7 @@ def change(size: int, other: int) -> str:
 
 def published_rows(published: dict[str, Any], report: dict[str, Any], figure: str):
     """What was published, this model counted by the same convention where that is another, and why they differ."""
-    from hf_moe.presets import as_published
+    from hf_moe.sizes.presets import as_published
 
     if not published.get(figure):
         return

@@ -74,7 +74,7 @@ def plan(
 
 def chosen_rate(tflops: float | None, mfu: float | None):
     """None where neither is given. Raises ValueError where both are, or one is not above 0, or is more than can be."""
-    from hf_moe.plan import H100_PEAK, Rate
+    from hf_moe.sizes.plan import H100_PEAK, Rate
 
     if tflops is not None and mfu is not None:
         raise ValueError("--tflops and --mfu both say how fast a GPU is: give one.")
@@ -92,8 +92,8 @@ def chosen_rate(tflops: float | None, mfu: float | None):
 
 def spend(flops: float, gpus: int, rate) -> dict[str, Any]:
     """The scaling laws' plan of a compute budget, and how long it takes."""
-    from hf_moe.plan import MEASURED
-    from hf_moe.scaling_laws import planned
+    from hf_moe.sizes.plan import MEASURED
+    from hf_moe.sizes.scaling_laws import planned
 
     report, rate = planned(flops), rate or MEASURED
     gpu_days = flops / rate.flops / 86400
@@ -105,11 +105,11 @@ def run_plan(model: str | None, recipe: str | None, rate, **given) -> dict[str, 
     """Raises ValueError where no model is named."""
     from hf_moe.conversion.known_config import find_config
 
-    from hf_moe.plan import Run, plan, run_of_recipe
+    from hf_moe.sizes.plan import Run, plan, run_of_recipe
 
     arguments = {}
     if recipe is not None:
-        from hf_moe.training.stages import arguments_of
+        from hf_moe.training.main import arguments_of
 
         arguments = arguments_of(recipe)
     model = model or arguments.get("model_name_or_path")

@@ -30,17 +30,17 @@ def train(
     if help_ and recipe is None:
         print(context.get_help())
     elif help_:
-        from hf_moe.training.stages import parser_of, stage_module
+        from hf_moe.training.main import parser_of, stage_module
 
         parser = parser_of(stage_module([recipe, *context.args]))
         parser.take_recipe(recipe)
         parser.print_help()
     elif list_ or show is not None:
-        from hf_moe.training.recipe_files import list_recipes, recipe_text
+        from hf_moe.training.recipes.files import list_recipes, recipe_text
 
         print(list_recipes() if list_ else recipe_text(show).rstrip("\n"))
     elif check is not None:
-        from hf_moe.training.stages import check_recipe
+        from hf_moe.training.main import check_recipe
 
         overrides = [*([recipe] if recipe else []), *context.args]  # the first word after --check RECIPE
         print(f"{check}: all {check_recipe(check, *overrides)} arguments are valid")
@@ -52,6 +52,6 @@ def train(
         else:
             launch(accelerate, [recipe, *context.args])
     else:
-        from hf_moe.training.stages import main
+        from hf_moe.training.main import main
 
         main([*([recipe] if recipe else []), *context.args])

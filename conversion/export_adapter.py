@@ -19,11 +19,11 @@ from ..chat import write_plain_templates
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from ..staging import check_destination, staged
-from .checkpoint import read_json
 from .families import FAMILIES, Family
 from .families.regions import Region
+from .files.checkpoint import read_json
+from .files.source import CARRIED_FILES, Source, tensor_shapes
 from .nearest_families import family_config
-from .source import CARRIED_FILES, Source, tensor_shapes
 
 CONFIG, WEIGHTS, BIASES = "adapter_config.json", "adapter_model.safetensors", "router_bias.safetensors"
 PREFIX = "base_model.model."
@@ -129,8 +129,8 @@ def read_pairs(src: Path, said: dict[str, Any], config: HfMoeConfig) -> dict[str
     """Name of a weight of the hf_moe model -> its adapter, or that of each of its experts."""
     from peft import LoraConfig, get_peft_model
 
-    from ..training.adapters import adapted_weights
     from ..training.host_trl import quiet
+    from ..training.weights.adapters import adapted_weights
 
     shapes = tensor_shapes(config)
     with torch.device("meta"), quiet():

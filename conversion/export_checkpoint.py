@@ -14,10 +14,10 @@ from .export_adapter import export_adapter, is_adapter
 from .families import ENCODER_DECODERS, FAMILIES, Family
 from .families.family import same
 from .families.regions import Region
+from .files.source import Source, open_source
+from .files.writer import Output
 from .nearest_families import family_config, fits
 from .output import convert
-from .source import Source, open_source
-from .writer import Output
 
 # What an hf_moe checkpoint is read by: every field and every tensor under its own name.
 HF_MOE = Family(HfMoeConfig.model_type, fields=same(*HfMoeConfig.__annotations__))

@@ -5,8 +5,8 @@ from typing import Any
 
 from ..staging import check_destination
 from .families import FAMILIES
+from .files.source import open_source
 from .output import convert
-from .source import open_source
 
 
 def import_checkpoint(

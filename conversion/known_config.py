@@ -6,11 +6,11 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..model.configuration_hf_moe import HfMoeConfig
-from ..presets import PRESETS, preset, preset_config
 from ..reading import built
-from .checkpoint import read_config
+from ..sizes.presets import PRESETS, preset, preset_config
 from .families import DENSE_FAMILIES, FAMILIES
-from .text_part import TEXT_PARTS, text_config
+from .files.checkpoint import read_config
+from .files.text_part import TEXT_PARTS, text_config
 
 
 def find_config(model: str) -> tuple[HfMoeConfig, dict[str, Any]]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from ..model.configuration_hf_moe import HfMoeConfig
 from .computation import READ_IF, TRAINING_FIELDS, computation, respelled
 from .families import FAMILIES, Family
-from .source import built
+from .files.source import built
 
 SPELLED = {"router_type", "router_args"}  # fields of more than one spelling
 

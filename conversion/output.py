@@ -18,14 +18,14 @@ from ..generation_settings import write_mended
 from ..hub import inherited, write_model_card
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
-from ..sizes import sizes
+from ..sizes.counts import sizes
 from ..staging import check_destination, resumable
 from ..version import __version__
-from .hashing import BUFFER, Hashing, fingerprint
-from .source import Source
-from .tokenizer import keep_class, load_tokenizer
+from .files.hashing import BUFFER, Hashing, fingerprint
+from .files.source import Source
+from .files.tokenizer import keep_class, load_tokenizer
+from .files.writer import Output, Shard, check_space, plan_shards, write_shards
 from .verify import MAX_TOKENS, check_memory, memory_needed, token_ids, unusable, verify
-from .writer import Output, Shard, check_space, plan_shards, write_shards
 
 
 def convert(

@@ -10,13 +10,13 @@ import torch
 
 from ..staging import check_destination
 from .families import DENSE_FAMILIES
-from .hashing import Hashing
+from .files.hashing import Hashing
+from .files.source import Source, open_source, tensor_shapes
+from .files.writer import Output
 from .output import convert
-from .source import Source, open_source, tensor_shapes
 from .upcycling import DEFAULT_STRATEGY
 from .upcycling.plan import Plan
 from .upcycling.strategy import Strategy
-from .writer import Output
 
 # What of the dense network the rows of each expert tensor are, in order.
 EXPERT_PARTS = {

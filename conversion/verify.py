@@ -13,11 +13,11 @@ from ..generation.cached import with_and_without_cache
 from ..generation_settings import mend_ids
 from ..reading import built
 from ..same_tokens import check_same_tokens
-from . import file_backed
-from .checkpoint import Checkpoint, Entry, read_config, read_text
-from .source import locate
-from .tokenizer import load_tokenizer
-from .writer import Output
+from .files import file_backed
+from .files.checkpoint import Checkpoint, Entry, read_config, read_text
+from .files.source import locate
+from .files.tokenizer import load_tokenizer
+from .files.writer import Output
 
 MAX_TOKENS = 512  # that are compared unless told otherwise
 WINDOW = 256  # tokens that are read together

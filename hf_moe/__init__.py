@@ -22,8 +22,8 @@ from .model.modeling_hf_moe import (
     HfMoeModel,
     HfMoePreTrainedModel,
 )
-from .presets import preset_config
 from .quiet import quieten
+from .sizes.presets import preset_config
 from .version import __version__
 
 # Attached here because the model's files are saved beside weights, and the presets and model cards are not.
@@ -49,15 +49,17 @@ quieten()
 
 # What training needs is loaded when it is asked for: these names live in modules of hf_moe.training.
 TRAINING = {
-    "MoeTrainer": "trainer",
-    "MoeTrainingArguments": "moe_arguments",
-    "MoeSFTTrainer": "sft_trainer",
-    "MoeSFTConfig": "sft_trainer",
-    "MoeDPOTrainer": "dpo_trainer",
-    "MoeDPOConfig": "dpo_trainer",
-    "MoeGRPOTrainer": "grpo_trainer",
-    "MoeGRPOConfig": "grpo_trainer",
-    "load_router_bias": "selection_bias",
+    "MoeTrainer": "trainers.trainer",
+    "MoeTrainingArguments": "balance.moe_arguments",
+    "MoeSFTTrainer": "trainers.sft_trainer",
+    "MoeSFTConfig": "trainers.sft_trainer",
+    "MoeDPOTrainer": "trainers.dpo_trainer",
+    "MoeDPOConfig": "trainers.dpo_trainer",
+    "MoeGRPOTrainer": "trainers.grpo_trainer",
+    "MoeGRPOConfig": "trainers.grpo_trainer",
+    "load_router_bias": "balance.selection_bias",
+    "load_rows": "weights.esft",
+    "quantize_experts": "weights.quantized",
 }
 
 

@@ -41,7 +41,7 @@ def load_model(model: str | Path, trust_remote_code: bool = False) -> PreTrained
     if ids := mend_ids(loaded.generation_config, vocab_size):
         print(say_ids(GENERATION_CONFIG, ids, vocab_size), file=sys.stderr)
     if base_of(model) is not None:
-        from .training.selection_bias import BIAS_FILE, load_router_bias
+        from .training.balance.selection_bias import BIAS_FILE, load_router_bias
 
         if (Path(model) / BIAS_FILE).is_file():
             load_router_bias(loaded, model)

@@ -1,10 +1,11 @@
 """Losses of five short runs with fixed seeds, digit for digit: what a change of the code alone must leave as they are.
 
-    python tests/fixed_seed_losses.py before.json    # in a checkout of before
-    python tests/fixed_seed_losses.py after.json     # in one of after, on the same machine and with the same packages
-    cmp before.json after.json
+python tests/fixed_seed_losses.py before.json    # in a checkout of before
+python tests/fixed_seed_losses.py after.json     # in one of after, on the same machine and with the same packages
+cmp before.json after.json
 """
 
+import itertools
 import json
 import random
 import subprocess
@@ -36,7 +37,7 @@ def rows() -> dict[str, list[dict]]:
         "text": [{"text": "\n".join(story(random.Random(seed)))} for seed in range(200)],
         "preferences": [
             {"prompt": chat[:1], "chosen": chat[1:], "rejected": other[1:]}
-            for chat, other in zip(chats, chats[1:], strict=False)
+            for chat, other in itertools.pairwise(chats)
         ],
         "prompts": [{"prompt": chat[:1]} for chat in chats],
     }

@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 import datasets
 import torch
 from hf_moe.conversion import upcycle
-from hf_moe.training import arguments, distil, dpo, grpo, pretrain, sft  # noqa: F401  (once, not in each child)
+from hf_moe.training.stages import distil, dpo, grpo, pretrain, sft  # noqa: F401  (once, not in each child)
 from hf_moe_cli import main as hf_moe
 from transformers.utils import logging
 

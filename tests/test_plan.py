@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_moe.training.parameter_groups import GROUPS, train_group
+from hf_moe.training.weights.groups import GROUPS, train_group
 
-from hf_moe import HfMoeForCausalLM, scaling_laws
-from hf_moe.plan import MEASURED, Rate, Run, meta_model, model_to_train, plan, run_of_recipe, state_memory
+from hf_moe import HfMoeForCausalLM
 from hf_moe.routers import find_routers
-from hf_moe.sizes import sizes
-from hf_moe.speed import COSTS, RANGE
+from hf_moe.sizes import scaling_laws
+from hf_moe.sizes.counts import sizes
+from hf_moe.sizes.plan import MEASURED, Rate, Run, meta_model, model_to_train, plan, run_of_recipe, state_memory
+from hf_moe.sizes.speed import COSTS, RANGE
 
 from .conftest import tiny_config, tiny_model
 
@@ -56,14 +57,14 @@ def test_memory_of_a_group_is_what_pytorch_allocates(group, dtype):
 
 @pytest.mark.parametrize("parts", [["attention"], ["routed_experts", "shared_experts"]], ids=" ".join)
 def test_memory_of_an_adapter(parts):
-    adapters = pytest.importorskip("hf_moe.training.adapters")
+    adapters = pytest.importorskip("hf_moe.training.weights.adapters")
     config = tiny_config(**SHARED)
     model, _ = adapters.add_adapter(HfMoeForCausalLM(config), adapters.AdapterArguments(lora_parts=parts, lora_r=3))
     assert_planned(Run(lora_parts=parts, lora_r=3, **SMALL), config, model)
 
 
 def test_memory_of_chosen_experts():
-    esft = pytest.importorskip("hf_moe.training.esft")
+    esft = pytest.importorskip("hf_moe.training.weights.esft")
     config = tiny_config()
     model = HfMoeForCausalLM(config)
     esft.split_experts(model, dict.fromkeys(find_routers(model), torch.tensor([0, 4, 6])))  # a share of 0.4 of seven
@@ -203,7 +204,7 @@ def test_time_of_a_plan():
 
 
 def test_a_recipe_says_what_it_says():
-    stages = pytest.importorskip("hf_moe.training.stages")
+    stages = pytest.importorskip("hf_moe.training.main")
     run = run_of_recipe(stages.arguments_of("olmoe-1b-7b/dense_only"), gpus=4)
     assert (run.trainable, run.dtype, run.bf16, run.stage, run.gpus) == ("dense_only", "float32", True, "sft", 4)
     assert (run.per_device_train_batch_size, run.max_length, run.gradient_checkpointing) == (4, 4096, True)

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
-from hf_moe.presets import ACTIVE_COUNTS, PRESETS, as_published, preset_config
-from hf_moe.sizes import cached_elements, sizes
+from hf_moe.sizes.counts import cached_elements, sizes
+from hf_moe.sizes.presets import ACTIVE_COUNTS, PRESETS, as_published, preset_config
 
 from .conftest import tokens
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_moe.training.selection_bias import base_model
+from hf_moe.training.balance.selection_bias import base_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_moe.routers import captured, find_routers, token_mask

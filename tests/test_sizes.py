@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
-from hf_moe.presets import preset_config
-from hf_moe.sizes import cache_alternatives, sizes
+from hf_moe.sizes.counts import cache_alternatives, sizes
+from hf_moe.sizes.presets import preset_config
 
 from .conftest import tiny_config, tokens
 

@@ -16,9 +16,9 @@ from transformers.initialization import no_init_weights
 
 from ...model.configuration_hf_moe import HfMoeConfig
 from ...model.modeling_hf_moe import HfMoeForCausalLM
-from ..checkpoint import read_text
-from ..tokenizer import load_tokenizer
-from ..writer import Output
+from ..files.checkpoint import read_text
+from ..files.tokenizer import load_tokenizer
+from ..files.writer import Output
 
 MAX_TOKENS = 4096  # of the calibration text
 WINDOW = 256  # tokens that are read together

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..writer import Output
+from ..files.writer import Output
 from .strategy import Request, Sizes, chunks, take
 from .whole import Whole
 

@@ -10,10 +10,10 @@ import torch
 from transformers.activations import ACT2FN
 
 from ...same_tokens import check_same_tokens
-from ..hashing import file_digest
-from ..source import Source
-from ..tokenizer import load_tokenizer
-from ..writer import Output
+from ..files.hashing import file_digest
+from ..files.source import Source
+from ..files.tokenizer import load_tokenizer
+from ..files.writer import Output
 from . import DEFAULT_STRATEGY, UPCYCLERS
 from .evidence import Evidence
 from .layers import parse_layers

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..writer import Output
+from ..files.writer import Output
 from .evidence import Evidence
 
 # Of a strategy's or a router's options: the user has to give it.

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..reading import auto_config, built
 from ..routers import routed_experts
-from ..sizes import sizes
+from ..sizes.counts import sizes
 
 CONFIG, ADAPTER, RECORD, STATE = "config.json", "adapter_config.json", "training.json", "trainer_state.json"
 INDEX = "model.safetensors.index.json"

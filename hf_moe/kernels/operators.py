@@ -5,6 +5,8 @@ Nothing here needs Triton or a GPU: the kernels are imported when an operator fi
 
 import torch
 
+from .routing_sizes import routing_sizes
+
 NAMES = ("x", "weights", "up", "down", "up_bias", "down_bias")
 
 
@@ -46,11 +48,6 @@ def _(x, index, weights, up, down, up_bias, down_bias, activation, gated, transp
     hidden = x.new_empty(slots if save else 0, width)
     sizes = routing_sizes(slots, num_experts)
     return x.new_empty(x.shape), hidden, *(index.new_empty(size, dtype=torch.int32) for size in sizes)
-
-
-def routing_sizes(slots: int, num_experts: int) -> list[tuple[int, ...]]:
-    """Of slot_of_row, row_of_slot, offsets and tiles, whatever the rows of a tile (16 to 128)."""
-    return [(slots + 128 * num_experts,), (slots,), (2, num_experts + 1), (slots // 16 + num_experts, 2)]
 
 
 def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:

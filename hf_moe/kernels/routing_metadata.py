@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .operators import routing_sizes
+from .routing_sizes import routing_sizes
 
 CHUNK = 512  # slots that one program counts and places
 

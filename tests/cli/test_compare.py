@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from hf_moe.training.stages import main
+from hf_moe.training.main import main
 
 from tests.training.conftest import tiny_hf_moe, tiny_tokenizer, write_rows
 

@@ -15,7 +15,7 @@ from transformers import (
 
 from hf_moe import HfMoeForCausalLM
 from hf_moe.demo import DEMO_MODEL
-from hf_moe.presets import PRESETS
+from hf_moe.sizes.presets import PRESETS
 
 NAMES = {"total_params", "active_params", "flops_per_token", "kv_cache_bytes_per_token"}
 

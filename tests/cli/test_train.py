@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import yaml
-from hf_moe.training.recipe_files import shipped_recipes
+from hf_moe.training.recipes.files import shipped_recipes
 
 
 def test_list_has_a_line_per_recipe(command):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import hf_moe.conversion
-from hf_moe.conversion import writer
+from hf_moe.conversion.files import writer
 
 from hf_moe import staging
 

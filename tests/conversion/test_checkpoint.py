@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_moe.conversion import upcycle
-from hf_moe.conversion.checkpoint import DTYPES, INDEX_FILE, Checkpoint
+from hf_moe.conversion.files.checkpoint import DTYPES, INDEX_FILE, Checkpoint
 from safetensors.torch import load_file, save_file
 
 SHARD = "model-00002-of-"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hf_moe.conversion import import_checkpoint, upcycle
 from hf_moe.conversion.families import DENSE_FAMILIES, PARALLEL_BLOCKS
-from hf_moe.conversion.source import open_source
+from hf_moe.conversion.files.source import open_source
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 

@@ -9,7 +9,7 @@ import torch
 from hf_moe.conversion import export_checkpoint, import_checkpoint, upcycle
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_moe.sizes import sizes
+from hf_moe.sizes.counts import sizes
 
 MEASURE = """
 import json, sys, threading, time

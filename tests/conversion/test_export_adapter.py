@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from hf_moe.conversion import export_checkpoint, import_checkpoint, verify
-from hf_moe.training.adapters import AdapterArguments, add_adapter
+from hf_moe.training.weights.adapters import AdapterArguments, add_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM

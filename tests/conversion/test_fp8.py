@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_moe.conversion import import_checkpoint, upcycle
-from hf_moe.conversion.block_fp8 import BlockFP8Checkpoint, block_size, dequantized
+from hf_moe.conversion.files.block_fp8 import BlockFP8Checkpoint, block_size, dequantized
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_moe.conversion import export_checkpoint, import_checkpoint, upcycle
-from hf_moe.conversion.checkpoint import DTYPES, read_header
+from hf_moe.conversion.files.checkpoint import DTYPES, read_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file

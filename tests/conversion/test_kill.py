@@ -7,7 +7,8 @@ import signal
 import time
 
 import pytest
-from hf_moe.conversion import export_checkpoint, import_checkpoint, output, upcycle, verify, writer
+from hf_moe.conversion import export_checkpoint, import_checkpoint, output, upcycle, verify
+from hf_moe.conversion.files import writer
 
 from hf_moe.staging import journal_file, staging_folder
 from tests.conversion.conftest import files_of

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_moe.conversion import import_checkpoint
-from hf_moe.conversion.mxfp4 import MXFP4Checkpoint, dequantized
+from hf_moe.conversion.files.mxfp4 import MXFP4Checkpoint, dequantized
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -10,7 +10,7 @@ from hf_moe.conversion import export_checkpoint, import_checkpoint
 from hf_moe.conversion.computation import computation
 from hf_moe.conversion.export_checkpoint import open_hf_moe, rearranged
 from hf_moe.conversion.families import FAMILIES
-from hf_moe.conversion.source import open_source
+from hf_moe.conversion.files.source import open_source
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 

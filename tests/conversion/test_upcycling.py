@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_moe.conversion import upcycle, verify, writer
+from hf_moe.conversion import upcycle, verify
 from hf_moe.conversion.families import DENSE_FAMILIES
+from hf_moe.conversion.files import writer
 from hf_moe.conversion.upcycling import UPCYCLERS
 from hf_moe.conversion.upcycling.router_init import ROUTER_INITS
 from safetensors.torch import load_file, save_file

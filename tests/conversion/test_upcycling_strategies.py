@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
+from hf_moe.conversion.files.writer import Output
 from hf_moe.conversion.upcycling import UPCYCLERS
 from hf_moe.conversion.upcycling.clusters import balanced_assignment, balanced_clusters
 from hf_moe.conversion.upcycling.layers import parse_layers
 from hf_moe.conversion.upcycling.options import complete
 from hf_moe.conversion.upcycling.router_init import ROUTER_INITS
 from hf_moe.conversion.upcycling.strategy import FeedForward, Layer, Request, mean_and_std
-from hf_moe.conversion.writer import Output
 from torch.nn.functional import gelu, linear, silu
 
 D, WIDTH, T = 15, 72, 130  # 72 = 9 x 8

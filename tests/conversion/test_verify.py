@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hf_moe.conversion import file_backed, upcycle, verify
+from hf_moe.conversion import upcycle, verify
+from hf_moe.conversion.files import file_backed
 from hf_moe.conversion.verify import RANDOM, TEXTS, token_ids, unusable
 from hf_moe_cli import main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_moe.conversion import writer
-from hf_moe.conversion.writer import Output, check_space, plan_shards, write_shards
+from hf_moe.conversion.files import writer
+from hf_moe.conversion.files.writer import Output, check_space, plan_shards, write_shards
 from safetensors.torch import load_file
 
 from hf_moe.staging import Journal, staged

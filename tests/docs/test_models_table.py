@@ -1,7 +1,7 @@
 """The table of published models says what the presets say; every field of the configuration has its row."""
 
 from hf_moe import HfMoeConfig
-from hf_moe.presets import PRESETS, preset_config
+from hf_moe.sizes.presets import PRESETS, preset_config
 from tests.docs.conftest import DOCS
 
 PAGE = (DOCS / "models.md").read_text(encoding="utf-8")

@@ -7,9 +7,9 @@ from unittest import mock
 import pytest
 import torch
 import typer
-from hf_moe.training.arguments import RecipeParser
-from hf_moe.training.recipe_files import shipped_recipes
-from hf_moe.training.stages import stage_module
+from hf_moe.training.main import stage_module
+from hf_moe.training.recipes.files import shipped_recipes
+from hf_moe.training.recipes.parser import RecipeParser
 from hf_moe_cli import app
 
 from hf_moe.model.routing import ROUTERS

@@ -15,8 +15,8 @@ import torch
 import typer
 from hf_moe.conversion import upcycle
 from hf_moe.conversion.verify import check_memory, unusable
-from hf_moe.training.refusals import check_finite
-from hf_moe.training.saving import check_room
+from hf_moe.training.output.saving import check_room
+from hf_moe.training.trainers.refusals import check_finite
 from hf_moe_cli import main
 from hf_moe_cli.convert import finish
 from hf_moe_cli.errors import one_line

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from hf_moe.training.esft import save_rows, split_experts
-from hf_moe.training.record import describe, write_record
+from hf_moe.training.output.record import describe, write_record
+from hf_moe.training.weights.esft import save_rows, split_experts
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM

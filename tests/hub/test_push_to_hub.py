@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from hf_moe.training.record import stages, write_record
-from hf_moe.training.stages import main
+from hf_moe.training.main import main
+from hf_moe.training.output.record import stages, write_record
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hf_moe.training.moe_arguments import MoeTrainingArguments
-from hf_moe.training.trainer import MoeTrainer
+from hf_moe.training.balance.moe_arguments import MoeTrainingArguments
+from hf_moe.training.trainers.trainer import MoeTrainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_moe.routers import captured, find_routers

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import hf_moe_cli
 import transformers.trainer
-from hf_moe.training.checkpoints import last_checkpoint
+from hf_moe.training.output.checkpoints import last_checkpoint
 from transformers import TrainerCallback
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from hf_moe.training.stages import main
+from hf_moe.training.main import main
 
 from .conftest import tiny_tokenizer, write_rows
 from .models import hf_moe_biased

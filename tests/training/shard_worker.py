@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from hf_moe.training.adapters import AdapterArguments, add_adapter
-from hf_moe.training.esft import split_experts
+from hf_moe.training.weights.adapters import AdapterArguments, add_adapter
+from hf_moe.training.weights.esft import split_experts
 from transformers.distributed import DistributedConfig
 
 from hf_moe.kernels import experts

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from hf_moe.training.stages import main
+from hf_moe.training.main import main
 from safetensors.torch import load_file
 
 from hf_moe.loading import check_model, load, load_model

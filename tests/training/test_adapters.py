@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
-from hf_moe.training.adapters import (
+from hf_moe.training.balance.selection_bias import BIAS_FILE, load_router_bias
+from hf_moe.training.main import main
+from hf_moe.training.weights.adapters import (
     LORA_PARTS,
     AdapterArguments,
     adapted_weights,
@@ -12,9 +14,7 @@ from hf_moe.training.adapters import (
     check_adapter_arguments,
     check_coverage,
 )
-from hf_moe.training.parameter_groups import part_of
-from hf_moe.training.selection_bias import BIAS_FILE, load_router_bias
-from hf_moe.training.stages import main
+from hf_moe.training.weights.groups import part_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from hf_moe.training.alignment import BYTES
-from hf_moe.training.run import load_trained_model
-from hf_moe.training.stages import parse
+from hf_moe.training.main import parse
+from hf_moe.training.stages.loading import load_trained_model
+from hf_moe.training.weights.alignment import BYTES
 from safetensors.torch import load_file, save_file
 
 from .models import hf_moe_biased

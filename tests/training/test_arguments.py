@@ -1,8 +1,9 @@
 import pytest
 import yaml
-from hf_moe.training.arguments import REQUIRED
-from hf_moe.training.recipe_files import read_recipe, shipped_recipes
-from hf_moe.training.stages import STAGES, check_recipe, parse
+from hf_moe.training.main import check_recipe, parse
+from hf_moe.training.recipes.files import read_recipe, shipped_recipes
+from hf_moe.training.recipes.parser import REQUIRED
+from hf_moe.training.stages.names import STAGES
 
 GIVEN = ["--model_name_or_path", "model", "--train_data", "rows.jsonl", "--output_dir", "out"]
 CPU = ["--bf16", "false"]

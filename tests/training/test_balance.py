@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_moe.training.label_smoothing import ShiftedLabelSmoother
+from hf_moe.training.trainers.label_smoothing import ShiftedLabelSmoother
 from transformers import TrainingArguments
 
 from hf_moe import MoeSFTConfig, MoeSFTTrainer, MoeTrainer, MoeTrainingArguments

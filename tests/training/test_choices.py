@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hf_moe.training.rehearsal import DECAY
-from hf_moe.training.stages import STAGES, check_recipe, main, parser_of, stage_module
+from hf_moe.training.main import check_recipe, main, parser_of, stage_module
+from hf_moe.training.stages.names import STAGES
+from hf_moe.training.trainers.rehearsal import DECAY
 from transformers import SchedulerType, TrainerState
 
 from hf_moe import MoeTrainer, MoeTrainingArguments

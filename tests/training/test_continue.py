@@ -4,8 +4,8 @@ import random
 
 import pytest
 from hf_moe.conversion import upcycle
-from hf_moe.training.recipe_files import read_recipe, shipped_recipes
-from hf_moe.training.stages import main
+from hf_moe.training.main import main
+from hf_moe.training.recipes.files import read_recipe, shipped_recipes
 from transformers import TrainerState
 
 from hf_moe.demo import DEMO_MODEL

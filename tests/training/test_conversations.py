@@ -10,15 +10,15 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
-from hf_moe.training import dpo, grpo
-from hf_moe.training.chat_templates import TEMPLATES
-from hf_moe.training.data import load_rows
-from hf_moe.training.mixture import mix
-from hf_moe.training.sft_trainer import MoeSFTConfig, MoeSFTTrainer
-from hf_moe.training.sources import load_sources
-from hf_moe.training.stages import main, parse
-from hf_moe.training.token_cache import cached
-from hf_moe.training.tokens import Encoder
+from hf_moe.training.data.chat_templates import TEMPLATES
+from hf_moe.training.data.mixture import mix
+from hf_moe.training.data.rows import load_rows
+from hf_moe.training.data.sources import load_sources
+from hf_moe.training.data.token_cache import cached
+from hf_moe.training.data.tokens import Encoder
+from hf_moe.training.main import main, parse
+from hf_moe.training.stages import dpo, grpo
+from hf_moe.training.trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
 
 from hf_moe.chat import plain
 

@@ -1,6 +1,6 @@
 import pytest
 from datasets import Dataset
-from hf_moe.training.data import is_conversational, load_rows
+from hf_moe.training.data.rows import is_conversational, load_rows
 
 from .conftest import write_rows
 
@@ -131,7 +131,7 @@ def test_hub_data_set(monkeypatch):
         asked.append(args)
         return {"train_sft": Dataset.from_list([{"messages": MESSAGES}])}
 
-    monkeypatch.setattr("hf_moe.training.data.load_dataset", load_dataset)
+    monkeypatch.setattr("hf_moe.training.data.rows.load_dataset", load_dataset)
     rows = load_rows(["owner/name"], split="train_sft", config="en")
     assert asked == [("owner/name", "en")] and rows[0] == {"messages": MESSAGES}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_moe.training.dense_mixer import add_dense_mixer, check_dense_mixer
+from hf_moe.training.balance.dense_mixer import add_dense_mixer, check_dense_mixer
 from torch.utils.checkpoint import checkpoint
 
 from hf_moe.routers import find_routers
@@ -119,7 +119,7 @@ def test_a_run_with_it_moves_routers_otherwise_and_adds_up_over_micro_batches():
 
 def test_under_an_adapter_of_the_experts():
     """The experts that were not chosen answer with their adapters."""
-    adapters = pytest.importorskip("hf_moe.training.adapters")
+    adapters = pytest.importorskip("hf_moe.training.weights.adapters")
     adapted, _ = adapters.add_adapter(olmoe(), adapters.AdapterArguments(lora_parts=["routed_experts"], lora_r=2))
     model = adapted.get_base_model().train()
     with torch.no_grad():

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from hf_moe.training.distil import MoeDistilConfig, MoeDistilTrainer, softened_kl
-from hf_moe.training.stages import main
+from hf_moe.training.main import main
+from hf_moe.training.stages.distil import MoeDistilConfig, MoeDistilTrainer, softened_kl
 from transformers import AutoTokenizer
 
 from .balance_worker import Gradient

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from hf_moe.training.parameter_groups import part_of
-from hf_moe.training.stages import main
+from hf_moe.training.main import main
+from hf_moe.training.weights.groups import part_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from hf_moe.training.esft import (
+from hf_moe.training.main import main
+from hf_moe.training.weights.esft import (
     ROWS_FILE,
     chosen_experts,
     load_rows,
@@ -14,7 +15,6 @@ from hf_moe.training.esft import (
     select_experts,
     split_experts,
 )
-from hf_moe.training.stages import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

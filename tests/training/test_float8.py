@@ -4,11 +4,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from hf_moe.conversion.block_fp8 import dequantized
-from hf_moe.training.adapters import AdapterArguments, add_adapter, check_adapter_arguments, matrices
-from hf_moe.training.float8 import check_float8, compute_in_float8
-from hf_moe.training.merging import merge_adapter
-from hf_moe.training.quantized import Fp8Weight, quantize
+from hf_moe.conversion.files.block_fp8 import dequantized
+from hf_moe.training.weights.adapters import AdapterArguments, add_adapter, check_adapter_arguments, matrices
+from hf_moe.training.weights.float8 import check_float8, compute_in_float8
+from hf_moe.training.weights.merging import merge_adapter
+from hf_moe.training.weights.quantized import Fp8Weight, quantize
 
 from .models import hf_moe, olmoe
 
@@ -114,9 +114,9 @@ def test_linear_layers_multiply_in_float8():
 
 
 def test_float8_needs_the_package_and_the_card(monkeypatch):
-    monkeypatch.setattr("hf_moe.training.float8.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_moe.training.weights.float8.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"float8 is true, which needs torchao: pip install 'hf_moe\[float8\]'"):
         check_float8(CPU)
-    monkeypatch.setattr("hf_moe.training.float8.find_spec", lambda name: name)
+    monkeypatch.setattr("hf_moe.training.weights.float8.find_spec", lambda name: name)
     with pytest.raises(ValueError, match=r"needs a GPU of compute capability 8\.9 or more, and this is a CPU"):
         check_float8(CPU)

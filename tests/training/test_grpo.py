@@ -3,9 +3,9 @@
 import pytest
 import torch
 from datasets import Dataset
-from hf_moe.training.grpo import questions as answerable
-from hf_moe.training.grpo_trainer import PREFIX
-from hf_moe.training.router_replay import UNKNOWN
+from hf_moe.training.balance.router_replay import UNKNOWN
+from hf_moe.training.stages.grpo import questions as answerable
+from hf_moe.training.trainers.grpo_trainer import PREFIX
 from safetensors.torch import load_file
 
 from hf_moe import MoeGRPOConfig, MoeGRPOTrainer

@@ -27,8 +27,8 @@ def test_the_host_calls_it_as_written(owner, name, written):
 def classes():
     """Every class of hf_moe.training."""
     found = set()
-    for module in pkgutil.iter_modules(hf_moe.training.__path__):
-        names = vars(importlib.import_module(f"hf_moe.training.{module.name}")).values()
+    for module in pkgutil.walk_packages(hf_moe.training.__path__, "hf_moe.training."):
+        names = vars(importlib.import_module(module.name)).values()
         found |= {x for x in names if isinstance(x, type) and x.__module__.startswith("hf_moe.training")}
     return found
 

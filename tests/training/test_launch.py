@@ -6,12 +6,11 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from hf_moe.training.adapters import AdapterArguments
-from hf_moe.training.arguments import ModelArguments
-from hf_moe.training.esft import EsftArguments
 from hf_moe.training.launch import find_launch_file, launch, shipped_launch_files
-from hf_moe.training.run import expert_parallel
-from hf_moe.training.trained import check_choices
+from hf_moe.training.stages.loading import ModelArguments, expert_parallel
+from hf_moe.training.stages.trained import check_choices
+from hf_moe.training.weights.adapters import AdapterArguments
+from hf_moe.training.weights.esft import EsftArguments
 
 KINDS = {
     "fsdp2": DistributedType.FSDP,
@@ -52,10 +51,10 @@ def test_training_starts_once_for_each_gpu(monkeypatch):
 def test_experts_are_split_over_processes_that_divide(monkeypatch):
     assert expert_parallel(1) == {}
     monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setattr("hf_moe.training.run.CLIPS_EXPERT_PARALLEL", False)  # as on an older host
+    monkeypatch.setattr("hf_moe.training.stages.loading.CLIPS_EXPERT_PARALLEL", False)  # as on an older host
     with pytest.raises(ValueError, match=r"expert_parallel_size is 4, which needs Transformers 5\.23"):
         expert_parallel(4)
-    monkeypatch.setattr("hf_moe.training.run.CLIPS_EXPERT_PARALLEL", True)
+    monkeypatch.setattr("hf_moe.training.stages.loading.CLIPS_EXPERT_PARALLEL", True)
     spread = expert_parallel(4)["distributed_config"]
     assert (spread.fsdp_size, spread.ep_size) == (8, 4)
     for size in (0, 3, 16):

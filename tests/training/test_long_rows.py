@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
-from hf_moe.training.long_rows import fit
-from hf_moe.training.sft_trainer import MoeSFTConfig, MoeSFTTrainer
+from hf_moe.training.data.long_rows import fit
+from hf_moe.training.trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
 
 from .conftest import tiny_hf_moe, tiny_tokenizer
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from hf_moe.training.adapters import adapted_weights, add_adapter
-from hf_moe.training.merging import Changes, choices, merge_adapter
-from hf_moe.training.trained import advice
+from hf_moe.training.stages.trained import advice
+from hf_moe.training.weights.adapters import adapted_weights, add_adapter
+from hf_moe.training.weights.merging import Changes, choices, merge_adapter
 
 from ..conversion.conftest import build, dbrx
 from .models import collate, deepseek_v3, hf_moe_biased, mixtral, rows

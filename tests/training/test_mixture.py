@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 from datasets import Dataset
-from hf_moe.training.arguments import DataArguments
-from hf_moe.training.mixture import mix
-from hf_moe.training.sources import label, load_sources, together
+from hf_moe.training.data.mixture import mix
+from hf_moe.training.data.sources import DataArguments, label, load_sources, together
 from transformers import TrainingArguments
 
 from .conftest import write_rows

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hf_moe.training.multi_step import multi_step_schedule
+from hf_moe.training.trainers.multi_step import multi_step_schedule
 
 from .balance_worker import train_one_step
 from .models import hf_moe

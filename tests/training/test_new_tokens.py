@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hf_moe.training.stages import main
+from hf_moe.training.main import main
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer

@@ -7,9 +7,9 @@ from itertools import chain
 import pytest
 import torch
 from datasets import Dataset
-from hf_moe.training.packing import pack
-from hf_moe.training.sft_trainer import MoeSFTConfig, MoeSFTTrainer
-from hf_moe.training.stages import main
+from hf_moe.training.data.packing import pack
+from hf_moe.training.main import main
+from hf_moe.training.trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import pack_dataset

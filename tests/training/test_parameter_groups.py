@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hf_moe.training.parameter_groups import GROUPS, PARTS, part_of, part_sizes, train_group
-from hf_moe.training.stages import main
+from hf_moe.training.main import main
+from hf_moe.training.weights.groups import GROUPS, PARTS, part_of, part_sizes, train_group
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 

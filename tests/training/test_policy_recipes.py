@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hf_moe.training.adapters import LORA_PARTS
-from hf_moe.training.parameter_groups import GROUPS, part_of
-from hf_moe.training.recipe_files import shipped_recipes
-from hf_moe.training.rewards import REWARDS
-from hf_moe.training.stages import main
+from hf_moe.training.main import main
+from hf_moe.training.recipes.files import shipped_recipes
+from hf_moe.training.stages.rewards import REWARDS
+from hf_moe.training.weights.adapters import LORA_PARTS
+from hf_moe.training.weights.groups import GROUPS, part_of
 from transformers import AutoModelForCausalLM
 
 from .conftest import write_rows

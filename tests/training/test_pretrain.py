@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from hf_moe.training import pretrain
-from hf_moe.training.pretrain import size_run
-from hf_moe.training.stages import main, parse
+from hf_moe.training.main import main, parse
+from hf_moe.training.stages import pretrain
+from hf_moe.training.stages.pretrain import size_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_moe import HfMoeConfig
-from hf_moe.sizes import sizes
+from hf_moe.sizes.counts import sizes
 
 SHORT = ["--train_tokens", "4000", "--batch_tokens", "1024", "--max_length", "128", "--save_steps", "2"]
 SHORT += ["--learning_rate", "1e-2", "--logging_steps", "1000", "--warmup_steps", "0"]

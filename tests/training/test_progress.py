@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from hf_moe.training.progress import line
-from hf_moe.training.stages import main
+from hf_moe.training.main import main
+from hf_moe.training.stages.progress import line
 
 from .policies import run_tiny, save_model
 

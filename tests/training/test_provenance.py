@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from hf_moe.training.stages import main
-from hf_moe.training.trainer import MoeTrainerMixin
+from hf_moe.training.main import main
+from hf_moe.training.trainers.trainer import MoeTrainerMixin
 from safetensors.torch import load_file
 from transformers import AutoConfig
 

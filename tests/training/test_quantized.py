@@ -6,11 +6,17 @@ from io import StringIO
 
 import pytest
 import torch
-from hf_moe.training.adapters import AdapterArguments, add_adapter, check_adapter_arguments, lora_targets, matrices
-from hf_moe.training.parameter_groups import part_of
-from hf_moe.training.quantized import Nf4Weight, coverage, dequantize, quantize, quantize_experts
-from hf_moe.training.selection_bias import BIAS_FILE, load_router_bias
-from hf_moe.training.stages import main
+from hf_moe.training.balance.selection_bias import BIAS_FILE, load_router_bias
+from hf_moe.training.main import main
+from hf_moe.training.weights.adapters import (
+    AdapterArguments,
+    add_adapter,
+    check_adapter_arguments,
+    lora_targets,
+    matrices,
+)
+from hf_moe.training.weights.groups import part_of
+from hf_moe.training.weights.quantized import Nf4Weight, coverage, dequantize, quantize, quantize_experts
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -36,7 +42,7 @@ MODELS = {"hf_moe": wide, "mixtral": lambda: mixtral(hidden_size=64, intermediat
 
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("hf_moe.training.quantized.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_moe.training.weights.quantized.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"lora_base is nf4, which needs bitsandbytes: pip install 'hf_moe\[qlora\]'"):
         check_adapter_arguments(AdapterArguments(lora_parts=["attention"], lora_base="nf4"), "all")
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from hf_moe.training.adapters import LORA_PARTS
-from hf_moe.training.parameter_groups import GROUPS, part_of
-from hf_moe.training.recipe_files import read_recipe, shipped_recipes
-from hf_moe.training.stages import arguments_of, main
+from hf_moe.training.main import arguments_of, main
+from hf_moe.training.recipes.files import read_recipe, shipped_recipes
+from hf_moe.training.weights.adapters import LORA_PARTS
+from hf_moe.training.weights.groups import GROUPS, part_of
 from transformers import AutoModelForCausalLM
 
-from hf_moe.presets import preset_config
+from hf_moe.sizes.presets import preset_config
 
 from .conftest import tiny_tokenizer
 from .models import LATENT, hf_moe, mixtral, olmoe

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from hf_moe.training.parameter_groups import train_group
-from hf_moe.training.resuming import FILE
+from hf_moe.training.output.resuming import FILE
+from hf_moe.training.weights.groups import train_group
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 

@@ -5,7 +5,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from hf_moe.training.rewards import REWARDS, find_rewards, true_answer
+from hf_moe.training.stages.rewards import REWARDS, find_rewards, true_answer
 
 from hf_moe.answers import last_number, marked_number
 

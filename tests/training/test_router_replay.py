@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_moe.training.router_replay import UNKNOWN, check_replayable, fit, of_generation, recording, replayed
+from hf_moe.training.balance.router_replay import UNKNOWN, check_replayable, fit, of_generation, recording, replayed
 
 from hf_moe.routers import find_routers
 

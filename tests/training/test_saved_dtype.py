@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from hf_moe.training.saved_dtype import cast
-from hf_moe.training.stages import main
+from hf_moe.training.main import main
+from hf_moe.training.output.saved_dtype import cast
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from hf_moe.training import saving
-from hf_moe.training.moe_arguments import MoeTrainingArguments
-from hf_moe.training.sft_trainer import MoeSFTTrainer
-from hf_moe.training.stages import main
-from hf_moe.training.trainer import MoeTrainer
+from hf_moe.training.balance.moe_arguments import MoeTrainingArguments
+from hf_moe.training.main import main
+from hf_moe.training.output import saving
+from hf_moe.training.trainers.sft_trainer import MoeSFTTrainer
+from hf_moe.training.trainers.trainer import MoeTrainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -107,7 +107,7 @@ def test_what_could_not_be_saved_is_refused_before_the_first_step(base, run, tmp
     def refuse(self, *args, **kwargs):
         raise OSError("no such codec")
 
-    monkeypatch.setattr("hf_moe.training.sft_trainer.SFTTrainer.train", lambda *x, **y: pytest.fail("it trained"))
+    monkeypatch.setattr("trl.SFTTrainer.train", lambda *x, **y: pytest.fail("it trained"))
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", refuse)
     with pytest.raises(ValueError, match=r"What goes with the weights cannot be saved to output_dir .*no such codec"):
         run(base())
@@ -153,7 +153,7 @@ def test_an_adapter_is_there_where_merging_fails(base, run, tmp_path, monkeypatc
     def fail(*args):
         raise ValueError("no luck")
 
-    monkeypatch.setattr("hf_moe.training.trained.merge_adapter", fail)
+    monkeypatch.setattr("hf_moe.training.stages.trained.merge_adapter", fail)
     with pytest.raises(ValueError, match=r"saved to .*/out, but what comes after them failed: no luck"):
         run(base(), *ADAPTER)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

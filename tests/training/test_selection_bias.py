@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_moe.training.selection_bias import BIAS_FILE, SelectionBias, load_router_bias
+from hf_moe.training.balance.selection_bias import BIAS_FILE, SelectionBias, load_router_bias
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 

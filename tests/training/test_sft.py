@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hf_moe.conversion import upcycle
-from hf_moe.training.chat_templates import TEMPLATES
-from hf_moe.training.run import say_new_positions
-from hf_moe.training.sft_trainer import MoeSFTTrainer
-from hf_moe.training.stages import main
+from hf_moe.training.data.chat_templates import TEMPLATES
+from hf_moe.training.main import main
+from hf_moe.training.stages.loading import say_new_positions
+from hf_moe.training.trainers.sft_trainer import MoeSFTTrainer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

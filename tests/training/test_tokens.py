@@ -11,11 +11,11 @@ import datasets
 import numpy as np
 import pytest
 from datasets import Dataset
-from hf_moe.training import tokens
-from hf_moe.training.chat_templates import shipped_templates
-from hf_moe.training.sft_trainer import MoeSFTConfig
-from hf_moe.training.token_cache import cached, can_tokenise, tokenised
-from hf_moe.training.tokens import Encoder
+from hf_moe.training.data import tokens
+from hf_moe.training.data.chat_templates import shipped_templates
+from hf_moe.training.data.token_cache import cached, can_tokenise, tokenised
+from hf_moe.training.data.tokens import Encoder
+from hf_moe.training.trainers.sft_trainer import MoeSFTConfig
 from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerFast

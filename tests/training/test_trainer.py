@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from hf_moe.training.checkpoints import last_checkpoint
-from hf_moe.training.sft_trainer import MoeSFTConfig, MoeSFTTrainer
+from hf_moe.training.output.checkpoints import last_checkpoint
+from hf_moe.training.trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_moe.training.weight_average import AVERAGE_FILE, WeightAverage
+from hf_moe.training.weights.average import AVERAGE_FILE, WeightAverage
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 

@@ -1,0 +1,262 @@
+"""Opening the checkpoint that a conversion starts from: its family, its config, its tensors and its origin."""
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PreTrainedConfig
+
+from ...generation_settings import check_generation_config, mend_ids, say_ids
+from ...model.configuration_hf_moe import HfMoeConfig
+from ...model.modeling_hf_moe import HfMoeForCausalLM
+from ...reading import built
+from ..families import DENSE_FAMILIES, ENCODER_DECODERS, FAMILIES, PARALLEL_BLOCKS, Family
+from ..families.family import mtp_prefix
+from ..families.regions import Region
+from .block_fp8 import BlockFP8Checkpoint, block_size
+from .checkpoint import WEIGHT_DTYPES, Checkpoint, check_inside, read_config
+from .mxfp4 import MXFP4Checkpoint
+from .text_part import TEXT_PARTS, TextCheckpoint, text_config
+from .writer import Output
+
+# Files beside the weights that go along unchanged. A README does not: it describes the other model.
+CARRIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+# It is read for the licence and the data sets.
+DOWNLOADED_FILES = ("README.md", "config.json", "model*.safetensors", "model.safetensors.index.json", *CARRIED_FILES)
+
+# Keys of a config.json that describe the file or are the older spelling of a field.
+BOOKKEEPING_KEYS = frozenset(
+    [
+        "_name_or_path",
+        "auto_map",
+        "model_type",
+        "quantization_config",
+        "rope_scaling",
+        "rope_theta",
+        "torch_dtype",
+        "transformers_version",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, opened and checked: what the files say agrees with the config, tensor by tensor."""
+
+    name: str  # of the folder, or the Hub id
+    revision: str | None  # the Hub's commit
+    family: Family
+    config: PreTrainedConfig
+    hf_moe_fields: Mapping[str, Any]
+    ignored_config_keys: list[str]  # the family's class in Transformers does not read them
+    ignored_tensors: tuple[str, ...]  # patterns of their names
+    checkpoint: Checkpoint
+
+    @property
+    def incomparable(self) -> str | None:
+        """Why Transformers cannot compute this checkpoint's logits on a CPU, None where it can."""
+        if self.family.own_config:
+            return f"Transformers has no class for {self.family.model_type} to compare logits with"
+        if isinstance(self.checkpoint, BlockFP8Checkpoint):
+            return "Transformers does not compute with block-FP8 weights on a CPU, so there are no logits to compare"
+        ropes = (self.hf_moe_fields["rope_parameters"], self.config.rope_parameters)
+        trained, read = ((rope or {}).get("rope_theta") for rope in ropes)
+        if trained != read:  # DBRX
+            return f"Transformers reads rope_theta={read} from this config, but the model was trained with {trained}"
+        return None
+
+    def carried_files(self) -> list[Path]:
+        """Tokenizer, chat template, generation config and licence files, relative to the folder.
+
+        Raises a ValueError where one is a link to a file elsewhere, which nobody meant to publish.
+        """
+        folder = self.checkpoint.folder
+        found = {path for pattern in CARRIED_FILES for path in folder.glob(pattern) if path.is_file()}
+        files = sorted(path.relative_to(folder) for path in found)
+        for file in files:
+            check_inside(folder, file)
+        return files
+
+    def hf_moe_config(self, **choices: Any) -> HfMoeConfig:
+        """The hf_moe config of this checkpoint with the `choices` of a conversion."""
+        return built(HfMoeConfig, f"{self.name} cannot be carried", **self.hf_moe_fields, **choices)
+
+    def outputs(self, config: HfMoeConfig) -> dict[str, Output]:
+        """Every tensor of the hf_moe model that `config` describes, made of this checkpoint's bytes.
+
+        Raises a ValueError that names the tensor which is missing, left over, or of another shape or dtype.
+        """
+        shapes = built(tensor_shapes, f"{self.name} cannot be carried", config)
+        entries = self.checkpoint.entries
+        regions = self.family.match(shapes, entries, config)
+        used = {region.name for parts in regions.values() for region in parts}
+        for name in entries:
+            if name not in used and not any(re.fullmatch(p, name) for p in self.ignored_tensors):
+                self._accept_left_over(name, config)
+        return {name: self._output(name, shapes[name], parts) for name, parts in regions.items()}
+
+    def _accept_left_over(self, name: str, config: HfMoeConfig) -> None:
+        """What is stored twice, as a tied head may be, must be the same twice. Anything else is refused."""
+        copies = self.family.copies(config)
+        if config.tie_word_embeddings:
+            copies = {copy: name.replace("lm_head", "model.embed_tokens") for copy, name in copies.items()}
+            copies["lm_head.weight"] = "model.embed_tokens.weight"
+        if name in copies:
+            if not torch.equal(self.checkpoint.tensor(name), self.checkpoint.tensor(copies[name])):
+                why = "tie_word_embeddings=true" if name == "lm_head.weight" else "that they are shared"
+                raise ValueError(f"{name} differs from {copies[name]} although the config says {why}.")
+            return
+        raise ValueError(
+            f"The checkpoint holds {name}, which a {self.family.model_type} with this config does not use."
+        )
+
+    def _output(self, name: str, shape: tuple[int, ...], regions: list[Region]) -> Output:
+        first = regions[0].name
+        dtype = self.checkpoint.entries[first].dtype
+        if dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"{first} is {dtype}: without a quantization_config hf_moe reads floats only.")
+        for region in regions:
+            entry = self.checkpoint.entries[region.name]
+            if entry.dtype != dtype:
+                raise ValueError(f"{region.name} is {entry.dtype}, but {first} is {dtype}; they become one tensor.")
+            if entry.shape != region.shape:
+                raise ValueError(
+                    f"{region.name} has shape {list(entry.shape)}, but the config calls for {list(region.shape)}."
+                )
+        return Output(name, dtype, shape, lambda: map(self._read, regions), max(map(self._held, regions)))
+
+    def _held(self, region: Region) -> int:
+        """Bytes of memory that reading a region takes: a block that is computed, and what is not as it lies in it."""
+        entry = self.checkpoint.entries[region.name]
+        copied = region.transposed or region.rows.step not in (None, 1)
+        return (self.checkpoint.computes(region.name) + copied) * entry.nbytes // region.blocks
+
+    def _read(self, region: Region) -> torch.Tensor:
+        return region.of(self.checkpoint.part(region.name, region.block, region.blocks))
+
+
+def tensor_shapes(config: HfMoeConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a checkpoint of HfMoeForCausalLM holds, from a model without memory."""
+    with torch.device("meta"):
+        model = HfMoeForCausalLM(config)
+    tied = model.all_tied_weights_keys
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def locate(src: str | Path) -> tuple[Path, str, str | None]:
+    """Folder, name and Hub revision of a checkpoint. Downloads where `src` is no folder but may be a Hub id."""
+    folder = Path(src).expanduser()
+    if folder.is_dir():
+        return folder, folder.resolve().name, None
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(src)) or str(src).startswith("."):
+        raise FileNotFoundError(f"The checkpoint folder {src} does not exist.")
+    try:
+        folder = Path(snapshot_download(str(src), allow_patterns=list(DOWNLOADED_FILES)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{src} is no folder here and could not be had from the Hub: {reason}") from error
+    return folder, str(src), folder.name
+
+
+def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool = False) -> Source:
+    """Open a checkpoint of one of `families`, without its layers for multi-token prediction if `drop_mtp`.
+
+    Raises FileNotFoundError or a ValueError of one line: no checkpoint, an unknown family, a field that hf_moe cannot
+    carry, damaged files.
+    """
+    folder, name, revision = locate(src)
+    said = read_config(folder)
+    model_type, quantization = said.get("model_type"), said.get("quantization_config")
+    is_part = model_type in TEXT_PARTS and TEXT_PARTS[model_type].family in families
+    model_type = TEXT_PARTS[model_type].family if is_part else model_type
+    if model_type not in families:
+        raise ValueError(_unknown_family(name, model_type, families))
+    family = families[model_type]
+    read = family.config_class.from_pretrained if family.own_config else AutoConfig.from_pretrained
+    invalid = f"{folder / 'config.json'} is no valid {model_type} config"
+    config = built(read, invalid, folder, trust_remote_code=False)
+    if is_part:
+        config, said = text_config(config, said), said.get("text_config", {})
+    check_generation_config(folder)
+    if left_out := mend_ids(config, config.vocab_size):
+        print(say_ids(name, left_out, config.vocab_size), file=sys.stderr)
+    if said.get("per_layer_config"):
+        raise ValueError(f"{model_type} field per_layer_config cannot be carried: layers must be alike.")
+    known = {f.name for f in fields(type(config))} | set(config.attribute_map) | set(config.attribute_map.values())
+    ignored = sorted(set(said) - known - BOOKKEEPING_KEYS - family.undeclared)
+    if ignored and family.own_config:  # no class of Transformers says that the field means nothing
+        raise ValueError(f"{model_type} field {ignored[0]}={said[ignored[0]]!r} cannot be carried: unknown.")
+    ignored_tensors = family.ignored_tensors
+    mtp_layers = getattr(config, family.mtp.field) if family.mtp else 0
+    if drop_mtp and mtp_layers:
+        ignored_tensors += tuple(re.escape(mtp_prefix(config, index)) + ".+" for index in range(mtp_layers))
+        setattr(config, family.mtp.field, 0)
+    checkpoint = TextCheckpoint(folder, quantization) if is_part else open_weights(folder, quantization)
+    first = mtp_prefix(config, 0)
+    if mtp_layers and not drop_mtp and not any(tensor.startswith(first) for tensor in checkpoint.entries):
+        raise ValueError(
+            f"The config says {family.mtp.field}={mtp_layers}, but the checkpoint lacks {first}*. To do without "
+            "multi-token prediction, say drop_mtp=True (--drop-mtp)."
+        )
+    return Source(
+        name=name,
+        revision=revision,
+        family=family,
+        config=config,
+        hf_moe_fields=family.hf_moe_fields(config),
+        ignored_config_keys=ignored,
+        ignored_tensors=ignored_tensors,
+        checkpoint=checkpoint,
+    )
+
+
+def open_weights(folder: Path, quantization: dict[str, Any] | None) -> Checkpoint:
+    """The weights in `folder`, read as `quantization` says. Raises a ValueError that names another way to quantize."""
+    if quantization is None:
+        return Checkpoint(folder)
+    if quantization.get("quant_method") == "mxfp4":
+        return MXFP4Checkpoint(folder)
+    return BlockFP8Checkpoint(folder, block_size(quantization))
+
+
+def _unknown_family(name: str, model_type: Any, families: Mapping[str, Family]) -> str:
+    known = ", ".join([*families, *(whole for whole, part in TEXT_PARTS.items() if part.family in families)])
+    part = TEXT_PARTS[model_type].family if model_type in TEXT_PARTS else model_type
+    if model_type in ENCODER_DECODERS:
+        return f"{name} is a {model_type}, an encoder-decoder: hf_moe's models are decoders and cannot hold it."
+    if HfMoeConfig.model_type in families:
+        return f"{name} is a {model_type}, not an hf_moe checkpoint; import it, or upcycle it if it is dense."
+    if model_type == HfMoeConfig.model_type:
+        return f"{name} is an hf_moe checkpoint already; hf_moe converts {known}."
+    if model_type in PARALLEL_BLOCKS:
+        return (
+            f"{name} is a {model_type}, whose attention and MLP read one norm side by side: hf_moe's MLP reads what "
+            f"attention has written. It reads {known}."
+        )
+    if part in FAMILIES:
+        return f"{name} is a {model_type}, already a mixture of experts: import it. Upcycling takes {known}."
+    if part in DENSE_FAMILIES:
+        return f"{name} is a {model_type}, a dense model: upcycle it. Importing takes {known}."
+    return f"{name} has model_type {model_type!r}, which hf_moe does not read; it reads {known}."

@@ -1,0 +1,244 @@
+"""What a training run will cost: memory of each GPU by part, and time by what measured runs took, or by a rate.
+
+Memory is counted on the model itself, built without weights: the same code decides what trains as in a run.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.configuration_hf_moe import HfMoeConfig
+from ..model.modeling_hf_moe import HfMoeForCausalLM
+from ..training.weights.groups import train_group
+from .activations import activation_bytes
+from .counts import active_part, sizes
+from .speed import RANGE, count, seconds
+
+# What is cut into a share for each GPU; zero3 is FSDP2's full sharding.
+SHARDING = {
+    "none": (),
+    "zero1": ("optimizer",),
+    "zero2": ("gradients", "optimizer"),
+    "zero3": ("weights", "gradients", "optimizer"),
+}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Bytes of state beside a number of the weight's own size; torch's AdamW keeps a 4-byte step a tensor, too.
+STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}
+# Stage -> what a run holds beside the trained model and its rows.
+NOT_COUNTED = {
+    "dpo": "the reference model, and the second answer of each row",
+    "grpo": "generation: its cache, and the logits of the answers",
+    "distil": "the teacher",
+}
+NF4 = 0.5 + (1 + 4 / 256) / 64  # bytes a number: 4 bits, and scales of 64, in 8 bits with a scale for 256
+
+
+@dataclass(frozen=True)
+class Rate:
+    """FLOP/s of a GPU, where they are from, and whether what checkpointing computes again counts among them."""
+
+    flops: float
+    source: str
+    counts_recomputation: bool = True
+
+
+H100_PEAK = 989e12  # bfloat16, dense: NVIDIA's data sheet of the H100 SXM
+MEASURED = Rate(
+    269.5e12,
+    "measured on an H100: one MoE layer of OLMoE-1B-7B, forward and backward, bfloat16, Transformers' grouped_mm "
+    "(benchmarks/results/moe_layer.json)",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and how. The names are those of recipes."""
+
+    trainable: str = "all"
+    lora_parts: list[str] | None = None
+    lora_r: int = 16
+    lora_base: str | None = None
+    esft_p: float | None = None
+    dtype: str = "float32"
+    bf16: bool = True
+    optim: str = "adamw_torch"
+    per_device_train_batch_size: int = 1
+    max_length: int = 4096
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = True
+    experts_implementation: str | None = None
+    router_aux_loss_coef: float | None = None  # None: the configuration's
+    ema_decay: float | None = None
+    train_tokens: float | None = None
+    stage: str | None = None  # None: hf_moe's MoeTrainer
+    gpus: int = 1
+    sharding: str = "none"
+
+
+def run_of_recipe(recipe: dict[str, Any], **given) -> Run:
+    """The run that a recipe's arguments describe; `given` wins, and Run's default where an argument is None."""
+    known = {field.name for field in fields(Run)}
+    said = {name: getattr(value, "value", value) for name, value in recipe.items() if name in known}
+    return Run(**{name: value for name, value in said.items() if value is not None} | given)
+
+
+def plan(config: HfMoeConfig, run: Run, rate: Rate | None = None) -> dict[str, Any]:
+    """Memory of each GPU by part in bytes, tokens a second and, of `train_tokens`, the days; as JSON can hold it.
+
+    Without a `rate` the time is that of `hf_moe.speed`, with the range in which measured runs lay around it.
+
+    memory_per_gpu_total is the sum of all parts. That is the peak where gradients outlive a micro-batch, as in
+    accumulation; without it they come as activations go. Raises ValueError for what contradicts itself.
+    """
+    check(run)
+    model = model_to_train(config, run)
+    parts = memory(model, config, run)
+    known = [value for value in parts.values() if value is not None]
+    trained = sum(x.numel() for x in model.parameters() if x.requires_grad)
+    flops = flops_per_token(model, config, run)
+    report = {
+        "total_params": sum(x.numel() for x in model.parameters()),
+        "trained_params": trained,
+        "gpus": run.gpus,
+        "sharding": run.sharding,
+        "rows": run.per_device_train_batch_size,
+        "length": run.max_length,
+        "memory_per_gpu": parts,
+        "memory_per_gpu_total": sum(known),
+        "activations_known": len(known) == len(parts),
+        "not_counted": NOT_COUNTED.get(run.stage),
+        "cpu_memory_ema": 0 if run.ema_decay is None else 4 * trained,
+        "flops_per_token": flops,
+        **(measured_time(model, config, run, flops) if rate is None else time_at(rate, run, flops)),
+    }
+    if run.train_tokens is not None:
+        report["train_tokens"] = run.train_tokens
+        report["gpu_days"] = run.gpus * run.train_tokens / report["tokens_per_second"] / 86400
+        report["days"] = report["gpu_days"] / run.gpus
+    return report
+
+
+def time_at(rate: Rate, run: Run, flops: dict[str, float]) -> dict[str, Any]:
+    done = flops["forward"] + flops["backward"] + (flops["recomputation"] if rate.counts_recomputation else 0)
+    return {
+        "flops_per_second": rate.flops,
+        "flops_per_second_from": rate.source,
+        "tokens_per_second": run.gpus * rate.flops / done,
+    }
+
+
+def measured_time(model: nn.Module, config: HfMoeConfig, run: Run, flops: dict[str, float]) -> dict[str, Any]:
+    """Padding counts as tokens; what GPUs send each other is not counted."""
+    step = seconds(count(model, config, run, flops))
+    tokens = run.gpus * run.gradient_accumulation_steps * run.per_device_train_batch_size * run.max_length
+    return {
+        "seconds_per_step": step,
+        "tokens_per_second": tokens / step,
+        "tokens_per_second_range": [tokens / step * x for x in RANGE],
+        "flops_per_second": sum(flops.values()) * tokens / step / run.gpus,
+        "flops_per_second_from": "by the terms that measured runs on H100s and H200s have in common",
+    }
+
+
+def check(run: Run) -> None:
+    """Raises ValueError for a choice that there is not, or a size below 1."""
+    for name, choices in (("sharding", SHARDING), ("optim", STATES), ("dtype", DTYPES)):
+        if getattr(run, name) not in choices:
+            raise ValueError(f"{name} is {getattr(run, name)}; plan knows {', '.join(choices)}.")
+    for name in ("gpus", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
+        if getattr(run, name) < 1:
+            raise ValueError(f"{name} is {getattr(run, name)}; it must be at least 1.")
+    if run.train_tokens is not None and not 0 < run.train_tokens < math.inf:
+        raise ValueError(f"train_tokens is {run.train_tokens:g}; it must be above 0, and a number.")
+
+
+def meta_model(config: HfMoeConfig, dtype: str) -> HfMoeForCausalLM:
+    """The model without weights; dtype auto is what the configuration says."""
+    named = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    with torch.device("meta"):
+        return HfMoeForCausalLM(config).to(named)
+
+
+def model_to_train(config: HfMoeConfig, run: Run) -> nn.Module:
+    """The model without weights, frozen where the run freezes it, with its adapter or its chosen experts."""
+    model = meta_model(config, run.dtype)
+    with torch.device("meta"):
+        if run.lora_parts is not None:
+            from ..training.weights.adapters import AdapterArguments, add_adapter, check_adapter_arguments
+
+            args = AdapterArguments(lora_parts=run.lora_parts, lora_r=run.lora_r)
+            check_adapter_arguments(args, run.trainable)
+            return add_adapter(model, args)[0]
+        if run.esft_p is not None:
+            from ..routers import find_routers
+            from ..training.weights.esft import split_experts
+
+            # The fewest experts with a share p of the score are never more than p of all.
+            chosen = torch.arange(math.ceil(run.esft_p * config.num_experts))
+            split_experts(model, dict.fromkeys(find_routers(model), chosen))
+            return model
+        train_group(model, run.trainable)
+    return model
+
+
+def memory(model: nn.Module, config: HfMoeConfig, run: Run) -> dict[str, int | None]:
+    """Part -> bytes on each GPU; None for activations that cannot be counted. The model's tensors become fake.
+
+    logits: in float32, and their gradient; TRL's heads, of all stages but distil, make them in tiles.
+    """
+    rows, length = run.per_device_train_batch_size, run.max_length
+    parts: dict[str, int | None] = dict(state_memory(model, config, run))
+    if run.stage in (None, "distil"):
+        parts["logits"] = rows * length * config.vocab_size * 4 * 2
+    return parts | {"activations": activation_bytes(model, rows, length, run.bf16, run.gradient_checkpointing)}
+
+
+def state_memory(model: nn.Module, config: HfMoeConfig, run: Run) -> dict[str, int]:
+    """What does not depend on the batch: part -> bytes on each GPU.
+
+    gradient_buckets: DistributedDataParallel's copy of the gradients. gathered_layers: with zero3 the layer at work
+    and the next are whole.
+    """
+    trained = [x for x in model.parameters() if x.requires_grad]
+    gradients, states = sum(x.nbytes for x in trained), STATES[run.optim]
+    parts = {
+        "weights": sum(x.nbytes for x in [*model.parameters(), *model.buffers()]),
+        "gradients": gradients,
+        "optimizer": sum(states * x.nbytes + (4 if states else 0) for x in trained),
+    }
+    if run.lora_base == "nf4":
+        from ..training.weights.adapters import matrices
+
+        plain = meta_model(config, run.dtype)
+        packed = [plain.get_parameter(name) for name in matrices(plain)]
+        parts["weights"] += round(sum(NF4 * x.numel() - x.nbytes for x in packed))
+    for name in SHARDING[run.sharding]:
+        parts[name] = math.ceil(parts[name] / run.gpus)
+    if run.gpus > 1 and run.sharding == "none":
+        parts["gradient_buckets"] = gradients
+    if run.gpus > 1 and run.sharding == "zero3":
+        parts["gathered_layers"] = 2 * largest_layer(model) * (2 if run.bf16 else 4)
+    return parts
+
+
+def largest_layer(model: nn.Module) -> int:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return max(sum(x.numel() for x in layer.parameters()) for layer in base.model.layers)
+
+
+def flops_per_token(model: nn.Module, config: HfMoeConfig, run: Run) -> dict[str, float]:
+    """Of a forward, of a backward, and of what checkpointing computes again.
+
+    A backward is two forwards, less the gradients of frozen weights: 6 a parameter become 4.
+    """
+    forward = sizes(config, run.max_length)["flops_per_token"]
+    if run.lora_parts is not None or run.esft_p is not None:
+        counts = {x: x.numel() for x in model.parameters()}
+    else:
+        counts = {x: active_part(name, x, config) for name, x in model.named_parameters()}
+    trained = sum(count for x, count in counts.items() if x.requires_grad) / sum(counts.values())
+    again = forward if run.gradient_checkpointing else 0
+    return {"forward": forward, "backward": forward * (1 + trained), "recomputation": again}

@@ -1,0 +1,98 @@
+"""How long an optimizer step takes on one H100 or H200: a few terms, whose costs are fitted on measured runs.
+
+The GPU's products and the host's launches overlap, so the slower of them counts; what comes after the last backward
+pass is added. `benchmarks/fit_speed.py` fits COSTS and finds RANGE from the tables in benchmarks/results.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..model.configuration_hf_moe import HfMoeConfig
+from .counts import expert_flops
+
+# FLOP/s of a layer's experts forward and backward in bfloat16, on an H100 (benchmarks/results/moe_layer.json).
+EXPERTS = {None: 269.5e12, "grouped_mm": 269.5e12, "hf_moe": 532.2e12, "sonicmoe": 551.4e12}
+DENSE = 450e12  # of the other products, attention included: what the whole OLMoE reaches (whole_model.json)
+
+
+class Costs(NamedTuple):
+    """What each thing that `Work` counts takes."""
+
+    float32_flop: float  # seconds a FLOP, where weights in float32 are multiplied as they are
+    layer: float  # seconds of the host a layer and pass: launches
+    adapter: float  # the same a matrix with an adapter
+    balance: float  # the same a layer with a balance loss
+    batch: float  # seconds of the host that a trainer takes for a micro-batch: collation, metrics
+    trained_byte: float  # seconds a byte of trained weights in float32: sums, clipping, optimizer, casts
+    length: float  # seconds of a padded length that attention has no plan for yet
+
+
+COSTS = Costs(
+    float32_flop=2.67e-14,
+    layer=0.00175,
+    adapter=0.000673,
+    balance=0.00179,
+    batch=0.162,
+    trained_byte=1.75e-11,
+    length=0.277,
+)
+# Measured tokens a second over predicted, where a run was left out of the fit: the lowest and the highest.
+RANGE = (0.56, 1.36)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one optimizer step on one GPU: seconds of products at measured rates, and what Costs names, counted."""
+
+    products: float
+    float32_flops: float
+    layers: int
+    adapters: int
+    balance: int
+    batches: int
+    trained_bytes: int
+    lengths: float = 0.0
+
+
+def seconds(work: Work, costs: Costs = COSTS):
+    gpu = work.products + work.float32_flops * costs.float32_flop
+    host = work.layers * costs.layer + work.adapters * costs.adapter
+    host = host + work.balance * costs.balance + work.batches * costs.batch
+    return slower(gpu, host) + work.trained_bytes * costs.trained_byte + work.lengths * costs.length
+
+
+def slower(gpu, host):
+    return gpu if gpu > host else host
+
+
+def count(model: nn.Module, config: HfMoeConfig, run, flops_per_token: dict[str, float]) -> Work:
+    """The work of `run` (plan.Run) on a model as `plan.model_to_train` makes it. Raises ValueError for experts whose
+    speed was not measured."""
+    if run.experts_implementation not in EXPERTS:
+        known = ", ".join(name for name in EXPERTS if name)
+        raise ValueError(f"experts_implementation is {run.experts_implementation}; plan knows the speed of {known}.")
+    batches = run.gradient_accumulation_steps
+    flops = sum(flops_per_token.values()) * run.per_device_train_batch_size * run.max_length * batches
+    of_experts = flops * expert_flops(config) / flops_per_token["forward"]
+    work = {DENSE: flops - of_experts, EXPERTS[run.experts_implementation]: of_experts}
+    slow, float32 = 0.0, next(model.parameters()).dtype == torch.float32
+    if float32 and not run.bf16:
+        slow, work = flops, {}
+    elif float32 and run.experts_implementation in (None, "grouped_mm"):
+        # Autocast does not reach Transformers' grouped product, which takes the weights as they are.
+        slow = work.pop(EXPERTS[run.experts_implementation])
+    passes = batches * (3 if run.gradient_checkpointing else 2)
+    trained = [x for x in model.parameters() if x.requires_grad]
+    coefficient = config.router_aux_loss_coef if run.router_aux_loss_coef is None else run.router_aux_loss_coef
+    return Work(
+        products=sum(count / rate for rate, count in work.items()),
+        float32_flops=slow,
+        layers=config.num_hidden_layers * passes,
+        adapters=passes * (len(trained) // 2 if run.lora_parts is not None else 0),
+        balance=batches * config.mlp_layer_types.count("sparse") * bool(coefficient),
+        batches=batches,
+        trained_bytes=4 * sum(x.numel() for x in trained),
+    )

@@ -1,0 +1,115 @@
+"""What a run of any stage decides beside the arguments of Transformers or TRL: routing, schedules, averages."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from ..host import RENAMED, by_both_names
+
+BALANCE_OVER = ("step", "micro_batch")
+
+
+@dataclass
+class MoeArguments:
+    """Losses, selection bias, metrics and more. A coefficient of None takes the model configuration's value."""
+
+    balance_over: str = field(
+        default="step",
+        metadata={
+            "help": "What the balance losses balance: all tokens of an optimizer step, or each micro-batch by itself. "
+            "A step with several micro-batches takes one more forward, without gradient, to count its tokens.",
+            "choices": BALANCE_OVER,
+        },
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Of the load-balancing loss, which is 1 at balance whatever K is."}
+    )
+    router_z_loss_coef: float | None = field(default=None, metadata={"help": "Of the router z-loss."})
+    seq_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Of the load-balancing loss within each sequence."}
+    )
+    device_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Of the load-balancing loss over n_group groups of experts."}
+    )
+    comm_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Of the communication-balance loss over n_group groups of experts."}
+    )
+    router_bias_update_speed: float | None = field(
+        default=None, metadata={"help": "Step of the selection bias (DeepSeek-V3: 1e-3); 0 freezes it."}
+    )
+    router_bias_update_until: float = field(
+        default=1.0, metadata={"help": "Fraction of the run after which the selection bias stands still."}
+    )
+    mtp_loss_coef: float | None = field(
+        default=None, metadata={"help": "Of the loss of multi-token prediction (DeepSeek-V3: 0.3)."}
+    )
+    mtp_loss_coef_after: float | None = field(
+        default=None, metadata={"help": "The same after mtp_loss_coef_until (DeepSeek-V3: 0.1)."}
+    )
+    mtp_loss_coef_until: float = field(
+        default=1.0,
+        metadata={"help": "Fraction of the run after which mtp_loss_coef_after holds (DeepSeek-V3: 0.68)."},
+    )
+    densemixer: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the router on the outputs of all experts (DenseMixer). The forward pass is the same; the "
+            "backward pass also runs the experts that were not chosen, without their gradient."
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay a step of a moving average of the weights, kept on the CPU in float32 and saved as a model "
+            "in output_dir/ema."
+        },
+    )
+    lr_milestones: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Fractions of the run at which a constant learning rate is multiplied by lr_gamma (DeepSeek: "
+            "0.8 0.9), under lr_scheduler_type constant or constant_with_warmup."
+        },
+    )
+    lr_gamma: float = field(
+        default=0.316, metadata={"help": "Factor at each of lr_milestones: 31.6%%, then 10%% of the maximum."}
+    )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep a layer's input alone, and run its forward again in the backward pass. Also known by its "
+            "old name, gradient_checkpointing."
+        },
+    )
+    activation_checkpointing_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "What torch.utils.checkpoint.checkpoint takes, as {use_reentrant: false}."}
+    )
+    log_each_router: bool = field(
+        default=False, metadata={"help": "Log the routing metrics of each router beside their summary."}
+    )
+    log_routing_figures: bool = field(
+        default=False,
+        metadata={
+            "help": "Draw load, entropy and co-activation at each log, to output_dir/figures, and to TensorBoard or "
+            "Weights & Biases where report_to names them."
+        },
+    )
+
+    def __post_init__(self):
+        vars(self).update(by_both_names(vars(self)))
+        super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # memory is pinned for its way to a GPU; PyTorch warns where none is
+        for old, new in RENAMED.items():  # which a host without the new names has read, and changed
+            setattr(self, new, getattr(self, old))
+
+
+@dataclass
+class MoeTrainingArguments(MoeArguments, TrainingArguments):
+    """TrainingArguments with what MoeTrainer adds."""
+
+
+def moe_argument(args: TrainingArguments, name: str):
+    """A field of MoeArguments, or its default where `args` are plain TrainingArguments."""
+    return getattr(args, name, getattr(MoeArguments, name))

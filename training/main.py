@@ -1,0 +1,95 @@
+"""A run from its recipe: which stage, with which arguments. A stage's module is imported only when it is used."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .recipes.files import read_recipe
+from .stages.names import STAGES
+
+
+def stage_module(argv: list[str]) -> ModuleType:
+    """The module of the stage that [recipe, --key, value, ...] runs: `--stage` wins over the recipe's `stage`.
+
+    Raises FileNotFoundError where there is no such recipe, ValueError where there is no such stage.
+    """
+    if not argv:
+        raise ValueError("Give a recipe: a YAML file, or a name that hf-moe train --list shows.")
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--stage", nargs="?")
+    stage = early.parse_known_args(argv)[0].stage
+    if stage is None and not argv[0].startswith("-"):
+        stage = read_recipe(argv[0]).get("stage")
+    stage = "sft" if stage in (None, "null") else stage
+    if stage not in list(STAGES):  # which compares values of any type
+        raise ValueError(f"recipe {argv[0]}: stage is {stage!r}; it can be {', '.join(STAGES)}.")
+    return import_module(STAGES[stage])
+
+
+def parser_of(stage: ModuleType):
+    """What reads the arguments of a stage."""
+    from .recipes.parser import RecipeParser  # TRL, which takes seconds to import
+
+    return RecipeParser(stage.ARGUMENTS)
+
+
+def parse(argv: list[str]) -> tuple:
+    """The arguments of the run that [recipe, --key, value, ...] describes: one instance of each dataclass."""
+    return parser_of(stage_module(argv)).parse(argv)
+
+
+def main(argv: list[str]) -> dict[str, float]:
+    """Run the recipe argv[0] with the arguments after it; returns the metrics.
+
+    Raises ValueError or OSError for the user's mistakes, such as an optimizer whose package is not there.
+    """
+    try:
+        stage = stage_module(argv)
+        from transformers import TrainingArguments
+
+        from .host_trl import quiet
+
+        with quiet():
+            parsed = parser_of(stage).parse(argv)
+            (output,) = (Path(part.output_dir) for part in parsed if isinstance(part, TrainingArguments))
+            with nothing_left(output):
+                return stage.run(*parsed)
+    except ImportError as error:
+        if error.name is not None:  # Python's own, of a module: not what a library says of its extras
+            raise
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """Takes away the folder of a run that ends in an error before anything is in it."""
+    new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if new and folder.is_dir() and not any(folder.iterdir()):
+            with suppress(FileNotFoundError):  # another process was first
+                folder.rmdir()
+        raise
+
+
+def check_recipe(name: str, *overrides: str) -> int:
+    """Validate every argument of a recipe, and of what follows it, without training; returns how many it gives.
+
+    Raises as RecipeParser.
+    """
+    return parser_of(stage_module([name, *overrides])).check([name, *overrides])
+
+
+def arguments_of(name: str) -> dict[str, Any]:
+    """Every argument of a recipe, those that it leaves out with their defaults. Raises as `check_recipe`."""
+    from .host import by_both_names
+
+    parser = parser_of(stage_module([name]))
+    parser.check([name])
+    parser.take_recipe(name)
+    return by_both_names(vars(parser.parse_args([])))

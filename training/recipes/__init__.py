@@ -1,0 +1,1 @@
+"""The recipes that come along, and what reads them."""

@@ -1,0 +1,199 @@
+"""The model of a run and its tokenizer, loaded as the arguments say, and what of it trains."""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
+from hf_moe.generation_settings import check_generation_config, mended_config
+from hf_moe.reading import auto_tokenizer, whole_model
+
+from ..host import CLIPS_EXPERT_PARALLEL, is_adapter
+from ..output.saved_dtype import DTYPES
+from ..trainers.refusals import leave_out_routing
+from ..weights.alignment import align
+from ..weights.float8 import check_float8, compute_in_float8
+from ..weights.groups import GROUPS, train_group
+from .names import STAGES
+
+
+@dataclass
+class ModelArguments:
+    """Which stage, which model, and how to load it (`trust_remote_code` is the trainer's own argument)."""
+
+    stage: str = field(
+        default="sft",
+        metadata={"help": "What kind of training this is; each has its own arguments.", "choices": list(STAGES)},
+    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder of a checkpoint, or its Hub id."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub checkpoint."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Type of the weights; `bf16` then computes in bfloat16 over float32 weights.",
+            "choices": list(DTYPES),
+        },
+    )
+    save_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the weights of the whole model that is saved in the end, its average's and ESFT's merged "
+            "one's, too; auto: the source's. Checkpoints, adapters and trained rows stay as they train.",
+            "choices": list(DTYPES),
+        },
+    )
+    trainable: str = field(
+        default="all",
+        metadata={
+            "help": "Which parameters train; the others get no gradient and no optimizer state. The selection bias "
+            "of a frozen router stands still, too, unless router_bias_update_speed is given.",
+            "choices": list(GROUPS),
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, flex_attention; default: the model's own."}
+    )
+    experts_implementation: str | None = field(
+        default=None, metadata={"help": "grouped_mm, batched_mm, eager; default: the model's own."}
+    )
+    float8: bool = field(
+        default=False,
+        metadata={"help": "Multiply linear layers in float8, by torchao, beside bf16. Needs compute capability 8.9."},
+    )
+    expert_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Over how many processes the experts of a layer are split; all else is sharded over all of them. "
+            "Start with --accelerate expert_parallel, and with save_strategy no: Transformers does not resume it."
+        },
+    )
+
+
+def load_tokenizer(
+    source: str, model_args: ModelArguments, args: TrainingArguments, name: str = "model_name_or_path"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model that the argument `name` gives.
+
+    Raises FileNotFoundError for an absent folder, ValueError if nothing loads.
+    """
+    path = Path(source)
+    if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
+        raise FileNotFoundError(f"{name}: there is no folder {source}.")
+    what = "has no tokenizer that loads" if path.is_dir() else "is no folder here and could not be had from the Hub"
+    return auto_tokenizer(
+        source,
+        f"{name} {source} {what}",
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def load_trained_model(source: str, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedModel:
+    """The model in `source`, loaded as the arguments say.
+
+    Raises ValueError where they need a package that is not there, or say a thing twice, or where it is an adapter.
+    """
+    if model_args.float8:
+        check_float8(args.device)
+    given = {
+        "dtype": model_args.dtype,
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        **implementations(model_args),
+        **expert_parallel(model_args.expert_parallel_size),
+    }
+    further = args.model_init_kwargs or {}
+    for name in sorted(given.keys() & further.keys()):
+        option = {"revision": "model_revision", "distributed_config": "expert_parallel_size"}.get(name, name)
+        raise ValueError(f"model_init_kwargs holds {name}, for which there is --{option}: say it there alone.")
+    try:
+        model = whole_model(source, **right_config(source, model_args, args), **given, **further)
+    except ImportError as error:  # of attn_implementation and the like
+        raise ValueError(" ".join(str(error).split())) from error
+    if is_adapter(model):  # saving would write the adapter alone, and lose what its base has learnt
+        raise ValueError(
+            f"{source} is an adapter, and training starts from a whole model: give the merged one ({source}/merged, "
+            "if --lora_merge wrote it), or the adapter's base with --lora_parts for a new adapter."
+        )
+    args.model_init_kwargs = None  # used
+    leave_out_routing(model, args)
+    if args.device.type == "cpu":
+        align(model)
+    say_new_positions(model, args)
+    if model_args.float8:
+        print(compute_in_float8(model), file=sys.stderr)
+    return model
+
+
+def right_config(source: str, model_args: ModelArguments, args: TrainingArguments) -> dict[str, PreTrainedConfig]:
+    """For `from_pretrained`: the config, where that in `source` has ids that the model has no row for; says which.
+
+    Raises ValueError where the generation config in a folder does not load.
+    """
+    check_generation_config(Path(source))
+    config, left_out = mended_config(
+        source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    if config is None:
+        return {}
+    print(left_out, file=sys.stderr)
+    return {"config": config}
+
+
+def say_new_positions(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """One line where rows may be longer than what the model has seen, which lengthens its context, or is a mistake."""
+    length = getattr(args, "max_length", None)
+    seen = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length and seen and length > seen:
+        print(
+            f"max_length is {length}, beyond the model's max_position_embeddings, {seen}: positions from there on are "
+            "new to it.",
+            file=sys.stderr,
+        )
+
+
+def implementations(model_args: ModelArguments) -> dict[str, str]:
+    """Of attention and experts, where the arguments name them."""
+    names = ("attn_implementation", "experts_implementation")
+    return {name: getattr(model_args, name) for name in names if getattr(model_args, name) is not None}
+
+
+def expert_parallel(size: int) -> dict[str, DistributedConfig]:
+    """What makes Transformers split the experts of each layer over `size` processes, and shard the rest over all.
+
+    Raises ValueError where the processes cannot be divided so.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if size < 1 or processes % size:
+        raise ValueError(
+            f"expert_parallel_size is {size}, which does not divide the {processes} processes of this run: start with "
+            "--accelerate expert_parallel on as many GPUs, or a multiple."
+        )
+    if size > 1 and not CLIPS_EXPERT_PARALLEL:
+        raise ValueError(
+            f"expert_parallel_size is {size}, which needs Transformers 5.23: before, the norm that gradients are "
+            "clipped by leaves some of them out. Upgrade, or shard with --accelerate fsdp2."
+        )
+    return {"distributed_config": DistributedConfig(fsdp_size=processes, ep_size=size)} if size > 1 else {}
+
+
+def choose_trained(model: PreTrainedModel, group: str, args: TrainingArguments, says: bool = True) -> None:
+    """Freeze what `group` leaves out, and say what trains, unless something else is still to choose."""
+    chosen = train_group(model, group)
+    if says:
+        print(chosen, file=sys.stderr)
+    if "router" not in GROUPS[group]:
+        keep_selection_bias(args)
+
+
+def keep_selection_bias(args: TrainingArguments) -> None:
+    """Where the router is frozen, so is its selection bias, which is as much of its choice as its weights.
+
+    Only a speed among the arguments moves it, not the one of the configuration.
+    """
+    if args.router_bias_update_speed is None:
+        args.router_bias_update_speed = 0.0

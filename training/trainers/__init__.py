@@ -1,0 +1,1 @@
+"""Transformers' and TRL's trainers with routing that is right in training."""

@@ -1,0 +1,425 @@
+"""Trainers for mixture-of-experts models, hf_moe's and Transformers' own."""
+
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import IntervalStrategy, PreTrainedModel, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from hf_moe.chat import write_plain_templates
+from hf_moe.kernels import liger
+from hf_moe.reading import whole_model
+from hf_moe.routers import Routing, captured, find_routers
+
+from ..balance.counts import Balance, over_processes
+from ..balance.dense_mixer import add_dense_mixer, check_dense_mixer
+from ..balance.metrics import FIRST_LOSS, rows, split, summarize
+from ..balance.moe_arguments import moe_argument
+from ..balance.multi_token import looking_ahead, mtp_coefficient
+from ..balance.selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
+from ..balance.step import Step
+from ..balance.zero3 import gather_experts_whole
+from ..host import own_scheduler, prepared_inputs, shifts_labels
+from ..output.checkpoints import check_adapter
+from ..output.log_files import LogFiles
+from ..output.publishing import PublishingMixin
+from ..output.record import facts_of
+from ..output.resuming import check_same_arguments, check_same_step, say_differences, write_arguments
+from ..output.saved_dtype import cast, name_dtype
+from ..output.saving import keep_weights, mend, try_saving
+from ..weights.average import WeightAverage
+from ..weights.esft import chosen_experts, load_rows, save_rows
+from .callbacks import RoutingCallback
+from .label_smoothing import ShiftedLabelSmoother
+from .multi_step import multi_step_schedule
+from .precision import keep_precision
+from .refusals import check_arguments, check_checkpointing, check_finite, check_rows, plain_template_errors
+from .rehearsal import schedule_arguments
+
+LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
+
+
+class MoeTrainerMixin(PublishingMixin):
+    """Makes the routing of a Transformers Trainer's model right: put it before the trainer class.
+
+    The balance losses are per layer and count the tokens of a whole optimizer step, over micro-batches and processes,
+    so that their gradient is that of one large batch. They are added once, whatever computes the rest of the loss, and
+    never to the evaluation loss, beside which they are logged. Selection biases move once per optimizer step. Routing
+    metrics go wherever the Trainer reports. A checkpoint restores every weight. See `MoeArguments` for what can be
+    set, in MoeTrainingArguments or MoeSFTConfig; with plain arguments the model's configuration decides.
+
+    Raises ValueError for a coefficient or a bias speed that the model has no use for.
+    """
+
+    def __init__(self, *args, **kwargs):
+        with plain_template_errors():
+            super().__init__(*args, **kwargs)
+        if self.args.use_liger_kernel:
+            liger.register()
+        keep_precision(self.accelerator, self.model)
+        self.balance_over = moe_argument(self.args, "balance_over")
+        self.step = Step([])
+        self.logged = []  # the rows of each optimizer step since the last log
+        self.mtp_losses = []  # not weighted, of the same steps
+        self.evaluated = []  # the rows of each evaluation batch
+        self.experts = {True: {}, False: {}}  # training or not: router -> E, of the routers that a forward uses
+        if self.label_smoother is not None and shifts_labels(self):
+            self.label_smoother = ShiftedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
+        self.saved_dtype = None  # of a whole model, where it is not the one that trains
+        self.final_dtype = self.merged_dtype = None  # of what is saved in the end, for which there is to be room
+        self.tried = False  # to save
+        self.mixing = []  # hooks of the dense mixer, while training
+        decay = moe_argument(self.args, "ema_decay")
+        self.average = None if decay is None else WeightAverage(decay)
+        self.find_routing()
+        self.facts = facts_of(self.moe, self.args)
+        self.add_callback(RoutingCallback(self))
+        self.add_callback(LogFiles())
+        if moe_argument(self.args, "log_routing_figures"):
+            from hf_moe.telemetry.live import RoutingFigures  # draws with matplotlib, of the extra "plots"
+
+            self.add_callback(RoutingFigures(self))
+
+    def find_routing(self) -> None:
+        """Look for the routers of the present model, and for what they are to be balanced by."""
+        self.moe = base_model(self.accelerator.unwrap_model(self.model))
+        self.routers = find_routers(self.moe)
+        if is_deepspeed_zero3_enabled():
+            gather_experts_whole(self.moe, self.routers)
+        self.balance = Balance(self.moe, self.routers, self.args)
+        self.selection_bias = SelectionBias(self.routers)
+        self.bias_speed = moe_argument(self.args, "router_bias_update_speed")
+        if self.bias_speed is None:
+            self.bias_speed = getattr(self.balance.config, "router_bias_update_speed", 0.0)
+        check_arguments(self)
+        if not self.routers:
+            self.balance.coefficients = {}  # those that every configuration of the family has
+        if moe_argument(self.args, "densemixer"):
+            check_dense_mixer(self.moe, self.routers)
+
+    @property
+    def takes_model_loss(self) -> bool:
+        """Whether the loss is the one that the model returns."""
+        return self.label_smoother is None and self.compute_loss_func is None
+
+    # ---- the step ----
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self.step = Step(batches)
+        coefficient = mtp_coefficient(self.args, self.state.global_step / self.state.max_steps)
+        if coefficient is not None:
+            self.balance.config.mtp_loss_coef = coefficient
+        return batches, num_items_in_batch
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        training = self.model.training
+        self.selection_bias.restore()
+        if self.balances_step:
+            self.count_step(model)
+        ahead = self.balance.multi_token if training else None
+        adds_mtp_loss = ahead is not None and self.takes_model_loss  # the model does
+        given = {**inputs, **self.balance.quiet}
+        watched = None if adds_mtp_loss else ahead
+        with captured(self.routers, self.balance.top_k) as routings, looking_ahead(watched) as decoded:
+            result = super().compute_loss(model, given, return_outputs or adds_mtp_loss, num_items_in_batch)
+
+        losses = self.see_routing(routings, self.model_inputs(inputs))
+        if not training:
+            return result
+        loss, outputs = result if return_outputs or adds_mtp_loss else (result, None)
+        # Processes average their gradients, and the Trainer may divide by the micro-batches: shares are to add up.
+        processes = self.accelerator.num_processes
+        scale = processes * (1 if self.scales_loss(num_items_in_batch) else len(self.step.batches) or 1)
+        if losses:
+            loss = loss + (scale * self.balance.weighted(losses)).to(loss.device)
+        averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        mtp_loss = outputs.mtp_loss if adds_mtp_loss else None
+        if decoded:
+            mtp_loss = self.moe.mtp_loss(decoded[0], inputs["labels"], num_items_in_batch)
+            scale = processes // self.get_tp_size() if averaged else 1  # as the Trainer scales cross-entropy
+            loss = loss + (scale * self.balance.config.mtp_loss_coef * mtp_loss).to(loss.device)
+        if mtp_loss is not None:
+            whole = 1 if num_items_in_batch is not None else len(self.step.batches) or 1
+            self.step.mtp_loss += mtp_loss.detach().to(self.args.device) / whole / (1 if averaged else processes)
+        check_finite(loss, self.state.global_step)
+        return (loss, outputs) if return_outputs else loss
+
+    def model_inputs(self, inputs: dict) -> dict:
+        """What the model sees of a batch, without what only the loss needs."""
+        return {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}
+
+    def step_batches(self) -> list[dict]:
+        """The micro-batches of this step as `compute_loss` will get them."""
+        return [prepared_inputs(self, batch) for batch in self.step.batches]
+
+    def some_batches(self, count: int) -> list[dict]:
+        """What the model sees of the first batches: held-out ones, or training ones where there are none."""
+        loader = self.get_train_dataloader() if self.eval_dataset is None else self.get_eval_dataloader()
+        return [self.model_inputs(batch) for batch in islice(loader, count)]
+
+    @property
+    def balances_step(self) -> bool:
+        return self.model.training and bool(self.balance.coefficients) and self.balance_over == "step"
+
+    def see_routing(self, routings: dict[str, Routing], inputs: dict) -> dict[str, torch.Tensor]:
+        """Keep what the metrics need of a batch; returns its share of each loss, router by router, not weighted."""
+        if not routings:
+            return {}
+        batches = self.balance.read(routings, inputs)
+        counted = whole = self.balance.count(batches)
+        if self.balances_step:
+            whole = self.step.counted or over_processes(self.accelerator, counted)
+        losses = self.balance.losses(batches, whole)
+        if self.model.training and not self.balances_step:  # the mean over micro-batches
+            parts = self.accelerator.num_processes * (len(self.step.batches) or 1)
+            losses = {name: value / parts for name, value in losses.items()}
+        self.experts[self.model.training] = {name: len(counts.counts_E) for name, counts in counted.items()}
+        row = rows(routings, batches, counted, losses, self.args.device)
+        if self.model.training:
+            self.step.rows = row if self.step.rows is None else self.step.rows + row
+        else:
+            self.evaluated.append(row)
+        return losses
+
+    def count_step(self, model: nn.Module) -> None:
+        """Before the first forward of a step, count all of it; before each, see that it takes the routes counted."""
+        if self.step.counted is None:
+            # Here rather than where the batches are fetched: a resumed run restores its random state in between.
+            self.step.batches = [self.model_inputs(batch) for batch in self.step_batches()]
+            self.step.look_ahead(model, self.balance)
+            if self.step.counted is not None:
+                self.step.counted = over_processes(self.accelerator, self.step.counted)
+        self.step.begin_forward()
+
+    def scales_loss(self, num_items_in_batch) -> bool:
+        """Whether the Trainer takes the loss as one already divided by the whole step's tokens."""
+        known = getattr(self, "loss_is_scaled_for_ga", None)
+        if known is not None:
+            return known
+        return self.compute_loss_func is not None or (
+            self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        milestones = moe_argument(self.args, "lr_milestones")
+        if milestones and self.lr_scheduler is None:
+            warmup, gamma = self.args.get_warmup_steps(num_training_steps), moe_argument(self.args, "lr_gamma")
+            self.lr_scheduler = multi_step_schedule(
+                optimizer or self.optimizer, warmup, num_training_steps, milestones, gamma
+            )
+            own_scheduler(self)
+        self.args.lr_scheduler_kwargs = schedule_arguments(self.args, num_training_steps) or None
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def train(self, *args, **kwargs):
+        if not self.tried:
+            check_rows(self.moe, self.processing_class)
+            try_saving(self)
+            self.tried = True
+        try:
+            with plain_template_errors():
+                return super().train(*args, **kwargs)
+        finally:
+            while self.mixing:
+                self.mixing.pop().remove()
+
+    def begin_routing(self) -> None:
+        """Called when training begins."""
+        if base_model(self.accelerator.unwrap_model(self.model)) is not self.moe:  # a new one, from model_init
+            self.find_routing()
+        # A resumed run would log, evaluate and save as often as the checkpoint's.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        self.selection_bias.remember()
+        self.logged.clear()
+        self.mtp_losses.clear()
+        if self.average is not None and self.state.global_step == 0:
+            self.average.start(self.accelerator.unwrap_model(self.model))
+        check_checkpointing(self.moe, self.balance.coefficients)
+        if moe_argument(self.args, "densemixer"):
+            self.mixing += add_dense_mixer(self.moe, self.routers)
+
+    def end_routing_step(self) -> None:
+        """Move the selection biases and keep the step's metrics; called after the optimizer moved."""
+        if self.average is not None:
+            self.average.update(self.accelerator.unwrap_model(self.model))
+        logs = self.args.logging_strategy != IntervalStrategy.NO
+        if self.balance.multi_token is not None and logs:
+            share = torch.as_tensor(self.step.mtp_loss, device=self.args.device)
+            self.mtp_losses.append(self.accelerator.reduce(share, reduction="sum"))
+        if self.step.rows is None:
+            return
+        flat = self.accelerator.reduce(self.step.rows, reduction="sum")
+        if logs:
+            self.logged.append(flat)
+        speed = self.bias_speed
+        if self.state.global_step >= moe_argument(self.args, "router_bias_update_until") * self.state.max_steps:
+            speed = 0.0
+        if speed:
+            experts = self.experts[True]
+            table = split(flat, list(experts.values()), len(self.balance.coefficients))
+            counts = {name: counts for name, (_, counts) in zip(experts, table, strict=True)}
+            self.selection_bias.update(counts, speed)
+        self.step = Step([])
+
+    # ---- logging ----
+
+    def routing_metrics(self, steps: torch.Tensor, training: bool) -> dict[str, float]:
+        experts = self.experts[training]
+        biases = {name: bias for name, bias in self.selection_bias.biases.items() if name in experts}
+        each_router = moe_argument(self.args, "log_each_router")
+        return summarize(steps, experts, list(self.balance.coefficients), biases, each_router)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self.logged:
+            logs |= self.routing_metrics(torch.stack(self.logged), training=True)
+            self.logged.clear()
+        if "loss" in logs and self.mtp_losses:
+            logs["mtp_loss"] = torch.stack(self.mtp_losses).mean().item()
+            self.mtp_losses.clear()
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self.evaluated.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.evaluated:
+            total = self.accelerator.reduce(torch.stack(self.evaluated).sum(dim=0), reduction="sum")
+            batches = len(self.evaluated) * self.accelerator.num_processes
+            for sums, _ in split(total, list(self.experts[False].values()), len(self.balance.coefficients)):
+                sums[FIRST_LOSS:] /= batches
+            metrics = self.routing_metrics(total.unsqueeze(0), training=False)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    # ---- saving and restoring ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = self.args.output_dir if output_dir is None else output_dir
+        try:
+            mend(self.moe)
+            self.save_all(folder, state_dict)
+        except Exception as error:
+            if not self.args.should_save:
+                raise
+            keep_weights(self, folder, state_dict, error)
+
+    def save_all(self, folder: str, state_dict: dict | None) -> None:
+        """The weights, what goes with them, and a record of the run, to `folder`."""
+        self.selection_bias.restore()
+        rows_alone = bool(chosen_experts(self.moe))
+        if not rows_alone:
+            super()._save(folder, self.state_to_save(state_dict))
+            if self.casts and self.args.should_save:
+                name_dtype(folder, self.saved_dtype)
+        elif self.args.should_save:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_rows(self.moe, folder, state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+        if self.args.should_save and (rows_alone or self.model is not self.moe):
+            save_router_bias(self.model, folder)
+        if self.args.should_save and self.average is not None:
+            self.average.save(folder)
+        if self.args.should_save:
+            write_plain_templates(Path(folder))
+            self.save_record(folder)
+            write_arguments(self.args, folder)
+
+    def save_without_weights(self, folder: str | Path) -> None:
+        """The same without a weight, before there is anything to lose."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        spread = getattr(self.moe.config, "distributed_config", None) is not None  # gathered by all processes at once
+        rows_alone = bool(chosen_experts(self.moe))
+        if spread:
+            self.moe.config.save_pretrained(folder)
+            self.moe.generation_config.save_pretrained(folder)
+        elif not rows_alone:
+            names = [name for name, x in self.model.named_parameters() if x.requires_grad]
+            adapter = self.model is not self.moe
+            super()._save(str(folder), {name: torch.zeros(0) for name in names} if adapter else {})
+        if (spread or rows_alone) and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        self.save_record(folder)
+        write_arguments(self.args, folder)
+
+    @property
+    def casts(self) -> bool:
+        """Whether what is saved has another type than what trains: of an adapter, never."""
+        return self.saved_dtype is not None and self.model is self.moe
+
+    def state_to_save(self, state_dict: dict | None) -> dict | None:
+        if not self.casts:
+            return state_dict
+        return cast(self.model.state_dict() if state_dict is None else state_dict, self.saved_dtype)
+
+    def _run_epoch(self, *args, **kwargs):
+        # The Trainer would take one more step with a run that was cut short between its last step and its end.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Restore every weight of the checkpoint; raises ValueError if one is missing, or the folder is.
+
+        The Trainer's own way leaves experts that Transformers stores one by one as they are, with a warning
+        (https://github.com/huggingface/transformers/issues/48805).
+        """
+        if not Path(resume_from_checkpoint).is_dir():  # a name that Transformers would look for on the Hub
+            raise ValueError(f"resume_from_checkpoint: there is no folder {resume_from_checkpoint}.")
+        model = self.model if model is None else model
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif model is not base_model(model):
+            check_adapter(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.selection_bias.biases:
+                load_router_bias(model, resume_from_checkpoint)
+        elif chosen_experts(model):
+            load_rows(model, resume_from_checkpoint)
+            if self.selection_bias.biases:
+                load_router_bias(model, resume_from_checkpoint)
+        elif isinstance(model, PreTrainedModel):
+            saved = whole_model(resume_from_checkpoint, type(model), config=model.config, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.selection_bias.remember()
+        if self.average is not None:
+            self.average.load(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Raises ValueError where the checkpoint's optimizer has other weights, or is of another kind.
+
+        Over the second, only a step would stumble. Also where the run was told what the checkpoint's state will not
+        do, as `check_same_arguments`; what it was told beside that is said.
+        """
+        if checkpoint is not None:
+            check_same_arguments(checkpoint, self.args)
+            check_same_step(checkpoint, self.args)
+            if self.is_world_process_zero():
+                say_differences(checkpoint, self.args)
+        needed = [set(group) for group in self.optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"{checkpoint} is of a run that trained other weights ({error}): choose what trains as it was, or "
+                "start a new run from its weights."
+            ) from error
+        for names, group in zip(needed, self.optimizer.param_groups, strict=True):
+            if lacking := sorted(names - group.keys()):
+                raise ValueError(
+                    f"{checkpoint} is of a run with another optimizer, which has no {lacking[0]}: give --optim as it "
+                    "was, or start a new run from its weights."
+                )
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class MoeTrainer(MoeTrainerMixin, Trainer):
+    """Transformers' Trainer with routing that is right in training; see MoeTrainerMixin."""
