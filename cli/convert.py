@@ -96,16 +96,6 @@ def upcycle(
     An option that the strategy does not read is refused. Strategies that keep the function fail, with exit code 1, if
     the logits differ from the dense model's; for the others the difference is reported.
     """
-    read_by_some = {
-        "router_std": router_std,
-        "prompts": prompts,
-        "calibration": calibration,
-        "noise_scale": noise_scale,
-        "drop_ratio": drop_ratio,
-        "carved": carved or None,
-        "rest": rest,
-        "domain_texts": domain_text or None,
-    }
     with messages_on_stderr():
         hide_loading_bars()
         from hf_moe.conversion import upcycle
@@ -118,14 +108,21 @@ def upcycle(
             strategy=strategy,
             granularity=granularity,
             shared=shared,
+            carved=carved,
+            noise_scale=noise_scale,
+            drop_ratio=drop_ratio,
+            rest=rest,
+            domain_texts=domain_text or None,
             layers=layers,
             router_init=router_init,
+            router_std=router_std,
+            prompts=prompts,
+            calibration=calibration,
             seed=seed,
             max_shard_size=max_shard_size,
             dry_run=dry_run,
             resume=resume,
             verify=not no_verify,
-            **read_by_some,
         )
     finish(report, json, UPCYCLE_TOLERANCE)
 

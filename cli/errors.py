@@ -17,6 +17,8 @@ def one_line(error: Exception) -> str | None:
             message = f"{message}{'' if message[-1] in '.?' else '.'} See {error.ctx.command_path} --help."
     elif isinstance(error, (ValueError, OSError)):
         message = str(error)
+    elif isinstance(error, MemoryError):
+        message = f"{error or 'out of memory'}: give a smaller model or text, or see whether its config is right."
     elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         message = (
             f"this command needs {error.name}, which is not installed: pip install 'hf_moe[{EXTRAS[error.name]}]'"

@@ -17,73 +17,63 @@ from .families.regions import Region
 from .files.source import Source, open_source
 from .files.writer import Output
 from .nearest_families import family_config, fits
+from .options import ExportOptions, takes
 from .output import convert
 
 # What an hf_moe checkpoint is read by: every field and every tensor under its own name.
 HF_MOE = Family(HfMoeConfig.model_type, fields=same(*HfMoeConfig.__annotations__))
 
 
-def export_checkpoint(
-    src: str | Path,
-    dst: str | Path,
-    *,
-    to: str,
-    layout: str | None = None,
-    drop_mtp: bool = False,
-    max_shard_size: int | str = "5GB",
-    dry_run: bool = False,
-    resume: bool = False,
-    verify: bool = True,
-    progress: bool = True,
-) -> dict[str, Any]:
+@takes(ExportOptions)
+def export_checkpoint(src: str | Path, dst: str | Path, options: ExportOptions) -> dict[str, Any]:
     """Turn an hf_moe checkpoint into one of a family of `FAMILIES`, with the same weights, bit for bit.
 
     src: a folder with an hf_moe checkpoint, or a Hub id; or a folder with a LoRA adapter of one, which becomes an
-    adapter of the exported base, expert by expert. dst: a folder that does not exist or is empty. to: a key of
-    `FAMILIES`. layout: "per-expert" (a tensor for each expert and projection) or "fused" (tensors of all experts),
-    where the family has both; None: as its models were released, which vLLM's loaders and llama.cpp's converter read.
-    drop_mtp: leave out the layers for multi-token prediction. dry_run: plan and report, write nothing. resume: go on
-    with what an interrupted call has written. verify: compare the logits of Transformers' own class with hf_moe's;
-    refused where there is none.
+    adapter of the exported base, expert by expert. dst: a folder that does not exist or is empty. Keywords: the fields
+    of ExportOptions.
 
     Returns a report that can be written as JSON: total_params, active_params, disk_bytes, output, training_fields
     (those that only training reads and the family has no place for) and, from `verify`, max_abs_diff and its
     companions. Raises a ValueError that names what the family cannot hold, or an OSError; then there is no output.
     """
-    check_destination(Path(dst), resume)
-    if to in ENCODER_DECODERS:
-        raise ValueError(f"to={to!r} is an encoder-decoder: it cannot hold a decoder, which hf_moe's models are.")
-    if to not in FAMILIES:
-        raise ValueError(f"to={to!r} is no family that hf_moe writes; it writes {', '.join(FAMILIES)}.")
-    family = FAMILIES[to]
-    layout = layout or next(iter(family.layouts))
-    if layout not in family.layouts:
-        raise ValueError(f"layout {layout!r} is unknown to {to}; it can be {' or '.join(family.layouts)}.")
+    check_destination(Path(dst), options.resume)
+    family, layout = chosen(options)
     if is_adapter(src):
-        return export_adapter(src, dst, to=to, open_base=partial(open_hf_moe, drop_mtp=drop_mtp), dry_run=dry_run)
-    source, config = open_hf_moe(src, drop_mtp)
+        open_base = partial(open_hf_moe, drop_mtp=options.drop_mtp)
+        return export_adapter(src, dst, to=options.to, open_base=open_base, dry_run=options.dry_run)
+    source, config = open_hf_moe(src, options.drop_mtp)
     exported, training_fields = family_config(family, config)
     outputs = source.outputs(config)
     parts = rearranged(outputs, family.regions({x.name: x.shape for x in outputs.values()}, layout, config))
     copies = [outputs[name]._replace(name=copy) for copy, name in family.copies(config).items() if name in outputs]
-    if verify and not dry_run and family.own_config:
+    if options.verify and not options.dry_run and family.own_config:
         raise ValueError(
-            f"Transformers has no class for {to} to compare logits with; pass verify=False (--no-verify)."
+            f"Transformers has no class for {options.to} to compare logits with; pass verify=False (--no-verify)."
         )
     report = convert(
         source,
         config,
         [*parts, *copies],
         dst,
-        provenance={"method": "export", "to": to, "layout": layout},
+        replace(options, verify=options.verify and not family.own_config),
+        provenance={"method": "export", "to": options.to, "layout": layout},
         exported=exported,
-        max_shard_size=max_shard_size,
-        dry_run=dry_run,
-        resume=resume,
-        check=verify and not family.own_config,
-        progress=progress,
     )
-    return report | {"to": to, "layout": layout, "training_fields": training_fields}
+    return report | {"to": options.to, "layout": layout, "training_fields": training_fields}
+
+
+def chosen(options: ExportOptions) -> tuple[Family, str]:
+    """The family, and its layout. Raises ValueError where it is none, or has no such layout."""
+    to = options.to
+    if to in ENCODER_DECODERS:
+        raise ValueError(f"to={to!r} is an encoder-decoder: it cannot hold a decoder, which hf_moe's models are.")
+    if to not in FAMILIES:
+        raise ValueError(f"to={to!r} is no family that hf_moe writes; it writes {', '.join(FAMILIES)}.")
+    family = FAMILIES[to]
+    layout = options.layout or next(iter(family.layouts))
+    if layout not in family.layouts:
+        raise ValueError(f"layout {layout!r} is unknown to {to}; it can be {' or '.join(family.layouts)}.")
+    return family, layout
 
 
 def nearest_families(src: str | Path, *, drop_mtp: bool = False) -> dict[str, Any]:

@@ -25,7 +25,11 @@ from .files.hashing import BUFFER, Hashing, fingerprint
 from .files.source import Source
 from .files.tokenizer import keep_class, load_tokenizer
 from .files.writer import Output, Shard, check_space, plan_shards, write_shards
+from .options import ConversionOptions
 from .verify import MAX_TOKENS, check_memory, memory_needed, token_ids, unusable, verify
+
+# A source, and the text that it is compared on (None: the usual one).
+Domain = tuple[Source, str | Path | None]
 
 
 def convert(
@@ -33,94 +37,110 @@ def convert(
     model: HfMoeConfig,
     outputs: list[Output],
     dst: str | Path,
+    options: ConversionOptions,
     *,
     provenance: dict[str, Any],
     exported: PreTrainedConfig | None = None,
-    max_shard_size: int | str,
-    dry_run: bool,
-    check: bool,
-    progress: bool,
-    resume: bool = False,
     memory: int = 0,
-    domains: Sequence[tuple[Source, str | Path | None]] = (),
+    domains: Sequence[Domain] = (),
 ) -> dict[str, Any]:
     """Write the model that `model` and `outputs` describe to `dst`, and report on it.
 
     provenance: what is done, with which arguments; it is completed with where the source came from, and stands in the
     model card and in an hf_moe model's config. exported: the config of another family, in whose names `outputs` are.
-    resume: go on with what an interrupted call has written. memory: bytes that are needed before any is written.
-    domains: sources that the model is compared with besides, each on a text of its own (None: the usual one).
+    memory: bytes that are needed before any is written. domains: sources that the model is compared with besides.
     """
     config = exported or model
-    dst = check_destination(Path(dst), resume)
-    if check and source.incomparable and not dry_run:
+    dst = check_destination(Path(dst), options.resume)
+    check = options.verify
+    if check and source.incomparable and not options.dry_run:
         raise ValueError(f"{source.incomparable}; pass verify=False (--no-verify).")
-    shards = plan_shards(outputs, max_shard_size)
-    nbytes = sum(shard.nbytes for shard in shards)
-    report = {
+    shards = plan_shards(outputs, options.max_shard_size)
+    models = [(source.config, source.checkpoint.entries), (config, {output.name: output for output in outputs})]
+    to_verify = memory_needed(models) if check and not source.incomparable else None
+    report = described(source, model, dst, shards) | {"dry_run": options.dry_run}
+    if options.dry_run:
+        here = anonymous_memory()
+        report["peak_memory_bytes"] = here + max(memory, BUFFER + max(output.held for output in outputs))
+        report["verify_memory_bytes"] = None if to_verify is None else here + to_verify
+        return report
+    if check:
+        check_memory(to_verify)
+        for sibling, text in domains:  # not after hours of writing
+            token_ids(sibling.checkpoint.folder, text, model.vocab_size, MAX_TOKENS, seed=0)
+    check_space(dst, report["disk_bytes"])
+    tokenizer = load_tokenizer(source.checkpoint.folder)
+    plan = plan_of(source, config, shards, provenance, options.max_shard_size)
+    provenance |= {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
+    with resumable(dst, plan, options.resume) as (folder, journal):
+        # What goes along comes first: of it something may fail, and not after an hour of writing weights.
+        write_carried(source, folder, model.vocab_size)
+        config.dtype = source.config.dtype or source.checkpoint.dtype
+        write_config(config, folder, provenance)
+        if tokenizer is not None:
+            keep_class(tokenizer, folder)
+        provenance |= write_weights(source, folder, shards, journal, dst.name if options.progress else None)
+        write_config(config, folder, provenance)
+        journal.complete = True
+        if check:
+            provenance |= compared(source, folder, domains)
+            report |= provenance["check"] | {name: provenance[name] for name in ("domains",) if name in provenance}
+            write_config(config, folder, provenance)
+        write_model_card(folder, name=dst.name, provenance=provenance)
+    return report
+
+
+def described(source: Source, model: HfMoeConfig, dst: Path, shards: list[Shard]) -> dict[str, Any]:
+    """What a report says before anything is written."""
+    return {
         "output": str(dst),
         "source": source.name,
         "model_type": source.family.model_type,
         **costs(model),
         "dtype": str(source.checkpoint.dtype).removeprefix("torch."),
-        "disk_bytes": nbytes,
+        "disk_bytes": sum(shard.nbytes for shard in shards),
         "shards": len(shards),
         "carried_files": [str(path) for path in source.carried_files()],
         "ignored_config_keys": source.ignored_config_keys,
-        "dry_run": dry_run,
     }
-    models = [(source.config, source.checkpoint.entries), (config, {output.name: output for output in outputs})]
-    verify_memory = memory_needed(models) if check and not source.incomparable else None
-    if dry_run:
-        here = anonymous_memory()
-        report["peak_memory_bytes"] = here + max(memory, BUFFER + max(output.held for output in outputs))
-        report["verify_memory_bytes"] = None if verify_memory is None else here + verify_memory
-        return report
-    if check:
-        check_memory(verify_memory)
-        for sibling, text in domains:  # not after hours of writing
-            token_ids(sibling.checkpoint.folder, text, model.vocab_size, MAX_TOKENS, seed=0)
-    check_space(dst, nbytes)
-    tokenizer = load_tokenizer(source.checkpoint.folder)
-    plan = plan_of(source, config, shards, provenance, max_shard_size)
-    with resumable(dst, plan, resume) as (folder, journal):
-        # What goes along comes first: of it something may fail, and not after an hour of writing weights.
-        for path in source.carried_files():
-            (folder / path).parent.mkdir(exist_ok=True)
-            if path.name != GENERATION_CONFIG:
-                shutil.copyfile(source.checkpoint.folder / path, folder / path)
-            elif left_out := write_mended(source.checkpoint.folder / path, folder / path, model.vocab_size):
-                print(left_out, file=sys.stderr)
-        write_plain_templates(folder)
-        config.dtype = source.config.dtype or source.checkpoint.dtype
-        provenance |= {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
-        write_config(config, folder, provenance)
-        if tokenizer is not None:
-            keep_class(tokenizer, folder)
-        bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc=dst.name, disable=not progress)
 
-        def advance(count: int) -> None:
-            bar.update(count)
-            source.checkpoint.release()
 
-        with Hashing(source.checkpoint) as hashing, bar:
-            write_shards(folder, shards, advance, journal)
-            provenance |= {"sha256": hashing.digests(), "hf_moe_version": __version__}
-            provenance |= inherited(source.checkpoint.folder)
-        write_config(config, folder, provenance)
-        journal.complete = True
-        if check:
-            provenance["check"] = verify(source.checkpoint.folder, folder)
-            provenance["check"]["warning"] = unusable(provenance["check"])
-            report |= provenance["check"]
-            if domains:
-                provenance["domains"] = report["domains"] = [
-                    {"source": sibling.name} | verify(sibling.checkpoint.folder, folder, data=text)
-                    for sibling, text in domains
-                ]
-            write_config(config, folder, provenance)
-        write_model_card(folder, name=dst.name, provenance=provenance)
-    return report
+def write_carried(source: Source, folder: Path, vocab_size: int) -> None:
+    """The files that go along, tokenizer and templates among them; a generation config's ids are mended, and said."""
+    for path in source.carried_files():
+        (folder / path).parent.mkdir(exist_ok=True)
+        if path.name != GENERATION_CONFIG:
+            shutil.copyfile(source.checkpoint.folder / path, folder / path)
+        elif left_out := write_mended(source.checkpoint.folder / path, folder / path, vocab_size):
+            print(left_out, file=sys.stderr)
+    write_plain_templates(folder)
+
+
+def write_weights(source: Source, folder: Path, shards: list[Shard], journal, title: str | None) -> dict[str, Any]:
+    """Write the shards, with a bar if it has a title; returns what of the source they were made from."""
+    total = sum(shard.nbytes for shard in shards)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=title is None)
+
+    def advance(count: int) -> None:
+        bar.update(count)
+        source.checkpoint.release()
+
+    with Hashing(source.checkpoint) as hashing, bar:
+        write_shards(folder, shards, advance, journal)
+        made = {"sha256": hashing.digests(), "hf_moe_version": __version__}
+    return made | inherited(source.checkpoint.folder)
+
+
+def compared(source: Source, folder: Path, domains: Sequence[Domain]) -> dict[str, Any]:
+    """The comparison with the source, and of a merge the one with each source on its own text."""
+    check = verify(source.checkpoint.folder, folder)
+    found: dict[str, Any] = {"check": check | {"warning": unusable(check)}}
+    if domains:
+        found["domains"] = [
+            {"source": sibling.name} | verify(sibling.checkpoint.folder, folder, data=text)
+            for sibling, text in domains
+        ]
+    return found
 
 
 def write_config(config: PreTrainedConfig, folder: Path, provenance: dict[str, Any]) -> None:

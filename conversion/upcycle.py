@@ -13,8 +13,8 @@ from .families import DENSE_FAMILIES
 from .files.hashing import Hashing
 from .files.source import Source, open_source, tensor_shapes
 from .files.writer import Output
+from .options import UpcycleOptions, takes
 from .output import convert
-from .upcycling import DEFAULT_STRATEGY
 from .upcycling.plan import Plan
 from .upcycling.strategy import Strategy
 
@@ -29,90 +29,38 @@ EXPERT_PARTS = {
 }
 
 
-def upcycle(
-    src: str | Path | Sequence[str | Path],
-    dst: str | Path,
-    *,
-    experts: int,
-    top_k: int,
-    strategy: str = DEFAULT_STRATEGY,
-    granularity: int = 1,
-    shared: int | None = None,
-    layers: str = "all",
-    router_init: str | None = None,
-    seed: int = 0,
-    max_shard_size: int | str = "5GB",
-    dry_run: bool = False,
-    resume: bool = False,
-    verify: bool = True,
-    progress: bool = True,
-    **options: Any,
-) -> dict[str, Any]:
+@takes(UpcycleOptions)
+def upcycle(src: str | Path | Sequence[str | Path], dst: str | Path, options: UpcycleOptions) -> dict[str, Any]:
     """Turn a dense checkpoint into a mixture of experts, tensor by tensor (Sparse Upcycling, arXiv 2212.05055).
 
     src: a folder with safetensors weights, or a Hub id; several for the strategy "merge". dst: a folder that does not
-    exist or is empty. strategy: a key of `UPCYCLERS`; their files say what each does.
-    experts, top_k: feed-forward networks in each sparse layer, and how many of them a token meets; with "split" and
-    "carve" the pieces of one. granularity: cut each network into so many experts. shared: shared experts,
-    1 where the strategy has some. layers: which become sparse, counted from 0: "all", "all/2" for every second,
-    "2-5,8", or "0-3=copy,4-7=drop" with strategies of their own. router_init: a key of `ROUTER_INITS`; by default what
-    the strategy calls for.
-
-    options, of which one that nothing reads is refused:
-    router_std: root mean square of the router's weights (0.02). They are worked out in fp32 from `seed`, then rounded
-    to the checkpoint's dtype. prompts: a YAML or JSON list with the prompts of each expert. calibration: a text (.txt,
-    or .jsonl, .csv, .parquet with a column "text") that the dense model reads, in memory, before the conversion.
-    noise_scale, drop_ratio, carved, rest, domain_texts: see the strategies.
-
-    dry_run: plan and report, write nothing. resume: go on with what an interrupted call has written. verify: compare
-    the logits of both models.
+    exist or is empty. Keywords: the fields of UpcycleOptions.
 
     Returns a report that can be written as JSON: total_params, active_params, disk_bytes, output, equal_at_step_0
     (whether the strategy keeps the function) and, from `verify`, max_abs_diff and its companions; of a merge also
     domains, the comparison with each source. Raises ValueError or OSError of one line; then there is no output.
     """
-    check_destination(Path(dst), resume)
-    if not 1 <= top_k <= experts:
-        raise ValueError(f"top_k ({top_k}) must be between 1 and the number of experts ({experts}).")
-    if options.get("domain_texts") and not verify:
+    check_destination(Path(dst), options.resume)
+    if not 1 <= options.top_k <= options.experts:
+        raise ValueError(f"top_k ({options.top_k}) must be between 1 and the number of experts ({options.experts}).")
+    if options.domain_texts and not options.verify:
         raise ValueError("domain_texts has no effect with verify=False (--no-verify).")
     sources = [open_source(name, DENSE_FAMILIES) for name in ([src] if isinstance(src, (str, Path)) else src)]
-    given = {"granularity": granularity if granularity != 1 else None, "shared": shared, **options}
-    plan = Plan(
-        sources,
-        experts=experts,
-        top_k=top_k,
-        strategy=strategy,
-        layers=layers,
-        router_init=router_init,
-        seed=seed,
-        given={name: value for name, value in given.items() if value is not None},
-    )
+    plan = Plan(sources, options)
     config = sources[0].hf_moe_config(
         mlp_layer_types=["sparse" if layer in plan.layers else "dense" for layer in range(plan.num_layers)],
         router_type="topk_softmax",  # weights that sum to 1, so that equal experts give the dense output
         **plan.sizes.config_fields(),
     )
     outputs = [plan_output(plan, name, shape) for name, shape in tensor_shapes(config).items()]
-    provenance = {"method": "upcycle", "strategy": plan.strategy_names, "seed": seed, "arguments": plan.arguments}
+    said = {"method": "upcycle", "strategy": plan.strategy_names, "seed": options.seed, "arguments": plan.arguments}
     domains = []
-    if len(sources) > 1 and not dry_run:
-        provenance["siblings"] = [origin(sibling) for sibling in sources[1:]]
-        domains = list(zip(sources, options.get("domain_texts") or [None] * len(sources), strict=True))
+    if len(sources) > 1 and not options.dry_run:
+        said["siblings"] = [origin(sibling) for sibling in sources[1:]]
+        domains = list(zip(sources, options.domain_texts or [None] * len(sources), strict=True))
     with torch.device("cpu"):  # where the generators are, whatever the default device
         report = convert(
-            sources[0],
-            config,
-            outputs,
-            dst,
-            provenance=provenance,
-            max_shard_size=max_shard_size,
-            dry_run=dry_run,
-            resume=resume,
-            check=verify,
-            progress=progress,
-            memory=plan.memory,
-            domains=domains,
+            sources[0], config, outputs, dst, options, provenance=said, memory=plan.memory, domains=domains
         )
     return report | {"equal_at_step_0": plan.exact}
 

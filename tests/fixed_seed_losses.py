@@ -23,7 +23,7 @@ ARGUMENTS = ["--logging_steps", "1", "--save_strategy", "no", "--use_cpu", "true
 RUNS = {
     "sft": ("messages", ["--max_steps", str(STEPS), "--gradient_accumulation_steps", "2"]),
     "large_sft": ("messages", ["--max_steps", str(STEPS)]),
-    "pretrain": ("text", ["--train_tokens", "8000"]),
+    "pretrain": ("text", ["--from_scratch", "true", "--train_tokens", "8000"]),
     "dpo": ("preferences", ["--max_steps", str(STEPS)]),
     "grpo": ("prompts", ["--max_steps", str(STEPS), "--max_completion_length", "8"]),
 }

@@ -34,6 +34,7 @@ ORDER = [
     "hf_moe.conversion.upcycling",
     "hf_moe.conversion.files",
     "hf_moe.conversion.families",
+    "hf_moe.conversion.options",
     "hf_moe",
     "hf_moe.hub",
     "hf_moe.sizes",

@@ -13,7 +13,6 @@ from .shared import Shared
 from .split import Split
 from .strategy import Strategy
 
-DEFAULT_STRATEGY = "copy"
 UPCYCLERS: dict[str, type[Strategy]] = {
     "copy": Copy,
     "noise": Noise,

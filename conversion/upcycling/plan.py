@@ -14,7 +14,8 @@ from ..files.hashing import file_digest
 from ..files.source import Source
 from ..files.tokenizer import load_tokenizer
 from ..files.writer import Output
-from . import DEFAULT_STRATEGY, UPCYCLERS
+from ..options import UpcycleOptions
+from . import UPCYCLERS
 from .evidence import Evidence
 from .layers import parse_layers
 from .options import complete, refuse_unread
@@ -22,6 +23,7 @@ from .router_init import ROUTER_INITS
 from .strategy import FeedForward, Layer, Request, Sizes, Strategy
 
 FILES = ("prompts", "calibration")  # options that name one
+DEFAULT_STRATEGY = UpcycleOptions.strategy
 
 
 class Plan:
@@ -31,48 +33,20 @@ class Plan:
     names, options that nothing reads, strategies that make unlike layers, sources that are no siblings.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        *,
-        experts: int,
-        top_k: int,
-        strategy: str,
-        layers: str,
-        router_init: str | None,
-        seed: int,
-        given: Mapping[str, Any],
-    ):
-        fields = sources[0].hf_moe_fields
-        self.num_layers: int = fields["num_hidden_layers"]
-        names = parse_layers(layers, self.num_layers, strategy)
-        for name in [strategy, *names.values()]:
-            known("strategy", name, UPCYCLERS)
-        self._used = {name: UPCYCLERS[name] for name in sorted(set(names.values()))}
-        if strategy not in self._used and strategy != DEFAULT_STRATEGY:
-            raise ValueError(f"strategy {strategy!r} has no effect: layers {layers!r} names others for all.")
+    def __init__(self, sources: Sequence[Source], options: UpcycleOptions):
+        self.num_layers: int = sources[0].hf_moe_fields["num_hidden_layers"]
+        self._names = chosen_strategies(options, self.num_layers)
+        self._used = {name: UPCYCLERS[name] for name in sorted(set(self._names.values()))}
         self.strategy_names = ", ".join(self._used)
-        if router_init is not None:
-            known("router_init", router_init, ROUTER_INITS)
-
         dense_config = sources[0].hf_moe_config(mlp_layer_types=["dense"] * self.num_layers)
         self._dense = [source.outputs(dense_config) for source in siblings(sources)]
-        down = self._dense[0]["model.layers.0.mlp.down_proj.weight"]
-        self._requests: dict[str, Request] = {}
-        self._router_inits: dict[str, str] = {}
-        readers = {}
-        for name, made in self._used.items():
-            if len(sources) > 1 and not made.takes_siblings:
-                raise ValueError(f"strategy {name!r} takes 1 source, not {len(sources)}; 'merge' takes several.")
-            own = complete(made.options, given, f"strategy {name!r}")
-            request = Request(experts, top_k, down.shape[1], down.dtype, len(sources), own)
-            self._requests[name] = request
-            self._router_inits[name] = start = router_init or made.router_init(request)
-            readers |= {f"strategy {name!r}": made.options, f"router_init {start!r}": ROUTER_INITS[start].options}
-        everyone = {f"strategy {name!r}": made.options for name, made in UPCYCLERS.items()}
-        everyone |= {f"router_init {name!r}": made.options for name, made in ROUTER_INITS.items()}
-        refuse_unread(given, readers, everyone)
 
+        given = options.given
+        self._requests = self._asked_of_strategies(options, given, len(sources))
+        self._router_inits = {
+            name: options.router_init or made.router_init(self._requests[name]) for name, made in self._used.items()
+        }
+        self._refuse_unread(given)
         self._router_options = {
             start: complete(ROUTER_INITS[start].options, given, f"router_init {start!r}")
             for start in sorted(set(self._router_inits.values()))
@@ -83,19 +57,40 @@ class Plan:
         self.sizes, self.exact = self._agreed_sizes()
 
         evidence = Evidence(
-            sources[0].checkpoint.folder, dense_config, self._dense[0], given.get("calibration"), given.get("prompts")
+            sources[0].checkpoint.folder, dense_config, self._dense[0], options.calibration, options.prompts
         )
-        if evidence.prompts and len(evidence.prompts) != experts:
-            raise ValueError(f"prompts ({len(evidence.prompts)}) must be as many as experts ({experts}).")
+        if evidence.prompts and len(evidence.prompts) != options.experts:
+            raise ValueError(f"prompts ({len(evidence.prompts)}) must be as many as experts ({options.experts}).")
         act_fn = ACT2FN[dense_config.hidden_act]
         self.memory = evidence.memory  # bytes that are needed before the first tensor is made
         self.layers: dict[int, Strategy] = {}
-        for index, name in sorted(names.items()):
+        for index, name in sorted(self._names.items()):
             networks = [feed_forward(outputs, index) for outputs in self._dense]
-            layer = Layer(index, networks, act_fn, evidence, seed, dense_config.hidden_size)
+            layer = Layer(index, networks, act_fn, evidence, options.seed, dense_config.hidden_size)
             self.layers[index] = self._used[name](self._requests[name], layer)
-        self._names = names
-        self.arguments = {"experts": experts, "top_k": top_k, "layers": layers} | self._described()
+        said = {"experts": options.experts, "top_k": options.top_k, "layers": options.layers}
+        self.arguments = said | self._described()
+
+    def _asked_of_strategies(self, options: UpcycleOptions, given: Mapping, sources: int) -> dict[str, Request]:
+        """What each strategy at work is to make."""
+        down = self._dense[0]["model.layers.0.mlp.down_proj.weight"]
+        requests = {}
+        for name, made in self._used.items():
+            if sources > 1 and not made.takes_siblings:
+                raise ValueError(f"strategy {name!r} takes 1 source, not {sources}; 'merge' takes several.")
+            own = complete(made.options, given, f"strategy {name!r}")
+            requests[name] = Request(options.experts, options.top_k, down.shape[1], down.dtype, sources, own)
+        return requests
+
+    def _refuse_unread(self, given: Mapping[str, Any]) -> None:
+        """Raises a ValueError for an option that neither a strategy nor a start of the routers at work reads."""
+        readers = {}
+        for name, start in self._router_inits.items():
+            readers[f"strategy {name!r}"] = self._used[name].options
+            readers[f"router_init {start!r}"] = ROUTER_INITS[start].options
+        everyone = {f"strategy {name!r}": made.options for name, made in UPCYCLERS.items()}
+        everyone |= {f"router_init {name!r}": made.options for name, made in ROUTER_INITS.items()}
+        refuse_unread(given, readers, everyone)
 
     def _agreed_sizes(self) -> tuple[Sizes, bool]:
         """The sizes that all strategies make, and whether all of them keep the function."""
@@ -142,6 +137,20 @@ class Plan:
         start = self._router_inits[self._names[strategy.layer.index]]
         rows = ROUTER_INITS[start].rows(strategy, self._router_options[start])
         return rows.repeat_interleave(self.sizes.tied, dim=0)
+
+
+def chosen_strategies(options: UpcycleOptions, num_layers: int) -> dict[int, str]:
+    """Layer -> its strategy. Raises a ValueError for a name that is unknown, or has no effect."""
+    names = parse_layers(options.layers, num_layers, options.strategy)
+    for name in [options.strategy, *names.values()]:
+        known("strategy", name, UPCYCLERS)
+    if options.strategy not in names.values() and options.strategy != DEFAULT_STRATEGY:
+        raise ValueError(
+            f"strategy {options.strategy!r} has no effect: layers {options.layers!r} names others for all."
+        )
+    if options.router_init is not None:
+        known("router_init", options.router_init, ROUTER_INITS)
+    return names
 
 
 def known(what: str, name: str, registry: Mapping[str, Any]) -> None:

@@ -213,6 +213,10 @@ class HfMoeConfig(PreTrainedConfig):
             self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
+    def get_text_config(self, decoder=None, encoder=None) -> "HfMoeConfig":
+        """Itself, whatever a config.json says besides: an hf_moe model is no part of another."""
+        return self
+
     @property
     def qk_head_dim(self) -> int | None:
         """Size of a query of latent attention; by it Transformers knows that keys and values differ in size."""

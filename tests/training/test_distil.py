@@ -109,6 +109,7 @@ def test_refusals(command, model_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^teacher_model_name_or_path: there is no folder ./absent"):
         main(command(teacher="./absent"))
     refused("temperature is 0.0; it must be above 0", "--temperature", "0")
+    refused("it must be above 0, and at most 10000", "--temperature", "1e300")
     refused("kl_weight is 1.5", "--kl_weight", "1.5")
     refused("label_smoothing_factor is 0.1", "--label_smoothing_factor", "0.1")
 

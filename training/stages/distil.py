@@ -79,6 +79,7 @@ class MoeDistilTrainer(MoeSFTTrainer, Distilling):
         self.teacher = self.accelerator.prepare_model(teacher.eval().requires_grad_(False), evaluation_mode=True)
 
 
+MAX_TEMPERATURE = 1e4  # far beyond where nothing of the logits is left
 TEACHER_INPUTS = ("input_ids", "attention_mask", "position_ids", "use_cache")
 ARGUMENTS = (ModelArguments, DataArguments, MoeDistilConfig)
 
@@ -122,8 +123,8 @@ def check_distil_arguments(args: MoeDistilConfig) -> None:
     """Raises ValueError for what makes no loss. Run before anything is loaded."""
     if args.teacher_model_name_or_path is None:
         raise ValueError("stage distil learns from a teacher: give --teacher_model_name_or_path.")
-    if not args.temperature > 0:
-        raise ValueError(f"temperature is {args.temperature}; it must be above 0.")
+    if not 0 < args.temperature <= MAX_TEMPERATURE:
+        raise ValueError(f"temperature is {args.temperature}; it must be above 0, and at most {MAX_TEMPERATURE:g}.")
     if not 0 <= args.kl_weight <= 1:
         raise ValueError(f"kl_weight is {args.kl_weight}; it must be from 0 to 1.")
     if args.label_smoothing_factor:

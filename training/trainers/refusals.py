@@ -24,39 +24,67 @@ ROUTING = {**dict.fromkeys(LOSSES, 0.0), "router_bias_update_speed": None, "dens
 
 def check_arguments(trainer) -> None:
     """Raises ValueError, in one line, for what the trainer's model has no use for or cannot train with."""
-    model, args, coefficients = type(trainer.moe).__name__, trainer.args, trainer.balance.coefficients
+    for check in (*CHECKS, *(CHECKS_OF_ROUTERS if trainer.routers else ())):
+        check(trainer)
+
+
+def check_numbers(trainer) -> None:
     for name in (*LOSSES, "mtp_loss_coef", "mtp_loss_coef_after", "router_bias_update_speed"):
-        value = moe_argument(args, name)
+        value = moe_argument(trainer.args, name)
         if value is not None and not value >= 0:  # so that a NaN fails, too
             raise ValueError(f"{name} is {value}; it must be at least 0.")
     if trainer.balance_over not in BALANCE_OVER:
         raise ValueError(f"balance_over is {trainer.balance_over!r}; it can be {' or '.join(BALANCE_OVER)}.")
+
+
+def check_bias_speed(trainer) -> None:
     if trainer.bias_speed and not trainer.selection_bias.biases:
-        raise ValueError(f"router_bias_update_speed is {trainer.bias_speed}, but no router of {model} has a bias.")
+        raise ValueError(
+            f"router_bias_update_speed is {trainer.bias_speed}, but no router of {type(trainer.moe).__name__} has a "
+            "bias."
+        )
+
+
+def check_schedules(trainer) -> None:
+    args = trainer.args
     if moe_argument(args, "lr_milestones"):
         check_milestones(moe_argument(args, "lr_milestones"), moe_argument(args, "lr_gamma"), args)
     if trainer.average is not None:
         check_average(trainer.average.decay, trainer)
     check_multi_token(trainer.moe, args)
+
+
+def check_losses_can_be_read(trainer) -> None:
     unread = unread_routers(trainer)
-    if unread is not None:
-        given = {name: moe_argument(args, name) for name in LOSSES}
-        for name, value in (given if hasattr(trainer.moe, "active_losses") else given | coefficients).items():
-            if value:
-                raise ValueError(f"{name} is {value}, but {model} {unread}")
-    if not trainer.routers:
+    if unread is None:
         return
+    given = {name: moe_argument(trainer.args, name) for name in LOSSES}
+    own = {} if hasattr(trainer.moe, "active_losses") else trainer.balance.coefficients
+    for name, value in (given | own).items():
+        if value:
+            raise ValueError(f"{name} is {value}, but {type(trainer.moe).__name__} {unread}")
+
+
+def check_groups(trainer) -> None:
+    coefficients = trainer.balance.coefficients
     for name in ("device_aux_loss_coef", "comm_aux_loss_coef"):
         if name in coefficients and trainer.balance.n_group == 1:
             raise ValueError(
-                f"{name} is {coefficients[name]}, but n_group of {model} is 1 and so is the loss: set config.n_group "
-                "to the number of expert groups, or the coefficient to 0."
+                f"{name} is {coefficients[name]}, but n_group of {type(trainer.moe).__name__} is 1 and so is the "
+                "loss: set config.n_group to the number of expert groups, or the coefficient to 0."
             )
+
+
+def check_policies(trainer) -> None:
     if any(router.policy for router in trainer.routers.values()) and not trainer.takes_model_loss:
         raise ValueError(
-            f"The routers of {model} (reinforce) learn from each token's loss, which is the model's own: use "
-            "MoeTrainer without label_smoothing_factor and compute_loss_func."
+            f"The routers of {type(trainer.moe).__name__} (reinforce) learn from each token's loss, which is the "
+            "model's own: use MoeTrainer without label_smoothing_factor and compute_loss_func."
         )
+
+
+def check_devices(trainer) -> None:
+    args, coefficients = trainer.args, trainer.balance.coefficients
     if args.use_liger_kernel and args.device.type == "cpu":
         raise ValueError("use_liger_kernel is true, but Liger's kernels run on a GPU: set it to false on a CPU.")
     if args.n_gpu > 1:
@@ -70,6 +98,10 @@ def check_arguments(trainer) -> None:
             f"{', '.join(coefficients)} cannot be computed where sequences are split over {parts} processes (context "
             "or sequence parallelism): set them to 0."
         )
+
+
+CHECKS = (check_numbers, check_bias_speed, check_schedules, check_losses_can_be_read)
+CHECKS_OF_ROUTERS = (check_groups, check_policies, check_devices)
 
 
 def unread_routers(trainer) -> str | None:

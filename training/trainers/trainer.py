@@ -120,32 +120,52 @@ class MoeTrainerMixin(PublishingMixin):
         if self.balances_step:
             self.count_step(model)
         ahead = self.balance.multi_token if training else None
-        adds_mtp_loss = ahead is not None and self.takes_model_loss  # the model does
+        of_model = ahead is not None and self.takes_model_loss  # it adds the MTP loss, and gives it among its outputs
         given = {**inputs, **self.balance.quiet}
-        watched = None if adds_mtp_loss else ahead
+        watched = None if of_model else ahead
         with captured(self.routers, self.balance.top_k) as routings, looking_ahead(watched) as decoded:
-            result = super().compute_loss(model, given, return_outputs or adds_mtp_loss, num_items_in_batch)
+            result = super().compute_loss(model, given, return_outputs or of_model, num_items_in_batch)
 
         losses = self.see_routing(routings, self.model_inputs(inputs))
         if not training:
             return result
-        loss, outputs = result if return_outputs or adds_mtp_loss else (result, None)
-        # Processes average their gradients, and the Trainer may divide by the micro-batches: shares are to add up.
-        processes = self.accelerator.num_processes
-        scale = processes * (1 if self.scales_loss(num_items_in_batch) else len(self.step.batches) or 1)
+        loss, outputs = result if return_outputs or of_model else (result, None)
         if losses:
-            loss = loss + (scale * self.balance.weighted(losses)).to(loss.device)
-        averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
-        mtp_loss = outputs.mtp_loss if adds_mtp_loss else None
-        if decoded:
+            loss = loss + (self.share_scale(num_items_in_batch) * self.balance.weighted(losses)).to(loss.device)
+        if of_model:
+            self.keep_mtp_loss(outputs.mtp_loss, num_items_in_batch)
+        elif decoded:
             mtp_loss = self.moe.mtp_loss(decoded[0], inputs["labels"], num_items_in_batch)
-            scale = processes // self.get_tp_size() if averaged else 1  # as the Trainer scales cross-entropy
-            loss = loss + (scale * self.balance.config.mtp_loss_coef * mtp_loss).to(loss.device)
-        if mtp_loss is not None:
-            whole = 1 if num_items_in_batch is not None else len(self.step.batches) or 1
-            self.step.mtp_loss += mtp_loss.detach().to(self.args.device) / whole / (1 if averaged else processes)
+            weight = self.token_scale(num_items_in_batch) * self.balance.config.mtp_loss_coef
+            loss = loss + (weight * mtp_loss).to(loss.device)
+            self.keep_mtp_loss(mtp_loss, num_items_in_batch)
         check_finite(loss, self.state.global_step)
         return (loss, outputs) if return_outputs else loss
+
+    def share_scale(self, num_items_in_batch) -> int:
+        """By what a micro-batch's share of a loss over the whole step is multiplied, so that shares add up.
+
+        Processes average their gradients, and the Trainer may divide by the micro-batches.
+        """
+        scaled = self.scales_loss(num_items_in_batch)
+        return self.accelerator.num_processes * (1 if scaled else len(self.step.batches) or 1)
+
+    def averages_tokens(self, num_items_in_batch) -> bool:
+        """Whether the tokens that a loss is divided by are those of all processes."""
+        return self.args.average_tokens_across_devices and num_items_in_batch is not None
+
+    def token_scale(self, num_items_in_batch) -> int:
+        """By what the Trainer multiplies a sum over tokens that is divided by num_items_in_batch."""
+        averaged = self.averages_tokens(num_items_in_batch)
+        return self.accelerator.num_processes // self.get_tp_size() if averaged else 1
+
+    def keep_mtp_loss(self, mtp_loss: torch.Tensor | None, num_items_in_batch) -> None:
+        """Add a micro-batch's share to the step's MTP loss, for the log."""
+        if mtp_loss is None:
+            return
+        parts = 1 if num_items_in_batch is not None else len(self.step.batches) or 1
+        processes = 1 if self.averages_tokens(num_items_in_batch) else self.accelerator.num_processes
+        self.step.mtp_loss += mtp_loss.detach().to(self.args.device) / parts / processes
 
     def model_inputs(self, inputs: dict) -> dict:
         """What the model sees of a batch, without what only the loss needs."""
