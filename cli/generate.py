@@ -48,17 +48,7 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Write text with any causal language model of Transformers; greedy unless a temperature is given."""
-    if best_of and self_consistency:
-        raise ValueError("--best-of and --self-consistency both choose the text: leave one of them out.")
-    if use_mtp and (best_of or self_consistency):
-        raise ValueError("--use-mtp writes one text at a time: leave it out, or --best-of and --self-consistency.")
-    for option, given in (
-        ("--top-p chooses among sampled tokens", top_p < 1.0),
-        ("--best-of chooses among sampled texts", best_of),
-        ("--self-consistency chooses among sampled texts", self_consistency),
-    ):
-        if given and temperature == 0.0:
-            raise ValueError(f"{option}; give a --temperature above 0 with it.")
+    check_choices(temperature, top_p, best_of, self_consistency, use_mtp)
     with messages_on_stderr():
         language_model, tokenizer = load(model, trust_remote_code)
     if use_mtp and not getattr(language_model.config, "num_mtp_layers", 0):
@@ -83,6 +73,23 @@ def generate(
     if report.get("complete") is False:
         print(f"hf-moe: after --max-new-tokens {max_new_tokens} the guided text is not complete.", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def check_choices(
+    temperature: float, top_p: float, best_of: int | None, self_consistency: int | None, use_mtp: bool
+) -> None:
+    """Raises ValueError where options contradict each other, or one has nothing to choose from."""
+    if best_of and self_consistency:
+        raise ValueError("--best-of and --self-consistency both choose the text: leave one of them out.")
+    if use_mtp and (best_of or self_consistency):
+        raise ValueError("--use-mtp writes one text at a time: leave it out, or --best-of and --self-consistency.")
+    for option, given in (
+        ("--top-p chooses among sampled tokens", top_p < 1.0),
+        ("--best-of chooses among sampled texts", best_of),
+        ("--self-consistency chooses among sampled texts", self_consistency),
+    ):
+        if given and temperature == 0.0:
+            raise ValueError(f"{option}; give a --temperature above 0 with it.")
 
 
 def load(model: str | Path, trust_remote_code: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

@@ -1,6 +1,8 @@
 """Conversations as chat templates read them, whoever wrote them, and chat templates as any Jinja engine reads them."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +101,24 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], w
         raise refusal(error, messages, where) from error
 
 
-def refusal(error: Exception, messages: list[dict[str, Any]], where: str) -> ValueError:
-    """In one line, that a chat template could not take `messages`, and why."""
+def refusal(error: Exception, messages: list[dict[str, Any]] | None = None, where: str | None = None) -> ValueError:
+    """In one line, that a chat template could not take `messages`, and why; where it is known, which and where."""
     kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
     reason = f"{kind}{' '.join(str(error).split())}"
+    begin = "The" if where is None else f"{where}: the"
+    end = "." if messages is None else f": {messages!r:.200}"
     return ValueError(
-        f"{where}: the chat template refuses a conversation ({reason}), so mend it or give another template: "
-        f"{messages!r:.200}"
+        f"{begin} chat template refuses a conversation ({reason}), so mend it or give another template{end}"
     )
+
+
+@contextmanager
+def plain_template_errors() -> Iterator[None]:
+    """What a chat template says of a conversation that it refuses, as `refusal`, where something else renders it."""
+    try:
+        yield
+    except TemplateError as error:
+        raise refusal(error) from error
 
 
 def plain(template: str) -> str:

@@ -18,7 +18,7 @@ from hf_moe.demo.text import postcard_rows, story
 
 STEPS = 8
 # A step logs every one of its numbers; all is computed on a CPU, in float32.
-ARGUMENTS = ["--logging_steps", "1", "--save_strategy", "no", "--use_cpu", "true", "--router_aux_loss_coef", "0.01"]
+ARGUMENTS = ["--logging_steps", "1", "--save_strategy", "no", "--use_cpu", "true"]
 # Recipe -> the columns of its rows, and what it takes besides.
 RUNS = {
     "sft": ("messages", ["--max_steps", str(STEPS), "--gradient_accumulation_steps", "2"]),

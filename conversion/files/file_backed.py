@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...generation_settings import mended_config
+from ...model.grouped import takes_rows
 from ...reading import built, whole_model
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry
 from .writer import Output
@@ -63,10 +64,10 @@ def by_transformers(folder: Path, **where) -> PreTrainedModel:
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
-    """The model for inference, its experts one by one where their rows are no multiple of 16 bytes."""
+    """The model for inference, its experts one by one where the grouped product would refuse them."""
     experts = [parameter for parameter in model.parameters() if parameter.ndim == 3]
-    if any(size % 4 for parameter in experts for size in parameter.shape[1:]):
-        model.set_experts_implementation("eager")  # the grouped product would refuse them
+    if not all(takes_rows(size, torch.float32) for parameter in experts for size in parameter.shape[1:]):
+        model.set_experts_implementation("eager")
     return model.eval()
 
 

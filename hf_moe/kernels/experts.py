@@ -8,6 +8,7 @@ from transformers import activations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.utils import logging
 
+from ..model.grouped import takes_rows
 from .operators import experts as experts_operator
 
 logger = logging.get_logger(__name__)
@@ -100,8 +101,10 @@ def unusable(device: str) -> str | None:
 
 def fallback(*weights: torch.Tensor) -> str:
     """Transformers' implementation for these weights [E, out, in]: "grouped_mm", or where that raises "batched_mm"."""
-    row_bytes = [size * weight.itemsize for weight in weights for size in weight.shape[1:]]
-    grouped = all(weight.dtype in DTYPES for weight in weights) and not any(row % 16 for row in row_bytes)
+    grouped = all(
+        weight.dtype in DTYPES and all(takes_rows(size, weight.dtype) for size in weight.shape[1:])
+        for weight in weights
+    )
     return "grouped_mm" if grouped else "batched_mm"
 
 

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,43 +68,43 @@ def trace(
                 name = model.config._name_or_path or type(model).__name__
             else:
                 model, tokenizer = load(model, trust_remote_code)
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             run = Run(model, tokenizer, name, sources, max_tokens, progress)
-            with watch("read"):
-                run.count_tokens()
-            with watch("compare"):  # first: a checkpoint of another model would be refused after all the work
-                for checkpoint in compare:
-                    run.compare_routing(checkpoint, trust_remote_code)
-            with watch("trace"):
-                run.count_routing()
-                run.show_passages()
-            with watch("experts"):
-                run.compare_experts()
-            with watch("prune"):
-                run.prune_experts(run.tokens // 4 if prune_tokens is None else prune_tokens)
-        finally:
-            model.train(was_training)
+            run.measure(watch, compare, prune_tokens, trust_remote_code)
         numbers = run.numbers() | {"seconds": watch.seconds}
         with watch("write"):
             findings = write(numbers)
-    out = Path(out).expanduser().resolve()
+    return summary(run, numbers, findings, Path(out).expanduser().resolve()) | {"seconds": watch.seconds}
+
+
+def summary(run: "Run", numbers: dict[str, Any], findings: list, out: Path) -> dict[str, Any]:
+    """What `trace` returns of the numbers."""
+    layers = numbers["layers"]
     return {
-        "model": name,
+        "model": run.name,
         "tokens": run.tokens,
         "perplexity": {domain["name"]: domain["perplexity"] for domain in numbers["domains"]},
-        "layers": len(numbers["layers"]),
-        "experts": sum(layer["experts"] for layer in numbers["layers"]),
-        "dead_experts": sum(len(layer["dead"]) for layer in numbers["layers"]),
-        "duplicate_experts": sum(len(group) for layer in numbers["layers"] for group in layer["duplicates"]),
-        "pruning_trials": sum(len(layer["pruning"]) for layer in numbers["layers"]),
+        "layers": len(layers),
+        "experts": sum(layer["experts"] for layer in layers),
+        "dead_experts": sum(len(layer["dead"]) for layer in layers),
+        "duplicate_experts": sum(len(group) for layer in layers for group in layer["duplicates"]),
+        "pruning_trials": sum(len(layer["pruning"]) for layer in layers),
         "findings": findings,
         "report": str(out / "report.html"),
         "numbers": str(out / "numbers.json"),
         "figures": str(out / "figures"),
-        "seconds": watch.seconds,
     }
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class Stopwatch:
@@ -148,6 +148,23 @@ class Run:
         self.passages: list[dict] = []
         self.found: dict[str, dict] = {}  # router -> similarities, duplicates, pruning
         self.saturations: list[dict] = []
+
+    def measure(
+        self, watch: "Stopwatch", compare: Sequence[str | Path], prune_tokens: int | None, trust_remote_code: bool
+    ) -> None:
+        """All that is to be known, part by part."""
+        with watch("read"):
+            self.count_tokens()
+        with watch("compare"):  # first: a checkpoint of another model would be refused after all the work
+            for checkpoint in compare:
+                self.compare_routing(checkpoint, trust_remote_code)
+        with watch("trace"):
+            self.count_routing()
+            self.show_passages()
+        with watch("experts"):
+            self.compare_experts()
+        with watch("prune"):
+            self.prune_experts(self.tokens // 4 if prune_tokens is None else prune_tokens)
 
     def bar(self, what: str, tokens: int) -> tqdm:
         return tqdm(total=tokens, desc=what, unit="tok", unit_scale=True, disable=not self.progress)

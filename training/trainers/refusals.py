@@ -1,11 +1,8 @@
 """What hf_moe's trainers refuse: arguments without a use, and set-ups that would make the balance losses wrong."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
@@ -185,12 +182,3 @@ def check_rows(model: PreTrainedModel, tokenizer) -> None:
             f"{rows:,} rows: call model.resize_token_embeddings({without_rows(tokenizer, rows)[-1] + 1}) before the "
             "trainer is made."
         )
-
-
-@contextmanager
-def plain_template_errors() -> Iterator[None]:
-    """What a chat template says of a conversation that it refuses, as a ValueError of one line."""
-    try:
-        yield
-    except TemplateError as error:
-        raise ValueError(f"The chat template refuses a conversation: {' '.join(str(error).split())}") from error

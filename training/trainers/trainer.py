@@ -8,7 +8,7 @@ from torch import nn
 from transformers import IntervalStrategy, PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_moe.chat import write_plain_templates
+from hf_moe.chat import plain_template_errors, write_plain_templates
 from hf_moe.kernels import liger
 from hf_moe.reading import whole_model
 from hf_moe.routers import Routing, captured, find_routers
@@ -35,7 +35,7 @@ from .callbacks import RoutingCallback
 from .label_smoothing import ShiftedLabelSmoother
 from .multi_step import multi_step_schedule
 from .precision import keep_precision
-from .refusals import check_arguments, check_checkpointing, check_finite, check_rows, plain_template_errors
+from .refusals import check_arguments, check_checkpointing, check_finite, check_rows
 from .rehearsal import schedule_arguments
 
 LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
