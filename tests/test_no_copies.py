@@ -1,7 +1,7 @@
 """No ten lines stand in two files, names, numbers and texts aside. Run as a script, it lists those that do.
 
-Lines that say nothing by themselves don't count: comments, docstrings, imports, brackets, and elements of signatures and
-listings, which are a name, a number or a text.
+Lines that say nothing by themselves do not count: comments, docstrings, imports, brackets, and elements of signatures
+and listings, which are a name, a number or a text.
 """
 
 import ast

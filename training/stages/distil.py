@@ -19,11 +19,11 @@ from ..data.chat_templates import check_template, find_template, use_template
 from ..data.mixture import mix
 from ..data.sources import DataArguments, by_label, load_sources, together
 from ..host_trl import log_beside_loss
-from ..output.saved_dtype import dtype_to_save
 from ..trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
 from .loading import ModelArguments, choose_trained, load_tokenizer, load_trained_model, right_config
 from .new_tokens import give_rows, take_template
-from .run import checkpoint_to_resume, say_summary, train
+from .run import checkpoint_to_resume, say_summary
+from .trained import train_and_merge
 
 
 @dataclass
@@ -114,7 +114,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilCon
         eval_dataset=together(held_out, data_args.eval_by_source),
         teacher=load_teacher(model, tokenizer, args, roles=own_template),
     )
-    metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
+    metrics = train_and_merge(trainer, checkpoint, model_args)
     say_summary(trainer, metrics)
     return metrics
 

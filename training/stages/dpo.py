@@ -13,14 +13,13 @@ from ..data.json_text import encoded
 from ..data.mixture import mix
 from ..data.rows import EXTRA_COLUMNS, OBJECTS, PLAIN, is_conversational
 from ..data.sources import DataArguments, by_label, label, load_sources, together
-from ..output.saved_dtype import dtype_to_save
 from ..trainers.dpo_trainer import MoeDPOConfig, MoeDPOTrainer
 from ..weights.adapters import AdapterArguments
 from ..weights.esft import EsftArguments, specialise
 from .loading import ModelArguments
 from .policy import load_policy, load_tokenizer_and_template
-from .run import checkpoint_to_resume, say_summary, train
-from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, merged_dtype
+from .run import checkpoint_to_resume, say_summary
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, train_and_merge
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeDPOConfig, AdapterArguments, EsftArguments)
 # The second: conversations or texts that begin with the same prompt.
@@ -48,10 +47,7 @@ def run(
     trainer = build_trainer(model_args, args, adapter_args, esft_args, tokenizer, train_rows, eval_rows)
     if esft_args.esft_p is not None:
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
-    dtype = dtype_to_save(model_args, args)
-    trainer.merged_dtype = merged_dtype(dtype, adapter_args, esft_args)
-    metrics = train(trainer, checkpoint, dtype)
-    metrics = metrics | merge_trained(trainer, adapter_args, esft_args)
+    metrics = train_and_merge(trainer, checkpoint, model_args, adapter_args, esft_args)
     say_summary(trainer, metrics)
     return metrics
 

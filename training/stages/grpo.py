@@ -17,15 +17,14 @@ from ..data.json_text import encoded
 from ..data.mixture import mix
 from ..data.sources import DataArguments, by_label, load_sources
 from ..host_trl import reference_of_revision
-from ..output.saved_dtype import dtype_to_save
 from ..trainers.grpo_trainer import MoeGRPOConfig, MoeGRPOTrainer
 from ..weights.adapters import AdapterArguments
 from .loading import ModelArguments
 from .new_tokens import copy_rows
 from .policy import load_policy, load_tokenizer_and_template
 from .rewards import NEED_ANSWER, REWARDS, find_rewards, true_answer
-from .run import checkpoint_to_resume, say_saved, train
-from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, merged_dtype
+from .run import checkpoint_to_resume, say_saved
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, train_and_merge
 
 
 @dataclass
@@ -68,10 +67,7 @@ def run(
         if rows is not None:
             check_lengths(rows, tokenizer, model_args, args, what)
     trainer = build_trainer(model_args, args, adapter_args, rewards, tokenizer, train_rows, eval_rows)
-    dtype = dtype_to_save(model_args, args)
-    trainer.merged_dtype = merged_dtype(dtype, adapter_args)
-    metrics = train(trainer, checkpoint, dtype)
-    metrics = metrics | merge_trained(trainer, adapter_args)
+    metrics = train_and_merge(trainer, checkpoint, model_args, adapter_args)
     say_reward(trainer, metrics)
     return metrics
 

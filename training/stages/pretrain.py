@@ -22,13 +22,13 @@ from ..data.mixture import mix
 from ..data.rows import is_conversational
 from ..data.sources import DataArguments, load_sources, together
 from ..output.resuming import check_same_step
-from ..output.saved_dtype import dtype_to_save
 from ..trainers.refusals import leave_out_routing
 from ..trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
 from .loading import ModelArguments, choose_trained, implementations, load_tokenizer, load_trained_model, right_config
 from .new_tokens import give_rows
 from .rate_guard import RateGuard
-from .run import checkpoint_to_resume, say_summary, train
+from .run import checkpoint_to_resume, say_summary
+from .trained import train_and_merge
 
 
 @dataclass
@@ -99,7 +99,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainC
     )
     if not args.from_scratch and checkpoint is None:
         trainer.add_callback(RateGuard(trainer))
-    metrics = train(trainer, checkpoint, dtype_to_save(model_args, args))
+    metrics = train_and_merge(trainer, checkpoint, model_args)
     say_summary(trainer, metrics)
     return metrics
 

@@ -9,14 +9,13 @@ from ..data.chat_templates import check_template, find_template, use_template
 from ..data.mixture import mix
 from ..data.sources import DataArguments, by_label, label, load_sources, together
 from ..data.token_cache import can_tokenise, tokenised
-from ..output.saved_dtype import dtype_to_save
 from ..trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
 from ..weights.adapters import AdapterArguments, add_adapter
 from ..weights.esft import EsftArguments, specialise
 from .loading import ModelArguments, choose_trained, keep_selection_bias, load_tokenizer, load_trained_model
 from .new_tokens import give_rows, take_template, trained_tokens
-from .run import checkpoint_to_resume, say_summary, train
-from .trained import NO_ADAPTER, NO_ESFT, check_choices, merge_trained, merged_dtype, store_base
+from .run import checkpoint_to_resume, say_summary
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, store_base, train_and_merge
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments)
 
@@ -58,10 +57,7 @@ def run(
     trainer = build_trainer(weights, model_args, args, adapter_args, esft_args, tokenizer, train_rows, eval_rows, new)
     if esft_args.esft_p is not None:
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
-    dtype = dtype_to_save(model_args, args)
-    trainer.merged_dtype = merged_dtype(dtype, adapter_args, esft_args)
-    metrics = train(trainer, checkpoint, dtype)
-    metrics = metrics | merge_trained(trainer, adapter_args, esft_args)
+    metrics = train_and_merge(trainer, checkpoint, model_args, adapter_args, esft_args)
     say_summary(trainer, metrics)
     return metrics
 

@@ -7,13 +7,14 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..output.saved_dtype import dtype_to_save
 from ..output.saving import after_saving
 from ..weights.adapters import AdapterArguments, check_adapter_arguments, matrices
 from ..weights.esft import EsftArguments, check_esft_arguments, merge_rows
 from ..weights.merging import Changes, merge_adapter
 from ..weights.quantized import quantize
 from .loading import ModelArguments
-from .run import write_merged
+from .run import train, write_merged
 
 NO_ADAPTER, NO_ESFT = AdapterArguments(), EsftArguments()
 MERGE_BATCHES = 8  # enough to count routes
@@ -59,6 +60,19 @@ def merge_trained(
             merge_rows(trainer.moe)
             write_merged(trainer, trainer.moe, trainer.saved_dtype)
         return save_merged(trainer, adapter_args.lora_merge) if adapter_args.lora_merge is not None else {}
+
+
+def train_and_merge(
+    trainer: Trainer,
+    checkpoint: str | None,
+    model_args: ModelArguments,
+    adapter_args: AdapterArguments = NO_ADAPTER,
+    esft_args: EsftArguments = NO_ESFT,
+) -> dict[str, float]:
+    """Train from `checkpoint` on, save, and write the whole model beside an adapter or rows; returns the metrics."""
+    dtype = dtype_to_save(model_args, trainer.args)
+    trainer.merged_dtype = merged_dtype(dtype, adapter_args, esft_args)
+    return train(trainer, checkpoint, dtype) | merge_trained(trainer, adapter_args, esft_args)
 
 
 def advice(changes: Changes, dtype: str) -> str:
