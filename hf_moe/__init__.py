@@ -1,6 +1,7 @@
 """hf_moe: the mixture-of-experts design space as one Transformers model family."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoConfig,
@@ -63,7 +64,21 @@ TRAINING = {
 }
 
 
-def __getattr__(name: str):
+if TYPE_CHECKING:
+    from .training.balance.moe_arguments import MoeTrainingArguments as MoeTrainingArguments
+    from .training.balance.selection_bias import load_router_bias as load_router_bias
+    from .training.trainers.dpo_trainer import MoeDPOConfig as MoeDPOConfig
+    from .training.trainers.dpo_trainer import MoeDPOTrainer as MoeDPOTrainer
+    from .training.trainers.grpo_trainer import MoeGRPOConfig as MoeGRPOConfig
+    from .training.trainers.grpo_trainer import MoeGRPOTrainer as MoeGRPOTrainer
+    from .training.trainers.sft_trainer import MoeSFTConfig as MoeSFTConfig
+    from .training.trainers.sft_trainer import MoeSFTTrainer as MoeSFTTrainer
+    from .training.trainers.trainer import MoeTrainer as MoeTrainer
+    from .training.weights.esft import load_rows as load_rows
+    from .training.weights.quantized import quantize_experts as quantize_experts
+
+
+def __getattr__(name: str) -> Any:
     if name not in TRAINING:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

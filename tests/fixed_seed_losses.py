@@ -62,7 +62,9 @@ def main(path: str) -> None:
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kind))
         upcycle = ["upcycle", DEMO_MODEL, folder / "moe", "--experts", "4", "--top-k", "2", "--no-verify"]
         subprocess.run([sys.executable, "-m", "hf_moe_cli", *(str(word) for word in upcycle)], check=True)
-        found = {recipe: losses(recipe, folder / "moe", folder) for recipe in RUNS}
+        # A model that has hardly learnt writes digits, which GRPO's reward counts.
+        models = {"grpo": folder / "pretrain"}
+        found = {recipe: losses(recipe, models.get(recipe, folder / "moe"), folder) for recipe in RUNS}
     Path(path).write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -12,6 +12,7 @@ from hf_moe.chat import conversation, marked, plain, render, unknown_role, write
 from .training.conftest import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
+TEMPLATES = ROOT / "training" / "data" / "templates"
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]}
 
 
@@ -91,9 +92,7 @@ def test_whatever_a_template_raises_is_one_line(template, reason):
 
 
 MARKED = sorted(
-    path
-    for folder in (ROOT / "training" / "templates", ROOT / "hf_moe" / "demo" / "storyteller")
-    for path in folder.glob("*.jinja")
+    path for folder in (TEMPLATES, ROOT / "hf_moe" / "demo" / "storyteller") for path in folder.glob("*.jinja")
 )
 # Those of TRL that take a text for a content.
 TRL = sorted((Path(find_spec("trl").origin).parent / "chat_templates").glob("*_training.jinja"))
@@ -124,7 +123,7 @@ def test_plain_template_writes_the_same_text_in_any_engine(path):
 
 def test_every_file_that_holds_a_template_is_made_plain(tmp_path):
     tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
-    text = (ROOT / "training" / "templates" / "plain.jinja").read_text(encoding="utf-8")
+    text = (TEMPLATES / "plain.jinja").read_text(encoding="utf-8")
     tokenizer.chat_template = {"default": text, "tool_use": text + "{# tools #}"}
     tokenizer.save_pretrained(tmp_path / "new")
     tokenizer.save_pretrained(tmp_path / "old", save_jinja_files=False)

@@ -1,7 +1,7 @@
 """Who imports whom: rooms stand in one order, arrows run down it, and no modules import each other in a circle.
 
 Imports inside functions count. That a module's packages are imported with it, and what is imported by a name that is
-put together (hf_moe's lazy names, a stage of training), do not.
+put together (hf_moe's lazy names, a stage of training) or for type checkers alone, do not.
 """
 
 import ast
@@ -71,11 +71,19 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def imported(name: str) -> Iterator[str]:
     """Modules of the project that a module imports, at its top or in a function."""
     path = MODULES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {id(part) for node in ast.walk(tree) if is_for_types(node) for part in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom):

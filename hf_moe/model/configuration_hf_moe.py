@@ -1,6 +1,7 @@
 """Configuration of the hf_moe family: one flat set of fields for the whole mixture-of-experts design space."""
 
-from typing import Any, Literal
+import os
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -213,7 +214,12 @@ class HfMoeConfig(PreTrainedConfig):
             self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
-    def get_text_config(self, decoder=None, encoder=None) -> "HfMoeConfig":
+    if TYPE_CHECKING:  # hf_moe adds it, whose presets do not travel with these files
+
+        @staticmethod
+        def from_preset(name: str, **changes: Any) -> "HfMoeConfig": ...
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "HfMoeConfig":
         """Itself, whatever a config.json says besides: an hf_moe model is no part of another."""
         return self
 
@@ -293,7 +299,7 @@ class HfMoeConfig(PreTrainedConfig):
         plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in names}
         return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
 
-    def validate_amounts(self):
+    def validate_amounts(self) -> None:
         """The first by name, and so the first to run: the others divide by what it checks."""
         for name, least in LEAST.items():
             if getattr(self, name) < least:
@@ -302,7 +308,7 @@ class HfMoeConfig(PreTrainedConfig):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be above 0, or None.")
 
-    def validate_attention(self):
+    def validate_attention(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
@@ -323,7 +329,7 @@ class HfMoeConfig(PreTrainedConfig):
                 f"({self.attention_chunk_size}): Transformers' masks take one of them beside full_attention."
             )
 
-    def validate_block(self):
+    def validate_block(self) -> None:
         if self.hidden_act not in ACT2FN:
             raise ValueError(
                 f"hidden_act {self.hidden_act!r} is unknown; Transformers has {', '.join(sorted(ACT2FN))}."
@@ -333,7 +339,7 @@ class HfMoeConfig(PreTrainedConfig):
         if self.logits_scaling == 0:
             raise ValueError("logits_scaling (0) divides the logits: leave it out, or give another number.")
 
-    def validate_positions(self):
+    def validate_positions(self) -> None:
         if self.rope_by_layer_type:
             missing = sorted(t for t in set(self.layer_types) if not self.rope_parameters.get(t))
             if missing:
@@ -360,7 +366,7 @@ class HfMoeConfig(PreTrainedConfig):
         if self.floor_scale <= 0:
             raise ValueError(f"floor_scale ({self.floor_scale}) must be above 0.")
 
-    def validate_latent_attention(self):
+    def validate_latent_attention(self) -> None:
         if self.attention_type != "mla":
             return
         sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -386,7 +392,7 @@ class HfMoeConfig(PreTrainedConfig):
         if self.rope_by_layer_type:
             raise ValueError(f"rope_parameters ({self.rope_parameters}) by layer type need attention_type 'gqa'.")
 
-    def validate_mixture_of_heads(self):
+    def validate_mixture_of_heads(self) -> None:
         if self.attention_type != "moa":
             return
         active = "num_experts" if self.router_type == "dense" else "num_experts_per_tok"
@@ -405,7 +411,7 @@ class HfMoeConfig(PreTrainedConfig):
             if getattr(self, name) not in (False, None, "head"):
                 raise ValueError(f"{name} ({getattr(self, name)!r}) needs attention_type 'gqa', not 'moa'.")
 
-    def validate_experts(self):
+    def validate_experts(self) -> None:
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be between 1 and num_experts "
@@ -432,7 +438,7 @@ class HfMoeConfig(PreTrainedConfig):
                     f"they are {self.gated_mlp} and {self.hidden_act!r}."
                 )
 
-    def validate_router(self):
+    def validate_router(self) -> None:
         if self.router_type not in ROUTERS:
             raise ValueError(f"router_type {self.router_type!r} is unknown; the routers are {sorted(ROUTERS)}.")
         known = ROUTERS[self.router_type].args
@@ -463,10 +469,10 @@ class HfMoeConfig(PreTrainedConfig):
                 f"expert_capacity_factor ({self.expert_capacity_factor}) must be above 0, or None to drop nothing."
             )
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         # A folder saved from a Hub checkpoint must not point back to that checkpoint's code.
         self.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 __all__ = ["HfMoeConfig"]

@@ -339,7 +339,13 @@ class HfMoeModel(HfMoePreTrainedModel):
             token_mask=token_mask,
         )
 
-    def attention_masks(self, attention_mask, inputs_embeds: torch.Tensor, past_key_values, position_ids) -> dict:
+    def attention_masks(
+        self,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        inputs_embeds: torch.Tensor,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor,
+    ) -> dict[str, torch.Tensor | None]:
         """One mask a layer type; `generate` prepares them itself."""
         mask = as_attention_reads(attention_mask, inputs_embeds.dtype, self.config._attn_implementation)
         if isinstance(mask, dict):
@@ -349,7 +355,12 @@ class HfMoeModel(HfMoePreTrainedModel):
             for layer_type in dict.fromkeys(self.config.layer_types)
         }
 
-    def token_mask(self, attention_mask, inputs_embeds: torch.Tensor, past_key_values) -> torch.Tensor | None:
+    def token_mask(
+        self,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        inputs_embeds: torch.Tensor,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor | None:
         """[B, S] False on padding, which takes no place at an expert; None where there is none."""
         implementation = str(self.config._attn_implementation)
         if implementation.startswith("paged|") or not isinstance(past_key_values, Cache | None):

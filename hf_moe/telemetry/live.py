@@ -4,13 +4,15 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from transformers import Trainer, TrainerCallback
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..routers import find_routers, routed_experts, token_mask
+from ..routers import Router, Routing, find_routers, routed_experts, token_mask
 from .counts import RARE, RouterCounts
 from .figures import draw, png
 from .measures import router_numbers
@@ -60,7 +62,9 @@ class RoutingFigures(TrainerCallback):
         found = {type(callback).__name__: callback for callback in self.trainer.callback_handler.callbacks}
         return {name: found[name] for name in REPORTERS if name in found}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         model = self.trainer.model
         self.routers = find_routers(model)
         config = getattr(model, "config", None)
@@ -72,10 +76,10 @@ class RoutingFigures(TrainerCallback):
         ]
         self.handles.append(model.register_forward_pre_hook(self.keep_mask, with_kwargs=True))
 
-    def keep_mask(self, module, args, kwargs) -> None:
+    def keep_mask(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.mask = token_mask(kwargs) if kwargs.get("attention_mask") is not None else None
 
-    def counting(self, name: str, router) -> Callable:
+    def counting(self, name: str, router: Router) -> Callable:
         def hook(module, args, output):
             if module.training:
                 with torch.no_grad():
@@ -83,7 +87,7 @@ class RoutingFigures(TrainerCallback):
 
         return hook
 
-    def count(self, name: str, routing) -> None:
+    def count(self, name: str, routing: Routing) -> None:
         """Checkpointing runs a forward twice: every token then counts twice, which changes no share."""
         tokens, experts = routing.logits_TE.shape
         if routing.token_S is not None:
@@ -95,7 +99,14 @@ class RoutingFigures(TrainerCallback):
         nothing_T = torch.full_like(kept_T, -1)
         self.counts[name].add(routing, self.routers[name], 0, kept_T, nothing_T, nothing_T)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if "loss" not in (logs or {}) or not self.counts:
             return
         for counts in self.counts.values():
@@ -111,7 +122,9 @@ class RoutingFigures(TrainerCallback):
                         REPORTERS[kind](callback, name, figure, state.global_step)
         self.counts.clear()
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.remove_hooks()
 
     def remove_hooks(self) -> None:

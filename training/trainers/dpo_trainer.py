@@ -4,6 +4,7 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +33,7 @@ class MoeDPOTrainer(MoePolicyMixin, DPOTrainer):
     pass through the policy; never those of the reference.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_reference(self)
 

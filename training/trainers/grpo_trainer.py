@@ -2,8 +2,10 @@
 
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
 from ..balance.router_replay import Indices, check_replayable, fit, of_batches, of_generation, recording, replayed
@@ -151,11 +153,11 @@ class MoeGRPOTrainer(MoePolicyMixin, GRPOTrainer):
         indices = {name.removeprefix(PREFIX): x for name, x in inputs.items() if name.startswith(PREFIX)}
         return replayed(self.routers, indices)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.replaying.enter_context(self.training_records(inputs))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with ExitStack() as self.replaying:  # until the backward pass is over
             return super().training_step(*args, **kwargs)
 

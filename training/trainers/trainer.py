@@ -2,6 +2,7 @@
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ class MoeTrainerMixin(PublishingMixin):
     Raises ValueError for a coefficient or a bias speed that the model has no use for.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         with plain_template_errors():
             super().__init__(*args, **kwargs)
         if self.args.use_liger_kernel:
@@ -234,7 +235,7 @@ class MoeTrainerMixin(PublishingMixin):
         self.args.lr_scheduler_kwargs = schedule_arguments(self.args, num_training_steps) or None
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         if not self.tried:
             check_rows(self.moe, self.processing_class)
             try_saving(self)
