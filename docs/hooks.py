@@ -1,4 +1,4 @@
-"""What the site needs beside MkDocs' own: files outside docs/, formulas, diagrams, and modules where they are installed.
+"""What the site needs beside MkDocs' own: files outside docs/, formulas, diagrams, modules as they are installed.
 
 A page links to the repository's files as a repository browser has it; here, they become part of the site. Formulas and
 diagrams are drawn while it is built, so that a reader's browser fetches nothing from elsewhere.
