@@ -1,14 +1,19 @@
-"""The README's commands, code and tree are those of the repository."""
+"""The README's commands, code and numbers are those of the repository; so are the table of commands and the rooms."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import typer
+from hf_moe.conversion.families import DENSE_FAMILIES, FAMILIES
+from hf_moe.conversion.upcycling import UPCYCLERS
 from hf_moe_cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -29,33 +34,60 @@ def test_ci_runs_the_readmes_test_command():
     assert found.stdout == "pytest -n 2\n"
 
 
-def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
+def test_the_python_runs_and_runs_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    names = {}
-    for block in blocks("python"):  # in order: later ones use the model of earlier ones
-        exec(block, names)
+    (block,) = blocks("python")
+    exec(block, {})
     first = capsys.readouterr().out
     assert first.startswith("Once upon a time there was")
     assert (tmp_path / "my_moe" / "config.json").is_file()
-    exec(blocks("python")[0])  # what one tries again
-    assert first.startswith(capsys.readouterr().out)
+    exec(block, {})  # what one tries again
+    assert first == capsys.readouterr().out
 
 
-def test_the_table_names_every_command_with_options_that_exist():
-    commands = typer.main.get_command(app).commands
-    options = {name: {option for p in command.params for option in p.opts} for name, command in commands.items()}
-    named = re.findall(r"^\| `hf-moe (\w+)([^`]*)` \|", README, flags=re.MULTILINE)
-    assert [name for name, _ in named] == list(commands)
+def test_the_table_of_commands_is_complete():
+    named = re.findall(r"^\| `hf-moe (\w+)", COMMANDS, flags=re.MULTILINE)
+    assert named == list(typer.main.get_command(app).commands)
+
+
+@pytest.mark.parametrize("page", [README, COMMANDS], ids=["README.md", "commands.md"])
+def test_its_commands_have_the_options_that_it_names(page):
+    known = typer.main.get_command(app).commands
+    named = re.findall(r"`hf-moe ([a-z]+)([^`]*)`", page)
+    assert len(named) > 4
     for name, words in named:
-        said = set(re.findall(r"--[\w-]+", words)) - {"--key"}
-        assert said <= options[name]
+        options = {option for parameter in known[name].params for option in parameter.opts}
+        said = set(re.findall(r"--[\w-]+", words)) - {"--key", "--help"}
+        assert said <= options, name
 
 
-def test_the_tree_is_the_repositorys():
-    folder = ROOT
-    tree = README.split("## The tree\n\n```\n")[1].split("```")[0]
-    for line in tree.splitlines():
-        name = line.split()[0]
-        parent = folder if line.startswith(" ") else ROOT
-        assert (parent / name).exists(), line
-        folder = ROOT / name if not line.startswith(" ") else folder
+def results(name: str) -> str:
+    return (ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8")
+
+
+def test_its_numbers_are_those_of_the_results():
+    measured = json.loads(results("whole_model.json"))["results"]
+    speed = {name: {work: row["tokens_per_second"] for work, row in rows.items()} for name, rows in measured.items()}
+    written = {name: rows["decoding, batch 1"] for name, rows in speed.items() if "decoding, batch 1" in rows}
+    plain, compiled = written["transformers"], written["transformers, compiled"]
+    assert f"| {written['hf_moe']} | Transformers {plain}, compiled {compiled} |" in README
+    ours, theirs = (f"{speed[name]['training']:,.0f}" for name in ("hf_moe", "transformers"))
+    assert f"| {ours} | Transformers {theirs} |" in README
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results("conversion.md").splitlines()]
+    difference = {row[0]: row[-1] for row in rows if len(row) == 9}  # the last column: with biases
+    others = ", ".join(f"{name} {difference[name]}" for name in ("mergekit-moe", "MixtureKit"))
+    assert f"| {difference['hf_moe']} | {others} |" in README
+
+
+def test_it_counts_families_and_strategies():
+    assert f"{len(DENSE_FAMILIES)} dense families in; {len(FAMILIES)} families of mixtures" in README
+    assert len(UPCYCLERS) == 8 and "eight strategies" in README
+
+
+def test_the_architectures_rooms_are_folders():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:hf_moe|conversion|training|cli|tests|benchmarks|model_cards)/[\w/.]*)`", page))
+    assert len(named) > 40
+    assert not [name for name in named if not (ROOT / name).exists()]
+    rooms = {path.parent.name for path in (ROOT / "hf_moe").glob("*/__init__.py")}
+    assert {f"hf_moe/{room}/" for room in rooms} <= named
