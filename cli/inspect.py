@@ -43,7 +43,7 @@ def inspect(
 def presets(json: Json = False) -> None:
     """List the published architectures that inspect and HfMoeConfig.from_preset know."""
     # The file alone: importing hf_moe brings torch and Transformers, seconds for a list.
-    published = runpy.run_path(Path(find_spec("hf_moe").origin).with_name("presets.py"))["PRESETS"]
+    published = runpy.run_path(Path(find_spec("hf_moe").origin).parent / "sizes" / "presets.py")["PRESETS"]
     if json:
         print_report(published, as_json=True)
         return

@@ -1,6 +1,7 @@
 """What dpo and grpo share: a policy is trained beside a reference, and nothing but its own loss moves it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..balance.moe_arguments import MoeArguments, moe_argument
 from ..host_trl import leave_out_own_aux_loss
@@ -40,7 +41,7 @@ class MoePolicyMixin(MoeTrainerMixin):
 
     takes_model_loss = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         leave_out_own_aux_loss(self)
 

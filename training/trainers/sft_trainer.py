@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
@@ -39,7 +40,7 @@ class MoeSFTTrainer(MoeTrainerMixin, SFTTrainer):
 
     takes_model_loss = False
 
-    def __init__(self, *args, processing_class=None, **kwargs):
+    def __init__(self, *args: Any, processing_class: Any = None, **kwargs: Any) -> None:
         if processing_class is not None:
             restore_marks(processing_class)
         super().__init__(*args, processing_class=processing_class, **kwargs)
