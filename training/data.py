@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, 
 from datasets import load_from_disk as load_saved
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from hf_moe.chat import ROLES, conversation
+from hf_moe.chat import CALLS, ROLES, conversation
 
 from .json_text import JsonText, encoded, values
 
@@ -194,11 +194,21 @@ def form_of(rows: Dataset, name: str, label: str) -> Any:
     if isinstance(first, str) and name not in CONVERSATIONS:
         return Value("string")
     if isinstance(first, list):
-        return PLAIN if isinstance(fields, dict) and fields.keys() <= set(FIELDS) else OBJECTS
+        texts = isinstance(fields, dict) and fields.keys() <= set(FIELDS)
+        return PLAIN if texts and not has_calls(rows.data.column(name)) else OBJECTS
     if first is None:
         raise ValueError(f"{label}: row 0 has no {name}.")
     expected = "a list of messages" if name in CONVERSATIONS else "text or a list of messages"
     raise ValueError(f"{label}: {name} must be {expected}, but is {type(first).__name__}.")
+
+
+def has_calls(column: pa.ChunkedArray) -> bool:
+    """Whether some message of a column is a call by its role, and becomes one with more to it."""
+    messages = pc.list_flatten(column)
+    who = [field.name for field in messages.type if field.name in ("role", "from")]
+    return any(
+        str(role).lower() in CALLS for key in who for role in pc.unique(pc.struct_field(messages, key)).to_pylist()
+    )
 
 
 def is_flat(feature: Any) -> bool:

@@ -90,6 +90,26 @@ def test_sharegpt(tmp_path, kinds, row, expected):
     assert rows[:] == {name: [talk] * 3 for name, talk in expected.items()}
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_sharegpt_with_calls(tmp_path, kind):
+    """Where only a later row has calls, too, and with the row's number where they are not JSON."""
+    talk = [("human", "Sum?"), ("function_call", '[{"name": "f", "arguments": {"a": 1.5}}]'), ("observation", "42")]
+    talks = [[("human", "Hi"), ("gpt", "Ho")], [*talk, ("gpt", "Ho")], [("human", "Hi"), ("function_call", "f(1)")]]
+    rows = [{"conversations": [{"from": who, "value": what} for who, what in talk]} for talk in talks]
+
+    def load(rows):
+        path = write_rows(tmp_path / "rows.jsonl", rows)
+        if kind == "parquet":
+            Dataset.from_list(rows).to_parquet(path := tmp_path / "rows.parquet")
+        return load_rows([str(path)], split="train")
+
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1.5}}}
+    called = [{"role": "user", "content": "Sum?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert load(rows[:2])["messages"] == [[USER, ANSWER], [*called, {"role": "tool", "content": "42"}, ANSWER]]
+    with pytest.raises(ValueError, match="row 2: conversations: a function_call is not JSON"):
+        load(rows)
+
+
 def test_conversations_of_role_and_content(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"conversations": [USER, ANSWER]}])
     assert load_rows([str(path)], split="train")[0] == {"messages": [USER, ANSWER]}
