@@ -30,6 +30,7 @@ def export_checkpoint(
     to: str,
     layout: str | None = None,
     drop_mtp: bool = False,
+    exported_base: str | None = None,
     max_shard_size: int | str = "5GB",
     dry_run: bool = False,
     resume: bool = False,
@@ -42,9 +43,10 @@ def export_checkpoint(
     adapter of the exported base, expert by expert. dst: a folder that does not exist or is empty. to: a key of
     `FAMILIES`. layout: "per-expert" (a tensor for each expert and projection) or "fused" (tensors of all experts),
     where the family has both; None: as its models were released, which vLLM's loaders and llama.cpp's converter read.
-    drop_mtp: leave out the layers for multi-token prediction. dry_run: plan and report, write nothing. resume: go on
-    with what an interrupted call has written. verify: compare the logits of Transformers' own class with hf_moe's;
-    refused where there is none.
+    drop_mtp: leave out the layers for multi-token prediction. exported_base: of an adapter, the folder or Hub id of
+    its base, exported alike, for its config to name. dry_run: plan and report, write nothing. resume: go on with what
+    an interrupted call has written. verify: compare the logits of Transformers' own class with hf_moe's; refused where
+    there is none.
 
     Returns a report that can be written as JSON: total_params, active_params, disk_bytes, output, training_fields
     (those that only training reads and the family has no place for) and, from `verify`, max_abs_diff and its
@@ -60,7 +62,10 @@ def export_checkpoint(
     if layout not in family.layouts:
         raise ValueError(f"layout {layout!r} is unknown to {to}; it can be {' or '.join(family.layouts)}.")
     if is_adapter(src):
-        return export_adapter(src, dst, to=to, open_base=partial(open_hf_moe, drop_mtp=drop_mtp), dry_run=dry_run)
+        open_base = partial(open_hf_moe, drop_mtp=drop_mtp)
+        return export_adapter(src, dst, to=to, open_base=open_base, exported_base=exported_base, dry_run=dry_run)
+    if exported_base is not None:
+        raise ValueError(f"--exported-base is for an adapter, but {src} is a whole model: leave it out.")
     source, config = open_hf_moe(src, drop_mtp)
     exported, training_fields = family_config(family, config)
     outputs = source.outputs(config)
