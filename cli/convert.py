@@ -170,6 +170,10 @@ def export(
         typer.Option(help="How experts are stored: per-expert or fused; default: as released."),
     ] = None,
     drop_mtp: DropMtp = False,
+    exported_base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The exported base of an adapter, for its config to name; adapters only."),
+    ] = None,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
     resume: Resume = False,
@@ -195,6 +199,7 @@ def export(
                 to=to,
                 layout=layout,
                 drop_mtp=drop_mtp,
+                exported_base=exported_base,
                 max_shard_size=max_shard_size,
                 dry_run=dry_run,
                 resume=resume,

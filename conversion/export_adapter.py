@@ -40,13 +40,19 @@ class Pair(NamedTuple):
 
 
 def export_adapter(
-    src: str | Path, dst: str | Path, *, to: str, open_base: Callable[[str], tuple[Source, HfMoeConfig]], dry_run: bool
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: str,
+    open_base: Callable[[str], tuple[Source, HfMoeConfig]],
+    exported_base: str | None,
+    dry_run: bool,
 ) -> dict[str, Any]:
     """Write the LoRA adapter in the folder `src`, of an hf_moe model, for its base exported to the family `to`.
 
-    Bit for bit, in the names that vLLM and SGLang read. `open_base` opens the base. Returns a report that can be
-    written as JSON. Raises a ValueError or OSError of one line where the family or the names have no place for
-    something; then there is no output.
+    Bit for bit, in the names that vLLM and SGLang read. `open_base` opens the base; `exported_base`, a folder or Hub
+    id, is what the adapter calls its own. Returns a report that can be written as JSON. Raises a ValueError or OSError
+    of one line where the family or the names have no place for something; then there is no output.
     """
     src, dst = Path(src), check_destination(Path(dst))
     said = read_json(src / CONFIG)
@@ -57,6 +63,7 @@ def export_adapter(
         if said.get(name):
             raise ValueError(f"{src} has {name}={said[name]!r}, which no server reads with experts; {instead}")
     family = FAMILIES[to]
+    check_exported(exported_base, family)
     layout = per_expert_layout(family, instead)
     source, config = open_base(said["base_model_name_or_path"])
     check_biases(src, source, instead)
@@ -79,10 +86,15 @@ def export_adapter(
         "disk_bytes": sum(x.nbytes for x in tensors.values()),
         "dry_run": dry_run,
     }
+    if exported_base is None:
+        report["warning"] = (
+            f"{CONFIG} names no base, for that is the exported one: say --exported-base FOLDER_OR_HUB_ID, or load it "
+            f"by PeftModel.from_pretrained(base, {str(dst)!r})."
+        )
     if dry_run:
         return report
     said |= {"target_modules": sorted(modules), "target_parameters": None}
-    said["base_model_name_or_path"] = None  # the exported one, wherever that is
+    said["base_model_name_or_path"] = exported_base
     with staged(dst) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         for path in sorted(path for pattern in CARRIED_FILES for path in src.glob(pattern) if path.is_file()):
@@ -103,6 +115,18 @@ def merged(src: Path) -> str:
     if (src / "merged" / "config.json").is_file():
         return str(src / "merged")
     return f"train with --lora_merge float32, which writes {src / 'merged'}"
+
+
+def check_exported(base: str | None, family: Family) -> None:
+    """Raises ValueError for a folder that holds no model of the family; a Hub id is taken as it is."""
+    if base is None or not Path(base).is_dir():
+        return
+    found = read_json(Path(base) / "config.json").get("model_type")
+    if found != family.model_type:
+        raise ValueError(
+            f"--exported-base {base} is a model of {found}, but the adapter becomes one of {family.model_type}: give "
+            f"what hf-moe export {base} DST --to {family.model_type} writes."
+        )
 
 
 def per_expert_layout(family: Family, instead: str) -> str:

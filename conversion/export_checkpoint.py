@@ -40,7 +40,12 @@ def export_checkpoint(src: str | Path, dst: str | Path, options: ExportOptions) 
     family, layout = chosen(options)
     if is_adapter(src):
         open_base = partial(open_hf_moe, drop_mtp=options.drop_mtp)
-        return export_adapter(src, dst, to=options.to, open_base=open_base, dry_run=options.dry_run)
+        base = options.exported_base
+        return export_adapter(
+            src, dst, to=options.to, open_base=open_base, exported_base=base, dry_run=options.dry_run
+        )
+    if options.exported_base is not None:
+        raise ValueError(f"--exported-base is for an adapter, but {src} is a whole model: leave it out.")
     source, config = open_hf_moe(src, options.drop_mtp)
     exported, training_fields = family_config(family, config)
     outputs = source.outputs(config)

@@ -54,12 +54,14 @@ class ExportOptions(ConversionOptions):
 
     to: a key of `FAMILIES`. layout: "per-expert" (a tensor for each expert and projection) or "fused" (tensors of all
     experts), where the family has both; None: as its models were released, which vLLM's loaders and llama.cpp's
-    converter read. drop_mtp: leave out the layers for multi-token prediction.
+    converter read. drop_mtp: leave out the layers for multi-token prediction. exported_base: of an adapter, the folder
+    or Hub id of its base, exported alike, for its config to name.
     """
 
     to: str
     layout: str | None = None
     drop_mtp: bool = False
+    exported_base: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Conversations as chat templates read them, whoever wrote them, and chat templates as any Jinja engine reads them."""
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,10 @@ ALIASES = {
     "bard": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "observation": "tool",
+    "tool_response": "tool",
 }
+CALLS = ("function_call", "tool_call")  # roles whose content is the JSON of calls, which an assistant makes
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXTS = (None, "text", "input_text", "output_text")  # types of the parts of a content that are text
 SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # what may stand for a content
@@ -55,6 +59,8 @@ def message(entry: Any) -> dict[str, Any]:
             who, what = "from", "value"
     if not isinstance(entry, dict) or who not in entry:
         raise ValueError(f"each entry needs role and content; found {entry!r:.200}")
+    if isinstance(entry[who], str) and entry[who].lower() in CALLS:
+        return {"role": "assistant", "content": "", "tool_calls": calls(entry.get(what), entry[who])}
     role, content = entry[who], text(entry.get(what))
     if not isinstance(role, str) or not isinstance(content, str | None):
         raise ValueError(f"{who} and {what} must be text; found {entry!r:.200}")
@@ -64,6 +70,22 @@ def message(entry: Any) -> dict[str, Any]:
     known = ALIASES.get(role.lower(), role.lower())
     message = {"role": known if known in ROLES else role}
     return message | ({"content": content} if what in entry else {}) | rest
+
+
+def calls(content: Any, role: str) -> list[dict[str, Any]]:
+    """The calls in a content, JSON or what it stands for, as OpenAI's `tool_calls`."""
+    try:
+        found = json.loads(content) if isinstance(content, str) else content
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a {role} is not JSON ({error}); found {content!r:.200}") from error
+    found = found if isinstance(found, list) else [found]
+    for call in found or [None]:
+        if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys() <= {"name", "arguments", "id"}:
+            raise ValueError(f"a {role} needs name and arguments, or a list of such; found {content!r:.200}")
+    return [
+        {"type": "function", "function": {"name": call.pop("name"), "arguments": call.pop("arguments")}} | call
+        for call in map(dict, found)
+    ]
 
 
 def text(content: Any) -> Any:

@@ -12,7 +12,10 @@ import accelerate.utils
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer import TRAINER_STATE_NAME as TRAINER_STATE_NAME
 from transformers.trainer import TRAINING_ARGS_NAME as TRAINING_ARGS_NAME
 from transformers.trainer import PushInProgress
@@ -161,6 +164,16 @@ def checkpointing_function(module: nn.Module) -> Callable | None:
     """What runs the forward of a layer again in the backward pass; None where it does not run again."""
     again = getattr(module, "gradient_checkpointing", False)
     return getattr(module, "_gradient_checkpointing_func", None) if again else None
+
+
+def implementations() -> dict[str, list[str]]:
+    """Argument -> what it can be here: what is registered for attention in training, and for experts."""
+    attention = [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if not name.startswith("paged|")]
+    return {
+        "attn_implementation": ["eager", *attention],
+        "experts_implementation": ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()],
+        "cache_implementation": [*ALL_CACHE_IMPLEMENTATIONS],
+    }
 
 
 def missing_reporters(names: list[str]) -> list[str]:

@@ -50,6 +50,27 @@ PRIVATE = {
 }
 
 
+# What arguments of TRL's can be, by its configs, which take any text: its trainers find out in the first step.
+VALUES = {
+    "DPOConfig": {
+        "loss_type": (
+            *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
+            *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+        ),
+        "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    },
+    "GRPOConfig": {
+        "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+        "importance_sampling_level": ("token", "sequence"),
+        "scale_rewards": ("group", "batch", "none"),
+        "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+        "vllm_mode": ("colocate", "server"),
+        "vllm_model_impl": ("vllm", "transformers"),
+        "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    },
+}
+
+
 def owned() -> dict:
     """PRIVATE by class."""
     return {getattr(trl, name): methods for name, methods in PRIVATE.items()} | {
@@ -68,6 +89,11 @@ def owned() -> dict:
 
 for _package, _tested in TESTED.items():
     check_version(_package, _tested, lambda: differences(owned()))
+
+
+def values_of(config: type) -> dict[str, tuple[str, ...]]:
+    """What arguments of a class of arguments can be, where the class itself does not say it."""
+    return {name: known for base in config.__mro__ for name, known in VALUES.get(base.__name__, {}).items()}
 
 
 has_generation_markers = chat_template_utils.has_generation_markers

@@ -3,6 +3,7 @@
 import json
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +142,8 @@ def texts(source: str | Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
         return
     path = Path(source).expanduser()
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    if path.is_file() and path.suffix == ".zst" and find_spec("zstandard") is None:
+        raise ValueError(f"{source} is compressed by zstd: pip install zstandard.")
     if path.is_file() and suffix == ".jsonl":
         rows = json_lines(path)
     elif path.is_file() and suffix in ROW_FILES:

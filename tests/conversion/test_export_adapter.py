@@ -105,11 +105,31 @@ def test_peft_reads_it_on_the_hosts_own_model(case, adapted, tmp_path):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "adapter")
     )
     export_checkpoint(folder / "base", tmp_path / "base", to=family, **QUIET)
-    export_checkpoint(folder / "adapter", tmp_path / "adapter", to=family, progress=False)
+    report = export_checkpoint(folder / "adapter", tmp_path / "adapter", to=family, progress=False)
+    assert "names no base, for that is the exported one: say --exported-base" in report["warning"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     torch.testing.assert_close(
         logits(PeftModel.from_pretrained(model, tmp_path / "adapter")), expected, atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_it_loads_by_itself_where_its_base_is_named(case, adapted, tmp_path):
+    folder, family, base = adapted(case), CASES[case][1], str(tmp_path / "base")
+    quiet = {"to": family, "progress": False, "exported_base": base}
+    export_checkpoint(folder / "base", base, to=family, **QUIET)
+    assert "warning" not in export_checkpoint(folder / "adapter", tmp_path / "adapter", **quiet)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), own(folder), atol=1e-4, rtol=1e-4)
+
+
+def test_an_exported_base_of_another_family(adapted, tmp_path):
+    folder = adapted("qwen3_moe")
+    for source, message in (("adapter", "base is a model of hf_moe, but the adapter"), ("base", "is for an adapter")):
+        with pytest.raises(ValueError, match=message):
+            export_checkpoint(
+                folder / source, tmp_path / "out", to="qwen3_moe", exported_base=str(folder / "base"), progress=False
+            )
 
 
 def changed(folder, target, **fields):

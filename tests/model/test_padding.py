@@ -50,11 +50,17 @@ def infinite(mask: torch.Tensor) -> torch.Tensor:
     return torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
 
 
+def filled(mask: torch.Tensor) -> torch.Tensor:
+    """As Transformers writes a mask where a row that sees nothing would be no numbers."""
+    return mask | ~mask.any(dim=-1, keepdim=True)
+
+
 MASKS = {
     "tokens": lambda mask: mask,
     "bool": paired,
     "added": lambda mask: torch.where(paired(mask), 0.0, torch.finfo(torch.float32).min),
     "infinite": lambda mask: infinite(paired(mask)),
+    "filled": lambda mask: filled(paired(mask)),
     "heads": lambda mask: infinite(paired(mask)).repeat(1, 6, 1, 1),
     "by-kind": lambda mask: {"full_attention": paired(mask)},
 }

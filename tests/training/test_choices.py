@@ -1,5 +1,7 @@
 """Every choice that a recipe's help offers is either valid or refused, in one line, before anything is loaded."""
 
+import re
+
 import pytest
 import torch
 from hf_moe.training.main import check_recipe, main, parser_of, stage_module
@@ -43,6 +45,36 @@ def test_a_choice_is_valid_or_refused_in_a_line_that_names_it(stage, name):
     for choice, said in answers.items():
         assert said == "" or ("\n" not in said and choice in said and name in said), said
     assert "" in answers.values() or name == "dataloader_multiprocessing_context"  # which needs workers
+
+
+@pytest.mark.parametrize(
+    ("stage", "extra", "message"),
+    [
+        ("sft", ["--attn_implementation=sdp"], "attn_implementation is sdp; it can be eager, .*sdpa"),
+        (
+            "pretrain",
+            ["--experts_implementation=sdpa"],
+            "experts_implementation is sdpa; it can be eager, .*grouped_mm",
+        ),
+        ("grpo", ["--cache_implementation=fixed"], "cache_implementation is fixed; it can be static, .*dynamic"),
+        ("dpo", ["--loss_type", "sigmoid", "simpo"], "loss_type: invalid choice: 'simpo'"),
+        ("dpo", ["--loss_type=exo_pair"], "loss_type is exo_pair, which needs a label_smoothing above 0"),
+        ("grpo", ["--loss_type=ppo"], "loss_type: invalid choice: 'ppo'"),
+        ("grpo", ["--scale_rewards=std"], "scale_rewards: invalid choice: 'std'"),
+        ("sft", ["--torch_compile_backend=tvmm"], "torch_compile_backend tvmm, .*Invalid backend"),
+        ("sft", ["--torch_compile_mode=fast"], "torch_compile_mode fast: Unrecognized mode"),
+        ("sft", ["--accelerator_config=absent.json"], "accelerator_config is absent.json; it must be a mapping or a"),
+        ("sft", ["--pad_to_multiple_of=eight"], "pad_to_multiple_of is eight; it must be a number of tokens"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_name_that_nothing_knows_is_refused(stage, extra, message):
+    said = answer(f"tiny/{stage}", *extra)
+    assert re.search(message, said) and "\n" not in said, said
+
+
+def test_a_kernel_of_the_hub_may_be_named():
+    assert answer("tiny/sft", "--attn_implementation=kernels-community/flash-attn2") == ""
 
 
 def answer(*argv: str) -> str:

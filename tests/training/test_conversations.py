@@ -90,6 +90,60 @@ def test_sharegpt(tmp_path, kinds, row, expected):
     assert rows[:] == {name: [talk] * 3 for name, talk in expected.items()}
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_sharegpt_with_calls(tmp_path, kind):
+    """Where only a later row has calls, too, and with the row's number where they are not JSON."""
+    talk = [("human", "Sum?"), ("function_call", '[{"name": "f", "arguments": {"a": 1.5}}]'), ("observation", "42")]
+    talks = [[("human", "Hi"), ("gpt", "Ho")], [*talk, ("gpt", "Ho")], [("human", "Hi"), ("function_call", "f(1)")]]
+    rows = [{"conversations": [{"from": who, "value": what} for who, what in talk]} for talk in talks]
+
+    def load(rows):
+        path = write_rows(tmp_path / "rows.jsonl", rows)
+        if kind == "parquet":
+            Dataset.from_list(rows).to_parquet(path := tmp_path / "rows.parquet")
+        return load_rows([str(path)], split="train")
+
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1.5}}}
+    called = [{"role": "user", "content": "Sum?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert load(rows[:2])["messages"] == [[USER, ANSWER], [*called, {"role": "tool", "content": "42"}, ANSWER]]
+    with pytest.raises(ValueError, match="row 2: conversations: a function_call is not JSON"):
+        load(rows)
+
+
+LONG = [{"messages": [{"role": "user", "content": "a" * 1_000_000}, {"role": "assistant", "content": "Ho"}]}] * 11
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+LATER = {
+    "parts": ([USER, ANSWER], [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, ANSWER]),
+    "calls": ([USER, CALLING], [USER, CALLING]),
+    "number": ("row 11: messages: role and content must be text", [USER, {"role": "assistant", "content": 3}]),
+    "text": ("row 11: messages: must be a list of messages, but is str", "Hi"),
+}
+
+
+@pytest.mark.parametrize(("expected", "later"), LATER.values(), ids=LATER)
+def test_what_comes_after_the_part_of_a_file_that_settles_its_columns(tmp_path, expected, later):
+    path = write_rows(tmp_path / "rows.jsonl", [*LONG, {"messages": later}])
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            load_rows([str(path)], split="train")
+    else:
+        assert load_rows([str(path)], split="train")[-1]["messages"] == expected
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", LONG)
+    path.write_text(path.read_text() + "{broken\n")
+    with pytest.raises(ValueError, match=r"cannot be read as rows: .*rows.jsonl: line 12 is no JSON: Expecting"):
+        load_rows([str(path)], split="train")
+
+
+def test_a_package_that_reads_zstd_is_named(tmp_path, monkeypatch):
+    monkeypatch.delitem(fsspec.compression.compr, "zstd", raising=False)
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(ValueError, match="Compression type zstd not supported: pip install zstandard"):
+        load_rows([str(tmp_path / "rows.jsonl.zst")], split="train")
+
+
 def test_conversations_of_role_and_content(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"conversations": [USER, ANSWER]}])
     assert load_rows([str(path)], split="train")[0] == {"messages": [USER, ANSWER]}

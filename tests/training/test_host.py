@@ -3,9 +3,12 @@
 import importlib
 import inspect
 import pkgutil
+import re
+from dataclasses import fields
 
 import hf_moe.training
 import pytest
+import trl
 from hf_moe.training import host, host_trl
 from transformers import Trainer
 
@@ -90,3 +93,15 @@ def test_another_release_is_said_and_one_that_differs_is_refused(installed, capl
     ) as error:
         host.check_version("trl", tested, lambda: ["A.b is gone"], installed)
     assert error.value.name is None and "\n" not in str(error.value)  # a line of the command, not a traceback
+
+
+@pytest.mark.parametrize(("config", "name"), [(x, name) for x, names in host_trl.VALUES.items() for name in names])
+def test_values_of_an_argument_are_those_that_its_trainer_reads(config, name):
+    """What TRL compares the argument with, or a part of it, and what its help names."""
+    source = inspect.getsource(importlib.import_module(getattr(trl, config).__module__.replace("_config", "_trainer")))
+    compared = set(re.findall(rf'\b{name} == "(\w+)"', source))
+    for group in re.findall(rf"\b{name} in \[(.*?)\]", source):
+        compared |= set(re.findall(r'"(\w+)"', group))
+    known = set(host_trl.VALUES[config][name])
+    help_ = next(x for x in fields(getattr(trl, config)) if x.name == name).metadata["help"]
+    assert compared <= known and known <= compared | set(re.findall(r"\w+", help_))

@@ -75,6 +75,27 @@ def test_a_quantization_config_says_that_it_left_the_experts_and_what_stores_the
         quantize_experts(model)
 
 
+@pytest.mark.parametrize("stored", ["nf4", "fp8"])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_what_is_saved_are_the_values_of_the_experts(make, stored, tmp_path):
+    make().save_pretrained(tmp_path / "plain")
+    in_4_bits = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=in_4_bits)
+    quantize_experts(model, stored)
+    model.save_pretrained(tmp_path / "saved")
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), torch.arange(2, 9).unsqueeze(0)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert any(hasattr(x, "packed") for x in model.state_dict().values())  # as before
+
+
+def test_a_merge_into_what_is_stored_in_4_bits_is_refused():
+    model = wide()
+    quantize_experts(model)
+    adapted, _ = add_adapter(model, AdapterArguments(lora_parts=["attention", "routed_experts"], lora_r=3))
+    with pytest.raises(ValueError, match=r"stored as nf4 cannot be changed in place .*dequantize\(model\) before"):
+        adapted.merge_and_unload()
+
+
 def test_without_a_quantization_config_nothing_is_said(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     wide().save_pretrained(tmp_path)

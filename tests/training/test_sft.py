@@ -251,6 +251,9 @@ class TestRefusals:
         main(command(*given, output="adapter"))
         message = r"adapter is an adapter, and training starts from a whole model: give the merged one"
         self.refused(command(model=tmp_path / "adapter"), ValueError, message, tmp_path)
+        for file in (tmp_path / "adapter").glob("*token*"):
+            file.unlink()
+        self.refused(command(model=tmp_path / "adapter"), ValueError, message, tmp_path)
 
     def test_truncated_weights(self, command, model_folder, tmp_path):
         shutil.copytree(model_folder, tmp_path / "model")

@@ -4,7 +4,8 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, 
 from datasets import load_from_disk as load_saved
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from hf_moe.chat import ROLES, conversation
+from hf_moe.chat import CALLS, ROLES, conversation
 
 from .json_text import JsonText, encoded, values
 
@@ -35,6 +36,7 @@ SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder of sav
 EXTRA_COLUMNS = ("tools", "chat_template_kwargs")
 CONVERSATIONS = ("messages", "conversations")  # columns that are never text
 FIELDS = ("role", "content", "from", "value")
+JSON_VALUE = r"^(?:[\[{]|-?\d+(?:\.\d+)?$|true$|false$)"  # that is no text
 PLAIN = List({"role": Value("string"), "content": Value("string")})  # messages of nothing else
 OBJECTS = List(JsonText())  # messages with more to them
 
@@ -57,7 +59,10 @@ def load_rows(
     """
     kinds = kinds or (("messages",), ("conversations",), ("prompt", "completion"), (text_field,))
     label = f"{what} {' '.join(sources)}"
-    rows = read(sources, label, split, config)
+    try:
+        rows = read(sources, label, split, config)
+    except ValueError as error:
+        rows = read_one_by_one(sources, split, config, label, error)
     if len(rows) == 0:
         raise ValueError(f"{label} has no rows.")
     columns = row_columns(rows.column_names, kinds, label)
@@ -65,10 +70,11 @@ def load_rows(
     names = [*columns, *(name for name in EXTRA_COLUMNS if name in rows.column_names)]
     form = Features({name: form_of(rows, name, label) for name in names})
     check_alike(rows, columns, label)
+    flat = all(is_flat(rows.features[name]) for name in names)
+    if not flat or any(holds_json(rows.data.column(name)) for name in columns):
+        rows = as_written(rows, names, sources, split, config, label)
     if all(is_ready(rows, name) for name in names):
         return rows.select_columns(names)
-    if not all(is_flat(rows.features[name]) for name in names):
-        rows = as_written(rows, names, sources, split, config, label)
     return rewritten(rows.select_columns(names), form, label)
 
 
@@ -120,7 +126,8 @@ def load(label: str, *args, **kwargs) -> DatasetDict | Dataset:
 def unreadable(label: str, error: Exception) -> ValueError:
     """In one line, why rows cannot be read."""
     reason = str(error.__cause__ or error).strip().splitlines() or [type(error.__cause__ or error).__name__]
-    return ValueError(f"{label} cannot be read as rows: {reason[0]:.300}")
+    install = ": pip install zstandard" if "zstd not supported" in reason[0] else ""
+    return ValueError(f"{label} cannot be read as rows: {reason[0]:.300}{install}")
 
 
 def as_written(
@@ -128,35 +135,76 @@ def as_written(
 ) -> Dataset:
     """The rows that `read` has found with the values of JSON files as they stand there; others as they are.
 
-    Reading these, `datasets` takes a text for the JSON in it where some rows have objects in its place, and rounds.
+    Reading these, `datasets` takes a text for the JSON in it where some rows have objects in its place, and rounds;
+    of a long file whose first rows have text, it makes all that comes later text.
     """
-    paths = [Path(source).expanduser() for source in sources]
-    if rows.info.builder_name != "json" or is_saved(paths[0]):
+    if rows.info.builder_name != "json" or is_saved(Path(sources[0])):
         return rows
-    if paths[0].is_file():
-        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    else:
-        source = str(paths[0]) if paths[0].is_dir() else sources[0]
-        files = [(str(file),) for file in load_dataset_builder(source, config).config.data_files[split]]
+    files = json_files(sources, split, config)
     try:
-        return Dataset.from_generator(
-            objects, features=Features(dict.fromkeys(names, JsonText())), gen_kwargs={"files": tuple(files)}
-        )
+        return from_json(files, names)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, json.JSONDecodeError):  # one object over several lines, with a list a column
             return rows
         raise unreadable(label, error) from error
 
 
-def objects(files: tuple[tuple, ...]) -> Iterator[dict[str, Any]]:
-    """The objects of JSON files: one a line, or a list of them."""
+def read_one_by_one(sources: list[str], split: str, config: str | None, label: str, error: ValueError) -> Dataset:
+    """The rows of JSON files whose later ones have other fields or kinds than the first, on which `datasets` settles.
+
+    Raises `error`, what `read` has raised, for all else, and ValueError with the line for what is no JSON.
+    """
+    if not isinstance(error.__cause__, DatasetGenerationError) or not (files := json_files(sources, split, config)):
+        raise error
+    try:
+        names = next(objects(files)).keys()
+    except (StopIteration, AttributeError, ValueError, *BROKEN):
+        raise error from None
+    try:
+        return from_json(files, [*names])
+    except DatasetGenerationError as other:
+        raise unreadable(label, other) from other
+
+
+def from_json(files: tuple[tuple, ...], names: list[str]) -> Dataset:
+    features = Features(dict.fromkeys(names, JsonText()))
+    return Dataset.from_generator(objects, features=features, gen_kwargs={"files": files, "names": tuple(names)})
+
+
+def json_files(sources: list[str], split: str, config: str | None) -> tuple[tuple, ...]:
+    """The files of JSON that rows come from, none where it is not JSON; with what changes if they do."""
+    paths = [Path(source).expanduser() for source in sources]
+    if paths[0].is_file():
+        found = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        return tuple(found) if builder(paths[0]) == "json" else ()
+    source = str(paths[0]) if paths[0].is_dir() else sources[0]
+    found = load_dataset_builder(source, config)
+    return tuple((str(file),) for file in found.config.data_files[split]) if found.info.builder_name == "json" else ()
+
+
+def objects(files: tuple[tuple, ...], names: tuple[str, ...] | None = None) -> Iterator[dict[str, Any]]:
+    """The objects of JSON files, one a line, or a list of them: all there is, or fields of these names.
+
+    Raises a JSONDecodeError with the line, or a ValueError with the number of what is no object.
+    """
     for path, *_ in files:
         with fsspec.open(path, encoding="utf-8-sig", mode="rt", compression="infer") as file:
             first = file.readline()
-            if first.lstrip().startswith("["):
-                yield from json.loads(first + file.read())
-            else:
-                yield from (json.loads(line) for line in (first, *file) if line.strip())
+            listed = first.lstrip().startswith("[")
+            rows = json.loads(first + file.read()) if listed else json_lines(chain((first,), file), path)
+            for number, row in enumerate(rows):
+                if names is not None and not isinstance(row, dict):
+                    raise ValueError(f"{path}: row {number} is {kind(row)}, but must be an object with {names[0]}")
+                yield row if names is None else {name: row.get(name) for name in names}
+
+
+def json_lines(lines: Iterable[str], path: str) -> Iterator[Any]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise json.JSONDecodeError(f"{path}: line {number} is no JSON: {error.msg}", line, error.pos) from None
 
 
 # ---- what the rows are ----
@@ -194,11 +242,21 @@ def form_of(rows: Dataset, name: str, label: str) -> Any:
     if isinstance(first, str) and name not in CONVERSATIONS:
         return Value("string")
     if isinstance(first, list):
-        return PLAIN if isinstance(fields, dict) and fields.keys() <= set(FIELDS) else OBJECTS
+        texts = isinstance(fields, dict) and fields.keys() <= set(FIELDS)
+        return PLAIN if texts and not has_calls(rows.data.column(name)) else OBJECTS
     if first is None:
         raise ValueError(f"{label}: row 0 has no {name}.")
     expected = "a list of messages" if name in CONVERSATIONS else "text or a list of messages"
     raise ValueError(f"{label}: {name} must be {expected}, but is {type(first).__name__}.")
+
+
+def has_calls(column: pa.ChunkedArray) -> bool:
+    """Whether some message of a column is a call by its role, and becomes one with more to it."""
+    messages = pc.list_flatten(column)
+    who = [field.name for field in messages.type if field.name in ("role", "from")]
+    return any(
+        str(role).lower() in CALLS for key in who for role in pc.unique(pc.struct_field(messages, key)).to_pylist()
+    )
 
 
 def is_flat(feature: Any) -> bool:
@@ -206,6 +264,14 @@ def is_flat(feature: Any) -> bool:
     fields = getattr(feature, "feature", None)
     parts = fields.values() if isinstance(fields, dict) and fields.keys() <= set(FIELDS) else [feature]
     return all(isinstance(part, Value) and part.dtype in ("string", "large_string") for part in parts)
+
+
+def holds_json(column: pa.ChunkedArray) -> bool:
+    """Whether some text of a column of texts, or of messages of texts, may have been a value of another kind."""
+    if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
+        return pc.any(pc.match_substring_regex(column, JSON_VALUE)).as_py() or False
+    messages = pc.list_flatten(column)
+    return any(holds_json(pc.struct_field(messages, field.name)) for field in messages.type)
 
 
 def is_ready(rows: Dataset, name: str) -> bool:

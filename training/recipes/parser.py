@@ -14,7 +14,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from trl import TrlParser
 
-from ..host import RENAMED, missing_reporters, unknown_reporters
+from ..host import RENAMED, implementations, missing_reporters, unknown_reporters
+from ..host_trl import values_of
 from ..output.publishing import STRATEGIES
 from ..output.record import describe
 from ..trainers.rehearsal import rehearse
@@ -49,6 +50,9 @@ class RecipeParser(TrlParser):
 
     def __init__(self, dataclass_types):
         super().__init__(dataclass_types, prog="hf-moe train RECIPE", allow_abbrev=False)
+        values = {name: known for part in dataclass_types for name, known in values_of(part).items()}
+        for action in self._actions:
+            action.choices = action.choices or values.get(action.dest)
         self.known = {action.dest for action in self._actions} - {"help"}
         self.choices = {action.dest: action.choices for action in self._actions if action.choices}
         self.types = {name: kind for part in dataclass_types for name, kind in get_type_hints(part).items()}
@@ -115,6 +119,17 @@ class RecipeParser(TrlParser):
                 f"ddp_backend is {args['ddp_backend']}, but this is one process: start several with --accelerate, or "
                 "leave it out."
             )
+        for name, known in implementations().items():
+            value = args.get(name)
+            if value is not None and value not in known and "/" not in value:  # a kernel of the Hub
+                raise ValueError(f"{name} is {value}; it can be {', '.join(known)}.")
+        for name in ("accelerator_config", "fsdp_config"):
+            value = args.get(name)
+            if isinstance(value, str) and not value.startswith("{") and not os.path.isfile(value):
+                raise ValueError(f"{name} is {value}; it must be a mapping or a JSON file with one.")
+        multiple = args.get("pad_to_multiple_of")
+        if isinstance(multiple, str) and multiple != "auto" and not multiple.isdigit():
+            raise ValueError(f"pad_to_multiple_of is {multiple}; it must be a number of tokens, or auto.")
         for name, value in args.items():
             if name.endswith("_kwargs") and isinstance(value, str) and not value.startswith("{"):
                 raise ValueError(

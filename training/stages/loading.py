@@ -10,6 +10,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
 from hf_moe.generation_settings import check_generation_config, mended_config
+from hf_moe.loading import base_of
 from hf_moe.reading import auto_tokenizer, whole_model
 
 from ..host import CLIPS_EXPERT_PARALLEL, is_adapter
@@ -78,9 +79,11 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model that the argument `name` gives.
 
-    Raises FileNotFoundError for an absent folder, ValueError if nothing loads.
+    Raises FileNotFoundError for an absent folder, ValueError if nothing loads, or if that model is an adapter.
     """
     path = Path(source)
+    if source == model_args.model_name_or_path and base_of(source) is not None:
+        raise not_whole(source)
     if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
         raise FileNotFoundError(f"{name}: there is no folder {source}.")
     what = "has no tokenizer that loads" if path.is_dir() else "is no folder here and could not be had from the Hub"
@@ -115,10 +118,7 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
     except ImportError as error:  # of attn_implementation and the like
         raise ValueError(" ".join(str(error).split())) from error
     if is_adapter(model):  # saving would write the adapter alone, and lose what its base has learnt
-        raise ValueError(
-            f"{source} is an adapter, and training starts from a whole model: give the merged one ({source}/merged, "
-            "if --lora_merge wrote it), or the adapter's base with --lora_parts for a new adapter."
-        )
+        raise not_whole(source)
     args.model_init_kwargs = None  # used
     leave_out_routing(model, args)
     if args.device.type == "cpu":
@@ -127,6 +127,13 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
     if model_args.float8:
         print(compute_in_float8(model), file=sys.stderr)
     return model
+
+
+def not_whole(source: str) -> ValueError:
+    return ValueError(
+        f"{source} is an adapter, and training starts from a whole model: give the merged one ({source}/merged, "
+        "if --lora_merge wrote it), or the adapter's base with --lora_parts for a new adapter."
+    )
 
 
 def right_config(source: str, model_args: ModelArguments, args: TrainingArguments) -> dict[str, PreTrainedConfig]:

@@ -57,7 +57,10 @@ class MoePretrainConfig(MoeSFTConfig):
     packing: bool = field(default=True, metadata={"help": "Several documents a row, each of which sees only itself."})
     packing_strategy: str = field(
         default="bfd_split",
-        metadata={"help": "How rows are filled; bfd_split cuts long documents, bfd drops their ends."},
+        metadata={
+            "help": "How rows are filled; bfd_split cuts long documents, bfd drops their ends.",
+            "choices": ["bfd", "bfd_split", "wrapped"],
+        },
     )
 
 

@@ -25,6 +25,11 @@ MODEL_INPUTS = ("input_ids", "attention_mask")
 class MoeDPOConfig(PolicyArguments, DPOConfig):
     """DPOConfig with what MoeDPOTrainer adds."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if "exo_pair" in self.loss_type and not self.label_smoothing:
+            raise ValueError("loss_type is exo_pair, which needs a label_smoothing above 0: EXO's paper has 1e-3.")
+
 
 class MoeDPOTrainer(MoePolicyMixin, DPOTrainer):
     """TRL's DPOTrainer (https://arxiv.org/abs/2305.18290) with routing that is right; see MoeTrainerMixin.

@@ -1,4 +1,4 @@
-"""The optimizer and the schedule that the arguments name, tried on a few numbers before anything is loaded."""
+"""The optimizer, the schedule and the compiler that the arguments name, tried before anything is loaded."""
 
 import copy
 import math
@@ -29,6 +29,7 @@ def rehearse(args: TrainingArguments, device: torch.device | str) -> None:
     Of a package that is not there, an argument that it needs or does not know, or a device that it does not run on.
     """
     args = copy.copy(args)
+    compile_or_say_why(args)
     if args.learning_rate is None:  # of a scaling law, later
         args.learning_rate = 1e-3
     if args.optim_target_modules is not None:  # of the model's modules, which only the model knows
@@ -43,6 +44,18 @@ def rehearse(args: TrainingArguments, device: torch.device | str) -> None:
     except Exception as error:  # of libraries that raise each its own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} cannot be had here: {reason}") from error
+
+
+def compile_or_say_why(args: TrainingArguments) -> None:
+    """Look up how `torch_compile` is to compile. Raises a ValueError that names what PyTorch does not know."""
+    if not args.torch_compile:
+        return
+    backend, mode = args.torch_compile_backend, args.torch_compile_mode
+    try:
+        torch.compile(nn.Identity(), backend=backend, mode=mode)
+    except Exception as error:  # of a type of its own for each
+        reason = " ".join(str(error).split())
+        raise ValueError(f"torch_compile_backend {backend}, torch_compile_mode {mode}: {reason}") from error
 
 
 def make_optimizer(args: TrainingArguments, model: nn.Module) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ PEFT stay as they are.
 
 import copy
 from importlib.util import find_spec
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -49,12 +50,20 @@ class StoredWeight(torch.Tensor):
             return cls(args[0].packed, args[0].state)
         if func is aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
             return args[0].moved(kwargs.get("device") or args[0].device)
+        mutable = func._schema.is_mutable and func is not aten.set_.source_Tensor  # with itself, by a parametrization
+        if mutable and isinstance(args[0], cls):
+            raise ValueError(
+                f"A weight that is stored as {args[0].stored} cannot be changed in place ({func}), as a merge of an "
+                "adapter does: call hf_moe.training.weights.quantized.dequantize(model) before."
+            )
         args, kwargs = tree_map_only(cls, cls.values, (args, kwargs))
         return func(*args, **kwargs)
 
 
 class Nf4Weight(StoredWeight):
     """In NormalFloat-4: uint8, two numbers each, and bitsandbytes' QuantState."""
+
+    stored = "nf4"
 
     @classmethod
     def quantize(cls, weight: torch.Tensor) -> "Nf4Weight":
@@ -95,6 +104,8 @@ class Fp8Weight(StoredWeight):
     largest code times the scale.
     """
 
+    stored = "fp8"
+
     @classmethod
     def quantize(cls, weight: torch.Tensor) -> "Fp8Weight":
         shape, numbers = weight.shape, weight.float()
@@ -122,7 +133,7 @@ class Fp8Weight(StoredWeight):
 
 
 # How a frozen matrix is stored.
-STORED = {"nf4": Nf4Weight, "fp8": Fp8Weight}
+STORED = {kind.stored: kind for kind in (Nf4Weight, Fp8Weight)}
 
 
 def check_quantization(stored: str) -> None:
@@ -148,14 +159,28 @@ def quantize(model: nn.Module, targets: dict[str, str], device: torch.device | N
         packed = STORED[stored].quantize(weight.to(device or weight.device))
         before, after = before + weight.numel() * weight.element_size(), after + packed.bytes
         setattr(module, attribute, nn.Parameter(packed, requires_grad=False))
+    model.save_pretrained = MethodType(save_values, model)
     return coverage(model, targets, before, after, stored)
+
+
+def save_values(model: nn.Module, *args, **kwargs) -> None:
+    """`model.save_pretrained`, which writes the values that stored weights compute with, in their dtype."""
+
+    def to_values(module: nn.Module, weights: dict[str, torch.Tensor], *_) -> None:
+        weights |= {name: x.values() for name, x in weights.items() if isinstance(x, StoredWeight)}
+
+    hook = model.register_state_dict_post_hook(to_values)
+    try:
+        type(model).save_pretrained(model, *args, **kwargs)
+    finally:
+        hook.remove()
 
 
 def quantize_experts(model: nn.Module, stored: str = "nf4") -> str:
     """Store the experts that a quantization config has left in full precision, where they lie; says what that did.
 
-    In memory alone: such a model computes and gets adapters, but is saved from its plain weights. Raises ValueError
-    without such experts, for what is no key of STORED, or where the package that packs is missing.
+    In memory alone: what `save_pretrained` writes are the values that they compute with, as large as before. Raises
+    ValueError without such experts, for what is no key of STORED, or where the package that packs is missing.
     """
     check_quantization(stored)
     left = fused_in_full_precision(model)
