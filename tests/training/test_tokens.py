@@ -151,7 +151,7 @@ import os, signal, sys, time
 from pathlib import Path
 import datasets
 from hf_moe.training.data.tokens import Encoder
-from hf_moe.training.token_cache import cached
+from hf_moe.training.data.token_cache import cached
 from tests.training.conftest import tiny_tokenizer
 from tests.training.test_tokens import many
 
