@@ -49,9 +49,8 @@ DOCUMENTED = {
         "softmax_affinity",
     },
     "hf_moe.telemetry.live": {"RoutingFigures"},
-    # Of earlier releases, in the cards and messages that they wrote.
+    # Of earlier releases, in the cards that they wrote.
     "hf_moe.training.esft": {"load_rows"},
-    "hf_moe.training.quantized": {"quantize_experts"},
 }
 NAMES = [(module, name) for table in (PUBLIC, DOCUMENTED) for module, names in table.items() for name in sorted(names)]
 NAMES += [("hf_moe", name) for name in sorted(OF_TRAINING)]

@@ -1,4 +1,4 @@
-"""Where model cards of hf_moe 0.3 and before import `load_rows` from."""
+"""Where model cards of hf_moe 0.2 and before import `load_rows` from."""
 
 from .weights.esft import load_rows
 

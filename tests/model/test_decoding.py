@@ -1,9 +1,12 @@
 """Recorded decoding: the cache that it reserves, and on a GPU that its text is that of ordinary decoding."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
+from hf_moe.model import decoding
 from hf_moe.model.decoding import KEPT, HfMoeReservedCache
 
 LATENT = {"attention_type": "mla", "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
@@ -101,8 +104,30 @@ def test_a_cache_that_was_handed_out_stays_its_owners():
     assert torch.equal(text, plain)
 
 
-@pytest.mark.gpu
-def test_ends_streams_and_samples_as_ordinary_decoding_does():
+class LateOnCpu:
+    """LateFlag without a device to wait for."""
+
+    def __init__(self):
+        self.last = False
+
+    def put(self, flag: torch.Tensor) -> bool:
+        self.last, late = bool(flag), self.last
+        return late
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """A GPU, or a CPU whose steps go through the same loop, each as it is in place of a recording."""
+    if request.param == "cpu":
+        monkeypatch.setattr(decoding, "recordable", lambda model: True)
+        monkeypatch.setattr(decoding, "WORTH_RECORDING", 1000)
+        monkeypatch.setattr(decoding, "LateFlag", LateOnCpu)
+        monkeypatch.setattr(decoding, "SPEEDUPS", [])
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    return request.param
+
+
+def test_ends_streams_and_samples_as_ordinary_decoding_does(device):
     from transformers.generation.streamers import BaseStreamer
 
     class Heard(BaseStreamer):
@@ -115,7 +140,7 @@ def test_ends_streams_and_samples_as_ordinary_decoding_does():
         def end(self):
             self.ended = True
 
-    model, inputs = tiny("cuda", **CONFIGS["gqa"]), prompts("cuda", 3)
+    model, inputs = tiny(device, **CONFIGS["gqa"]), prompts(device, 3, padding=2)
     text = model.generate(**inputs, max_new_tokens=24, do_sample=False, disable_compile=True)
     eos = int(text[0, 15])
     for options in ({"eos_token_id": eos}, {"eos_token_id": eos, "min_new_tokens": 9}, {"repetition_penalty": 1.3}):
@@ -135,6 +160,7 @@ def test_ends_streams_and_samples_as_ordinary_decoding_does():
         assert len(plain.scores) == len(recorded.scores)
         torch.testing.assert_close(torch.stack(plain.scores), torch.stack(recorded.scores), rtol=1e-4, atol=1e-4)
         assert recorded.past_key_values.get_seq_length() == recorded.sequences.shape[1] - 1
+        assert type(recorded.past_key_values) is HfMoeReservedCache
     one = {name: x[:1] for name, x in inputs.items()}
     heard = Heard()
     text = model.generate(**one, max_new_tokens=12, do_sample=False, streamer=heard)

@@ -82,10 +82,8 @@ def has_rope(config: HfMoeConfig, layer_idx: int) -> bool:
     return config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
 
-class HfMoeAttention(nn.Module):
-    """Attention with num_key_value_heads from 1 (MQA) to num_attention_heads (MHA)."""
-
-    routes = False  # no router inside
+class HfMoeHeads(nn.Module):
+    """What attention functions and caches read of an attention with heads of one size, under Transformers' names."""
 
     def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
@@ -99,6 +97,14 @@ class HfMoeAttention(nn.Module):
         self.sliding_window = config.sliding_window if sliding else None
         self.has_rope = has_rope(config, layer_idx)
 
+
+class HfMoeAttention(HfMoeHeads):
+    """Attention with num_key_value_heads from 1 (MQA) to num_attention_heads (MHA)."""
+
+    routes = False  # no router inside
+
+    def __init__(self, config: HfMoeConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)

@@ -14,11 +14,12 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, StaticLayer
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin, MaxLengthCriteria
+from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
-from .host import CACHE, OF_GENERATE, of_recording, of_the_user, pad_token, shown_as
+from .growing_text import GrowingText
+from .host import CACHE, OF_GENERATE, of_recording, of_the_user, shown_as
 
 logger = logging.get_logger(__name__)
 
@@ -173,6 +174,31 @@ class RecordedStep:
         return self.logits
 
 
+class EagerStep:
+    """The same step as it is, where it isn't worth a recording or can't be recorded."""
+
+    def __init__(self, model: nn.Module, cache: HfMoeReservedCache):
+        self.model, self.cache = model, cache
+
+    def begin(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """As RecordedStep.begin."""
+        self.position, self.mask = position_ids, attention_mask
+
+    def __call__(self, token: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] in float32 after the tokens [B]."""
+        outputs = self.model(
+            input_ids=token.unsqueeze(1),
+            attention_mask=self.mask,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.position = self.position + 1
+        if self.mask is not None:
+            self.mask = nn.functional.pad(self.mask, (0, 1), value=1)
+        return outputs.logits[:, -1].float()
+
+
 def recording_key(model: nn.Module, cache: HfMoeReservedCache, padded: bool):
     """Equal where a recorded step may be replayed: it holds addresses, and all that was decided on the way."""
     modules = list(model.modules())
@@ -307,82 +333,51 @@ class HfMoeDecoding:
         self, ids, logits_processor, stopping_criteria, config, streamer, cache: HfMoeReservedCache, model_kwargs: dict
     ):
         """Transformers' `_sample` with the step replayed, and the end of the text noticed one step late."""
-        rows = len(ids)
+        text = GrowingText(ids, logits_processor, stopping_criteria, config, streamer)
+        logits, model_kwargs = self._read_prompt(ids, config, model_kwargs)
+        step = self._step_after(text, cache, model_kwargs)
+        late = LateFlag() if text.watched and streamer is None else None
+        while True:
+            scores = text.process(logits)
+            if config.do_sample:
+                token = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+            else:
+                token = scores.argmax(dim=-1)
+            token = text.add(token)
+            ended_before = late is not None and late.put(text.ended)
+            if ended_before or text.full or (late is None and text.watched and bool(text.ended)):
+                break
+            logits = step(token)
+
+        if ended_before:  # one token earlier
+            text.take_back()
+            cache.crop(-1)
+        if not config.return_dict_in_generate and not of_the_user(cache):
+            KEPT[self] = cache
+        return text.output(cache)
+
+    def _read_prompt(self, ids: torch.Tensor, config, model_kwargs: dict) -> tuple[torch.Tensor, dict]:
+        """Logits [B, V] after the prompt, in float32 and memory of their own, and the arguments of what follows."""
         with ExitStack() as speedups:
             for speedup in SPEEDUPS:
                 speedups.enter_context(speedup(self, ids.numel()))
             outputs = self._prefill(ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
         model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
-        del outputs
+        return outputs.logits[:, -1].to(copy=True, dtype=torch.float32), model_kwargs
 
-        attention_mask = model_kwargs.get("attention_mask")
-        steps = stopping_criteria.max_length - ids.shape[1] - 1 if stopping_criteria.max_length else WORTH_RECORDING
+    def _step_after(
+        self, text: GrowingText, cache: HfMoeReservedCache, model_kwargs: dict
+    ) -> "RecordedStep | EagerStep":
+        """The step, recorded or eager, behind what `cache` holds, which gets room for the whole text."""
+        rows, attention_mask = len(text.ids), model_kwargs.get("attention_mask")
+        steps = text.limit - text.ids.shape[1] - 1 if text.limit else WORTH_RECORDING
         for layer in cache.layers:
             layer.reserve(layer.length + max(steps, 0))
-        step = self._recorded_step(cache, rows, attention_mask, steps)
         positions = model_kwargs.get("position_ids")
         if positions is None:
-            position = torch.full((rows, 1), cache.get_seq_length(), device=ids.device)
+            position = torch.full((rows, 1), cache.get_seq_length(), device=text.ids.device)
         else:
             position = positions[:, -1:].expand(rows, 1)
-        if step is not None:
-            step.begin(position, attention_mask)
-
-        pad, limit = pad_token(config), stopping_criteria.max_length
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        watched = any(not isinstance(criterion, MaxLengthCriteria) for criterion in stopping_criteria)
-        unfinished = torch.ones(rows, dtype=torch.long, device=ids.device)
-        late = LateFlag() if watched and streamer is None else None
-        scores, raw_logits = (), ()
-        undo = done = False
-        while True:
-            if config.output_logits:
-                raw_logits += (logits.clone(),)
-            processed = logits_processor(ids, logits)
-            if config.output_scores:
-                scores += (processed.clone(),)
-            if config.do_sample:
-                token = torch.multinomial(processed.softmax(dim=-1), num_samples=1).squeeze(1)
-            else:
-                token = processed.argmax(dim=-1)
-            if ends:
-                token = token * unfinished + pad * (1 - unfinished)
-            ids = torch.cat((ids, token.unsqueeze(1)), dim=1)
-            if watched:
-                unfinished = unfinished & ~stopping_criteria(ids, scores or None)
-                done = unfinished.max() == 0
-            if streamer is not None:
-                streamer.put(token.cpu())
-            undo = late is not None and late.put(done)
-            if undo or (limit is not None and ids.shape[1] >= limit) or (late is None and bool(done)):
-                break
-            if step is not None:
-                logits = step(token)
-                continue
-            outputs = self(
-                input_ids=token.unsqueeze(1),
-                attention_mask=attention_mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits, position = outputs.logits[:, -1].float(), position + 1
-            if attention_mask is not None:
-                attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)
-
-        if undo:  # the text had ended one token earlier
-            ids, scores, raw_logits = ids[:, :-1], scores[:-1], raw_logits[:-1]
-            cache.crop(-1)
-        if streamer is not None:
-            streamer.end()
-        if not config.return_dict_in_generate:
-            if not of_the_user(cache):
-                KEPT[self] = cache
-            return ids
-        return GenerateDecoderOnlyOutput(
-            sequences=ids,
-            scores=scores if config.output_scores else None,
-            logits=raw_logits if config.output_logits else None,
-            **{CACHE: cache},
-        )
+        step = self._recorded_step(cache, rows, attention_mask, steps) or EagerStep(self, cache)
+        step.begin(position, attention_mask)
+        return step

@@ -32,6 +32,7 @@ from .dispatch import HfMoeDispatch
 from .host import CACHE, host_arguments
 from .latent_attention import HfMoeLatentAttention
 from .long_rope import HfMoeLongRope
+from .losses import PARTS, asked_parts, recorded_for
 from .mixture_of_heads import HfMoeMixtureOfHeads
 from .mlp import HfMoeMLP, clamped_swiglu
 from .multi_token import HfMoeMultiToken, HfMoeMultiTokenLayer, predict_ahead
@@ -41,7 +42,6 @@ from .padding import as_attention_reads, check_mask, valid_tokens
 from .rotary import HfMoeRotaryEmbedding, HfMoeRotaryEmbeddings, position_embeddings
 from .router import HfMoeHashTables, HfMoeRouter
 from .router_losses import HfMoeRouterLosses
-from .routing import ROUTERS
 from .unquantized import HfMoeUnquantized
 
 ATTENTIONS = {"gqa": HfMoeAttention, "mla": HfMoeLatentAttention, "moa": HfMoeMixtureOfHeads}
@@ -313,17 +313,7 @@ class HfMoeModel(HfMoePreTrainedModel):
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
         token_mask = self.token_mask(attention_mask, inputs_embeds, past_key_values)
-        masks = attention_mask = as_attention_reads(
-            attention_mask, inputs_embeds.dtype, self.config._attn_implementation
-        )
-        if not isinstance(masks, dict):  # `generate` prepares one mask a layer type
-            masks = {
-                layer_type: MASKS[layer_type](
-                    self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
-                )
-                for layer_type in dict.fromkeys(self.config.layer_types)
-            }
-
+        masks = self.attention_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
         hidden_states = inputs_embeds
         shared = {"position_ids": position_ids, "token_mask": token_mask, "input_ids": input_ids} | kwargs
         rotary = position_embeddings(self.rotary_emb, hidden_states, position_ids, self.config.layer_types)
@@ -349,7 +339,28 @@ class HfMoeModel(HfMoePreTrainedModel):
             token_mask=token_mask,
         )
 
-    def token_mask(self, attention_mask, inputs_embeds: torch.Tensor, past_key_values) -> torch.Tensor | None:
+    def attention_masks(
+        self,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        inputs_embeds: torch.Tensor,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor,
+    ) -> dict[str, torch.Tensor | None]:
+        """One mask a layer type; `generate` prepares them itself."""
+        mask = as_attention_reads(attention_mask, inputs_embeds.dtype, self.config._attn_implementation)
+        if isinstance(mask, dict):
+            return mask
+        return {
+            layer_type: MASKS[layer_type](self.config, inputs_embeds, mask, past_key_values, position_ids=position_ids)
+            for layer_type in dict.fromkeys(self.config.layer_types)
+        }
+
+    def token_mask(
+        self,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        inputs_embeds: torch.Tensor,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor | None:
         """[B, S] False on padding, which takes no place at an expert; None where there is none."""
         implementation = str(self.config._attn_implementation)
         if implementation.startswith("paged|") or not isinstance(past_key_values, Cache | None):
@@ -407,18 +418,9 @@ class HfMoeForCausalLM(
         computed, and added, where `output_router_logits` asks for them. `output_router_logits=False` leaves them out.
         The MTP loss is added in the same way, mtp_loss_coef times, and `output_mtp_loss` asks for it.
         """
-        config = self.config
-        learns = self.training and labels is not None
-        policy = learns and ROUTERS[config.router_type].policy
-        if output_router_logits is None:
-            output_router_logits = config.output_router_logits or (learns and bool(self.active_losses()))
-        if output_mtp_loss is None:
-            output_mtp_loss = learns and config.mtp_loss_coef > 0
-        output_mtp_loss = output_mtp_loss and labels is not None and config.num_mtp_layers > 0
-        if output_mtp_loss and past_key_values is not None:
+        parts = asked_parts(self, labels, output_router_logits, output_mtp_loss)
+        if "multi_token" in parts and past_key_values is not None:
             raise ValueError("The MTP loss is that of whole sequences: leave out past_key_values, or mtp_loss_coef=0.")
-        record = {f"output_router_{name}": output_router_logits or policy for name in ("logits", "indices", "tokens")}
-
         outputs: HfMoeModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -426,36 +428,26 @@ class HfMoeForCausalLM(
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_baselines=policy,
-            output_mtp_hidden_states=output_mtp_loss,
-            **record,
+            **recorded_for(parts),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.predict(outputs.last_hidden_state[:, kept], labels, **kwargs)
-
-        aux_loss = router_losses = mtp_loss = None
-        if output_mtp_loss:
-            mtp_loss = self.mtp_loss(outputs, labels, kwargs.get("num_items_in_batch"))
-            loss = loss + config.mtp_loss_coef * mtp_loss.to(loss.device)
-        if policy:
-            items = kwargs.get("num_items_in_batch")
-            loss = loss + self.policy_loss(outputs, logits, labels, items)
-        if output_router_logits and outputs.router_logits:
-            aux_loss, router_losses = self.router_losses(outputs)
-            if loss is not None:
-                loss = loss + sum(getattr(config, name) * x.to(loss.device) for name, x in router_losses.items())
+        told = {}
+        for name in parts:
+            term, tells = PARTS[name](self, outputs, logits, labels, kwargs.get("num_items_in_batch"))
+            told |= tells
+            if loss is not None and term is not None:
+                loss = loss + term.to(loss.device)
         return HfMoeCausalLMOutput(
             loss=loss,
-            aux_loss=aux_loss,
-            mtp_loss=mtp_loss,
             logits=logits,
             **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
-            router_losses=router_losses,
             router_indices=outputs.router_indices,
+            **told,
         )
 
     def predict(

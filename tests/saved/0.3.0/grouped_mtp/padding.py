@@ -59,7 +59,8 @@ def valid_tokens(
     """[B, S] False on padding, of B = `batch` rows and S = `length` tokens; None where nothing is.
 
     A mask [B, N] says it of each position. In one of queries and keys, or a dict of them by `layer_types`, padding is
-    what does not see itself. `past_key_values` is the cache before these tokens: it says where they stand.
+    what does not see itself, or sees all, which fills rows that see nothing, and is not seen by the last query.
+    `past_key_values` is the cache before these tokens: it says where they stand.
     """
     layer = 0
     if isinstance(attention_mask, dict):
@@ -82,7 +83,9 @@ def valid_tokens(
     if block:
         rows = torch.arange(attention_mask.shape[0], device=queries.device)[:, None]
         return attention_mask.mask_mod(rows, torch.zeros_like(rows), queries[None], own[None]).expand(batch, length)
-    seen = attention_mask.expand(batch, -1, length, -1)[:, :, queries, own]  # [B, H, S]
-    if seen.dtype != torch.bool:
-        seen = seen.float().exp() > 0  # as a softmax in float32 has it
-    return seen.any(dim=1)
+    pairs = attention_mask.expand(batch, -1, length, -1)
+    itself, everything, by_last = (
+        x if x.dtype == torch.bool else x.float().exp() > 0  # as a softmax in float32 has it
+        for x in (pairs[:, :, queries, own], pairs.amin(dim=-1), pairs[:, :, -1, own])  # [B, H, S]
+    )
+    return (itself & (by_last | ~everything)).any(dim=1)

@@ -27,7 +27,7 @@ def say_what_stays(model: nn.Module) -> None:
     logger.warning(
         f"{getattr(method, 'value', method)} has left the {len(left)} fused matrices of the experts in {dtypes}: "
         f"{stays:,} of the model's {whole:,} bytes ({stays / whole:.0%}). With hf_moe installed, "
-        "hf_moe.training.quantized.quantize_experts(model) stores them in 4 bits in memory, as --lora_base nf4 does."
+        "hf_moe.quantize_experts(model) stores them in 4 bits in memory, as --lora_base nf4 does."
     )
 
 

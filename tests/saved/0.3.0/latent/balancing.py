@@ -14,6 +14,7 @@ to those of one large batch.
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedConfig
 
 
 class Routed(NamedTuple):
@@ -92,7 +93,7 @@ def weighted_affinity(batch: Routed, load_E: torch.Tensor, tokens: torch.Tensor)
     return (load_E * P_E).sum(dim=-1)
 
 
-def expert_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
+def expert_loss(batch: Routed, counted: Statistics, config: PreTrainedConfig) -> torch.Tensor:
     """sum_i f_i P_i: the load-balancing loss.
 
     Switch (https://arxiv.org/abs/2101.03961, eq. 4-6) at K = 1, DeepSeekMoE's expert loss (eq. 12-14) at any K. At
@@ -102,7 +103,7 @@ def expert_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
     return weighted_affinity(batch, expert_load(counted.counts_E), counted.tokens)
 
 
-def device_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
+def device_loss(batch: Routed, counted: Statistics, config: PreTrainedConfig) -> torch.Tensor:
     """sum_d f'_d P'_d, f'_d the mean of f over group d, P'_d the sum of P (DeepSeekMoE, eq. 15-17). 1 at balance."""
     load_E = expert_load(counted.counts_E)
     num_experts, groups = load_E.shape[-1], counted.sent_G.shape[-1]
@@ -110,7 +111,7 @@ def device_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
     return weighted_affinity(batch, spread_over_experts(load_G, num_experts), counted.tokens)
 
 
-def communication_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
+def communication_loss(batch: Routed, counted: Statistics, config: PreTrainedConfig) -> torch.Tensor:
     """sum_d f''_d P''_d, f''_d = D / (M T) times the tokens sent to group d (DeepSeek-V2, 2405.04434, eq. 29-31).
 
     M is topk_group. 1 at balance where every token reaches M groups, less where some reach fewer.
@@ -120,7 +121,7 @@ def communication_loss(batch: Routed, counted: Statistics, config) -> torch.Tens
     return weighted_affinity(batch, spread_over_experts(load_G, num_experts), counted.tokens)
 
 
-def sequence_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
+def sequence_loss(batch: Routed, counted: Statistics, config: PreTrainedConfig) -> torch.Tensor:
     """The expert loss within each sequence, averaged over the sequences (DeepSeek-V3, 2412.19437, eq. 17-20).
 
     1 at balance within every sequence. A row of the batch is a sequence.
@@ -133,7 +134,7 @@ def sequence_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
     return (load_BE * P_BE).sum(dim=(-1, -2)) / counted.sequences.clamp_min(1.0)
 
 
-def z_loss(batch: Routed, counted: Statistics, config) -> torch.Tensor:
+def z_loss(batch: Routed, counted: Statistics, config: PreTrainedConfig) -> torch.Tensor:
     """mean_t (logsumexp_j x_{j,t})^2 (ST-MoE, https://arxiv.org/abs/2202.08906, eq. 5)."""
     squared_T = batch.logits_TE.logsumexp(dim=-1).square()
     return (squared_T * batch.mask_T).sum(dim=-1) / counted.tokens.clamp_min(1.0)

@@ -1,6 +1,7 @@
 """Configuration of the hf_moe family: one flat set of fields for the whole mixture-of-experts design space."""
 
-from typing import Any, Literal
+import os
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -38,15 +39,17 @@ class HfMoeConfig(PreTrainedConfig):
     r"""Configuration of an [`HfMoeModel`]. Every field has one meaning, whatever the others are.
 
     Sizes
-        vocab_size, hidden_size, intermediate_size (of dense MLPs), num_hidden_layers, max_position_embeddings.
+    :   vocab_size, hidden_size, intermediate_size (of dense MLPs), num_hidden_layers, max_position_embeddings.
+
     Blocks
-        norm_type ("rms_norm", or "layer_norm" without a bias, as in DBRX; both with rms_norm_eps),
+    :   norm_type ("rms_norm", or "layer_norm" without a bias, as in DBRX; both with rms_norm_eps),
         rms_norm_unit_offset (multiply by 1 + weight, in float32, as in Gemma), layer_norm_placement ("pre": on the
         input of attention and MLP; "post": on their output, as in OLMo-2; "sandwich": on both, as in Gemma 2),
         embedding_multiplier (of the embeddings), residual_multiplier (of what attention and MLP add), logits_scaling
         (the logits are divided by it), as in Granite.
+
     Attention
-        attention_type ("gqa", "mla" for latent attention, or "moa" for a mixture of heads), num_attention_heads,
+    :   attention_type ("gqa", "mla" for latent attention, or "moa" for a mixture of heads), num_attention_heads,
         num_key_value_heads (equal: MHA; 1: MQA; between: GQA), head_dim (default hidden_size / num_attention_heads),
         attention_bias (on q, k and v), attention_output_bias (on o),
         attention_multiplier (of q k^T; default head_dim^-0.5; Gemma: query_pre_attn_scalar^-0.5),
@@ -62,32 +65,38 @@ class HfMoeConfig(PreTrainedConfig):
         DeepSeek and GPT-J do, else i and i + d / 2), no_rope_layers (per layer 1 where it has RoPE and 0 where not, as
         in SmolLM3 and Llama 4; default: all have it), attn_temperature_tuning (queries of layers without RoPE are
         multiplied by 1 + attn_scale ln(1 + floor((position + 1) / floor_scale)), as in Llama 4).
+
     Latent attention (attention_type "mla", DeepSeek-V2)
-        kv_lora_rank and q_lora_rank (ranks of the latents; q_lora_rank None: full-rank queries), qk_nope_head_dim and
+    :   kv_lora_rank and q_lora_rank (ranks of the latents; q_lora_rank None: full-rank queries), qk_nope_head_dim and
         qk_rope_head_dim (the parts of a query or key without and with RoPE; head_dim is the latter), v_head_dim.
         attention_bias is that of q_a_proj and kv_a_proj_with_mqa.
+
     Mixture of attention heads (attention_type "moa", JetMoE)
-        Of num_experts experts with num_key_value_heads query heads each a token uses num_experts_per_tok; the rest of
+    :   Of num_experts experts with num_key_value_heads query heads each a token uses num_experts_per_tok; the rest of
         the routing is that of the MLPs, too. num_attention_heads counts the query heads a token uses.
+
     Multi-token prediction (DeepSeek-V3)
-        num_mtp_layers (modules of a causal language model, each a block like the last layer, that predict one more
+    :   num_mtp_layers (modules of a causal language model, each a block like the last layer, that predict one more
         token ahead), mtp_loss_coef (weight of their loss in training; DeepSeek-V3: 0.3, later 0.1).
+
     MLPs and experts
-        hidden_act, gated_mlp (down(act(gate(x)) * up(x)), else down(act(up(x)))), mlp_bias, mlp_layer_types ("dense"
+    :   hidden_act, gated_mlp (down(act(gate(x)) * up(x)), else down(act(up(x)))), mlp_bias, mlp_layer_types ("dense"
         or "sparse" per layer; default: all sparse), num_experts (routed experts E), num_experts_per_tok (K),
         moe_intermediate_size (of one routed expert; default intermediate_size), n_shared_experts,
         shared_expert_intermediate_size (of one shared expert; default moe_intermediate_size), shared_expert_gate
         (multiply the shared experts' output by sigmoid(w x), as in Qwen2-MoE), experts_swiglu_limit and
         experts_swiglu_alpha (routed experts' activation (up + 1) * gate * sigmoid(alpha gate), both clamped to the
         limit, as in gpt-oss), expert_input_scaling (an expert's weight multiplies its input, as in Llama 4).
+
     Routing
-        router_type (a key of `routing.ROUTERS`), router_args (that router's own arguments, see `routing.py`),
+    :   router_type (a key of `routing.ROUTERS`), router_args (that router's own arguments, see `routing.py`),
         norm_topk_prob (weights of the K chosen experts sum to 1), routed_scaling_factor (multiplies them),
         n_group and topk_group (choose only within the best topk_group of n_group expert groups),
         expert_capacity_factor (in training an expert takes at most ceil(factor K T / E) tokens, the rest are dropped
         and their residual carries them; None drops nothing).
+
     Training
-        router_aux_loss_coef (load-balance loss; 0 turns it off), device_aux_loss_coef and comm_aux_loss_coef (the same
+    :   router_aux_loss_coef (load-balance loss; 0 turns it off), device_aux_loss_coef and comm_aux_loss_coef (the same
         over n_group groups), seq_aux_loss_coef (within each sequence), router_z_loss_coef. Each multiplies the mean
         over the sparse layers of a loss that, but for z, is 1 at perfect balance, whatever K and the number of layers.
         Elsewhere the same training has other numbers: the loss of Mixtral, OLMoE or Qwen-MoE in Transformers is K at
@@ -213,6 +222,15 @@ class HfMoeConfig(PreTrainedConfig):
             self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
+    if TYPE_CHECKING:  # hf_moe adds it, whose presets do not travel with these files
+
+        @staticmethod
+        def from_preset(name: str, **changes: Any) -> "HfMoeConfig": ...
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "HfMoeConfig":
+        """Itself, whatever a config.json says besides: an hf_moe model is no part of another."""
+        return self
+
     @property
     def qk_head_dim(self) -> int | None:
         """Size of a query of latent attention; by it Transformers knows that keys and values differ in size."""
@@ -289,7 +307,7 @@ class HfMoeConfig(PreTrainedConfig):
         plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in names}
         return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
 
-    def validate_amounts(self):
+    def validate_amounts(self) -> None:
         """The first by name, and so the first to run: the others divide by what it checks."""
         for name, least in LEAST.items():
             if getattr(self, name) < least:
@@ -298,7 +316,7 @@ class HfMoeConfig(PreTrainedConfig):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be above 0, or None.")
 
-    def validate_attention(self):
+    def validate_attention(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
@@ -319,7 +337,7 @@ class HfMoeConfig(PreTrainedConfig):
                 f"({self.attention_chunk_size}): Transformers' masks take one of them beside full_attention."
             )
 
-    def validate_block(self):
+    def validate_block(self) -> None:
         if self.hidden_act not in ACT2FN:
             raise ValueError(
                 f"hidden_act {self.hidden_act!r} is unknown; Transformers has {', '.join(sorted(ACT2FN))}."
@@ -329,7 +347,7 @@ class HfMoeConfig(PreTrainedConfig):
         if self.logits_scaling == 0:
             raise ValueError("logits_scaling (0) divides the logits: leave it out, or give another number.")
 
-    def validate_positions(self):
+    def validate_positions(self) -> None:
         if self.rope_by_layer_type:
             missing = sorted(t for t in set(self.layer_types) if not self.rope_parameters.get(t))
             if missing:
@@ -356,7 +374,7 @@ class HfMoeConfig(PreTrainedConfig):
         if self.floor_scale <= 0:
             raise ValueError(f"floor_scale ({self.floor_scale}) must be above 0.")
 
-    def validate_latent_attention(self):
+    def validate_latent_attention(self) -> None:
         if self.attention_type != "mla":
             return
         sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -382,7 +400,7 @@ class HfMoeConfig(PreTrainedConfig):
         if self.rope_by_layer_type:
             raise ValueError(f"rope_parameters ({self.rope_parameters}) by layer type need attention_type 'gqa'.")
 
-    def validate_mixture_of_heads(self):
+    def validate_mixture_of_heads(self) -> None:
         if self.attention_type != "moa":
             return
         active = "num_experts" if self.router_type == "dense" else "num_experts_per_tok"
@@ -401,7 +419,7 @@ class HfMoeConfig(PreTrainedConfig):
             if getattr(self, name) not in (False, None, "head"):
                 raise ValueError(f"{name} ({getattr(self, name)!r}) needs attention_type 'gqa', not 'moa'.")
 
-    def validate_experts(self):
+    def validate_experts(self) -> None:
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be between 1 and num_experts "
@@ -428,7 +446,7 @@ class HfMoeConfig(PreTrainedConfig):
                     f"they are {self.gated_mlp} and {self.hidden_act!r}."
                 )
 
-    def validate_router(self):
+    def validate_router(self) -> None:
         if self.router_type not in ROUTERS:
             raise ValueError(f"router_type {self.router_type!r} is unknown; the routers are {sorted(ROUTERS)}.")
         known = ROUTERS[self.router_type].args
@@ -459,10 +477,10 @@ class HfMoeConfig(PreTrainedConfig):
                 f"expert_capacity_factor ({self.expert_capacity_factor}) must be above 0, or None to drop nothing."
             )
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         # A folder saved from a Hub checkpoint must not point back to that checkpoint's code.
         self.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 __all__ = ["HfMoeConfig"]

@@ -2,6 +2,8 @@
 
 import torch
 
+from .grouped import ROW_BYTES, takes_rows
+
 
 class HfMoeDispatch:
     """The checks that a pretrained model runs before it takes an implementation."""
@@ -67,19 +69,19 @@ class HfMoeDispatch:
             )
 
     def _grouped_mm_can_dispatch(self) -> bool:
-        # The grouped product takes no float64, and rows that are multiples of 16 bytes; else eager is the default.
-        if torch.get_default_dtype() == torch.float64:
+        # Where it raises, eager is the default.
+        dtype = torch.get_default_dtype()
+        if dtype == torch.float64:
             raise ValueError(
                 'grouped_mm computes no torch.float64: use experts_implementation="eager" or "batched_mm".'
             )
-        bytes_per_value = torch.get_default_dtype().itemsize
         sizes = {name: getattr(self.config, name) for name in ("hidden_size", "moe_intermediate_size")}
         if self.config.attention_type == "moa":
             sizes["num_key_value_heads times head_dim"] = self.config.num_key_value_heads * self.config.head_dim
         for name, size in sizes.items():
-            if size * bytes_per_value % 16:
+            if not takes_rows(size, dtype):
                 raise ValueError(
-                    f"{name} ({size}) in {torch.get_default_dtype()} is no multiple of 16 bytes: use "
+                    f"{name} ({size}) in {dtype} is no multiple of {ROW_BYTES} bytes: use "
                     'experts_implementation="eager" or "batched_mm".'
                 )
         return super()._grouped_mm_can_dispatch()

@@ -9,8 +9,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import attention_scaling, attention_settings, eager_attention, has_rope
+from .attention import HfMoeHeads, attention_settings, eager_attention
 from .configuration_hf_moe import HfMoeConfig
+from .grouped import takes_rows
 from .host import grouped_product
 from .norms import make_norm
 from .rotary import rotate
@@ -33,7 +34,7 @@ def batched_linear(rows: torch.Tensor, expert: torch.Tensor, weight: torch.Tenso
 
 def grouped_linear(rows: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The same with the rows sorted by expert and one grouped product, where that takes the dtype and rows' bytes."""
-    if weight.itemsize > 4 or any(size * weight.itemsize % 16 for size in weight.shape[1:]):
+    if not all(takes_rows(size, weight.dtype) for size in weight.shape[1:]):
         return batched_linear(rows, expert, weight)
     expert, order = expert.sort()
     experts = torch.arange(len(weight), device=expert.device)
@@ -46,7 +47,7 @@ def grouped_linear(rows: torch.Tensor, expert: torch.Tensor, weight: torch.Tenso
 LINEARS = {None: looped_linear, "eager": looped_linear, "batched_mm": batched_linear}
 
 
-class HfMoeMixtureOfHeads(nn.Module):
+class HfMoeMixtureOfHeads(HfMoeHeads):
     """sum_k g_{t,k} W_o[i_k] attention(W_q[i_k] x_t, keys, values) + o_bias over a token's K chosen experts i_k.
 
     Mixture of attention heads (https://arxiv.org/abs/2210.05144), with several heads an expert as in ModuleFormer
@@ -59,17 +60,7 @@ class HfMoeMixtureOfHeads(nn.Module):
     routes = True  # forward also takes token_mask and input_ids
 
     def __init__(self, config: HfMoeConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads  # K
-        self.scaling = attention_scaling(config)
-        self.is_causal = True
-        sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if sliding else None
-        self.has_rope = has_rope(config, layer_idx)
-
+        super().__init__(config, layer_idx)  # num_key_value_groups is K
         size = config.num_key_value_heads * config.head_dim
         self.gate = HfMoeRouter(config, layer_idx + config.num_hidden_layers)  # hashes unlike any MLP's
         self.q_experts = nn.Parameter(torch.empty(config.num_experts, size, config.hidden_size))

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedConfig
 
 from .balanced_assignment import auction, sinkhorn
 
@@ -82,13 +83,13 @@ def limit_to_groups(
     return scores_TGE.masked_fill(closed_TG.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
-def take_best(choice_TE: torch.Tensor, config, state: RouterState) -> torch.Tensor:
+def take_best(choice_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> torch.Tensor:
     """Each token's K best experts, or those that it took before, where they are replayed: [T, K]."""
     index_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
     return index_TK if state.replayed_TK is None else torch.where(state.replayed_TK < 0, index_TK, state.replayed_TK)
 
 
-def choose(scores_TE: torch.Tensor, config, state: RouterState) -> torch.Tensor:
+def choose(scores_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> torch.Tensor:
     """Each token's K best experts by score plus selection bias, within its best groups: [T, K].
 
     The bias moves the choice and never the weights (aux-loss-free balancing, https://arxiv.org/abs/2408.15664).
@@ -105,7 +106,7 @@ def choose(scores_TE: torch.Tensor, config, state: RouterState) -> torch.Tensor:
 # ---- weights ----
 
 
-def normalized(weights_TK: torch.Tensor, config) -> torch.Tensor:
+def normalized(weights_TK: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     """Divided by their sum where `norm_topk_prob` says so, then scaled."""
     if config.norm_topk_prob:
         # The smallest normal float32: no 0 / 0 where every sigmoid underflows, no change elsewhere.
@@ -117,7 +118,10 @@ def normalized(weights_TK: torch.Tensor, config) -> torch.Tensor:
 
 
 def token_choice(
-    logits_TE: torch.Tensor, config, state: RouterState, affinity: Callable[[torch.Tensor], torch.Tensor]
+    logits_TE: torch.Tensor,
+    config: PreTrainedConfig,
+    state: RouterState,
+    affinity: Callable[[torch.Tensor], torch.Tensor],
 ) -> Assignment:
     """g_i = s_i for the K best experts: Switch (K = 1), Qwen-MoE, OLMoE, Grok, DeepSeek V1 to V3."""
     scores_TE = affinity(logits_TE)
@@ -126,14 +130,14 @@ def token_choice(
     return drop_overflow(Assignment(weights_TK, index_TK), config, state)
 
 
-def softmax_of_chosen(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
+def softmax_of_chosen(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
     """Softmax over the K chosen logits: Mixtral (https://arxiv.org/abs/2401.04088, 2.1), DBRX; sums to 1 as it is."""
     index_TK = choose(softmax_affinity(logits_TE), config, state)
     weights_TK = logits_TE.gather(-1, index_TK).softmax(dim=-1) * config.routed_scaling_factor
     return drop_overflow(Assignment(weights_TK, index_TK), config, state)
 
 
-def gshard(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
+def gshard(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
     """Top-2 with normalised gates; in training the second expert stays with probability min(1, 2 g_2).
 
     GShard (https://arxiv.org/abs/2006.16668, algorithm 1): the less a token needs its second expert, the likelier it
@@ -149,7 +153,7 @@ def gshard(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
     return drop_overflow(Assignment(gates_TK * config.routed_scaling_factor, index_TK), config, state)
 
 
-def expert_choice(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
+def expert_choice(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
     """Each expert takes the C = capacity_factor K T / E tokens that score highest for it.
 
     Expert choice (https://arxiv.org/abs/2202.09368). `expert_capacity_factor` defaults to 1: then K is the mean
@@ -179,7 +183,7 @@ def expert_choice(logits_TE: torch.Tensor, config, state: RouterState) -> Assign
     return Assignment(weights_S1, index_CE.reshape(-1, 1), token_CE.reshape(-1))
 
 
-def hashed(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
+def hashed(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
     """The experts that the token's id is hashed to, equally weighted (Hash Layers, https://arxiv.org/abs/2106.04426)."""
     weights_TK = torch.full_like(
         state.hashed_TK, config.routed_scaling_factor / config.num_experts_per_tok, dtype=torch.float32
@@ -187,7 +191,7 @@ def hashed(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
     return drop_overflow(Assignment(weights_TK, state.hashed_TK), config, state)
 
 
-def balanced(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
+def balanced(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
     """In training a balanced assignment of tokens to experts, outside it the K best; weights are sigmoids.
 
     BASE (https://arxiv.org/abs/2103.16716) solves the linear assignment by auction: every expert gets T / E tokens.
@@ -201,7 +205,7 @@ def balanced(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
     return drop_overflow(Assignment(weights_TK, index_TK), config, state)
 
 
-def sampled(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
+def sampled(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
     """In training K experts drawn from the softmax without replacement, outside it the K best.
 
     Weights are probabilities. The draw is a policy, trained by REINFORCE on the token's loss
@@ -215,7 +219,7 @@ def sampled(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
     return drop_overflow(Assignment(weights_TK, index_TK), config, state)
 
 
-def every_expert(logits_TE: torch.Tensor, config, state: RouterState) -> Assignment:
+def every_expert(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
     """All experts, softmax weights: the dense mixture that sparse ones approximate."""
     index_TE = torch.arange(logits_TE.shape[-1], device=logits_TE.device).expand_as(logits_TE)
     return Assignment(softmax_affinity(logits_TE) * config.routed_scaling_factor, index_TE)
@@ -224,7 +228,7 @@ def every_expert(logits_TE: torch.Tensor, config, state: RouterState) -> Assignm
 # ---- capacity ----
 
 
-def drop_overflow(assignment: Assignment, config, state: RouterState) -> Assignment:
+def drop_overflow(assignment: Assignment, config: PreTrainedConfig, state: RouterState) -> Assignment:
     """Set to 0 the weights of the slots beyond C = ceil(capacity_factor K T / E) an expert (Switch, 2.2; ST-MoE, 2.2).
 
     `capacity_priority` says who stays: "position", first choices first and then earlier tokens; or "score", the larger

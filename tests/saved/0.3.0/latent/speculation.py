@@ -24,7 +24,8 @@ from transformers.generation import (
 )
 
 from .attention import MASKS
-from .host import CACHE, QuantizedLayer, pad_token
+from .growing_text import GrowingText
+from .host import QuantizedLayer
 from .rotary import position_embeddings
 
 # The host's processors that count their calls, run the model, or call what a user gave.
@@ -225,6 +226,102 @@ def check_cache(cache: Cache) -> None:
         )
 
 
+class Speculation:
+    """The state of speculative decoding between two forwards of the decoder."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        text: GrowingText,
+        cache: Cache,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        inputs: dict,
+    ):
+        self.model, self.text, self.cache, self.inputs = model, text, cache, inputs
+        self.position_ids, self.attention_mask = position_ids.expand(len(text.ids), -1), attention_mask
+        self.seen = int(cache.get_seq_length())  # tokens that the cache holds, and that are kept
+        self.sample = text.config.do_sample
+        self.processors = LogitsProcessorList(filter(stateless, text.processors))
+        self.drafter = Drafter(model, self.seen, self.choose)
+        self.drafts, self.distributions = text.ids[:, :0], None
+        self.passes = self.drafted = self.accepted = 0
+
+    def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A draft [B, 1] after ids [B, N] and, if sampling, its distribution [B, V]."""
+        logits = self.processors(ids, logits)
+        if not self.sample:
+            return logits.argmax(dim=-1, keepdim=True), None
+        distribution = logits.softmax(dim=-1)
+        return torch.multinomial(distribution, num_samples=1), distribution
+
+    def positions(self, count: int) -> torch.Tensor:
+        """Those of the text and of `count` more tokens."""
+        ahead = torch.arange(1, count + 1, device=self.position_ids.device)
+        return torch.cat((self.position_ids, self.position_ids[:, -1:] + ahead), dim=1)
+
+    def mask(self, count: int) -> torch.Tensor | None:
+        """That of the text and of `count` more tokens."""
+        return None if self.attention_mask is None else nn.functional.pad(self.attention_mask, (0, count), value=1)
+
+    def read(self):
+        """The decoder's outputs for what it hasn't read of the text, and for the drafts."""
+        count = self.drafts.shape[1]
+        outputs = self.model(
+            input_ids=torch.cat((self.text.ids, self.drafts), dim=1)[:, self.seen :],
+            attention_mask=self.mask(count),
+            position_ids=self.positions(count)[:, self.seen :],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=count + 1,
+            output_hidden_states=-1,  # the last ones
+            **self.inputs,
+        )
+        if self.passes == 0:
+            self.cache.activate_past_recording()  # now that the prompt is read: it keeps what windows would drop
+        self.passes += 1
+        self.drafted += count * int(self.text.unfinished.sum())
+        return outputs
+
+    def keep(self, logits: torch.Tensor) -> int:
+        """Add to the text what each place's logits [B, C + 1, V] give, up to a draft that a row rejects; returns how
+        many tokens."""
+        text, count = self.text, self.drafts.shape[1]
+        for place in range(count + 1):
+            draft = self.drafts[:, place] if place < count else None
+            distribution = self.distributions[:, place] if self.sample and place < count else None
+            token, same = follow(text.process(logits[:, place]), draft, distribution, self.sample)
+            agreed = int(same[text.unfinished].sum())
+            rejected = agreed < int(text.unfinished.sum())
+            self.accepted += agreed
+            text.add(token)
+            if rejected or self.done:
+                return place + 1
+        return count + 1
+
+    @property
+    def done(self) -> bool:
+        return self.text.full or bool(self.text.ended)
+
+    def take_back(self, added: int) -> None:
+        """Remove from the cache the drafts that the text has not taken: those beyond its last `added` tokens."""
+        if self.passes > 1:
+            take_back(self.cache, self.drafts.shape[1] + 1 - added)
+
+    def draft(self, hidden_states: torch.Tensor, added: int) -> None:
+        """New drafts behind the `added` tokens, from the decoder's `hidden_states` for what it read last."""
+        text = self.text
+        self.attention_mask, self.position_ids = self.mask(added), self.positions(added)
+        known = text.ids.shape[1]
+        hidden_states, self.seen = hidden_states[:, : known - 1 - self.seen], known - 1
+        self.drafts, self.distributions = text.ids[:, :0], None
+        count = min(len(self.model.model.mtp_layers), text.config.max_length - known - 1)
+        if count > 0:
+            self.drafts, self.distributions = self.drafter.draft(
+                text.ids, hidden_states, self.position_ids, self.attention_mask, count
+            )
+
+
 def speculative_decoding(
     model: nn.Module,
     input_ids: torch.Tensor,
@@ -243,91 +340,26 @@ def speculative_decoding(
     criteria are asked once a token, in order, as in plain decoding, so those with a state are right; drafts ask those
     without one.
     """
-    ids, sample = input_ids, generation_config.do_sample
-    seen = int(cache.get_seq_length())
-    if kwargs.get("inputs_embeds") is not None or position_ids.shape[1] != ids.shape[1] or seen >= ids.shape[1]:
+    length, seen = input_ids.shape[1], int(cache.get_seq_length())
+    if kwargs.get("inputs_embeds") is not None or position_ids.shape[1] != length or seen >= length:
         raise ValueError("use_mtp needs input_ids of the whole sequence, also of what past_key_values holds.")
     check_cache(cache)
-    for name in ("logits_to_keep", "use_cache", "inputs_embeds", "output_hidden_states"):
-        kwargs.pop(name, None)
+    own = ("logits_to_keep", "use_cache", "inputs_embeds", "output_hidden_states")
+    inputs = {name: value for name, value in kwargs.items() if name not in own}
 
-    of_drafts = LogitsProcessorList(filter(stateless, logits_processor))
-
-    def choose(ids, logits):  # a draft and, if sampling, its distribution
-        logits = of_drafts(ids, logits)
-        if not sample:
-            return logits.argmax(dim=-1, keepdim=True), None
-        distribution = logits.softmax(dim=-1)
-        return torch.multinomial(distribution, num_samples=1), distribution
-
-    drafter = Drafter(model, seen, choose)
-    drafts, distributions = ids[:, :0], None
-    position_ids = position_ids.expand(len(ids), -1)
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    scores, raw_logits = (), ()
-    passes = drafted = accepted = 0
+    text = GrowingText(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    speculation = Speculation(model, text, cache, position_ids, attention_mask, inputs)
     while True:
-        read, count = torch.cat((ids, drafts), dim=1), drafts.shape[1]
-        ahead = torch.arange(1, count + 1, device=ids.device)
-        outputs = model(
-            input_ids=read[:, seen:],
-            attention_mask=None if attention_mask is None else nn.functional.pad(attention_mask, (0, count), value=1),
-            position_ids=torch.cat((position_ids, position_ids[:, -1:] + ahead), dim=1)[:, seen:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=count + 1,
-            output_hidden_states=-1,  # the last ones
-            **kwargs,
-        )
-        if passes == 0:
-            cache.activate_past_recording()  # now that the prompt is read: it keeps what windows would drop
-        logits = outputs.logits.to(dtype=torch.float32, device=ids.device)
-        length = ids.shape[1]
-        passes, drafted = passes + 1, drafted + count * int(unfinished.sum())
-        for place in range(count + 1):
-            draft = drafts[:, place] if place < count else None
-            distribution = distributions[:, place] if sample and place < count else None
-            processed = logits_processor(ids, logits[:, place].clone())
-            token, same = follow(processed, draft, distribution, sample)
-            agreed = int(same[unfinished].sum())
-            accepted, rejected = accepted + agreed, agreed < int(unfinished.sum())
-            if ends:
-                token = torch.where(unfinished, token, pad_token(generation_config).to(token))
-            ids = torch.cat((ids, token.unsqueeze(1)), dim=1)
-            scores, raw_logits = (*scores, processed), (*raw_logits, logits[:, place])
-            if streamer is not None:
-                streamer.put(token.cpu())
-            unfinished = unfinished & ~stopping_criteria(ids, scores if generation_config.output_scores else None)
-            if rejected or not unfinished.any():
-                break
-
-        new = ids.shape[1] - length
-        if passes > 1:
-            take_back(cache, read.shape[1] - (ids.shape[1] - 1))
-        if not unfinished.any():
+        outputs = speculation.read()
+        added = speculation.keep(outputs.logits.to(dtype=torch.float32, device=input_ids.device))
+        speculation.take_back(added)
+        if speculation.done:
             break
-        if attention_mask is not None:
-            attention_mask = nn.functional.pad(attention_mask, (0, new), value=1)
-        ahead = torch.arange(1, new + 1, device=ids.device)
-        position_ids = torch.cat((position_ids, position_ids[:, -1:] + ahead), dim=1)
-        hidden_states = outputs.hidden_states[-1][:, : ids.shape[1] - 1 - seen]
-        seen = ids.shape[1] - 1
-        drafts, distributions = ids[:, :0], None
-        count = min(len(model.model.mtp_layers), generation_config.max_length - ids.shape[1] - 1)
-        if count > 0:
-            drafts, distributions = drafter.draft(ids, hidden_states, position_ids, attention_mask, count)
-
-    if streamer is not None:
-        streamer.end()
-    if not generation_config.return_dict_in_generate:
-        return ids
-    return HfMoeSpeculativeOutput(
-        sequences=ids,
-        scores=scores if generation_config.output_scores else None,
-        logits=raw_logits if generation_config.output_logits else None,
-        **{CACHE: cache},
-        forward_passes=passes,
-        drafted_tokens=drafted,
-        accepted_tokens=accepted,
+        speculation.draft(outputs.hidden_states[-1], added)
+    return text.output(
+        cache,
+        HfMoeSpeculativeOutput,
+        forward_passes=speculation.passes,
+        drafted_tokens=speculation.drafted,
+        accepted_tokens=speculation.accepted,
     )
