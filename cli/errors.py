@@ -18,7 +18,7 @@ def one_line(error: Exception) -> str | None:
     elif isinstance(error, (ValueError, OSError)):
         message = str(error)
     elif isinstance(error, MemoryError):
-        message = f"{error or 'out of memory'}: give a smaller model or text, or see whether its config is right."
+        message = f"{str(error) or 'out of memory'}: give a smaller model or text, or see whether its config is right."
     elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         message = (
             f"this command needs {error.name}, which is not installed: pip install 'hf_moe[{EXTRAS[error.name]}]'"

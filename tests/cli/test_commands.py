@@ -244,6 +244,13 @@ def test_a_host_that_is_refused_is_one_line(command, monkeypatch):
     assert (code, err) == (2, "hf-moe: needs Transformers 5.21 or newer\n")
 
 
+@pytest.mark.parametrize(("fault", "said"), [(MemoryError(), "out of memory"), (MemoryError("no 9 EiB"), "no 9 EiB")])
+def test_a_lack_of_memory_is_one_line(command, monkeypatch, fault, said):
+    monkeypatch.setattr(hf_moe.conversion, "verify", raising(fault))
+    code, _, err = command("verify", "a", "b")
+    assert code == 2 and err.startswith(f"hf-moe: {said}: give a smaller") and err.count("\n") == 1
+
+
 def test_a_contradiction_in_the_config_is_one_line(command, monkeypatch):
     def verify(*args, **kwargs):
         hf_moe.HfMoeConfig(num_experts=2, num_experts_per_tok=5)

@@ -1,6 +1,6 @@
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from hf_moe import HfMoeConfig
 from tests.conftest import tiny_config
@@ -64,3 +64,10 @@ def test_round_trip_through_a_folder(tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is HfMoeConfig
     assert loaded.to_diff_dict() == config.to_diff_dict()
+
+
+@pytest.mark.parametrize("name", ["text_config", "decoder"])
+def test_it_is_its_own_text_config_whatever_else_is_said(name):
+    config = HfMoeConfig(**{name: True})
+    assert config.get_text_config() is config.get_text_config(decoder=True) is config
+    GenerationConfig.from_model_config(config)

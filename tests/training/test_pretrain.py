@@ -52,7 +52,7 @@ def test_from_scratch_resumed_or_not_ends_bitwise_alike_and_the_average_is_a_mod
 
 def test_rows_are_full_and_no_token_is_lost(command, text_folder, monkeypatch):
     seen = []
-    monkeypatch.setattr(pretrain, "train", lambda trainer, *_: seen.append(trainer) or {})
+    monkeypatch.setattr(pretrain, "train_and_merge", lambda trainer, *_: seen.append(trainer) or {})
     main(command(*SHORT, "--max_length", "40"))
     rows = seen[0].train_dataset
     documents = [json.loads(line)["text"] for line in (text_folder / "train.jsonl").read_text().splitlines()]
@@ -103,7 +103,7 @@ def test_laws_need_to_know_how_much(command, tmp_path):
 
 def test_sources_are_mixed_by_weight(command, text_folder, monkeypatch):
     seen = []
-    monkeypatch.setattr(pretrain, "train", lambda trainer, *_: seen.append(trainer) or {})
+    monkeypatch.setattr(pretrain, "train_and_merge", lambda trainer, *_: seen.append(trainer) or {})
     both = [str(text_folder / "train.jsonl"), str(text_folder / "val.jsonl")]
     main(command(*SHORT, "--train_data", *both, "--train_weights", "1", "3"))
     main(command(*SHORT, "--train_data", *both, output="plain"))
