@@ -62,7 +62,7 @@ def generate(
     if count is None:
         report = continue_text(language_model, tokenizer, inputs, **settings, stream=not json, echo=not chat)
     else:
-        texts = continue_tokens(language_model, inputs, **settings, count=count)
+        texts = continue_tokens(language_model, tokenizer, inputs, **settings, count=count)
         whole = [text for text in texts if guide is None or guide.follows(text.tolist())]
         report = choose(language_model, tokenizer, inputs["input_ids"][0], whole or texts)
         report |= {} if guide is None else {"complete": bool(whole)}
@@ -149,6 +149,7 @@ def make_guide(
 
 def continue_tokens(
     model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     inputs: dict,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -164,7 +165,7 @@ def continue_tokens(
 
     transformers.set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    # A checkpoint's own sampling settings must not reach a greedy run.
+    # A checkpoint's own settings must not reach a greedy run, nor its beams one that is printed as it grows.
     greedy = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
     output = model.generate(
         **{name: tensor.to(model.device) for name, tensor in inputs.items()},
@@ -173,7 +174,10 @@ def continue_tokens(
         logits_processor=None if guide is None else [guide],
         max_new_tokens=max_new_tokens,
         num_return_sequences=count,
+        num_beams=1,
+        return_dict_in_generate=False,
         streamer=streamer,
+        tokenizer=tokenizer,  # for the generation config's stop_strings
     )[:, inputs["input_ids"].shape[-1] :].cpu()
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
@@ -198,7 +202,7 @@ def continue_text(
 
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=not echo, skip_special_tokens=True) if stream else None
     start = time.perf_counter()
-    (output,) = continue_tokens(model, inputs, guide=guide, streamer=streamer, **settings)
+    (output,) = continue_tokens(model, tokenizer, inputs, guide=guide, streamer=streamer, **settings)
     report = {
         "text": tokenizer.decode(output, skip_special_tokens=True),
         "prompt_tokens": inputs["input_ids"].shape[-1],

@@ -26,6 +26,7 @@ CALLS = ("function_call", "tool_call")  # roles whose content is the JSON of cal
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXTS = (None, "text", "input_text", "output_text")  # types of the parts of a content that are text
 SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # what may stand for a content
+SPARED = ("weight", "train", "training", "loss")  # keys that are 0 or false in an answer that is not to be learnt
 # {% generation %} marks what the assistant wrote, for a loss on that alone. No engine but Transformers knows the tag,
 # and a comment does to the text around it what a tag does.
 MARK = re.compile(r"\{%([-+]?)\s*((?:end)?generation)\s*([-+]?)%\}")
@@ -112,6 +113,18 @@ def unknown_role(messages: list[dict[str, Any]], template: str) -> str | None:
         role = message["role"]
         if role not in ROLES and not re.search(rf"""(["']){re.escape(role)}\1""", template):
             return role
+    return None
+
+
+def unread(messages: list[dict[str, Any]], template: str) -> str | None:
+    """What stands in a message beside its content and would be left out: the template does not have its name."""
+    for message in messages:
+        names = ["tool_calls"] if message.get("tool_calls") else []
+        if message["role"] == "assistant":
+            names += [name for name in SPARED if isinstance(message.get(name), int | float) and not message[name]]
+        for name in names:
+            if not re.search(rf"\b{name}\b", template):
+                return name if name == "tool_calls" else f"an answer with {name} {message[name]}"
     return None
 
 

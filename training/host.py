@@ -16,6 +16,7 @@ from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATION
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.trainer import SCHEDULER_NAME as SCHEDULER_NAME
 from transformers.trainer import TRAINER_STATE_NAME as TRAINER_STATE_NAME
 from transformers.trainer import TRAINING_ARGS_NAME as TRAINING_ARGS_NAME
 from transformers.trainer import PushInProgress

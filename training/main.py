@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> dict[str, float]:
             (output,) = (Path(part.output_dir) for part in parsed if isinstance(part, TrainingArguments))
             with nothing_left(output):
                 return stage.run(*parsed)
+    except PackageNotFoundError as error:  # said by Transformers of DeepSpeed and the like
+        raise ValueError(" ".join(str(error.name).split())) from error
     except ImportError as error:
         if error.name is not None:  # Python's own, of a module: not what a library says of its extras
             raise

@@ -74,6 +74,12 @@ class Plan:
     def _asked_of_strategies(self, options: UpcycleOptions, given: Mapping, sources: int) -> dict[str, Request]:
         """What each strategy at work is to make."""
         down = self._dense[0]["model.layers.0.mlp.down_proj.weight"]
+        for name, output in self._dense[0].items():
+            if ".mlp." in name and output.dtype != down.dtype:
+                raise ValueError(
+                    f"{name} is {output.dtype}, but {down.name} is {down.dtype}: save the feed-forward networks in "
+                    "one dtype first."
+                )
         requests = {}
         for name, made in self._used.items():
             if sources > 1 and not made.takes_siblings:

@@ -11,7 +11,7 @@ import fsspec
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_moe.chat import conversation, render
+from hf_moe.chat import ROLES, conversation, render, unknown_role
 
 PIECE = 32_768  # characters of a plain text that are tokenized together
 SORTED = 64  # windows that are sorted by length before they are put together, for less padding
@@ -245,4 +245,9 @@ def row_text(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
         messages = conversation([message for part in parts for message in part])
     except ValueError as error:
         raise ValueError(f"{where}: {error}.") from error
+    if (role := unknown_role(messages, tokenizer.get_chat_template())) is not None:
+        raise ValueError(
+            f"{where} has the role {role!r}, which is none of {', '.join(ROLES)} (or human, gpt), and which the chat "
+            "template does not name."
+        )
     return render(tokenizer, messages, where)

@@ -76,6 +76,19 @@ def test_a_checkpoints_sampling_settings_do_not_reach_a_greedy_run(command, tmp_
     assert command("generate", folder, *words).out == command("generate", DEMO_MODEL, *words).out
 
 
+@pytest.mark.parametrize(
+    "said", [{"return_dict_in_generate": True}, {"num_beams": 3}, {"stop_strings": ["brave"]}], ids=str
+)
+def test_a_checkpoints_generation_config_does_not_stop_a_greedy_run(said, command, tmp_path):
+    folder = shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | said))
+    words = ("--prompt", PROMPT, "--max-new-tokens", 20)
+    text = command("generate", DEMO_MODEL, *words).out
+    stop = text.index("brave") + len("brave") if "stop_strings" in said else len(text) - 1
+    assert command("generate", folder, *words).out == text[:stop] + "\n"
+
+
 def test_ids_without_a_row_are_said(command, tmp_path):
     """Texts of one batch end at different tokens, and the shorter ones are padded."""
     folder = shutil.copytree(DEMO_MODEL, tmp_path / "model")

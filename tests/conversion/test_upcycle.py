@@ -322,6 +322,13 @@ def test_refuses_tensors(name, tensor, match, llama, tmp_path):
     assert_refused(llama, tmp_path, match)
 
 
+def test_refuses_feed_forward_networks_of_several_dtypes(llama, tmp_path):
+    weights = load_file(llama / "model.safetensors")
+    name = "model.layers.1.mlp.gate_proj.weight"
+    save_file(weights | {name: weights[name].bfloat16()}, llama / "model.safetensors")
+    assert_refused(llama, tmp_path, rf"{name} is torch.bfloat16, but .*down_proj.weight is torch.float32: save")
+
+
 def test_refuses_an_output_that_is_not_empty(checkpoint, tmp_path):
     (tmp_path / "moe").mkdir()
     upcycle(checkpoint("llama"), tmp_path / "moe", experts=2, top_k=1, verify=False, progress=False)

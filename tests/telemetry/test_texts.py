@@ -67,6 +67,16 @@ def test_conversations_as_people_have_them(tmp_path, tokenizer):
         assert list(texts(str(tmp_path / name), tokenizer)) == expected
 
 
+def test_a_role_that_nobody_knows_is_one_line(tmp_path, tokenizer):
+    tokenizer = talking(tokenizer, "{% for m in messages %}{{ m.role }}{% endfor %}")
+    rows = ({"messages": CHAT}, {"messages": [{"role": "narrator", "content": ""}]})
+    path = write(tmp_path, "a.jsonl", as_lines(*rows))
+    with pytest.raises(
+        ValueError, match=r"a.jsonl, row 2 has the role 'narrator', which is none of system, developer"
+    ):
+        list(texts(path, tokenizer))
+
+
 def test_a_mistake_of_the_chat_template_is_one_line(tmp_path, tokenizer):
     tokenizer = talking(tokenizer, "{{ messages[0].content + 1 }}")
     with pytest.raises(ValueError, match=r"a.jsonl, row 1: the chat template refuses a conversation \(TypeError: can"):

@@ -1,6 +1,8 @@
 """Every choice that a recipe's help offers is either valid or refused, in one line, before anything is loaded."""
 
 import re
+import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -113,6 +115,28 @@ def test_warmup_stable_decay_comes_down_in_the_last_tenth():
     assert highest[0] == 5 and highest[-1] == 50 - DECAY * 50 and rates[-1] == 0
 
 
+def test_a_schedule_without_a_learning_rate_for_some_step():
+    args = MoeTrainingArguments("unused", lr_scheduler_type="polynomial", warmup_steps=5, use_cpu=True)
+    trainer = MoeTrainer(tiny_hf_moe(), args, train_dataset=[{"input_ids": [1]}])
+    trainer.create_optimizer()
+    with pytest.raises(ValueError, match="polynomial has no learning rate for 5 steps of which 5 warm up"):
+        trainer.create_scheduler(5)
+
+
+@pytest.mark.parametrize("by_source", [False, True], ids=["together", "by-source"])
+def test_best_by_what_is_not_measured_is_refused_before_the_first_step(by_source, model_folder, data_folder, tmp_path):
+    shutil.copy(data_folder / "val.jsonl", tmp_path / "other.jsonl")
+    held_out = [str(data_folder / "val.jsonl"), str(tmp_path / "other.jsonl")]
+    run = ["tiny/sft", f"--model_name_or_path={model_folder}", f"--train_data={held_out[0]}", "--eval_data", *held_out]
+    run += ["--load_best_model_at_end=true", "--eval_strategy=steps", "--save_steps=1", "--eval_steps=1"]
+    run += ["--max_steps=1", f"--eval_by_source={str(by_source).lower()}"]
+    wrong, right = ("loss", "other_loss") if by_source else ("other_loss", "loss")
+    with pytest.raises(ValueError, match=rf"metric_for_best_model is {wrong}, which .* can be eval_") as error:
+        main([*run, f"--output_dir={tmp_path / 'out'}", f"--metric_for_best_model={wrong}"])
+    assert "\n" not in str(error.value) and not [*(tmp_path / "out").glob("checkpoint-*")]
+    main([*run, f"--output_dir={tmp_path / 'right'}", f"--metric_for_best_model={right}"])
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -125,6 +149,7 @@ def test_warmup_stable_decay_comes_down_in_the_last_tenth():
         ),
         (["--ddp_backend=gloo"], "ddp_backend is gloo, but this is one process"),
         (["--save_strategy=best"], "save_strategy is best: give --metric_for_best_model"),
+        (['--lr_scheduler_kwargs={"num_cycles: 2}'], "lr_scheduler_kwargs is .*, which is no JSON: Unter"),
         (["--activation_offloading=true"], "activation_offloading is true, but it moves activations from a GPU"),
         (["--use_liger_kernel=true"], "use_liger_kernel is true, but Liger's kernels run on a GPU"),
     ],
@@ -134,6 +159,13 @@ def test_refused_before_anything_is_loaded(extra, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         main(["tiny/sft", "--model_name_or_path=absent", "--train_data=absent", f"--output_dir={tmp_path}", *extra])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_a_package_that_transformers_misses_is_one_line(tmp_path):
+    run = ["tiny/sft", "--model_name_or_path=absent", "--train_data=absent", f"--output_dir={tmp_path}"]
+    with pytest.raises(ValueError, match=r"'deepspeed.*' distribution was not found"):
+        main([*run, "--deepspeed=zero2.json"])
 
 
 def test_a_mixture_whose_routers_are_not_read_is_called_one(tmp_path):

@@ -20,7 +20,7 @@ from hf_moe.training.main import main, parse
 from hf_moe.training.stages import dpo, grpo
 from hf_moe.training.trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
 
-from hf_moe.chat import plain
+from hf_moe.chat import plain, unread
 
 from .conftest import MODELS, tiny_tokenizer, write_rows
 
@@ -177,12 +177,70 @@ def test_parts_of_text_and_of_images(stage, tokenizer_folder, tmp_path):
     assert "row 1: " in message and "a content has a part of type image, but models here read text alone" in message
 
 
-def test_column_of_images(tokenizer_folder, tmp_path):
-    rows = [{"messages": [USER, ANSWER], "images": images} for images in ([], ["a.png"])]
+@pytest.mark.parametrize(("name", "values"), [("images", ([], ["a.png"])), ("audio", (None, "a.wav"))])
+def test_column_of_what_is_no_text(name, values, tokenizer_folder, tmp_path):
+    rows = [{"messages": [USER, ANSWER], name: value} for value in values]
     message = refused("sft", rows, tokenizer_folder, tmp_path)
     assert message.endswith(
-        "row 1 has an image in the column images, but models here read text alone: leave out such rows."
+        f"row 1 has a value in the column {name}, but models here read text alone: leave out such rows."
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"weight": 0}, "an answer with weight 0"),
+        ({"train": False}, "an answer with train False"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, "tool_calls"),
+    ],
+    ids=["weight", "train", "calls"],
+)
+def test_what_a_template_would_leave_out_of_an_answer(more, what, tokenizer_folder, tmp_path):
+    """And a template that has the name reads it; SlimOrca's weight 0 of questions is what training does anyway."""
+    rows = [{"messages": [USER | {"weight": 0}, ANSWER | {"weight": 1}]}, {"messages": [USER, ANSWER | more]}]
+    message = refused("sft", rows, tokenizer_folder, tmp_path)
+    assert f"row 1 has {what}, which the chat template does not read: leave out such rows, or give" in message
+    assert unread(rows[1]["messages"], "{# " + " ".join(more) + " #}") is None
+
+
+def test_columns_that_are_not_read_are_named(tmp_path, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [USER, ANSWER], "system": "Be kind.", "id": 1}])
+    load_rows([str(path)], split="train")
+    assert f"train_data {path}: rows are messages; not read: system, id\n" in capsys.readouterr().err
+    load_rows([str(write_rows(path, [{"messages": [USER, ANSWER], "tools": None}]))], split="train")
+    assert "not read" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["rows [1].jsonl", "a*b?.jsonl", "rows.JSONL"])
+def test_names_of_files_are_no_patterns(name, tmp_path):
+    write_rows(tmp_path / "ab.jsonl", [{"text": "other"}])
+    rows = load_rows([str(write_rows(tmp_path / name, [{"text": "Hi"}]))], split="train")
+    assert rows["text"][:] == ["Hi"]
+
+
+def test_text_in_another_encoding(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"messages": [USER | {"content": "café"}, ANSWER]}
+    path.write_bytes(json.dumps(row, ensure_ascii=False).encode("cp1252"))
+    with pytest.raises(ValueError, match=r"rows.jsonl has text that is not UTF-8 \(.*\): save it as UTF-8"):
+        load_rows([str(path)], split="train")
+
+
+def test_folder_without_rows(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"train_data .*empty holds no files that end in .jsonl, .json"):
+        load_rows([str(tmp_path / "empty")], split="train")
+
+
+def test_pairs_of_texts_have_their_prompt_once(tokenizer_folder, tmp_path):
+    pair = {"prompt": "Say ", "chosen": "Say yes", "rejected": "Say no"}
+    once = dpo.with_prompts(Dataset.from_list([pair]), "train_data")
+    assert once[:] == {"prompt": ["Say "], "chosen": ["yes"], "rejected": ["no"]}
+    other = {"prompt": "y", "chosen": "yes", "rejected": "no"}  # by chance
+    assert dpo.with_prompts(Dataset.from_list([pair, other]), "train_data")[:]["chosen"] == ["Say yes", "yes"]
+    rows = [{"chosen": "Q: a", "rejected": "Q: b"}, {"question": "Q", "chosen": "a", "rejected": "b"}]
+    message = refused("dpo", rows, tokenizer_folder, tmp_path)
+    assert "row 1: chosen and rejected do not begin with the same text, the prompt: give it a column" in message
 
 
 # ---- objects, whose keys Arrow mixes ----

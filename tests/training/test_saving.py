@@ -129,8 +129,19 @@ def test_room_is_counted_as_it_is_taken(base, run, tmp_path, monkeypatch):
     run(base(), *given, "--max_steps=6")
     weights, optimizer = (tmp_path / "out" / "checkpoint-6" / name for name in ("model.safetensors", "optimizer.pt"))
     final = tmp_path / "out" / "model.safetensors"
-    taken = 3 * (weights.stat().st_size + optimizer.stat().st_size) + final.stat().st_size
-    assert counted == [pytest.approx(taken, rel=0.1)]
+    code = [path for path in weights.parent.iterdir() if path.suffix in (".py", ".json")]
+    beside = sum(path.stat().st_blocks * saving.BLOCK for path in code)
+    taken = 3 * (weights.stat().st_size + optimizer.stat().st_size + beside) + final.stat().st_size + beside
+    assert counted == [pytest.approx(taken + saving.LOGS, rel=0.1)]
+
+
+def test_on_a_disk_that_is_full_in_the_end_what_was_cut_short_makes_room(tmp_path):
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"cut")
+    made = trainer(hf_moe(), tmp_path)
+    with pytest.raises(OSError, match=r"No space left on device. The weights alone are in .*weights-0"):
+        saving.keep_weights(made, tmp_path / "cut", None, OSError("No space left on device"))
+    assert files(tmp_path) == ["cut", "model.safetensors", "weights-0"] and not files(tmp_path / "cut")
 
 
 @pytest.mark.parametrize("what", ["evaluate", "save_metrics", "create_model_card"])

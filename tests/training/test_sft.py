@@ -283,6 +283,18 @@ class TestRefusals:
         message = "checkpoint-1 has no state of the optimizer, so that no run can go on from it as it was"
         self.refused(command("--resume_from_checkpoint", "true"), ValueError, message, tmp_path)
 
+    @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+    def test_checkpoint_that_is_cut_short(self, name, command, tmp_path):
+        main(command("--max_steps", "1", "--save_steps", "1"))
+        path = tmp_path / "out" / "checkpoint-1" / name
+        path.write_bytes(path.read_bytes()[:-1000])
+        message = f"checkpoint-1/{name} is cut short, so that no run can go on from it"
+        self.refused(command("--resume_from_checkpoint", "true"), ValueError, message, tmp_path)
+        path.unlink()
+        if name == "scheduler.pt":  # without which the Trainer leaves the optimizer's aside, too
+            message = "checkpoint-1 has no state of the schedule, so that no run"
+            self.refused(command("--resume_from_checkpoint", "true"), ValueError, message, tmp_path)
+
     def test_output_folder_in_use(self, command, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine.txt").write_text("mine")

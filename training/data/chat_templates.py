@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTConfig, get_training_chat_template
 
-from hf_moe.chat import ROLES, marked, render, unknown_role
+from hf_moe.chat import ROLES, marked, render, unknown_role, unread
 
 from ..host_trl import has_generation_markers
 from .rows import PLAIN, is_conversational
@@ -122,6 +122,7 @@ class Checking:
         given = {"tools": row.get("tools")} | (row.get("chat_template_kwargs") or {})
         for messages, answered in self.said(row):
             check_role(messages, self.template, where)
+            check_read(messages, self.template, where)
             render(self.tokenizer, messages, where, add_generation_prompt=answered, **given)
 
 
@@ -139,4 +140,12 @@ def check_role(messages: Messages, template: str, where: str) -> None:
         raise ValueError(
             f"{where} has the role {role!r}, which is none of {', '.join(ROLES)} (or human, gpt), and which the chat "
             "template does not name: rewrite it, or give --chat_template_path FILE.jinja with it."
+        )
+
+
+def check_read(messages: Messages, template: str, where: str) -> None:
+    if (what := unread(messages, template)) is not None:
+        raise ValueError(
+            f"{where} has {what}, which the chat template does not read: leave out such rows, or give "
+            "--chat_template_path FILE.jinja that reads it."
         )

@@ -1,8 +1,10 @@
 """Rows for training: files, folders and Hub data sets, checked and in one form before anything heavy is loaded."""
 
+import glob
 import gzip
 import json
 import lzma
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -35,6 +37,7 @@ SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder of sav
 # What TRL reads beside the rows themselves.
 EXTRA_COLUMNS = ("tools", "chat_template_kwargs")
 CONVERSATIONS = ("messages", "conversations")  # columns that are never text
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns that models of text cannot read
 FIELDS = ("role", "content", "from", "value")
 JSON_VALUE = r"^(?:[\[{]|-?\d+(?:\.\d+)?$|true$|false$)"  # that is no text
 PLAIN = List({"role": Value("string"), "content": Value("string")})  # messages of nothing else
@@ -66,8 +69,11 @@ def load_rows(
     if len(rows) == 0:
         raise ValueError(f"{label} has no rows.")
     columns = row_columns(rows.column_names, kinds, label)
-    check_images(rows, label)
+    check_text_alone(rows, label)
+    check_utf8(rows, label)
     names = [*columns, *(name for name in EXTRA_COLUMNS if name in rows.column_names)]
+    if others := [name for name in rows.column_names if name not in names]:
+        print(f"{label}: rows are {' and '.join(columns)}; not read: {', '.join(others):.300}", file=sys.stderr)
     form = Features({name: form_of(rows, name, label) for name in names})
     check_alike(rows, columns, label)
     flat = all(is_flat(rows.features[name]) for name in names)
@@ -99,13 +105,13 @@ def read(sources: list[str], label: str, split: str, config: str | None) -> Data
     if len(builders) > 1 or None in builders:
         suffixes = sorted({path.suffix for path in paths})
         raise ValueError(f"{label}: files must all end in one of {', '.join(BUILDERS)}, but end in {suffixes}.")
-    return load(label, *builders, data_files=[str(path) for path in paths])["train"]
+    return load(label, *builders, data_files=[glob.escape(str(path)) for path in paths])["train"]
 
 
 def builder(path: Path) -> str | None:
     """What of `datasets` reads a file of this name, compressed or not."""
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-    return BUILDERS.get(suffix)
+    return BUILDERS.get(suffix.lower())
 
 
 def is_saved(folder: Path) -> bool:
@@ -119,6 +125,9 @@ def load(label: str, *args, **kwargs) -> DatasetDict | Dataset:
         return load_saved(args[0]) if is_saved(Path(args[0])) else load_dataset(*args, **kwargs)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"{label} is neither a file nor a folder here, nor a data set on the Hub.") from error
+    except FileNotFoundError as error:  # of `datasets`, whose patterns take brackets for more than letters
+        hint = ", and a folder's name may have no brackets" if "[" in args[0] else ""
+        raise FileNotFoundError(f"{label} holds no files that end in {', '.join(BUILDERS)}{hint}.") from error
     except (DatasetGenerationError, ImportError, ValueError, *BROKEN) as error:
         raise unreadable(label, error) from error
 
@@ -219,9 +228,9 @@ def row_columns(found: list[str], kinds: tuple[tuple[str, ...], ...], label: str
     raise ValueError(f"{label} has the columns {', '.join(found)}; expected {expected}.")
 
 
-def check_images(rows: Dataset, label: str) -> None:
-    """Raises ValueError for a row with an image beside its text, which nothing here would look at."""
-    for name in ("image", "images"):
+def check_text_alone(rows: Dataset, label: str) -> None:
+    """Raises ValueError for a row with an image, a sound or a film beside its text, which nothing here would use."""
+    for name in MEDIA:
         if name in rows.column_names:
             column = rows.data.column(name)
             there = pc.is_valid(column)
@@ -229,9 +238,17 @@ def check_images(rows: Dataset, label: str) -> None:
                 there = pc.greater(pc.fill_null(pc.list_value_length(column), 0), 0)
             if (row := pc.index(there, True).as_py()) >= 0:
                 raise ValueError(
-                    f"{label}: row {row} has an image in the column {name}, but models here read text alone: leave "
+                    f"{label}: row {row} has a value in the column {name}, but models here read text alone: leave "
                     "out such rows."
                 )
+
+
+def check_utf8(rows: Dataset, label: str) -> None:
+    """Raises ValueError where text is in another encoding, which the readers of JSON and Parquet let through."""
+    try:
+        rows.data.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{label} has text that is not UTF-8 ({error}): save it as UTF-8.") from error
 
 
 def form_of(rows: Dataset, name: str, label: str) -> Any:

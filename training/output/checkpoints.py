@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..host import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+from ..host import PREFIX_CHECKPOINT_DIR, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -46,13 +47,25 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def check_optimizer(checkpoint: str | Path) -> None:
-    """Raises ValueError where a checkpoint holds no state of the optimizer: the Trainer would begin with a new one."""
-    # DeepSpeed has its own folder for it; all else is called optimizer.pt, optimizer.bin or optimizer_0.
-    if not any(any(Path(checkpoint).glob(pattern)) for pattern in ("optimizer*", "global_step*")):
-        raise ValueError(
-            f"{checkpoint} has no state of the optimizer, so that no run can go on from it as it was (save_only_model "
-            "leaves it out): give it as --model_name_or_path of a new run."
-        )
+    """Raises ValueError where a checkpoint holds no whole state of the optimizer, its schedule and random numbers.
+
+    Without one of the first two the Trainer would begin with a new one of both.
+    """
+    folder = Path(checkpoint)
+    # DeepSpeed has its own folder for both; all else is called optimizer.pt, optimizer.bin or optimizer_0.
+    spread = any(folder.glob("global_step*"))
+    for what, name in (("optimizer", "optimizer*"), ("schedule", SCHEDULER_NAME)):
+        if not spread and not any(folder.glob(name)):
+            raise ValueError(
+                f"{checkpoint} has no state of the {what}, so that no run can go on from it as it was "
+                "(save_only_model leaves it out): give it as --model_name_or_path of a new run."
+            )
+    for path in sorted([*folder.glob("*.pt"), *folder.glob("rng_state*.pth")]):
+        if not is_zipfile(path):  # as PyTorch's files are; the end of one says what is in it
+            raise ValueError(
+                f"{path} is cut short, so that no run can go on from it as it was: resume from another checkpoint, or "
+                "give this one as --model_name_or_path of a new run."
+            )
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

@@ -23,6 +23,8 @@ from ..weights.esft import chosen_experts, save_rows
 from .checkpoints import ADAPTER_FILE, last_checkpoint
 
 TRIED = ".tried"  # within output_dir, for as long as it takes
+BLOCK = 512  # bytes of one of `st_blocks`
+LOGS = 2**18  # bytes for a short run's logs and their picture
 
 
 def try_saving(trainer: Trainer) -> None:
@@ -43,12 +45,13 @@ def try_saving(trainer: Trainer) -> None:
             kind = "adapter" if trainer.model is not trainer.moe else "expert_rows"
             save_file({"none": torch.zeros(0)}, folder / WEIGHTS.get(kind, "model.safetensors"))
         render_card(folder, folder)
+        beside = sum(path.stat().st_blocks * BLOCK for path in folder.rglob("*"))
     except Exception as error:  # tokenizers and templates raise what they like
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"What goes with the weights cannot be saved to output_dir {output}: {reason}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    check_room(output, bytes_to_write(trainer), trainer.args)
+    check_room(output, bytes_to_write(trainer, beside) + LOGS, trainer.args)
 
 
 @contextmanager
@@ -72,10 +75,11 @@ def mend(model: nn.Module) -> None:
 # ---- room on the disk ----
 
 
-def bytes_to_write(trainer: Trainer) -> int:
+def bytes_to_write(trainer: Trainer, beside: int) -> int:
     """About how many bytes a run still writes: checkpoints that stay at a time, and what is saved in the end.
 
-    Optimizers are counted by the two moments of Adam, where one of these is asked for, and not otherwise.
+    `beside`: those of the files that go with the weights, each time. Optimizers are counted by the two moments of
+    Adam, where one of these is asked for, and not otherwise.
     """
     model, args = trainer.moe, trainer.args
     trained = [x for x in trainer.model.parameters() if x.requires_grad]
@@ -87,7 +91,8 @@ def bytes_to_write(trainer: Trainer) -> int:
     final = count(saved) * trainer.final_dtype.itemsize if whole(trainer) and trainer.final_dtype else size(saved)
     average = final if trainer.average is not None else 0
     merged = count(model.parameters()) * trainer.merged_dtype.itemsize if trainer.merged_dtype is not None else 0
-    return new_checkpoints(trainer, args) * checkpoint + final + average + merged
+    parts = [final, average, merged] + new_checkpoints(trainer, args) * [checkpoint]
+    return sum(part + beside for part in parts if part)
 
 
 def whole(trainer: Trainer) -> bool:
@@ -149,6 +154,9 @@ def keep_weights(trainer: Trainer, folder: str | Path, state: dict | None, error
     """
     reason = " ".join(str(error).split()) or type(error).__name__
     kept = Path(trainer.args.output_dir) / f"weights-{trainer.state.global_step}"
+    if "No space left" in reason:  # of a full disk: what was cut short is in the way
+        for path in Path(folder).glob("*.safetensors"):
+            path.unlink()
     try:
         kept.mkdir(parents=True, exist_ok=True)
         if chosen_experts(trainer.moe):

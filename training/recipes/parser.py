@@ -2,11 +2,12 @@
 
 import argparse
 import difflib
+import json
 import math
 import os
 import re
 from importlib.util import find_spec
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 from huggingface_hub.dataclasses import type_validator
@@ -135,6 +136,11 @@ class RecipeParser(TrlParser):
                 raise ValueError(
                     f"{name} is {value}; it must be a mapping, on the command line '{{\"name\": value}}'."
                 )
+            if isinstance(value, str) and value.startswith("{") and takes_mapping(self.types.get(name)):
+                try:
+                    json.loads(value)
+                except ValueError as error:
+                    raise ValueError(f"{name} is {value}, which is no JSON: {error}.") from error
         return super().parse_dict(args, *further, **options)
 
     def take_recipe(self, name: str) -> int:
@@ -189,6 +195,10 @@ class RecipeParser(TrlParser):
         if key not in self.known:
             nearest = difflib.get_close_matches(key, self.known, n=1, cutoff=0.0)[0]
             self.error(f"unknown argument {key}; the nearest known one is {nearest}.")
+
+
+def takes_mapping(kind: Any) -> bool:
+    return any(dict in (part, get_origin(part)) for part in get_args(kind))
 
 
 def without_nulls(words: list[str]) -> tuple[list[str], dict[str, None]]:

@@ -53,17 +53,37 @@ def run(
 
 
 def with_prompts(rows: Dataset, name: str) -> Dataset:
-    """Pairs of conversations with a prompt apart: what both begin with, or a text, as UltraFeedback has it.
+    """Pairs with a prompt apart and once: what both begin with, or a text before messages, as UltraFeedback has it.
 
     Raises ValueError, with the number of its row, for a pair without one.
     """
     if not is_conversational(rows):
-        return rows
+        return with_text_prompts(rows, name)
     messages = OBJECTS if OBJECTS in rows.features.values() else PLAIN
     form = Features(dict.fromkeys(COLUMNS[0], messages))
     form |= {extra: rows.features[extra] for extra in EXTRA_COLUMNS if extra in rows.column_names}
     split = partial(with_prompt, name=name, messages=messages)
     return rows.map(split, with_indices=True, features=form, desc=f"Splitting {name}")
+
+
+def with_text_prompts(rows: Dataset, name: str) -> Dataset:
+    """Pairs of texts, from which the trainer takes what both begin with where there is no prompt apart."""
+    prompts = rows["prompt"] if "prompt" in rows.column_names else None
+    pairs = zip(rows["chosen"], rows["rejected"], strict=True)
+    if prompts is None:
+        for row, (chosen, rejected) in enumerate(pairs):
+            if chosen[:1] != rejected[:1]:
+                raise ValueError(
+                    f"{name}: row {row}: chosen and rejected do not begin with the same text, the prompt: give it a "
+                    "column prompt."
+                )
+    elif all(x.startswith(prompt) for prompt, pair in zip(prompts, pairs, strict=True) for x in pair):
+        return rows.map(without_prompt, desc=f"Splitting {name}")
+    return rows
+
+
+def without_prompt(pair: dict) -> dict:
+    return {name: pair[name].removeprefix(pair["prompt"]) for name in COLUMNS[1]}
 
 
 def with_prompt(pair: dict, row: int, name: str, messages: List) -> dict:

@@ -4,7 +4,7 @@ import sys
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_moe.model.balancing import LOSSES
 from hf_moe.routers import find_routers, routed_experts
@@ -154,6 +154,16 @@ def check_checkpointing(model: nn.Module, coefficients: dict[str, float]) -> Non
                 f"use_reentrant=True would cut {', '.join(coefficients)} off from the router; use "
                 'activation_checkpointing_kwargs={"use_reentrant": False}, or set them to 0.'
             )
+
+
+def check_best_metric(args: TrainingArguments, metrics: dict[str, float]) -> None:
+    """Raises ValueError where the best checkpoint is chosen by what an evaluation does not measure."""
+    name = args.metric_for_best_model
+    if name is None or args.eval_strategy == IntervalStrategy.NO or f"eval_{name.removeprefix('eval_')}" in metrics:
+        return
+    raise ValueError(
+        f"metric_for_best_model is {name}, which held-out rows are not measured by; it can be {', '.join(metrics)}."
+    )
 
 
 def check_finite(loss: torch.Tensor, step: int) -> None:

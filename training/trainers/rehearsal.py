@@ -46,6 +46,20 @@ def rehearse(args: TrainingArguments, device: torch.device | str) -> None:
         raise ValueError(f"{name} cannot be had here: {reason}") from error
 
 
+def check_schedule(schedule: Any, args: TrainingArguments, steps: int) -> None:
+    """Raises a ValueError where a run's own numbers of steps leave its schedule without a learning rate."""
+    name, warmup = args.lr_scheduler_type.value, args.get_warmup_steps(steps)
+    try:
+        for scale in getattr(schedule, "lr_lambdas", ()):
+            for step in (0, warmup, steps):
+                scale(step)
+    except ArithmeticError as error:
+        raise ValueError(
+            f"lr_scheduler_type {name} has no learning rate for {steps} steps of which {warmup} "
+            f"warm up ({error}): give fewer --warmup_steps, or another schedule."
+        ) from error
+
+
 def compile_or_say_why(args: TrainingArguments) -> None:
     """Look up how `torch_compile` is to compile. Raises a ValueError that names what PyTorch does not know."""
     if not args.torch_compile:

@@ -23,7 +23,7 @@ from ..balance.selection_bias import SelectionBias, base_model, load_router_bias
 from ..balance.step import Step
 from ..balance.zero3 import gather_experts_whole
 from ..host import own_scheduler, prepared_inputs, shifts_labels
-from ..output.checkpoints import check_adapter
+from ..output.checkpoints import check_adapter, check_optimizer
 from ..output.log_files import LogFiles
 from ..output.publishing import PublishingMixin
 from ..output.record import facts_of
@@ -36,8 +36,8 @@ from .callbacks import RoutingCallback
 from .label_smoothing import ShiftedLabelSmoother
 from .multi_step import multi_step_schedule
 from .precision import keep_precision
-from .refusals import check_arguments, check_checkpointing, check_finite, check_rows
-from .rehearsal import schedule_arguments
+from .refusals import check_arguments, check_best_metric, check_checkpointing, check_finite, check_rows
+from .rehearsal import check_schedule, schedule_arguments
 
 LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
 
@@ -233,7 +233,9 @@ class MoeTrainerMixin(PublishingMixin):
             )
             own_scheduler(self)
         self.args.lr_scheduler_kwargs = schedule_arguments(self.args, num_training_steps) or None
-        return super().create_scheduler(num_training_steps, optimizer)
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        check_schedule(schedule, self.args, num_training_steps)
+        return schedule
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if not self.tried:
@@ -313,6 +315,12 @@ class MoeTrainerMixin(PublishingMixin):
             metrics = self.routing_metrics(total.unsqueeze(0), training=False)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if metric_key_prefix == "eval":  # else of one source of several
+            check_best_metric(self.args, metrics)
+        return metrics
 
     # ---- saving and restoring ----
 
@@ -416,6 +424,7 @@ class MoeTrainerMixin(PublishingMixin):
         do, as `check_same_arguments`; what it was told beside that is said.
         """
         if checkpoint is not None:
+            check_optimizer(checkpoint)
             check_same_arguments(checkpoint, self.args)
             check_same_step(checkpoint, self.args)
             if self.is_world_process_zero():
