@@ -67,8 +67,11 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"There is no folder {folder}.")
     under_way = folder / METRICS
     if under_way.is_file() and not (folder / STATE).is_file():
-        *whole, _ = under_way.read_text(encoding="utf-8").split("\n")  # the last may be half written
-        log = [json.loads(line) for line in whole]
+        try:
+            *whole, _ = under_way.read_text(encoding="utf-8").split("\n")  # the last may be half written
+            log = [dict(json.loads(line)) for line in whole]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{under_way} is no log of a run: {error}.") from error
     else:
         log = read_log(folder)
     if not log:

@@ -73,6 +73,13 @@ def test_a_run_that_is_under_way_has_its_lines(runs, command, tmp_path):
     assert code == 0 and [row["steps"] for row in json.loads(out)["runs"]] == [2, 2]
 
 
+@pytest.mark.parametrize("line", [b"3\n", b"{broken\n", b"\xff\n"], ids=["number", "cut", "bytes"])
+def test_a_log_that_is_none_is_named(line, runs, command, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(line)
+    code, _, err = command("compare", runs / "slow", tmp_path)
+    assert code == 2 and f"{tmp_path / 'metrics.jsonl'} is no log of a run: " in err and err.count("\n") == 1
+
+
 def test_a_resumed_run_has_each_log_once(runs):
     def log(name):
         return [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]

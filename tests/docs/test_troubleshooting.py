@@ -155,12 +155,10 @@ def work(tmp_path_factory):
         Path(".stopped.partial.jsonl").touch()
         Path("full", "notes").touch()
         Path("adapter", "adapter_config.json").write_text("{}", encoding="utf-8")
-        for name, text in {
-            "trainer_state.json": "{}",
-            "optimizer.pt": "",
-            "run.json": '{"arguments": {"seed": 7}}',
-        }.items():
+        for name, text in {"trainer_state.json": "{}", "run.json": '{"arguments": {"seed": 7}}'}.items():
             Path("begun", "checkpoint-1", name).write_text(text, encoding="utf-8")
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.save({}, Path("begun", "checkpoint-1", name))
         yield folder
 
 
