@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_moe.model.balancing import update_selection_bias
-from hf_moe.routers import BIAS, Router, find_routers
+from hf_moe.routers import BIASES, Router, find_routers
 
 BIAS_FILE = "router_bias.safetensors"
+BIAS = BIASES[0]  # of every router in that file, whatever its family calls it
 
 
 class SelectionBias:

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import TrainingArguments
 
 from hf_moe.reading import auto_config
-from hf_moe.routers import BIAS
+from hf_moe.routers import BIASES
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -44,7 +44,7 @@ def cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.
         if x.is_floating_point() and place(x) not in done:
             done[place(x)] = x.to(dtype)
     return {
-        name: done[place(x)] if x.is_floating_point() and not name.endswith(BIAS) else x for name, x in state.items()
+        name: done[place(x)] if x.is_floating_point() and not name.endswith(BIASES) else x for name, x in state.items()
     }
 
 

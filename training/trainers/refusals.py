@@ -14,7 +14,6 @@ from ..host import checkpointing_function
 from ..weights.average import check_average
 from .multi_step import check_milestones
 
-SCORES = ("softmax", "sigmoid")
 # What a recipe says of routing -> what leaves it out.
 ROUTING = {**dict.fromkeys(LOSSES, 0.0), "router_bias_update_speed": None, "densemixer": False}
 
@@ -103,10 +102,9 @@ CHECKS_OF_ROUTERS = (check_groups, check_policies, check_devices)
 
 def unread_routers(trainer) -> str | None:
     """Why no balance loss of the trainer's model can be had, in words; None where one can."""
-    scores = getattr(trainer.moe.config.get_text_config(), "scoring_func", None)
     if trainer.routers:
-        known = scores is None or scores in SCORES
-        return None if known else f"scores experts by {scores}; losses read {' and '.join(SCORES)}: set it to 0."
+        unknown = next((x for x in trainer.routers.values() if x.own is None and x.found.affinity is None), None)
+        return unknown and f"has routers whose scores are unknown ({unknown.found.reason}): set it to 0."
     unread = mixtures(trainer.moe)
     if not unread:
         return "is not a Mixture-of-Experts model: no routers."

@@ -12,10 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from .model.padding import valid_tokens
-from .model.routing import sigmoid_affinity, softmax_affinity
-
-BIAS = "e_score_correction_bias"
+from ..model.padding import valid_tokens
+from .probe import BIASES, Found, known, probed
 
 
 class Routing(NamedTuple):
@@ -32,26 +30,60 @@ class Routing(NamedTuple):
 
 
 class Router(NamedTuple):
-    """A router found in a model; its forward has the logits at place `logits` of its output."""
+    """A router found in a model; its forward has the logits at place `logits` of its output.
+
+    Of Transformers' own: the `layer` around it, which has the experts, the model's text config, what errors call it.
+    """
 
     module: nn.Module
     logits: int
+    layer: nn.Module | None = None
+    config: PreTrainedConfig | None = None
+    name: str = "the router"
+
+    @property
+    def own(self):
+        """What hf_moe's routers are by their name, None of Transformers' own."""
+        return getattr(self.module, "router", None)
+
+    @property
+    def found(self) -> Found:
+        """What the layer's call of its experts showed."""
+        if self.layer is None:
+            return known(self.config)._replace(reason="it stands beside no experts")
+        return probed(self.layer, self.module, self.logits, self.config)
 
     @property
     def affinity(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Logits to the scores that losses read: hf_moe's routers name theirs; elsewhere a bias goes with sigmoids."""
-        own = getattr(getattr(self.module, "router", None), "affinity", None)
-        return own or (sigmoid_affinity if hasattr(self.module, BIAS) else softmax_affinity)
+        """Logits to the scores that losses read: hf_moe's routers name theirs, others are tried.
+
+        Raises ValueError where that did not tell.
+        """
+        if hasattr(self.own, "affinity"):
+            return self.own.affinity
+        if self.found.affinity is None:
+            raise ValueError(
+                f"What {self.name} scores experts by is unknown ({self.found.reason}): its balance losses and "
+                "entropies cannot be computed. Set their coefficients to 0 to train without, and report the model."
+            )
+        return self.found.affinity
 
     @property
     def policy(self) -> bool:
         """Whether it learns by REINFORCE."""
-        return getattr(getattr(self.module, "router", None), "policy", False)
+        return getattr(self.own, "policy", False)
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The selection bias [E]."""
-        return next((x for m in self.module.modules() if (x := getattr(m, BIAS, None)) is not None), None)
+        """The selection bias [E], in the router or in the layer around it."""
+        if self.own is not None or self.layer is None:
+            tensors = (getattr(part, name, None) for part in self.module.modules() for name in BIASES)
+            return next((x for x in tensors if x is not None), None)
+        place = self.found.bias
+        if place is None:
+            return None
+        owner, _, name = place.rpartition(".")
+        return getattr(self.layer.get_submodule(owner), name)
 
     def read(self, args: tuple, output, top_k: int) -> Routing:
         """The routing in what forward was given, (tokens, mask if it has one), and returned.
@@ -71,7 +103,10 @@ class Router(NamedTuple):
             mask = args[1] if hasattr(self.module, "router") and len(args) > 1 else None
             return Routing(logits, weights, index, token, mask)
         index = logits.detach().topk(top_k, dim=-1).indices
-        return Routing(logits, torch.ones_like(index), index)
+        if self.found.affinity is None:
+            return Routing(logits, torch.ones_like(index, dtype=logits.dtype), index)
+        scores = self.found.affinity(logits.detach().float()).gather(-1, index)
+        return Routing(logits, scores / scores.sum(-1, keepdim=True) if self.found.normalized else scores, index)
 
 
 def find_routers(model: nn.Module) -> dict[str, Router]:
@@ -83,13 +118,41 @@ def find_routers(model: nn.Module) -> dict[str, Router]:
         for recorder in as_list((getattr(part, "_can_record_outputs", None) or {}).get("router_logits"))
     ]
     found = {
-        name: Router(part, recorder.index)
+        name: recorder.index
         for name, part in model.named_modules()
         for recorder in recorders
         if isinstance(part, recorder.target_class)
     }
     # A layer may be named beside the router inside it: the innermost is the router.
-    return {name: x for name, x in found.items() if not any(other.startswith(f"{name}.") for other in found)}
+    found = {name: x for name, x in found.items() if not any(other.startswith(f"{name}.") for other in found)}
+    routers = {name: router(model, name, place) for name, place in found.items()}
+    return routers | unnamed(model, routers)
+
+
+def unnamed(model: nn.Module, routers: dict[str, Router]) -> dict[str, Router]:
+    """Those that no class names, as of layers with hash routers, where a call of the layer shows what they are."""
+    layers = [x.layer for x in routers.values()]
+    kinds = {type(layer) for layer in layers if layer is not None}
+    found = {}
+    for name, part in model.named_modules():
+        if type(part) in kinds and not any(part is layer for layer in layers):
+            inside = next((x for x in ("gate", "router") if hasattr(part, x)), None)
+            if inside is not None and (new := router(model, f"{name}.{inside}", 0)).found.affinity is not None:
+                found[f"{name}.{inside}"] = new
+    return found
+
+
+def router(model: nn.Module, name: str, place: int) -> Router:
+    module, layer, around = model.get_submodule(name), None, name
+    while around and layer is None:
+        around = around.rpartition(".")[0]
+        part = model.get_submodule(around)
+        layer = part if isinstance(getattr(part, "experts", None), nn.Module) else None
+        if isinstance(part, nn.ModuleList):
+            break
+    config = getattr(model, "config", None)
+    text = None if config is None else config.get_text_config()
+    return Router(module, place, layer, text, f"{name} of {type(model).__name__}")
 
 
 def token_mask(inputs: dict) -> torch.Tensor:

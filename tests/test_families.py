@@ -1,0 +1,129 @@
+"""Every mixture of experts in the installed Transformers: its routers are found, and what is read of them is what its
+layers do."""
+
+import pytest
+import torch
+from hf_moe.training.balance.selection_bias import SelectionBias
+
+from hf_moe.model.balancing import expert_loss, routed, statistics
+from hf_moe.routers import captured, find_routers, routed_experts
+from hf_moe.routers.probe import KNOWN
+
+from .families import FAMILIES, LEFT_OUT, TOP_K, tiny
+
+# Slow formulas of their papers, for those whose scores no call of their experts shows.
+SCORES = {
+    "jetmoe": lambda row: row.exp() / row.exp().sum(),
+    "llama4_text": lambda row: 1 / (1 + (-row).exp()),
+    "phimoe": lambda row: row.exp() / row.exp().sum(),
+    "gemma4_text": lambda row: row,  # recorded as probabilities
+}
+
+
+def ids(model, rows: int = 2, length: int = 9) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(3, 100, (rows, length), generator=generator)
+
+
+def calls_of_experts(model, routers) -> dict[str, list]:
+    """Router -> what the experts beside it are called with in the next forward."""
+    seen = {}
+    for name, router in routers.items():
+        if router.layer is not None:
+            router.layer.experts.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: seen.update({name: [*args, *kwargs.values()]}),
+                with_kwargs=True,
+            )
+    return seen
+
+
+def slow_balance_loss(scores_TE: torch.Tensor, index_TK: torch.Tensor) -> float:
+    """sum_i f_i P_i, token by token."""
+    tokens, experts = scores_TE.shape
+    counts, shares = [0.0] * experts, [0.0] * experts
+    for row, chosen in zip(scores_TE.tolist(), index_TK.tolist(), strict=True):
+        for expert in set(chosen):
+            counts[expert] += 1
+        for expert, score in enumerate(row):
+            shares[expert] += score / sum(row) / tokens
+    return sum(experts * count / sum(counts) * share for count, share in zip(counts, shares, strict=True))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_is_read_of_a_router_is_what_its_layer_does(model_type):
+    model = tiny(model_type)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    routers = find_routers(model)
+    assert routers
+    affinities = {name: router.affinity for name, router in routers.items()}
+    biases = SelectionBias(routers)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+    top_k = routed_experts(model.config)[1]
+    assert top_k == (1 if model_type == "zaya" else TOP_K)
+    seen = calls_of_experts(model, routers)
+    with captured(routers, top_k) as routings, torch.no_grad():
+        model(input_ids=ids(model), use_cache=False)
+    assert routings.keys() == routers.keys()
+    for name, routing in routings.items():
+        scores = affinities[name](routing.logits_TE.float())
+        assert routing.index_SK.shape == (18, top_k)
+        called = [x for x in seen.get(name, []) if torch.is_tensor(x)]
+        index = next((x for x in called[1:] if not x.is_floating_point()), None)
+        if index is None:  # no call of experts shows it
+            assert model.config.get_text_config().model_type in KNOWN, name
+            slow = torch.stack([SCORES[model_type](row) for row in routing.logits_TE.float()])
+            torch.testing.assert_close(scores, slow)
+            continue
+        weights = next(x for x in called[1:] if x.is_floating_point())
+        assert torch.equal(index.sort().values, routing.index_SK.sort().values), name
+        order = [x.argsort() for x in (index, routing.index_SK)]
+        torch.testing.assert_close(
+            weights.gather(1, order[0]), routing.weights_SK.gather(1, order[1]), rtol=1e-5, atol=1e-5
+        )
+        if model_type not in SCORES:
+            factors = weights.float() / scores.gather(1, index)
+            torch.testing.assert_close(factors, factors[:, :1].expand_as(factors), rtol=1e-4, atol=1e-4)
+        batch = routed(routing.logits_TE, scores, routing.index_SK)
+        loss = expert_loss(batch, statistics(batch), model.config)
+        assert loss.item() == pytest.approx(slow_balance_loss(scores, index), rel=1e-5)
+
+    # A selection bias: the expert that it lifts is chosen by every token, with weights of the same scores.
+    named = [name for name in before if name.endswith(("e_score_correction_bias", "expert_bias", "balancing_biases"))]
+    assert bool(biases.biases) == bool(named)
+    for bias in biases.biases.values():
+        bias.data.view(-1)[1] += 100
+    with captured(routers, top_k) as lifted, torch.no_grad():
+        model(input_ids=ids(model), use_cache=False)
+    for name in biases.biases:
+        assert (lifted[name].index_SK == 1).any(dim=-1).all(), name
+
+
+def test_those_left_out_are_there():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert LEFT_OUT.keys() <= MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    assert len(FAMILIES) >= 50
+
+
+def test_scores_that_nothing_explains_are_refused_by_name(monkeypatch):
+    model = tiny("mixtral")
+    gate = model.model.layers[0].mlp.gate
+    forward = gate.forward
+
+    def cubed(*args):
+        logits, _, index = forward(*args)
+        return logits, logits.gather(1, index) ** 3, index
+
+    monkeypatch.setattr(gate, "forward", cubed)
+    router = find_routers(model)["model.layers.0.mlp.gate"]
+    with pytest.raises(ValueError, match=r"^What model.layers.0.mlp.gate of Mixtral.* scores .* is unknown \("):
+        router.affinity  # noqa: B018
+
+
+def test_one_chosen_expert_tells_its_scores_too():
+    affinity = find_routers(tiny("mixtral", num_experts_per_tok=1))["model.layers.0.mlp.gate"].affinity
+    logits = torch.randn(3, 8)
+    torch.testing.assert_close(affinity(logits), logits.softmax(-1))
