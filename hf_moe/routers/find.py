@@ -97,7 +97,8 @@ class Router(NamedTuple):
         index = parts[2] if len(parts) > 2 else None
         if index is not None and index.dim() > 1 and not index.is_floating_point():
             index = index.flatten(0, -2)
-            weights, token = parts[1].detach().flatten(0, -2), parts[3] if len(parts) > 3 else None
+            weights = parts[1].detach().flatten(0, -2)
+            token = parts[3] if self.own is not None and len(parts) > 3 else None  # elsewhere it is something else
             weights = weights if weights.shape == index.shape else torch.ones_like(index)
             # hf_moe's routers are told which tokens count, which differs between those of multi-token prediction.
             mask = args[1] if hasattr(self.module, "router") and len(args) > 1 else None
