@@ -185,4 +185,4 @@ def test_a_mixture_whose_routers_are_not_read_is_called_one(tmp_path):
     model = transformers.DeepseekV4ForCausalLM(config)
     with pytest.raises(ValueError, match=f"router_aux_loss_coef is [\\d.]+, but DeepseekV4ForCausalLM {message}"):
         MoeTrainer(model, MoeTrainingArguments(tmp_path, use_cpu=True), train_dataset=[{"input_ids": [1]}])
-        MoeTrainer(model, MoeTrainingArguments(tmp_path, use_cpu=True, router_aux_loss_coef=0.0), train_dataset=[])
+    MoeTrainer(model, MoeTrainingArguments(tmp_path, use_cpu=True, router_aux_loss_coef=0.0), train_dataset=[])
