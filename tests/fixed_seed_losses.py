@@ -13,6 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
 from hf_moe.demo import DEMO_MODEL
 from hf_moe.demo.text import postcard_rows, story
 
@@ -25,7 +28,7 @@ RUNS = {
     "large_sft": ("messages", ["--max_steps", str(STEPS)]),
     "pretrain": ("text", ["--from_scratch", "true", "--train_tokens", "8000"]),
     "dpo": ("preferences", ["--max_steps", str(STEPS)]),
-    "grpo": ("prompts", ["--max_steps", str(STEPS), "--max_completion_length", "8"]),
+    "grpo": ("prompts", ["--max_steps", str(STEPS), "--max_completion_length", "24"]),
 }
 
 
@@ -41,6 +44,13 @@ def rows() -> dict[str, list[dict]]:
         ],
         "prompts": [{"prompt": chat[:1]} for chat in chats],
     }
+
+
+def untrained(model: Path, folder: Path) -> None:
+    """The same model with random weights, and so with digits in what it writes: GRPO's reward counts those."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
 
 
 def losses(recipe: str, model: Path, folder: Path) -> list[dict]:
@@ -62,8 +72,8 @@ def main(path: str) -> None:
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kind))
         upcycle = ["upcycle", DEMO_MODEL, folder / "moe", "--experts", "4", "--top-k", "2", "--no-verify"]
         subprocess.run([sys.executable, "-m", "hf_moe_cli", *(str(word) for word in upcycle)], check=True)
-        # A model that has hardly learnt writes digits, which GRPO's reward counts.
-        models = {"grpo": folder / "pretrain"}
+        untrained(folder / "moe", folder / "untrained")
+        models = {"grpo": folder / "untrained"}
         found = {recipe: losses(recipe, models.get(recipe, folder / "moe"), folder) for recipe in RUNS}
     Path(path).write_text(json.dumps(found, indent=1) + "\n")
 

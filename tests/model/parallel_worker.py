@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import hf_moe  # noqa: F401
+from tests.processes import leave
 
 LAYOUTS = {
     "tensor-parallel": {"tp_size": 2, "tp_plan": "auto"},
@@ -52,7 +53,7 @@ def main(folder: str):
             differences[f"{saved.name}/{layout}"] = worst
     if torch.distributed.get_rank() == 0:
         print(json.dumps(differences))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 main(*sys.argv[1:])

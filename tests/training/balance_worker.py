@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from hf_moe import MoeTrainer, MoeTrainingArguments
+from tests.processes import leave
 from tests.training.models import collate, deepseek_v3, hf_moe, olmoe, rows
 
 ROWS = 32
@@ -153,7 +154,7 @@ def main():
     found["logged"] = trainer.state.log_history[0]
     if torch.distributed.get_rank() == 0:
         print(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

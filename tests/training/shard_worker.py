@@ -18,6 +18,7 @@ from transformers.distributed import DistributedConfig
 from hf_moe.kernels import experts
 from hf_moe.reading import whole_model
 from hf_moe.routers import find_routers
+from tests.processes import leave
 from tests.training.balance_worker import COEFFICIENTS, train_one_step
 from tests.training.models import hf_moe, hf_moe_biased
 
@@ -137,7 +138,7 @@ def main(folder: str, *names: str):
         write(folder / name, *results)
     if trainer.is_fsdp_enabled:
         train_expert_parallel(folder / "expert_parallel")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
