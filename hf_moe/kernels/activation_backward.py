@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .activations import activate
 from .layer import Experts
 from .routing_metadata import Routing
 from .tiles import pass_rows
@@ -34,6 +35,9 @@ def activation_backward_kernel(
     INNER,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NEED_HIDDEN: tl.constexpr,
     NEED_WEIGHTED: tl.constexpr,
@@ -62,16 +66,25 @@ def activation_backward_kernel(
         wide = cols < INNER
         kept = inside[:, None] & wide
         d = tl.load(at_product + cols, mask=kept, other=0.0).to(tl.float32)
-        gate = tl.load(at_hidden + cols, mask=kept, other=0.0).to(tl.float32)
-        value, slope = ACTIVATION(gate)
-        if GATED:
-            up = tl.load(at_hidden + INNER + cols, mask=kept, other=0.0).to(tl.float32)
-            if NEED_HIDDEN:
-                tl.store(at_grad + INNER + cols, (weight * d * value).to(grad_hidden.dtype.element_ty), mask=wide)
-            slope *= up
-            value *= up
+        both = (2 * col + tl.arange(0, 2 * COLS))[None, :]  # gate and up, where they take turns
+        if INTERLEAVED:
+            pairs = tl.load(at_hidden + both, mask=inside[:, None] & (both < U), other=0.0).to(tl.float32)
+            gate, up = tl.split(pairs.reshape(ROWS, COLS, 2))
+        else:
+            gate = tl.load(at_hidden + cols, mask=kept, other=0.0).to(tl.float32)
+            up = gate
+            if GATED:
+                up = tl.load(at_hidden + INNER + cols, mask=kept, other=0.0).to(tl.float32)
+        value, gate_slope, up_slope = activate(gate, up, ACTIVATION, GATED, LIMIT, SHIFT)
         if NEED_HIDDEN:
-            tl.store(at_grad + cols, (weight * d * slope).to(grad_hidden.dtype.element_ty), mask=wide)
+            grad_gate = (weight * d * gate_slope).to(grad_hidden.dtype.element_ty)
+            grad_up = (weight * d * up_slope).to(grad_hidden.dtype.element_ty)
+            if INTERLEAVED:
+                tl.store(at_grad + both, tl.interleave(grad_gate, grad_up), mask=both < U)
+            else:
+                tl.store(at_grad + cols, grad_gate, mask=wide)
+                if GATED:
+                    tl.store(at_grad + INNER + cols, grad_up, mask=wide)
         if NEED_WEIGHTED:
             tl.store(at_product + cols, (weight * value).to(product.dtype.element_ty), mask=wide)
         score += tl.sum(d * value, 1)
@@ -118,8 +131,7 @@ def activation_backward(
         experts.num_experts,
         D=grad.shape[1],
         INNER=inner,
-        ACTIVATION=experts.function,
-        GATED=experts.gated,
+        **experts.formula_options,
         HAS_BIAS=bias is not None,
         NEED_HIDDEN=need_hidden,
         NEED_WEIGHTED=need_weighted,

@@ -1,4 +1,4 @@
-"""Activation functions inside kernels: each returns its value and its slope; in the forward the slope is dead code."""
+"""Activation functions inside kernels: each returns its value and its slope; in the forward slopes are dead code."""
 
 import triton
 import triton.language as tl
@@ -43,6 +43,26 @@ def relu2(x):
 @triton.jit
 def linear(x):
     return x, x * 0 + 1
+
+
+@triton.jit
+def activate(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
+    """What an expert makes of gate and up (of gate alone unless GATED), and its slopes along both; see `Formula`."""
+    kept, factor = gate, up
+    if LIMIT is not None:
+        kept = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        factor = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    value, gate_slope = ACTIVATION(kept)
+    up_slope = value
+    if LIMIT is not None:
+        gate_slope = tl.where(gate > LIMIT, 0.0, gate_slope)
+        up_slope = tl.where(tl.abs(up) > LIMIT, 0.0, value)
+    if GATED:
+        if SHIFT != 0:
+            factor += SHIFT
+        value *= factor
+        gate_slope *= factor
+    return value, gate_slope, up_slope
 
 
 ACTIVATIONS = {

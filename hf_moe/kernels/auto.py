@@ -7,6 +7,7 @@ from transformers.integrations.sonicmoe import ACT_MAP, is_sonicmoe_loadable
 from transformers.utils import logging
 
 from .experts import compute_dtype, fallback, obstacle, unusable
+from .formula import formula
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +28,8 @@ def fastest(experts: nn.Module, hidden_states: torch.Tensor) -> str:
     if obstacles is not None:
         return fallback(getattr(experts, "gate_up_proj" if experts.has_gate else "up_proj"), experts.down_proj)
     # SonicMoE computes in the weights' dtype, whatever autocast says.
-    known = experts.has_gate and experts.config.hidden_act in ACT_MAP and hidden_states.dtype == dtype != torch.float32
+    known = not formula(experts).clamped and experts.has_gate and experts.config.hidden_act in ACT_MAP
+    known = known and hidden_states.dtype == dtype != torch.float32
     return "sonicmoe" if known and experts.down_proj.dtype == dtype and is_sonicmoe_loadable() else "hf_moe"
 
 

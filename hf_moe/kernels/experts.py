@@ -4,28 +4,15 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
-from transformers import activations
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 from ..model.grouped import takes_rows
+from .formula import formula
 from .operators import experts as experts_operator
 
 logger = logging.get_logger(__name__)
 
-# Transformers' activation modules and the kernels' names for them.
-ACTIVATIONS = {
-    nn.SiLU: "silu",
-    activations.SiLUActivation: "silu",
-    activations.GELUActivation: "gelu",
-    activations.GELUTanh: "gelu_tanh",
-    activations.NewGELUActivation: "gelu_tanh",
-    activations.FastGELUActivation: "gelu_tanh",
-    activations.QuickGELUActivation: "quick_gelu",
-    nn.ReLU: "relu",
-    activations.ReLUSquaredActivation: "relu2",
-    activations.LinearActivation: "linear",
-}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,9 +43,7 @@ def hf_moe_experts_forward(
         top_k_index,
         top_k_weights,
         *operands,
-        ACTIVATIONS[type(self.act_fn)],
-        self.has_gate,
-        self.is_transposed,
+        *formula(self),
         save,
     )[0]
     return output.to(hidden_states.dtype)
@@ -76,12 +61,9 @@ def obstacle(experts: nn.Module, dtype: torch.dtype) -> str | None:
         return f"compute in float32, bfloat16 and float16, not in {dtype}"
     if experts.has_post_expert_norm:
         return "have no norm after an expert"
-    if type(experts.act_fn) not in ACTIVATIONS:
-        return f"have no activation {type(experts.act_fn).__name__}"
-    if experts.has_gate and not experts.is_concatenated:
-        return "want all gate rows before all up rows, not interleaved"
-    if experts.has_gate and type(experts)._apply_gate is not _default_apply_gate:
-        return f"do not know the gate of {type(experts).__name__}"
+    if formula(experts) is None:
+        name, act = type(experts).__name__, type(experts.act_fn).__name__
+        return f"do not know what {name} computes between its products ({act})"
     return None
 
 

@@ -6,6 +6,7 @@ import torch
 import triton
 
 from .activations import ACTIVATIONS
+from .formula import Formula
 from .routing_metadata import Routing
 from .tile_loads import described, operand, precision
 from .tiles import processors, row_tile, tiles
@@ -18,19 +19,17 @@ class Experts:
     num_experts: int
     inner: int
     top_k: int
-    activation: str
-    gated: bool
-    transposed: bool
+    formula: Formula
     tile: int  # rows of one tile
 
     @classmethod
-    def of(cls, index: torch.Tensor, down: torch.Tensor, activation: str, gated: bool, transposed: bool) -> "Experts":
+    def of(cls, index: torch.Tensor, down: torch.Tensor, formula: Formula) -> "Experts":
         tile = row_tile(index.numel(), len(down), down.dtype, down.device)
-        return cls(len(down), down.shape[1 if transposed else 2], index.shape[1], activation, gated, transposed, tile)
+        return cls(len(down), down.shape[1 if formula.transposed else 2], index.shape[1], formula, tile)
 
     @property
     def halves(self) -> int:
-        return 2 if self.gated else 1
+        return 2 if self.formula.gated else 1
 
     def row_tiles(self, routing: Routing) -> int:
         """No routing has more tiles than this; how many there are, only the device knows."""
@@ -58,6 +57,8 @@ class Experts:
         return (min(programs, per_processor * processors(w.device)),), operand(w, 1, *block), options
 
     @property
-    def function(self) -> triton.JITFunction:
-        """The activation: value and slope."""
-        return ACTIVATIONS[self.activation]
+    def formula_options(self) -> dict:
+        """What kernels that compute the activation are told of it."""
+        activation, gated, _, interleaved, limit, shift = self.formula
+        options = {"ACTIVATION": ACTIVATIONS[activation], "GATED": gated, "INTERLEAVED": interleaved}
+        return options | {"LIMIT": limit, "SHIFT": shift}

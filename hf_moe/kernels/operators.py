@@ -5,6 +5,7 @@ Nothing here needs Triton or a GPU: the kernels are imported when an operator fi
 
 import torch
 
+from .formula import Formula
 from .routing_sizes import routing_sizes
 
 NAMES = ("x", "weights", "up", "down", "up_bias", "down_bias")
@@ -22,27 +23,28 @@ def experts(
     activation: str,
     gated: bool,
     transposed: bool,
+    interleaved: bool,
+    limit: float | None,
+    shift: float,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """sum_k weights[t, k] FFN_{index[t, k]}(x[t]) [T, D], then what the backward needs if `save`.
+    """sum_k weights[t, k] FFN_{index[t, k]}(x[t]) [T, D] of a `Formula`, then what the backward needs if `save`.
 
     x [T, D]; index (int64) and weights [T, K]; up [E, U, D] and down [E, D, I], or [E, D, U] and [E, I, D] if
-    `transposed`, U = 2I (gate rows first) if `gated`, else I; x and the experts of one dtype. An index outside
+    `transposed`, U = 2I if `gated`, else I; x and the experts of one dtype. An index outside
     [0, E) adds nothing. Without `save`, slots of weight 0 are not computed.
     """
     from . import feed_forward
 
     return feed_forward.forward(
         *(contiguous(tensor) for tensor in (x, index, weights, up, down, up_bias, down_bias)),
-        activation,
-        gated,
-        transposed,
+        Formula(activation, gated, transposed, interleaved, limit, shift),
         save,
     )
 
 
 @experts.register_fake
-def _(x, index, weights, up, down, up_bias, down_bias, activation, gated, transposed, save):
+def _(x, index, weights, up, down, up_bias, down_bias, activation, gated, transposed, interleaved, limit, shift, save):
     slots, num_experts = index.numel(), up.shape[0]
     width = up.shape[2 if transposed else 1]
     hidden = x.new_empty(slots if save else 0, width)
@@ -69,6 +71,9 @@ def experts_backward(
     activation: str,
     gated: bool,
     transposed: bool,
+    interleaved: bool,
+    limit: float | None,
+    shift: float,
     needs: list[bool],
 ) -> list[torch.Tensor]:
     """Gradients of those of x, weights, up, down, up_bias and down_bias that `needs` marks, in this order."""
@@ -78,15 +83,14 @@ def experts_backward(
         *(contiguous(tensor) for tensor in (grad, x, index, weights, up, down, up_bias, down_bias)),
         hidden,
         routing,
-        activation,
-        gated,
-        transposed,
+        Formula(activation, gated, transposed, interleaved, limit, shift),
         needs,
     )
 
 
 @experts_backward.register_fake
-def _(grad, x, index, weights, up, down, up_bias, down_bias, hidden, routing, activation, gated, transposed, needs):
+def _(grad, x, index, weights, up, down, up_bias, down_bias, hidden, routing, *formula_and_needs):
+    *_, needs = formula_and_needs
     inputs = (x, weights, up, down, up_bias, down_bias)
     return [tensor.new_empty(tensor.shape) for tensor, need in zip(inputs, needs, strict=True) if need]
 
@@ -102,7 +106,7 @@ def setup_context(ctx, inputs, output):
 
 def backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 11
+        return (None,) * 14
     assert ctx.saved, "hf_moe::experts ran with save=False, which keeps nothing for a backward pass"
     x, index, weights, up, down, up_bias, down_bias, hidden, *routing = ctx.saved_tensors
     needed = ctx.needs_input_grad
@@ -113,7 +117,7 @@ def backward(ctx, grad, *_):
         )
     )
     x, weights, *others = (next(gradients) if need else None for need in needs)
-    return x, None, weights, *others, None, None, None, None
+    return x, None, weights, *others, *[None] * 7
 
 
 experts.register_autograd(backward, setup_context=setup_context)

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .activations import activate
 from .layer import Experts
 from .routing_metadata import Routing
 from .tile_loads import described, locate, operand, rows_tile, split_columns, store_tile, weight_tile
@@ -12,7 +13,7 @@ from .tile_loads import described, locate, operand, rows_tile, split_columns, st
 @triton.jit
 def up_kernel(
     x,  # [T, D]
-    w,  # [E, U, D] if W_LAST, else [E, D, U]; U = 2I (gate, then up) if GATED, else I; [2E, I, D] if JOINED
+    w,  # [E, U, D] if W_LAST, else [E, D, U]; U = 2I (gate and up) if GATED, else I; [2E, I, D] if JOINED
     bias,  # [E, U]
     hidden,  # places [S, U]: before the activation
     activated,  # rows [S, I]
@@ -25,6 +26,9 @@ def up_kernel(
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,  # gate and up take turns; else all of gate comes first
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     JOINED: tl.constexpr,  # one product of both halves: wider, so faster
     SAVE: tl.constexpr,
@@ -48,6 +52,7 @@ def up_kernel(
         slots = tl.load(slot_of_row + row + tl.arange(0, ROWS))
         tokens = (tl.maximum(slots, 0) // TOP_K).to(tl.int64)  # filling rows compute token 0, which nothing reads
 
+        cols, turns = col + tl.arange(0, COLS), 2 * col + tl.arange(0, 2 * COLS)
         if JOINED:
             both = tl.zeros([ROWS, 2 * COLS], tl.float32)
             for depth in range(0, D, DEPTH):
@@ -55,6 +60,15 @@ def up_kernel(
                 b = w.load([2 * expert, col, depth]).reshape(2 * COLS, DEPTH).T
                 both = tl.dot(a, b, both, input_precision=PRECISION)
             gate, up = split_columns(both, 2)
+        elif INTERLEAVED:
+            both = tl.zeros([ROWS, 2 * COLS], tl.float32)
+            for depth in range(0, D, DEPTH):
+                a = rows_tile(x, row, tokens, depth, D, False, EVEN, DEPTH)
+                b = weight_tile(w, expert, depth, 2 * col, D, U, W_LAST, W_TMA, DEPTH, 2 * COLS)
+                both = tl.dot(a, b, both, input_precision=PRECISION)
+            if HAS_BIAS:
+                both += tl.load(bias + expert * U + turns, mask=turns < U, other=0.0).to(tl.float32)[None, :]
+            gate, up = tl.split(both.reshape(ROWS, COLS, 2))
         else:
             gate = tl.zeros([ROWS, COLS], tl.float32)
             up = tl.zeros([ROWS, COLS], tl.float32)
@@ -66,22 +80,24 @@ def up_kernel(
                     b = weight_tile(w, expert, depth, INNER + col, D, U, W_LAST, W_TMA, DEPTH, COLS)
                     up = tl.dot(a, b, up, input_precision=PRECISION)
 
-        cols = col + tl.arange(0, COLS)
-        if HAS_BIAS:
+        if HAS_BIAS and not INTERLEAVED:
             at = bias + expert * U + cols
             gate += tl.load(at, mask=cols < INNER, other=0.0).to(tl.float32)[None, :]
             if GATED:
                 up += tl.load(at + INNER, mask=cols < INNER, other=0.0).to(tl.float32)[None, :]
         if SAVE:
             within = tl.arange(0, ROWS)
-            kept = (within < tl.load(offsets + expert + 1) - place)[:, None] & (cols < INNER)[None, :]
-            saved = hidden + place.to(tl.int64) * U + within[:, None] * U + cols[None, :]
-            tl.store(saved, gate.to(hidden.dtype.element_ty), mask=kept)
-            if GATED:
-                tl.store(saved + INNER, up.to(hidden.dtype.element_ty), mask=kept)
-        value, _ = ACTIVATION(gate)
-        if GATED:
-            value *= up
+            kept = (within < tl.load(offsets + expert + 1) - place)[:, None]
+            saved = hidden + place.to(tl.int64) * U + within[:, None] * U
+            if INTERLEAVED:
+                pairs = tl.interleave(gate, up).to(hidden.dtype.element_ty)
+                tl.store(saved + turns[None, :], pairs, mask=kept & (turns < U)[None, :])
+            else:
+                kept &= (cols < INNER)[None, :]
+                tl.store(saved + cols[None, :], gate.to(hidden.dtype.element_ty), mask=kept)
+                if GATED:
+                    tl.store(saved + INNER + cols[None, :], up.to(hidden.dtype.element_ty), mask=kept)
+        value, _, _ = activate(gate, up, ACTIVATION, GATED, LIMIT, SHIFT)
         store_tile(activated, value.to(hidden.dtype.element_ty), row, col, INNER, OUT_TMA)
 
 
@@ -89,10 +105,13 @@ def up_projection(x, up, bias, experts: Experts, routing: Routing, save: bool) -
     """The up-projection [S, U] (no rows unless `save`) and the activations in rows (I)."""
     hidden = x.new_empty(routing.row_of_slot.numel() if save else 0, experts.halves * experts.inner)
     activated = experts.rows(routing, experts.inner, x)
-    grid, w, options = experts.product("up", up, not experts.transposed, experts.inner, routing)
-    joined = experts.gated and options["W_LAST"] and options["W_TMA"]
+    grid, w, options = experts.product("up", up, not experts.formula.transposed, experts.inner, routing)
+    formula, columns, depth = experts.formula, options["COLS"], options["DEPTH"]
+    joined = formula.gated and options["W_LAST"] and options["W_TMA"] and not formula.interleaved
     if joined:
-        w = operand(up.view(-1, experts.inner, x.shape[1]), 2, options["COLS"], options["DEPTH"])
+        w = operand(up.view(-1, experts.inner, x.shape[1]), 2, columns, depth)
+    elif formula.interleaved and options["W_TMA"]:
+        w = operand(up, 1, *((depth, 2 * columns) if formula.transposed else (2 * columns, depth)))
     up_kernel[grid](
         x,
         w,
@@ -109,8 +128,7 @@ def up_projection(x, up, bias, experts: Experts, routing: Routing, save: bool) -
         HAS_BIAS=bias is not None,
         OUT_TMA=described(activated, options["COLS"]),
         TOP_K=experts.top_k,
-        ACTIVATION=experts.function,
-        GATED=experts.gated,
+        **experts.formula_options,
         **options,
     )
     return hidden, activated

@@ -14,7 +14,8 @@ ACTIVATIONS = {
 }
 
 
-def experts(x, index, weights, up, down, up_bias, down_bias, activation, gated, transposed):
+def experts(x, index, weights, up, down, up_bias, down_bias, *formula):
+    activation, gated, transposed, interleaved, limit, shift = formula
     if transposed:
         up, down = up.mT, down.mT
     act = ACTIVATIONS[activation]
@@ -23,8 +24,10 @@ def experts(x, index, weights, up, down, up_bias, down_bias, activation, gated, 
         token, slot = torch.where(index == expert)
         hidden = F.linear(x[token], up[expert], None if up_bias is None else up_bias[expert])
         if gated:
-            gate, hidden = hidden.chunk(2, -1)
-            hidden = act(gate) * hidden
+            gate, hidden = (hidden[:, ::2], hidden[:, 1::2]) if interleaved else hidden.chunk(2, -1)
+            if limit is not None:
+                gate, hidden = gate.clamp(max=limit), hidden.clamp(-limit, limit)
+            hidden = act(gate) * (hidden + shift)
         else:
             hidden = act(hidden)
         rows = F.linear(hidden, down[expert], None if down_bias is None else down_bias[expert])

@@ -43,6 +43,7 @@ MODELS = {
         "hidden_act": "gelu",
         "num_attention_heads": 4,
     },
+    "gqa, clamped gates, shared": {"experts_swiglu_limit": 0.05, "n_shared_experts": 1, "num_attention_heads": 4},
     "gqa, one expert a token": {"num_experts_per_tok": 1, "num_attention_heads": 4, "hidden_act": "gelu_pytorch_tanh"},
 }
 

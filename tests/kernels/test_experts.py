@@ -3,19 +3,21 @@
 import pytest
 import torch
 
+from hf_moe.kernels.formula import Formula
 from hf_moe.kernels.operators import NAMES
 from hf_moe.kernels.operators import experts as operator
 
 from . import reference
 
+SWIGLU = Formula("silu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def problem(device, T, K, D, inner, E, *, index=None, gated=True, bias=False, transposed=False, dtype=torch.float32):
+def problem(device, T, K, D, inner, E, *, index=None, bias=False, formula=SWIGLU, dtype=torch.float32):
     """Inputs of the operator; an index of E is "no expert"."""
-    U = 2 * inner if gated else inner
+    U = 2 * inner if formula.gated else inner
     shapes = {"x": (T, D), "weights": (T, K), "up": (E, U, D), "down": (E, D, inner)}
-    if transposed:
+    if formula.transposed:
         shapes |= {"up": (E, D, U), "down": (E, inner, D)}
     if bias:
         shapes |= {"up_bias": (E, U), "down_bias": (E, D)}
@@ -41,10 +43,10 @@ def run(function, inputs, *options, dtype=None):
     return {"output": output} | dict(zip(leaves, gradients, strict=True))
 
 
-def compare(inputs, activation="silu", gated=True, transposed=False):
+def compare(inputs, formula=SWIGLU):
     dtype = inputs["x"].dtype
-    actual = run(operator, inputs, activation, gated, transposed, True)
-    expected = run(reference.experts, inputs, activation, gated, transposed, dtype=torch.float32)
+    actual = run(operator, inputs, *formula, True)
+    expected = run(reference.experts, inputs, *formula, dtype=torch.float32)
     for name, value in expected.items():
         assert actual[name].dtype == inputs.get(name, inputs["x"]).dtype, name
         error = (actual[name].float() - value).norm() / value.norm().clamp(min=1e-6)
@@ -67,12 +69,18 @@ INDICES = {  # of 9 tokens, 2 choices, 4 experts
     "all-elsewhere": lambda: torch.full((9, 2), 4),
     "last-alone": lambda: torch.tensor([[4, 4]] * 8 + [[4, 3]]),
 }
-FORMULAS = {
-    "gated": {},
-    "gated-bias": {"bias": True},
-    "gated-transposed": {"transposed": True},
-    "plain": {"gated": False},
-    "plain-bias-transposed": {"gated": False, "bias": True, "transposed": True},
+FORMULAS = {  # and whether the products have a bias
+    "gated": (Formula("silu"), False),
+    "gated-bias": (Formula("silu"), True),
+    "gated-transposed": (Formula("silu", transposed=True), False),
+    "plain": (Formula("silu", gated=False), False),
+    "plain-bias-transposed": (Formula("silu", gated=False, transposed=True), True),
+    "limit": (Formula("silu", limit=0.5), False),
+    "limit-shift-bias": (Formula("quick_gelu", limit=0.5, shift=1.0), True),
+    "shift": (Formula("silu", shift=1.0), False),
+    "interleaved-bias": (Formula("silu", interleaved=True), True),
+    "interleaved-transposed": (Formula("gelu", interleaved=True, transposed=True), False),
+    "gpt-oss": (Formula("quick_gelu", True, True, True, 0.5, 1.0), True),
 }
 
 
@@ -86,17 +94,25 @@ def test_indices(device, index):
     compare(problem(device, 9, 2, 20, 12, 4, index=INDICES[index](), bias=index == "some-elsewhere"))
 
 
-@pytest.mark.parametrize("formula", FORMULAS)
-def test_formulas(device, formula):
-    options = FORMULAS[formula]
-    size = 24 if options.get("transposed") and not options.get("bias") else 17
-    inputs = problem(device, 9, 2, size, size + 4, 2, **options)
-    compare(inputs, gated=options.get("gated", True), transposed=options.get("transposed", False))
+@pytest.mark.parametrize("size", [17, 24], ids=["odd", "aligned"])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas(device, name, size):
+    formula, bias = FORMULAS[name]
+    compare(problem(device, 9, 2, size, size + 4, 2, formula=formula, bias=bias), formula)
+
+
+def test_a_clamp_keeps_nan(device):
+    """What is not a number stays one, so that training sees it."""
+    inputs = problem(device, 3, 1, 16, 16, 2)
+    inputs["x"][1] = torch.nan
+    leaves = [inputs.get(name) for name in NAMES]
+    output = operator(leaves[0], inputs["index"], *leaves[1:], *Formula("silu", limit=0.5), False)[0]
+    assert output.isnan().any(-1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_activations(device, activation):
-    compare(problem(device, 4, 1, 16, 16, 1), activation)
+    compare(problem(device, 4, 1, 16, 16, 1), Formula(activation))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -140,4 +156,4 @@ def test_operator_says_the_shapes_it_returns(device):
     inputs = problem(device, 5, 2, 12, 8, 2)
     arguments = [inputs["x"].requires_grad_(), inputs["index"], inputs["weights"].requires_grad_()]
     arguments += [inputs["up"].requires_grad_(), inputs["down"].requires_grad_(), None, None]
-    torch.library.opcheck(operator, (*arguments, "silu", True, False, True))
+    torch.library.opcheck(operator, (*arguments, *Formula("silu"), True))

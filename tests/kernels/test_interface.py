@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_moe.kernels import auto
 from hf_moe.kernels import experts as implementation
+from hf_moe.kernels.formula import Formula
 from tests.conftest import tiny_model, tokens
 
 SIZES = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
@@ -18,12 +19,14 @@ THEIRS = {
     "Mixtral": SIZES | {"num_local_experts": 3, "num_experts_per_tok": 2},
     "Olmoe": SIZES | {"num_experts": 3, "num_experts_per_tok": 2},
     "Qwen3Moe": FINE | {"num_experts": 3, "head_dim": 8},
+    "GptOss": SIZES | {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8},
     "DeepseekV3": FINE | MLA | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
 }
 OURS = {
     "gated": {},
     "plain-bias": {"gated_mlp": False, "mlp_bias": True, "hidden_act": "gelu"},
     "shared": {"n_shared_experts": 1},
+    "clamped": {"experts_swiglu_limit": 0.05, "mlp_bias": True},
 }
 
 
@@ -134,14 +137,17 @@ def test_slots_of_weight_zero_cost_nothing_without_gradients(device):
     weights[:, 1] = 0
     with torch.no_grad():
         routing = implementation.experts_operator(
-            x, index, weights, experts.gate_up_proj, experts.down_proj, None, None, "silu", True, False, False
+            x, index, weights, experts.gate_up_proj, experts.down_proj, None, None, *Formula("silu"), False
         )[4]
     assert routing[0, -1] == 6
 
 
 REASONS = {
-    "activation": ({"hidden_act": "tanh"}, "activation Tanh"),
-    "gate of its own": ({"experts_swiglu_limit": 7.0}, "gate of HfMoeClampedExperts"),
+    "activation": ({"hidden_act": "tanh"}, "(Tanh)"),
+    "gate": (
+        {"experts_swiglu_limit": 7.0, "experts_swiglu_alpha": 1.5},
+        "what HfMoeClampedExperts computes",
+    ),
 }
 
 

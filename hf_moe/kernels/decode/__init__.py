@@ -13,10 +13,11 @@ from ...model.attention import HfMoeAttention
 from ...model.decoding import HfMoeReservedLayer
 from ...model.latent_attention import LATENT_NORM_EPS, HfMoeLatentAttention
 from ...model.mlp import HfMoeMLP
-from ...model.modeling_hf_moe import HfMoeDecoderLayer, HfMoeExperts, HfMoeSparseMoeBlock
+from ...model.modeling_hf_moe import HfMoeClampedExperts, HfMoeDecoderLayer, HfMoeExperts, HfMoeSparseMoeBlock
 from ...model.norms import PLACEMENTS
 from ...model.rms_norm import HfMoeRMSNorm
-from ..experts import ACTIVATIONS, hf_moe_experts_forward
+from ..experts import hf_moe_experts_forward
+from ..formula import Formula, activation, formula
 from . import experts, grouped, latent, norms, products, rotary, routers
 
 
@@ -32,7 +33,7 @@ def norm_forward(module: HfMoeRMSNorm, rows: int):
 def network(module: HfMoeMLP, rows: int) -> experts.Network | None:
     """The weights of a dense network, or None where the kernels can't take its place."""
     names = ["gate_proj"] * module.gated + ["up_proj", "down_proj"]
-    if rows > experts.MAX_TOKENS or type(module.act_fn) not in ACTIVATIONS:
+    if rows > experts.MAX_TOKENS or activation(module.act_fn) is None:
         return None
     if not all(plain(getattr(module, name)) for name in names):
         return None
@@ -41,11 +42,11 @@ def network(module: HfMoeMLP, rows: int) -> experts.Network | None:
 
 
 def mlp_forward(module: HfMoeMLP, rows: int):
-    weights, act = network(module, rows), ACTIVATIONS.get(type(module.act_fn))
+    weights, computed = network(module, rows), Formula(activation(module.act_fn), module.gated)
 
     def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         x = hidden_states.flatten(0, -2)
-        return experts.mixture(x, None, None, None, weights, act, residual).view_as(hidden_states)
+        return experts.mixture(x, None, None, None, weights, computed, residual).view_as(hidden_states)
 
     return weights and forward
 
@@ -77,14 +78,14 @@ def chooser(gate: nn.Module):
 
 def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
     routed = module.experts
-    if type(routed) is not HfMoeExperts:  # another class has a gate of its own, an adapter does more
+    if type(routed) not in (HfMoeExperts, HfMoeClampedExperts):  # an adapter does more
         return None
-    act = ACTIVATIONS.get(type(routed.act_fn))
-    if act is None or module.shared_expert_gate is not None or module.scales_input:
+    computed = formula(routed)
+    if computed is None or module.shared_expert_gate is not None or module.scales_input:
         return None
     if rows > experts.MAX_TOKENS:
         return many_forward(module)
-    return few_forward(module, act, rows)
+    return few_forward(module, computed, rows)
 
 
 def many_forward(module: HfMoeSparseMoeBlock):
@@ -103,9 +104,10 @@ def many_forward(module: HfMoeSparseMoeBlock):
     return forward
 
 
-def few_forward(module: HfMoeSparseMoeBlock, act: str, rows: int):
+def few_forward(module: HfMoeSparseMoeBlock, computed: Formula, rows: int):
     routed, config, shared = module.experts, module.gate.config, None
-    if module.shared_experts is not None:
+    beside = computed.clamped  # only the routed ones are: the shared ones then are a launch of their own
+    if module.shared_experts is not None and not beside:
         shared = network(module.shared_experts, rows)
         if shared is None:
             return None
@@ -122,7 +124,10 @@ def few_forward(module: HfMoeSparseMoeBlock, act: str, rows: int):
     def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None) -> torch.Tensor:
         x = hidden_states.flatten(0, -2)
         weights, index = chosen(x, token_mask, input_ids)
-        return experts.mixture(x, weights, index, weights_of, shared, act, residual).view_as(hidden_states)
+        if beside and module.shared_experts is not None:
+            added = module.shared_experts(x)
+            residual = added if residual is None else added + residual.view_as(added)
+        return experts.mixture(x, weights, index, weights_of, shared, computed, residual).view_as(hidden_states)
 
     return forward
 

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..activations import ACTIVATIONS
+from ..activations import ACTIVATIONS, activate
+from ..formula import Formula
 from .overlap import OVERLAP, let_next_start, wait_for_last
 
 MAX_TOKENS = 64  # one tile of rows; with more, sorting by expert is cheaper
@@ -111,6 +112,8 @@ def up_kernel(
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
     BY_SLOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -154,9 +157,7 @@ def up_kernel(
             if GATED:
                 bias = tl.load(gate_bias_ptr + which * bias_stride + column, mask=biased, other=0.0)
                 gate += bias.to(tl.float32)[None, :]
-        hidden, _ = ACTIVATION(gate if GATED else up)
-        if GATED:
-            hidden *= up
+        hidden, _, _ = activate(gate if GATED else up, up, ACTIVATION, GATED, LIMIT, SHIFT)
         target = out_ptr + place[:, None] * I + column[None, :]
         tl.store(target, hidden.to(out_ptr.dtype.element_ty), mask=taken[:, None] & inside[None, :])
 
@@ -264,13 +265,13 @@ def mixture(
     index: torch.Tensor | None,
     routed: Network | None,
     shared: Network | None,
-    activation: str,
+    formula: Formula,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """sum_k weight_{t,k} FFN_{index_{t,k}}(x_t) + FFN_shared(x_t): [T, D] of x [T, D], weights and index [T, K].
 
-    Either network may be missing; the shared one has E = 1. `activation` is a key of `ACTIVATIONS`. An index of E or
-    more adds nothing. `residual` [T, D] is added to the sum, once that has x's dtype.
+    Either network may be missing; the shared one has E = 1. `formula` is that of both. An index of E or more
+    adds nothing. `residual` [T, D] is added to the sum, once that has x's dtype.
     """
     (tokens, dim), experts, top_k, parts, width = x.shape, 0, 0, 0, 0
     size = min(MAX_PART, shared.up.shape[1]) if routed is None else routed.up.shape[1]
@@ -308,7 +309,9 @@ def mixture(
         top_k,
         parts,
         GATED=one.gate is not None,
-        ACTIVATION=ACTIVATIONS[activation],
+        ACTIVATION=ACTIVATIONS[formula.activation],
+        LIMIT=formula.limit,
+        SHIFT=formula.shift,
         **settings,
         **tile_arguments("up", x, "BLOCK_I", "BLOCK_D"),
         **OVERLAP,

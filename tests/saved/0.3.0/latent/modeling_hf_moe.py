@@ -93,7 +93,7 @@ class HfMoeExperts(nn.Module):
 
 
 class HfMoeClampedExperts(HfMoeExperts):
-    """Experts whose gate is `clamped_swiglu`; a class of its own, so that kernels see that it isn't act(gate) * up."""
+    """Experts whose gate is `clamped_swiglu`."""
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return clamped_swiglu(gate_up, self.config.experts_swiglu_limit, self.config.experts_swiglu_alpha)
