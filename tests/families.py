@@ -23,6 +23,8 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
+    "linear_num_heads": 4,
+    "linear_head_dim": 8,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -74,13 +76,24 @@ FURTHER = {
     },
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 8},
+    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 8, "zero_expert_num": 2},
     "qwen4_exp_text": {"layer_types": ["linear_attention"] * 4},
     "zaya": dict.fromkeys(("num_experts_per_tok", "moe_topk"), 1),
 }
 # model_type -> why it has no experts beside a router, or no tiny model.
 LEFT_OUT = {
     "doge": "its experts are rows of two embeddings, not networks",
+}
+
+NO_INTERFACE = dict.fromkeys(
+    ("dbrx", "jetmoe", "llama4_text", "longcat_flash"), "its experts are called in a way of their own"
+)
+# What is not for some: who, and why.
+NOT_FOR = {
+    "esft": {"dbrx": "its experts are one matrix", "jetmoe": "its experts are one product"},
+    "lora": {"dbrx": "its experts are one matrix"},
+    "densemixer": NO_INTERFACE,
+    "kernels": NO_INTERFACE | dict.fromkeys(("inkling2_text", "inkling2_loop_text"), "its gate is soft-capped"),
 }
 
 

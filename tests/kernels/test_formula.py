@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from hf_moe.kernels import experts as implementation
 from hf_moe.kernels.formula import Formula, formula
-from tests.families import EXPERTS, FAMILIES, tiny
+from tests.families import EXPERTS, FAMILIES, NO_INTERFACE, NOT_FOR, tiny
 
 
 class Experts(torch.nn.Module):
@@ -62,11 +62,6 @@ def test_gates_that_the_kernels_do_not_know(gate):
     assert formula(Experts(gate)) is None
 
 
-# Families whose experts Transformers has no interface for, and those whose gate the kernels don't know.
-NO_INTERFACE = {"dbrx", "jetmoe", "llama4_text", "longcat_flash"}
-OWN_GATE = {"inkling2_loop_text", "inkling2_text"}
-
-
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_experts_of_every_family_run_in_the_kernels(model_type, device, monkeypatch):
     """Output and every gradient of one layer's experts, beside their own code."""
@@ -89,4 +84,4 @@ def test_experts_of_every_family_run_in_the_kernels(model_type, device, monkeypa
         leaves = [x, weights, *experts.parameters()]
         found.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
     torch.testing.assert_close(*reversed(found), rtol=1e-4, atol=1e-5)
-    assert bool(fallbacks) == (model_type in OWN_GATE)
+    assert bool(fallbacks) == (model_type in NOT_FOR["kernels"])

@@ -71,7 +71,7 @@ def test_gradient_is_the_slow_one_and_the_output_bitwise_the_same(name, implemen
     inputs, wanted = torch.randn(3, 5, 32), torch.randn(3, 5, 32)
     expected, plain = slow_gradients(layer, inputs, wanted), layer(inputs)
 
-    add_dense_mixer(model, find_routers(model))
+    add_dense_mixer(find_routers(model))
     for recompute in (False, True):
         inputs = inputs.detach().clone().requires_grad_()
         output = checkpoint(layer, inputs, use_reentrant=False) if recompute else layer(inputs)
@@ -86,7 +86,7 @@ def test_gradient_is_the_slow_one_and_the_output_bitwise_the_same(name, implemen
 
 def test_nothing_is_computed_outside_training():
     model = olmoe()
-    add_dense_mixer(model, find_routers(model))
+    add_dense_mixer(find_routers(model))
     ids = torch.arange(3, 20).unsqueeze(0)
     assert "StraightThrough" not in graph(model.eval()(ids).logits)
     assert "StraightThrough" in graph(model.train()(ids).logits)
@@ -129,7 +129,7 @@ def test_under_an_adapter_of_the_experts():
     layer, inputs, wanted = model.model.layers[1].mlp, torch.randn(2, 3, 32), torch.randn(2, 3, 32)
     layer.gate.weight.requires_grad_()
     plain = torch.autograd.grad((layer(inputs) * wanted).sum(), layer.gate.weight)[0]
-    add_dense_mixer(model, find_routers(model))
+    add_dense_mixer(find_routers(model))
     (layer(inputs) * wanted).sum().backward()
     expected = plain.clone()
     flat, out = inputs.flatten(0, 1), wanted.flatten(0, 1)

@@ -1,11 +1,25 @@
 """MoeTrainer on every mixture of experts in Transformers: the balance loss reaches the routers, biases move."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from hf_moe.training.balance.dense_mixer import add_dense_mixer, check_dense_mixer
 from hf_moe.training.balance.moe_arguments import MoeTrainingArguments
 from hf_moe.training.trainers.trainer import MoeTrainer
+from hf_moe.training.weights.adapters import AdapterArguments, add_adapter
+from hf_moe.training.weights.esft import (
+    load_rows,
+    merge_rows,
+    save_rows,
+    score_experts,
+    select_experts,
+    split_experts,
+)
 
-from tests.families import FAMILIES, tiny
+from hf_moe.model.balancing import expert_loss, routed, statistics
+from hf_moe.routers import captured, find_routers, routed_experts
+from tests.families import FAMILIES, NOT_FOR, tiny
 
 
 def rows(count: int = 8) -> list[dict]:
@@ -34,3 +48,110 @@ def test_two_steps_balance_every_family(model_type, tmp_path):
     for name, bias in trainer.selection_bias.biases.items():
         steps = (bias - before[name]).abs() / 1e-3
         assert steps.max() > 0.5 and (steps.round() - steps).abs().max() < 0.01, name
+
+
+def refused(model_type: str, what: str):
+    """Inside, a refusal is expected if it is not for this family."""
+    return pytest.raises(ValueError, match=REFUSALS[what]) if model_type in NOT_FOR[what] else nullcontext()
+
+
+REFUSALS = {
+    "esft": "^ESFT needs fused experts beside",
+    "lora": "^lora_parts names routed_experts, but the model has attention only",
+    "densemixer": "^densemixer is on, but .* does not choose the top k of fused experts",
+}
+
+
+def loss_of(model):
+    ids = torch.stack([row["input_ids"] for row in rows(2)])
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_balance_loss_alone_reaches_every_router(model_type):
+    model = tiny(model_type)
+    routers = find_routers(model)
+    with captured(routers, routed_experts(model.config)[1]) as routings:
+        loss_of(model)
+    for name, routing in routings.items():
+        scores = routers[name].affinity(routing.logits_TE.float())
+        batch = routed(routing.logits_TE, scores, routing.index_SK)
+        model.zero_grad()
+        expert_loss(batch, statistics(batch), model.config).backward(retain_graph=True)
+        assert any(x.grad is not None and x.grad.any() for x in routers[name].module.parameters()), name
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_esft_trains_the_busiest_experts_of_every_family(model_type, tmp_path):
+    model = tiny(model_type)
+    ids = torch.stack([row["input_ids"] for row in rows(2)])
+    chosen = select_experts(score_experts(model, [{"input_ids": ids}]), 0.5)
+    with refused(model_type, "esft"):
+        split_experts(model, chosen)
+        loss_of(model.train()).backward()
+        trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
+        assert len(trained) >= 2 * len(chosen) and all(x.grad.any() for x in trained.values())
+        with torch.no_grad():
+            for x in trained.values():
+                x.add_(1)
+        save_rows(model, tmp_path)
+        whole = tiny(model_type)
+        load_rows(whole, tmp_path)
+        merge_rows(model)
+        assert all(torch.equal(x, model.state_dict()[name]) for name, x in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_adapter_on_the_routed_experts_of_every_family(model_type):
+    model = tiny(model_type)
+    words = (".experts.", ".mlp.input_linear", ".mlp.output_linear")  # the last two are JetMoE's
+    experts = [name for name, x in model.named_parameters() if x.dim() == 3 and any(word in name for word in words)]
+    with refused(model_type, "lora"):
+        adapted, said = add_adapter(model, AdapterArguments(lora_parts=["routed_experts"], lora_r=2))
+        assert said.startswith(f"adapter on {len(experts)} matrices of routed_experts")
+        loss_of(adapted.train()).backward()
+        trained = {name: x for name, x in adapted.named_parameters() if x.requires_grad}
+        assert len(trained) == 2 * len(experts) and all(x.grad is not None for x in trained.values())
+        assert all(x.grad.any() for name, x in trained.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_densemixer_teaches_the_routers_of_every_family(model_type):
+    model = tiny(model_type).train()
+    routers = find_routers(model)
+
+    def gradients():
+        model.zero_grad()
+        torch.manual_seed(0)
+        loss = loss_of(model)
+        loss.backward()
+        return loss, [x.grad.clone() for r in routers.values() for x in r.module.parameters() if x.grad is not None]
+
+    (loss, plain), mixed = gradients(), None
+    with refused(model_type, "densemixer"):
+        check_dense_mixer(model, routers)
+        add_dense_mixer(routers)
+        again, mixed = gradients()
+        assert torch.equal(again, loss)
+        assert not all(torch.allclose(a, b) for a, b in zip(plain, mixed, strict=True))
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "minimax_m2", "llama4_text", "gemma4_text", "deepseek_v4"])
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(model_type, tmp_path):
+    def run(folder, **options):
+        model = tiny(model_type)
+        options |= {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "router_aux_loss_coef": 0.01}
+        options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": True}
+        arguments = MoeTrainingArguments(str(folder), report_to="none", learning_rate=1e-3, **options)
+        trainer = MoeTrainer(model, arguments, train_dataset=rows(16))
+        if trainer.selection_bias.biases:
+            trainer.bias_speed = 1e-3
+        return model, trainer
+
+    model, trainer = run(tmp_path)
+    trainer.train()
+    again, trainer = run(tmp_path)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    start, unbroken, resumed = (x.state_dict() for x in (tiny(model_type), model, again))
+    assert all(torch.equal(x, resumed[name]) for name, x in unbroken.items())
+    assert not all(torch.equal(x, start[name]) for name, x in unbroken.items())

@@ -11,8 +11,6 @@ Costs one forward pass of those experts in the backward pass; it keeps nothing b
 Shapes: T tokens, D hidden size, E routed experts, K experts per token.
 """
 
-import inspect
-
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -20,7 +18,6 @@ from torch.utils.hooks import RemovableHandle
 from hf_moe.routers import Router
 
 TOP_K = ("softmax_topk", "topk_softmax", "sigmoid_topk")
-EXPERT_INPUTS = ["hidden_states", "top_k_index", "top_k_weights"]
 
 
 def check_dense_mixer(model: nn.Module, routers: dict[str, Router]) -> None:
@@ -30,19 +27,14 @@ def check_dense_mixer(model: nn.Module, routers: dict[str, Router]) -> None:
             "densemixer is on, but the model's router weights multiply the experts' input, not their output."
         )
     for name, router in routers.items():
-        layer = around(model, name)
-        if not (chooses_top_k(router.module) and hasattr(layer, "experts") and takes_choice(layer.experts)):
+        if router.layer is None or not (chooses_top_k(router.module) and takes_choice(router.layer.experts)):
             raise ValueError(f"densemixer is on, but {name} does not choose the top k of fused experts for a token.")
+        router.affinity  # noqa: B018  which may be unknown
 
 
-def add_dense_mixer(model: nn.Module, routers: dict[str, Router]) -> list[RemovableHandle]:
-    """Give every router in `model` this gradient, in training, until the handles are removed."""
-    return [handle for name, router in routers.items() for handle in mix(router, around(model, name).experts)]
-
-
-def around(model: nn.Module, name: str) -> nn.Module:
-    """The layer that a router is in."""
-    return model.get_submodule(name.rpartition(".")[0])
+def add_dense_mixer(routers: dict[str, Router]) -> list[RemovableHandle]:
+    """Give every router this gradient, in training, until the handles are removed."""
+    return [handle for router in routers.values() for handle in mix(router, router.layer.experts)]
 
 
 def chooses_top_k(router: nn.Module) -> bool:
@@ -51,8 +43,10 @@ def chooses_top_k(router: nn.Module) -> bool:
 
 
 def takes_choice(experts: nn.Module) -> bool:
+    """Whether their forward is sum_k weight_k FFN_k of (hidden states, indices, weights), as Transformers' interface
+    of experts has it."""
     base = experts.get_base_layer() if hasattr(experts, "get_base_layer") else experts
-    return list(inspect.signature(base.forward).parameters)[:3] == EXPERT_INPUTS
+    return hasattr(base, "has_gate")
 
 
 def mix(router: Router, experts: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
@@ -65,14 +59,16 @@ def mix(router: Router, experts: nn.Module) -> tuple[RemovableHandle, RemovableH
             parts = output if isinstance(output, tuple) else (output,)
             logits.append(parts[router.logits].flatten(0, -2))
 
-    def learn_from_all(module, args, output):
+    def learn_from_all(module, args, kwargs, output):
         if not logits:
             return output
-        hidden_TD, index_TK, weights_TK = args
+        hidden_TD, index_TK, weights_TK = (*args, *kwargs.values())
         weights_TE = other_weights(router.affinity(logits.pop().float()), index_TK, weights_TK)
         return StraightThrough.apply(output, weights_TE, hidden_TD, index_TK, module)
 
-    return router.module.register_forward_hook(remember), experts.register_forward_hook(learn_from_all)
+    return router.module.register_forward_hook(remember), experts.register_forward_hook(
+        learn_from_all, with_kwargs=True
+    )
 
 
 def other_weights(affinity_TE: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:

@@ -262,7 +262,7 @@ class MoeTrainerMixin(PublishingMixin):
             self.average.start(self.accelerator.unwrap_model(self.model))
         check_checkpointing(self.moe, self.balance.coefficients)
         if moe_argument(self.args, "densemixer"):
-            self.mixing += add_dense_mixer(self.moe, self.routers)
+            self.mixing += add_dense_mixer(self.routers)
 
     def end_routing_step(self) -> None:
         """Move the selection biases and keep the step's metrics; called after the optimizer moved."""

@@ -11,7 +11,7 @@ Paper: https://arxiv.org/abs/2106.09685. On PEFT 0.21, which decides how each pa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,9 +19,10 @@ from torch import nn
 
 from ..balance.selection_bias import base_name
 from ..host_trl import LoraLayer, adapted_name, show_bias
-from .groups import part_of
+from .groups import parts_of
 from .quantized import STORED, check_quantization
 
+EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")  # of Transformers' fused experts, to PEFT
 # Each is made of matrices only; what else is in them (biases, sinks) stays as it is.
 LORA_PARTS = ("attention", "dense_mlp", "shared_experts", "routed_experts")
 
@@ -83,14 +84,19 @@ def check_adapter_arguments(args: AdapterArguments, trainable: str) -> None:
 def matrices(model: nn.Module) -> dict[str, str]:
     """Name -> part, of each weight matrix in LORA_PARTS, fused ones too.
 
-    A matrix with one row or column (the gate of a shared expert) is left out.
+    A matrix with one row or column (the gate of a shared expert) is left out, and one whose layer does something else
+    with it than a product (DeepSeek-V4's grouped projection).
     """
-    found = {
-        name: part_of(name)
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 or (name.endswith(".weight") and parameter.dim() == 2 and min(parameter.shape) > 1)
-    }
-    return {name: part for name, part in found.items() if part in LORA_PARTS}
+    found = {name: part for name, part in parts_of(model).items() if part in LORA_PARTS}
+    return {name: part for name, part in found.items() if is_matrix(model, name, part)}
+
+
+def is_matrix(model: nn.Module, name: str, part: str) -> bool:
+    parameter, owner = model.get_parameter(name), type(model.get_submodule(name.rpartition(".")[0]))
+    if parameter.dim() == 3:
+        return part == "routed_experts"
+    own_product = issubclass(owner, nn.Linear) and owner.__module__.startswith("transformers.models.")
+    return name.endswith(".weight") and parameter.dim() == 2 and min(parameter.shape) > 1 and not own_product
 
 
 def lora_targets(model: nn.Module, parts: list[str]) -> dict[str, str]:
@@ -113,6 +119,20 @@ def token_rows(model: nn.Module, tokens: list[int]) -> dict[str, list[int]] | No
     return found if head is None or head.weight is embeddings.weight else found | {names[head]: tokens}
 
 
+def endings(wanted: set[str], names: Iterable[str], words: int) -> set[str]:
+    """The ends of the wanted names, of at least so many words, that no other of `names` has: few, for they are the
+    same in every layer."""
+    others = {end for name in names if name not in wanted for end in ends(name, 1)}
+    return {next(end for end in ends(name, words) if end not in others) for name in wanted}
+
+
+def ends(name: str, words: int) -> Iterator[str]:
+    """Of at least so many words; `weight` is none."""
+    parts = name.split(".")
+    first = words + (parts[-1] == "weight")
+    return (".".join(parts[-count:]) for count in range(min(first, len(parts)), len(parts) + 1))
+
+
 def lora_config(
     model: nn.Module, args: AdapterArguments, tokens: Sequence[int] = ()
 ) -> tuple[LoraConfig, dict[str, str]]:
@@ -127,13 +147,15 @@ def lora_config(
         raise ValueError(
             f"{heads[0]}: PEFT's wrapper would hide the attention around it; lora_parts can be attention."
         )
-    # The last names of a path are the same in every layer: few targets, which any number of layers answers to.
-    modules = {name.split(".")[-2] for name, part in targets.items() if part == "attention"}
-    parameters = {
-        ".".join(name.split(".")[-3 if name.endswith(".weight") else -2 :])
+    # What PEFT would take for an expert's matrix, and all that is no module, is reached as a parameter.
+    as_modules = {
+        name.removesuffix(".weight")
         for name, part in targets.items()
-        if part != "attention"
+        if part == "attention" and name.split(".")[-2] not in EXPERT_MATRICES
     }
+    as_parameters = {name for name in targets if name.removesuffix(".weight") not in as_modules}
+    modules = endings(as_modules, [name for name, _ in model.named_modules()], 1)
+    parameters = endings(as_parameters, [name for name, _ in model.named_parameters()], 2)
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,

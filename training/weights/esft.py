@@ -80,7 +80,7 @@ def score_experts(model: nn.Module, batches: Iterable[dict], score: str = "token
     """
     model.eval()
     base = base_model(model)
-    routers, top_k = find_routers(base), routed_experts(base.config)[1]
+    routers, (experts, top_k) = find_routers(base), routed_experts(base.config)
     totals = {}
     for batch in batches:
         inputs = {name: batch[name].to(base.device) for name in INPUTS if name in batch}
@@ -93,6 +93,7 @@ def score_experts(model: nn.Module, batches: Iterable[dict], score: str = "token
             values = (weights.double() * token.unsqueeze(-1)).flatten()
             total = totals.setdefault(name, values.new_zeros(routing.logits_TE.shape[-1]))
             total.index_add_(0, routing.index_SK.flatten(), values)
+    totals = {name: total[:experts] for name, total in totals.items()}  # some have choices beyond, that do nothing
     return {name: total / total.sum() for name, total in totals.items()}
 
 

@@ -4,20 +4,26 @@ The groups are those that ST-MoE compares (https://arxiv.org/abs/2202.08906, 4.2
 """
 
 import re
+from itertools import chain
 from typing import NamedTuple
 
 from torch import nn
 
-# Part -> what the names of its parameters hold. Shared experts serve every token, as a dense layer does.
+from hf_moe.routers import find_routers
+
+# Part -> what the names of its parameters hold; the first that fits counts. Routers and routed experts are those that
+# the model's layers call so, if it has any beside a router. Shared experts serve every token, as a dense layer does.
 PARTS = {
-    "embeddings": r"(^|\.)(embed_tokens|lm_head|score)\.",
-    "norms": r"(^|\.)[a-z_]*norm\.(weight|bias)$",
-    "attention": r"\.self_attn\.(?!gate\.|[qo]_experts$|[a-z_]*norm\.)",
-    "dense_mlp": r"\.mlp\.(gate|up|down|gate_up)_proj\.",
-    "shared_experts": r"\.mlp\.shared_expert(s|_gate)?\.",
+    "embeddings": r"(^|\.)(embed_tokens|embeddings|wte|lm_head|score)\.",
+    "norms": r"(^|\.)[a-z_]*norm[a-z0-9_]*\.(weight|bias)$",
+    "attention": r"\.(self_attn|attn|norm_attn_norm|linear_attn|self_attention|attention)\."
+    r"(?!gate\.|[qo]_experts$|[a-z_]*norm\.|.*indexer)|\.mixer\.[qkvo]_proj\.",
+    "dense_mlp": r"\.(mlp|mlps\.\d+|feed_forward|mixer)\.(gate|up|down|gate_up)_proj\.|\.feed_forward\.w[123]\.",
+    "shared_experts": r"\.shared_(expert|mlp)[a-z_]*\.",
     "routed_experts": r"\.mlp\.experts\.|\.self_attn\.[qo]_experts$",
     "router": r"\.(mlp|self_attn)\.(gate|router)\.",
     "multi_token": r"\.mtp_layers\.\d+\.eh_proj\.",
+    "other": "",
 }
 
 MOE = ("routed_experts", "router")
@@ -41,20 +47,32 @@ class Size(NamedTuple):
     parameters: int = 0
 
 
-def part_of(name: str) -> str:
-    """The part that a parameter belongs to. Raises ValueError for a name that belongs to none."""
-    found = [part for part, pattern in PARTS.items() if re.search(pattern, name)]
-    if not found:
-        raise ValueError(f"Parameter {name} belongs to none of {', '.join(PARTS)}: this model cannot train in groups.")
-    assert len(found) == 1, (name, found)
-    return found[0]
+def parts_of(model: nn.Module) -> dict[str, str]:
+    """Name of each parameter -> the part that it belongs to."""
+    names = {part: name for name, part in model.named_modules()}
+    places = {}
+    for name, router in find_routers(model).items():
+        places[f"{name}."] = "router"
+        if router.layer is not None:
+            places[f"{names[router.layer]}.experts."] = "routed_experts"
+        else:  # JetMoE's are tensors of the layer
+            start = f"{name.rpartition('.')[0]}."
+            fused = (key for key, x in model.named_parameters() if x.dim() == 3 and key.startswith(start))
+            places |= dict.fromkeys(fused, "routed_experts")
+    return {name: part_of(name, places) for name, _ in model.named_parameters()}
+
+
+def part_of(name: str, places: dict[str, str] | None = None) -> str:
+    """The part of a parameter: by the `places` where routers and experts are, else by its name."""
+    placed = (part for start, part in (places or {}).items() if name.startswith(start))
+    return next(chain(placed, (part for part, pattern in PARTS.items() if re.search(pattern, name))))
 
 
 def part_sizes(model: nn.Module) -> dict[str, Size]:
     """Part -> its size, of the parts that the model has. Weights that are tied count once."""
-    sizes = {}
+    sizes, parts = {}, parts_of(model)
     for name, parameter in model.named_parameters():
-        part = part_of(name)
+        part = parts[name]
         tensors, parameters = sizes.get(part, Size())
         sizes[part] = Size(tensors + 1, parameters + parameter.numel())
     return {part: sizes[part] for part in PARTS if part in sizes}
@@ -63,7 +81,7 @@ def part_sizes(model: nn.Module) -> dict[str, Size]:
 def train_group(model: nn.Module, group: str) -> str:
     """Freeze all but `group`, a key of GROUPS; returns what trains, in words. To be called before a trainer is made.
 
-    Raises ValueError for an unknown group, one without a parameter in this model, or a parameter in no part.
+    Raises ValueError for an unknown group, or one without a parameter in this model.
     """
     if group not in GROUPS:
         raise ValueError(f"trainable is {group!r}; it can be {', '.join(GROUPS)}.")
@@ -74,8 +92,9 @@ def train_group(model: nn.Module, group: str) -> str:
             f"trainable {group} has no parameter in this model: it takes {', '.join(GROUPS[group])}, and the model "
             f"has {', '.join(sizes)}."
         )
+    parts = parts_of(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in chosen)
+        parameter.requires_grad_(parts[name] in chosen)
     return description(group, chosen, sizes)
 
 

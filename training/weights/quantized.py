@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from hf_moe.model.unquantized import fused_in_full_precision
 
-from .groups import part_of
+from .groups import parts_of
 
 BLOCK = 64  # numbers that share a scale; the scales are quantised in turn ("double quantisation")
 FP8, FP8_BLOCK = torch.float8_e4m3fn, 128
@@ -186,12 +186,14 @@ def quantize_experts(model: nn.Module, stored: str = "nf4") -> str:
     left = fused_in_full_precision(model)
     if not left:
         raise ValueError(f"{type(model).__name__} has no expert in full precision: there is nothing to quantise.")
-    return quantize(model, {name: part_of(name) for name in left}, None, stored)
+    parts = parts_of(model)
+    return quantize(model, {name: parts[name] for name in left}, None, stored)
 
 
 def coverage(model: nn.Module, targets: dict[str, str], before: int, after: int, stored: str = "nf4") -> str:
     """What is stored in fewer bits, in words. Raises ValueError unless it is `targets` and nothing else."""
-    found = {name: part_of(name) for name, x in model.named_parameters() if isinstance(x, STORED[stored])}
+    parts = parts_of(model)
+    found = {name: parts[name] for name, x in model.named_parameters() if isinstance(x, STORED[stored])}
     if found != targets:
         wrong = sorted(found.items() ^ targets.items())
         raise ValueError(f"{len(wrong)} weights are stored in another way than was asked, first {wrong[0][0]}.")
