@@ -93,6 +93,9 @@ NOT_FOR = {
     "esft": {"dbrx": "its experts are one matrix", "jetmoe": "its experts are one product"},
     "lora": {"dbrx": "its experts are one matrix"},
     "densemixer": NO_INTERFACE,
+    "replay": dict.fromkeys(
+        ("gemma4_text", "inkling_text", "jetmoe", "llama4_text", "phimoe"), "its weights are more than scores"
+    ),
     "kernels": NO_INTERFACE | dict.fromkeys(("inkling2_text", "inkling2_loop_text"), "its gate is soft-capped"),
 }
 

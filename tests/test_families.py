@@ -127,3 +127,15 @@ def test_one_chosen_expert_tells_its_scores_too():
     affinity = find_routers(tiny("mixtral", num_experts_per_tok=1))["model.layers.0.mlp.gate"].affinity
     logits = torch.randn(3, 8)
     torch.testing.assert_close(affinity(logits), logits.softmax(-1))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_routers_of_16_bits_are_read_as_those_of_32(model_type):
+    def read(model):
+        return {name: router.found._replace(reason="") for name, router in find_routers(model).items()}
+
+    expected, model = read(tiny(model_type)), tiny(model_type).to(torch.bfloat16)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    assert read(model) == expected
+    after = model.state_dict()
+    assert all(x.dtype == after[name].dtype and torch.equal(x, after[name]) for name, x in before.items())

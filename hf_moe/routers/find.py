@@ -68,6 +68,14 @@ class Router(NamedTuple):
             )
         return self.found.affinity
 
+    def weights(self, logits: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
+        """[T, K] in float32: what experts that were chosen elsewhere weigh, by these logits, in one of Transformers'
+        own. Raises ValueError where no call of the experts showed it."""
+        if self.found.scale is None:
+            raise ValueError(f"What {self.name} makes of scores is unknown: its experts cannot be chosen elsewhere.")
+        scores_TK = self.affinity(logits.float()).gather(-1, index_TK)
+        return self.found.scale * (scores_TK / scores_TK.sum(-1, keepdim=True) if self.found.normalized else scores_TK)
+
     @property
     def policy(self) -> bool:
         """Whether it learns by REINFORCE."""

@@ -20,7 +20,7 @@ from torch import nn
 from ..model.routing import sigmoid_affinity, softmax_affinity
 
 TOKENS = 32
-TOLERANCE = 1e-4  # of a weight, relative: routers compute in bfloat16 at times
+TOLERANCE = 1e-4  # of a weight, relative
 TOP_K = ("top_k", "num_experts_per_tok")  # what layers call K
 LIFTED, FAR = 1, 1e3  # an expert, and a bias beyond any score, with which it is chosen
 
@@ -53,12 +53,14 @@ BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 
 class Found(NamedTuple):
     """Of a router: `affinity`, logits [T, E] to scores [T, E], None where it could not be established, for a `reason`;
-    whether the chosen scores are divided by their sum, to be weights; the selection bias's name within the layer."""
+    whether the chosen scores are divided by their sum, to be weights; the selection bias's name within the layer; what
+    weights are multiplied by besides, None where no call of experts showed that."""
 
     affinity: Callable[[torch.Tensor], torch.Tensor] | None = None
     normalized: bool = False
     bias: str | None = None
     reason: str = ""
+    scale: float | None = None
 
 
 class Call(NamedTuple):
@@ -81,17 +83,21 @@ def probed(layer: nn.Module, router: nn.Module, place: int, config) -> Found:
 
 def probe(layer: nn.Module, router: nn.Module, place: int, config) -> Found:
     try:
-        with standing_still(layer), gathered(layer), spread(router), choosing_two(layer):
+        with standing_still(layer), gathered(layer), in_float32(layer), spread(router), choosing_two(layer):
             first = call(layer, router, place, config)
             bias = find_bias(layer, router, place, config, first)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, StopIteration) as error:
         # Layers are as many as their authors: what cannot be called so is told by the table, or said.
         said = " ".join(str(error).split()) or type(error).__name__
         return known(config)._replace(bias=bias_by_name(layer), reason=f"its layer cannot be tried: {said}")
-    fits = {name: is_one for name, affinity in AFFINITIES.items() if (is_one := explains(affinity, first)) is not None}
+    tried = {name: explains(affinity, first) for name, affinity in AFFINITIES.items()}
+    fits = {name: factors_T for name, factors_T in tried.items() if factors_T is not None}
     if len(fits) == 1:
-        ((name, is_one),) = fits.items()
-        return Found(AFFINITIES[name], not is_one, bias)
+        ((name, factors_T),) = fits.items()
+        normalized = not same(factors_T)
+        scales_T = first.weights_TK.float().sum(dim=-1) if normalized else factors_T
+        scale = round(scales_T.mean().item(), 4) if same(scales_T) else None
+        return Found(AFFINITIES[name], normalized, bias, scale=scale)
     reason = f"fit {' and '.join(fits)}" if fits else f"are explained by none of {', '.join(AFFINITIES)}"
     return known(config)._replace(bias=bias, reason=f"its experts' weights {reason}")
 
@@ -101,16 +107,18 @@ def known(config) -> Found:
     return Found(*KNOWN.get(getattr(config, "model_type", None), ()))
 
 
-def explains(affinity: Callable[[torch.Tensor], torch.Tensor], seen: Call) -> bool | None:
-    """Whether weights are scores times one factor for all tokens, True, or one a token, False; None if neither."""
+def explains(affinity: Callable[[torch.Tensor], torch.Tensor], seen: Call) -> torch.Tensor | None:
+    """The factor between a token's scores and its weights [T]; None where it is not one."""
     scores_TK = affinity(seen.logits_TE.float()).gather(-1, seen.index_TK)
     factors_TK = seen.weights_TK.float() / scores_TK
     if not factors_TK.isfinite().all() or factors_TK.shape[1] == 1:  # one weight that may be normalised says nothing
         return None
     within = TOLERANCE * factors_TK.abs().max()
-    if (factors_TK - factors_TK[:, :1]).abs().max() > within:
-        return None
-    return bool((factors_TK - factors_TK[0]).abs().max() <= within)
+    return factors_TK[:, 0] if (factors_TK - factors_TK[:, :1]).abs().max() <= within else None
+
+
+def same(values_T: torch.Tensor) -> bool:
+    return bool((values_T - values_T[0]).abs().max() <= TOLERANCE * values_T.abs().max())
 
 
 def find_bias(layer: nn.Module, router: nn.Module, place: int, config, before: Call) -> str | None:
@@ -202,6 +210,21 @@ def gathered(layer: nn.Module) -> AbstractContextManager:
     from deepspeed.zero import GatheredParameters
 
     return GatheredParameters(parts)
+
+
+@contextmanager
+def in_float32(layer: nn.Module) -> Iterator[None]:
+    """Weights of 16 bits but the experts' as float32: rounded, scores and weights would not tell which function."""
+    parts = [*layer.named_parameters(), *layer.named_buffers()]
+    halves = [x for name, x in parts if not name.startswith("experts.") and x.dtype in (torch.bfloat16, torch.float16)]
+    values = [x.data for x in halves]
+    try:
+        for tensor in halves:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, before in zip(halves, values, strict=True):
+            tensor.data = before
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hf_moe.training.balance.dense_mixer import add_dense_mixer, check_dense_mixer
 from hf_moe.training.balance.moe_arguments import MoeTrainingArguments
+from hf_moe.training.balance.router_replay import check_replayable, of_batches, recording, replayed
 from hf_moe.training.trainers.trainer import MoeTrainer
 from hf_moe.training.weights.adapters import AdapterArguments, add_adapter
 from hf_moe.training.weights.esft import (
@@ -19,7 +20,7 @@ from hf_moe.training.weights.esft import (
 
 from hf_moe.model.balancing import expert_loss, routed, statistics
 from hf_moe.routers import captured, find_routers, routed_experts
-from tests.families import FAMILIES, NOT_FOR, tiny
+from tests.families import EXPERTS, FAMILIES, NOT_FOR, tiny
 
 
 def rows(count: int = 8) -> list[dict]:
@@ -58,6 +59,7 @@ def refused(model_type: str, what: str):
 REFUSALS = {
     "esft": "^ESFT needs fused experts beside",
     "lora": "^lora_parts names routed_experts, but the model has attention only",
+    "replay": "^router_replay needs routers whose weights are known for experts that were chosen elsewhere",
     "densemixer": "^densemixer is on, but .* does not choose the top k of fused experts",
 }
 
@@ -155,3 +157,24 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(model_type, tmp_path):
     start, unbroken, resumed = (x.state_dict() for x in (tiny(model_type), model, again))
     assert all(torch.equal(x, resumed[name]) for name, x in unbroken.items())
     assert not all(torch.equal(x, start[name]) for name, x in unbroken.items())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_replayed_experts_of_every_family(model_type):
+    """Its own choices again give its own logits; other experts are those that compute."""
+    model = tiny(model_type)
+    routers = find_routers(model)
+    ids = torch.stack([row["input_ids"] for row in rows(2)])
+    with refused(model_type, "replay"), torch.no_grad():
+        check_replayable(routers, model)
+        with recording(routers) as calls:
+            logits = model(input_ids=ids, use_cache=False).logits
+        own = of_batches(calls, ids.shape[1])
+        with replayed(routers, own):
+            again = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-5)
+        others = {name: (x + 1) % EXPERTS for name, x in own.items()}
+        with replayed(routers, others), recording(routers) as calls:
+            changed = model(input_ids=ids, use_cache=False).logits
+        assert not torch.equal(changed, logits)
+        assert all(torch.equal(x, others[name]) for name, x in of_batches(calls, ids.shape[1]).items())

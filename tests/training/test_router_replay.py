@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from hf_moe.training.balance.router_replay import UNKNOWN, check_replayable, fit, of_generation, recording, replayed
+from hf_moe.training.balance.router_replay import (
+    UNKNOWN,
+    check_replayable,
+    fit,
+    of_batches,
+    of_generation,
+    recording,
+    replayed,
+)
 
 from hf_moe.routers import find_routers
+from tests.families import tiny
 
-from .models import BIASED, hf_moe, olmoe
+from .models import BIASED, hf_moe
 
 ROUTERS = {
     "softmax_topk": {"norm_topk_prob": False, "routed_scaling_factor": 2.5},
@@ -155,10 +164,26 @@ def test_second_forward_of_checkpointing_takes_the_same_experts(rollout):
         torch.testing.assert_close(one, other)
 
 
-def test_routers_of_transformers_are_refused():
-    model = olmoe()
-    with pytest.raises(ValueError, match="router_replay needs hf_moe's routers, but the model is OlmoeForCausalLM"):
+def test_routers_of_unknown_weights_are_refused():
+    model = tiny("phimoe")
+    with pytest.raises(ValueError, match=r"but model.layers.0.mlp.router of PhimoeForCausalLM is not: set it to none"):
         check_replayable(find_routers(model), model)
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "deepseek_v3", "gpt_oss", "deepseek_v4"])
+def test_a_replayed_choice_has_the_gradient_of_the_choice(model_type):
+    model, gradients = tiny(model_type), []
+    model.gradient_checkpointing_enable()
+    routers = find_routers(model)
+    with recording(routers) as calls:
+        model(PROMPTS, use_cache=False)
+    for indices in ({}, of_batches(calls, PROMPTS.shape[1])):
+        model.zero_grad()
+        with replayed(routers, indices):
+            model.train()(PROMPTS, labels=PROMPTS, use_cache=False).loss.backward()
+        gradients.append({name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None})
+    assert sum(x.any().item() for name, x in gradients[0].items() if "gate" in name or "router" in name)
+    torch.testing.assert_close(*gradients)
 
 
 def test_experts_that_choose_tokens_cannot_be_recorded():

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_moe.model.router import HfMoeRouter
 from hf_moe.model.routing import RouterState
@@ -24,12 +25,23 @@ Indices = dict[str, torch.Tensor]  # router -> [B, S, K] in int16
 
 
 def check_replayable(routers: dict[str, Router], model: nn.Module) -> None:
-    """Raises ValueError for routers whose formula for the weights is not known here."""
-    if not routers or not all(isinstance(router.module, HfMoeRouter) for router in routers.values()):
+    """Raises ValueError for routers whose formula for the weights is not known."""
+    unknown = [name for name, router in routers.items() if not (owned(router) or takes_choice(router))]
+    if unknown or not routers:
+        which = f"{unknown[0]} of {type(model).__name__} is not" if unknown else f"{type(model).__name__} has none"
         raise ValueError(
-            f"router_replay needs hf_moe's routers, but the model is {type(model).__name__}: convert it with `hf-moe "
-            "import`, or set router_replay to none."
+            "router_replay needs routers whose weights are known for experts that were chosen elsewhere, "
+            f"but {which}: set it to none."
         )
+
+
+def owned(router: Router) -> bool:
+    return isinstance(router.module, HfMoeRouter)
+
+
+def takes_choice(router: Router) -> bool:
+    """Whether it is one of Transformers' own beside experts that are given indices and weights that are understood."""
+    return router.layer is not None and router.found.scale is not None
 
 
 @contextmanager
@@ -46,7 +58,18 @@ def recording(routers: dict[str, Router]) -> Iterator[dict[str, list[torch.Tenso
 
         return hook
 
-    handles = [router.module.register_forward_hook(keep(name)) for name, router in routers.items()]
+    def keep_given(name: str):
+        def hook(module, args, kwargs):
+            calls.setdefault(name, []).append((*args, *kwargs.values())[1].to(torch.int16))
+
+        return hook
+
+    handles = [
+        router.module.register_forward_hook(keep(name))
+        if owned(router)
+        else router.layer.experts.register_forward_pre_hook(keep_given(name), with_kwargs=True)
+        for name, router in routers.items()
+    ]
     try:
         yield calls
     finally:
@@ -60,24 +83,48 @@ def replayed(routers: dict[str, Router], indices: Indices) -> Iterator[None]:
 
     To be open until the backward pass is over: activation checkpointing repeats the forward there.
     """
-
-    def replay(recorded_TK: torch.Tensor):
-        def hook(module, args, output):
-            logits_TE, *_, baseline_T = output
-            mask_T = args[1] if len(args) > 1 else None
-            index_TK = recorded_TK.to(logits_TE.device, torch.long)
-            # As outside training, where a token's experts depend on nothing but the token.
-            state = RouterState(False, mask_T, module.e_score_correction_bias, None, index_TK)
-            return (logits_TE, *module.router.assign(logits_TE, module.config, state), baseline_T)
-
-        return hook
-
     with ExitStack() as stack:
         for name, index_BSK in indices.items():
-            module = routers[name].module
-            if not module.router.hashed:  # which always chooses the same
-                stack.callback(module.register_forward_hook(replay(index_BSK.flatten(0, 1))).remove)
+            replay = replay_in_router if owned(routers[name]) else replay_in_experts
+            for handle in replay(routers[name], index_BSK.flatten(0, 1)):
+                stack.callback(handle.remove)
         yield
+
+
+def replay_in_router(router: Router, recorded_TK: torch.Tensor) -> list[RemovableHandle]:
+    """hf_moe's routers assign tokens anew."""
+
+    def hook(module, args, output):
+        logits_TE, *_, baseline_T = output
+        mask_T = args[1] if len(args) > 1 else None
+        index_TK = recorded_TK.to(logits_TE.device, torch.long)
+        # As outside training, where a token's experts depend on nothing but the token.
+        state = RouterState(False, mask_T, module.e_score_correction_bias, None, index_TK)
+        return (logits_TE, *module.router.assign(logits_TE, module.config, state), baseline_T)
+
+    hashed = router.own.hashed  # which always chooses the same
+    return [] if hashed else [router.module.register_forward_hook(hook)]
+
+
+def replay_in_experts(router: Router, recorded_TK: torch.Tensor) -> list[RemovableHandle]:
+    """The experts beside one of Transformers' own are given others than it chose, and their weights."""
+    logits = []
+
+    def remember(module, args, output):
+        parts = output if isinstance(output, tuple) else (output,)
+        logits[:] = [parts[router.logits].flatten(0, -2)]
+
+    def exchange(module, args, kwargs):
+        hidden_TD, index_TK, weights_TK = (*args, *kwargs.values())
+        recorded = recorded_TK.to(index_TK)
+        index_TK = torch.where(recorded == UNKNOWN, index_TK, recorded)
+        return (hidden_TD, index_TK, router.weights(logits.pop(), index_TK).to(weights_TK.dtype)), {}
+
+    experts = router.layer.experts
+    return [
+        router.module.register_forward_hook(remember),
+        experts.register_forward_pre_hook(exchange, with_kwargs=True),
+    ]
 
 
 def of_generation(calls: dict[str, list[torch.Tensor]], sequences: int) -> Indices:
