@@ -3,13 +3,17 @@ layers do."""
 
 import pytest
 import torch
+from hf_moe.training.balance.counts import Balance
+from hf_moe.training.balance.metrics import DROPPED, rows, split
+from hf_moe.training.balance.moe_arguments import MoeTrainingArguments
 from hf_moe.training.balance.selection_bias import SelectionBias
 
 from hf_moe.model.balancing import expert_loss, routed, statistics
 from hf_moe.routers import captured, find_routers, routed_experts
 from hf_moe.routers.probe import KNOWN
+from hf_moe.telemetry.counts import RouterCounts
 
-from .families import FAMILIES, LEFT_OUT, TOP_K, tiny
+from .families import EXPERTS, FAMILIES, LEFT_OUT, TOP_K, tiny
 
 # Slow formulas of their papers, for those whose scores no call of their experts shows.
 SCORES = {
@@ -42,16 +46,21 @@ def slow_balance_loss(scores_TE: torch.Tensor, index_TK: torch.Tensor) -> float:
     tokens, experts = scores_TE.shape
     counts, shares = [0.0] * experts, [0.0] * experts
     for row, chosen in zip(scores_TE.tolist(), index_TK.tolist(), strict=True):
-        for expert in set(chosen):
+        for expert in set(chosen) & set(range(experts)):
             counts[expert] += 1
         for expert, score in enumerate(row):
             shares[expert] += score / sum(row) / tokens
     return sum(experts * count / sum(counts) * share for count, share in zip(counts, shares, strict=True))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_what_is_read_of_a_router_is_what_its_layer_does(model_type):
-    model = tiny(model_type)
+# Further kinds of layers of a family: no class names the routers of these, and no other router stands beside them.
+CASES = {model_type: {} for model_type in FAMILIES} | {"deepseek_v4, hash": {"mlp_layer_types": ["hash_moe"] * 4}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_read_of_a_router_is_what_its_layer_does(case):
+    model_type = case.partition(",")[0]
+    model = tiny(model_type, **CASES[case])
     before = {name: x.clone() for name, x in model.state_dict().items()}
     state = torch.random.get_rng_state()
     routers = find_routers(model)
@@ -99,6 +108,55 @@ def test_what_is_read_of_a_router_is_what_its_layer_does(model_type):
         model(input_ids=ids(model), use_cache=False)
     for name in biases.biases:
         assert (lifted[name].index_SK == 1).any(dim=-1).all(), name
+
+
+def test_a_choice_of_no_expert_counts_nowhere(tmp_path):
+    model = tiny("zaya")
+    routers = find_routers(model)
+    biases = SelectionBias(routers)
+    for bias in biases.biases.values():
+        bias.data.zero_()
+    balance = Balance(model, routers, MoeTrainingArguments(str(tmp_path), use_cpu=True, router_aux_loss_coef=0.01))
+    inputs = {"input_ids": ids(model)}
+    with captured(routers, 1) as routings, torch.no_grad():
+        model(**inputs, use_cache=False)
+    batches = balance.read(routings, inputs)
+    counted = balance.count(batches)
+    losses = balance.losses(batches, counted)["router_aux_loss_coef"]
+    sums = split(rows(routings, batches, counted, {}, torch.device("cpu")), [EXPERTS] * len(routers), 0)
+    none = 0
+    for (name, routing), loss, (numbers, _) in zip(routings.items(), losses, sums, strict=True):
+        scores = torch.stack([row.exp() / row.exp().sum() for row in routing.logits_TE])
+        chosen = [max(range(EXPERTS + 1), key=row.__getitem__) for row in scores.tolist()]
+        none += chosen.count(EXPERTS)
+        assert routing.index_SK.flatten().tolist() == chosen
+        assert counted[name].counts_E.tolist() == [chosen.count(expert) for expert in range(EXPERTS)]
+        assert loss.item() == pytest.approx(slow_balance_loss(scores[:, :EXPERTS], routing.index_SK), rel=1e-5)
+        assert numbers[DROPPED] == 0
+    assert 0 < none < 18 * len(routers)
+    biases.update({name: counts.counts_E for name, counts in counted.items()}, 1e-3)
+    for name, bias in biases.biases.items():
+        counts = counted[name].counts_E
+        assert torch.equal(bias.sign(), torch.cat([(counts.mean() - counts).sign(), torch.zeros(1)]))
+
+
+def test_experts_that_compute_nothing_are_none():
+    model = tiny("longcat_flash")
+    routers = find_routers(model)
+    for router in routers.values():
+        router.bias.zero_()
+    seen = calls_of_experts(model, routers)
+    with captured(routers, TOP_K) as routings, torch.no_grad():
+        model(input_ids=ids(model), use_cache=False)
+    for name, routing in routings.items():
+        counts = RouterCounts(routing.experts, 1, 0, torch.device("cpu"))
+        counts.add(routing, routers[name], 0, torch.arange(18), *torch.full((2, 18), -1))
+        slow = [int((seen[name][1] == expert).sum()) for expert in range(EXPERTS + 2)]
+        assert sum(slow[EXPERTS:]) > 0 and counts.chosen_NE.tolist() == [slow[:EXPERTS]]
+        assert 0 < counts.first_NE.sum() < 18
+        p = routing.logits_TE.softmax(-1)[:, :EXPERTS]
+        entropies = -(p / p.sum(-1, keepdim=True)).log().mul(p / p.sum(-1, keepdim=True)).sum()
+        assert counts.entropy_N.item() == pytest.approx(entropies.item(), rel=1e-5)
 
 
 def test_those_left_out_are_there():

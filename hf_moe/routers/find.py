@@ -19,12 +19,14 @@ from .probe import BIASES, Found, known, probed
 class Routing(NamedTuple):
     """What one router answered, and the mask it was given, if any.
 
+    The first `experts` logits are experts'; an index of `experts` or more is a choice of none, which counts nowhere.
     `token_S` names each row's token; None: row t is token t's.
     """
 
     logits_TE: torch.Tensor
     weights_SK: torch.Tensor
     index_SK: torch.Tensor
+    experts: int
     token_S: torch.Tensor | None = None
     mask_T: torch.Tensor | None = None
 
@@ -93,6 +95,11 @@ class Router(NamedTuple):
         owner, _, name = place.rpartition(".")
         return getattr(self.layer.get_submodule(owner), name)
 
+    def experts(self, logits: int) -> int:
+        """How many of the logits are experts': ZAYA's last skips the layer, LongCat's last hand the token on."""
+        said = 1 if self.own is not None or self.config is None else routed_experts(self.config)[0]
+        return min(said, logits) if said > 1 else logits
+
     def read(self, args: tuple, output, top_k: int) -> Routing:
         """The routing in what forward was given, (tokens, mask if it has one), and returned.
 
@@ -102,20 +109,24 @@ class Router(NamedTuple):
         """
         parts = output if isinstance(output, tuple) else (output,)
         logits = parts[self.logits].flatten(0, -2)
+        experts = self.experts(logits.shape[-1])
         index = parts[2] if len(parts) > 2 else None
         if index is not None and index.dim() > 1 and not index.is_floating_point():
             index = index.flatten(0, -2)
             weights = parts[1].detach().flatten(0, -2)
             token = parts[3] if self.own is not None and len(parts) > 3 else None  # elsewhere it is something else
             weights = weights if weights.shape == index.shape else torch.ones_like(index)
+            if experts < logits.shape[-1]:  # ZAYA names its first expert, with a weight of 0, where it chose none
+                index = index.masked_fill(weights == 0, experts)
             # hf_moe's routers are told which tokens count, which differs between those of multi-token prediction.
             mask = args[1] if hasattr(self.module, "router") and len(args) > 1 else None
-            return Routing(logits, weights, index, token, mask)
+            return Routing(logits, weights, index, experts, token, mask)
         index = logits.detach().topk(top_k, dim=-1).indices
         if self.found.affinity is None:
-            return Routing(logits, torch.ones_like(index, dtype=logits.dtype), index)
+            return Routing(logits, torch.ones_like(index, dtype=logits.dtype), index, experts)
         scores = self.found.affinity(logits.detach().float()).gather(-1, index)
-        return Routing(logits, scores / scores.sum(-1, keepdim=True) if self.found.normalized else scores, index)
+        weights = scores / scores.sum(-1, keepdim=True) if self.found.normalized else scores
+        return Routing(logits, weights, index, experts)
 
 
 def find_routers(model: nn.Module) -> dict[str, Router]:
@@ -135,18 +146,20 @@ def find_routers(model: nn.Module) -> dict[str, Router]:
     # A layer may be named beside the router inside it: the innermost is the router.
     found = {name: x for name, x in found.items() if not any(other.startswith(f"{name}.") for other in found)}
     routers = {name: router(model, name, place) for name, place in found.items()}
-    return routers | unnamed(model, routers)
+    routers |= unnamed(model, routers)
+    return {name: routers[name] for name, _ in model.named_modules() if name in routers}
 
 
 def unnamed(model: nn.Module, routers: dict[str, Router]) -> dict[str, Router]:
-    """Those that no class names, as of layers with hash routers, where a call of the layer shows what they are."""
-    layers = [x.layer for x in routers.values()]
-    kinds = {type(layer) for layer in layers if layer is not None}
-    found = {}
+    """Those that no class names, as hash routers, where a call of their layer shows what they are."""
+    layers, found = [x.layer for x in routers.values()], {}
     for name, part in model.named_modules():
-        if type(part) in kinds and not any(part is layer for layer in layers):
-            inside = next((x for x in ("gate", "router") if hasattr(part, x)), None)
-            if inside is not None and (new := router(model, f"{name}.{inside}", 0)).found.affinity is not None:
+        inside = next((x for x in ("gate", "router") if isinstance(getattr(part, x, None), nn.Module)), None)
+        if inside is None or not isinstance(getattr(part, "experts", None), nn.Module):
+            continue
+        if not any(part is layer for layer in layers):
+            new = router(model, f"{name}.{inside}", 0)
+            if new.found.affinity is not None:
                 found[f"{name}.{inside}"] = new
     return found
 

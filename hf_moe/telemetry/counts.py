@@ -41,16 +41,16 @@ class RouterCounts:
         """One batch. kept_T: the rows that are not padding; read_T, predicted_T: which followed id each is, or -1."""
         assert routing.token_S is None, "outside training every token chooses for itself"
         logits_TE, index_TK = routing.logits_TE[kept_T].float(), routing.index_SK[kept_T]
-        first_T = first_choice(routing)[kept_T]
+        first_T, experts = first_choice(routing)[kept_T], routing.experts
         self.top_k = index_TK.shape[-1]
         self.tokens_N[domain] += len(index_TK)
-        chosen_TE = torch.zeros_like(logits_TE).scatter_(-1, index_TK, 1.0)
+        chosen_TE = torch.zeros_like(logits_TE).scatter_(-1, index_TK, 1.0)[:, :experts]
         self.chosen_NE[domain] += chosen_TE.sum(dim=0).long()
-        self.first_NE[domain] += torch.bincount(first_T, minlength=logits_TE.shape[-1])
+        self.first_NE[domain] += torch.bincount(first_T, minlength=experts)[:experts]
         self.together_EE += (chosen_TE.T @ chosen_TE).long()
-        self.entropy_N[domain] += entropy(probabilities(logits_TE, router)).sum()
+        self.entropy_N[domain] += entropy(probabilities(logits_TE, router, experts)).sum()
         for table_VE, row_T in ((self.read_VE, read_T), (self.predicted_VE, predicted_T)):
-            cell = (row_T * logits_TE.shape[-1] + first_T)[row_T >= 0]
+            cell = (row_T * experts + first_T)[(row_T >= 0) & (first_T < experts)]
             table_VE.view(-1).index_add_(0, cell, torch.ones_like(cell))
 
     def reduce(self, accelerator: Accelerator) -> None:
@@ -65,9 +65,9 @@ def first_choice(routing: Routing) -> torch.Tensor:
     return routing.index_SK.gather(-1, best).squeeze(-1)
 
 
-def probabilities(logits_TE: torch.Tensor, router: Router) -> torch.Tensor:
-    """The router's scores, which sum to 1 for each token."""
-    scores_TE = router.affinity(logits_TE)
+def probabilities(logits_TE: torch.Tensor, router: Router, experts: int) -> torch.Tensor:
+    """The router's scores of its experts, which sum to 1 for each token."""
+    scores_TE = router.affinity(logits_TE)[:, :experts]
     return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 

@@ -71,11 +71,12 @@ def expert_inputs(model: nn.Module, routers: dict[str, Router], batch: Batch) ->
 @torch.no_grad()
 def output_similarity(experts: nn.Module, hidden_TD: torch.Tensor, count: int) -> torch.Tensor:
     """Mean over tokens of the cosine between what two experts answer, [E, E] float64."""
-    ones_T1 = torch.ones(len(hidden_TD), 1, dtype=hidden_TD.dtype, device=hidden_TD.device)
+    # Twice the same expert, the second time for nothing: LongCat's do not take a single one.
+    weights_T2 = torch.tensor([1.0, 0.0], dtype=hidden_TD.dtype, device=hidden_TD.device).repeat(len(hidden_TD), 1)
     answers = []
     for expert in range(count):
-        index_T1 = torch.full_like(ones_T1, expert, dtype=torch.long)
-        answers.append(nn.functional.normalize(experts(hidden_TD, index_T1, ones_T1).float(), dim=-1).flatten())
+        index_T2 = torch.full_like(weights_T2, expert, dtype=torch.long)
+        answers.append(nn.functional.normalize(experts(hidden_TD, index_T2, weights_T2).float(), dim=-1).flatten())
     answers = torch.stack(answers)
     return ((answers @ answers.T) / len(hidden_TD)).double().cpu()
 

@@ -71,7 +71,7 @@ def router_numbers(counts: RouterCounts, rare: int) -> dict:
         name: mean_of_known(vocabulary_specialization(table.cpu(), rare)[0])
         for name, table in (("read", counts.read_VE), ("predicted", counts.predicted_VE))
     }
-    share_E = first_E.double() / first_E.sum()
+    share_E = first_E.double() / first_E.sum().clamp_min(1)
     return {
         "experts": experts,
         "top_k": counts.top_k,

@@ -40,7 +40,7 @@ def saturation(
                 ids, mask = batch.ids.to(part.device), batch.mask.to(part.device)
                 part.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
             kept = mask.flatten().nonzero().flatten()
-            sizes = {name: (x.index_SK.shape[-1], x.logits_TE.shape[-1]) for name, x in routings.items()}
+            sizes = {name: (x.index_SK.shape[-1], x.experts) for name, x in routings.items()}
             chosen.append(({name: routing.index_SK[kept] for name, routing in routings.items()}, sizes))
         tokens += int(batch.mask.sum())
         (mine, sizes), (theirs, other_sizes) = chosen

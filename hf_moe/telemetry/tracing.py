@@ -144,6 +144,7 @@ class Run:
         window = min(WINDOW, getattr(self.config, "max_position_embeddings", None) or WINDOW)
         self.domains = [Domain(domain, source, tokenizer, window, max_tokens) for domain, source in sources.items()]
         self.counts: dict[str, RouterCounts] = {}
+        self.logits: dict[str, int] = {}  # router -> how many it has: at times more than experts
         self.losses = [(0.0, 0)] * len(self.domains)  # sum and number
         self.passages: list[dict] = []
         self.found: dict[str, dict] = {}  # router -> similarities, duplicates, pruning
@@ -205,7 +206,8 @@ class Run:
         self.losses[domain] = (total + losses.double().sum().item(), number + len(losses))
         for name, routing in routings.items():
             if name not in self.counts:
-                sizes = routing.logits_TE.shape[-1], len(self.domains), len(self.followed)
+                self.logits[name] = routing.logits_TE.shape[-1]
+                sizes = routing.experts, len(self.domains), len(self.followed)
                 self.counts[name] = RouterCounts(*sizes, routing.logits_TE.device)
             self.counts[name].add(routing, self.routers[name], domain, kept_T, read_T, predicted_T)
 
@@ -269,7 +271,7 @@ class Run:
         if sum(int(batch.mask[:, 1:].sum()) for batch in batches) < 2:  # predictions, for a mean and its error
             return
         with self.bar("prune", tokens * len(tried)) as bar:
-            costs = prune(self.model, self.routers, experts, tried, batches, bar.update)
+            costs = prune(self.model, self.routers, self.logits, tried, batches, bar.update)
         for (name, expert), cost in costs.items():
             entry = {"expert": expert, "loss_change": cost.mean, "standard_error": cost.error}
             self.found[name]["pruning"].append(entry)

@@ -168,7 +168,7 @@ def test_a_package_that_transformers_misses_is_one_line(tmp_path):
         main([*run, "--deepspeed=zero2.json"])
 
 
-def test_a_mixture_whose_routers_are_not_read_is_called_one(tmp_path):
+def test_a_mixture_whose_routers_are_not_read_is_called_one(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers.models.deepseek_v4")
     sizes = {
         "vocab_size": 61,
@@ -183,6 +183,14 @@ def test_a_mixture_whose_routers_are_not_read_is_called_one(tmp_path):
     message = r"is a Mixture-of-Experts model whose routers hf_moe does not read yet \(DeepseekV4HashRouter, "
     config = transformers.DeepseekV4Config(**sizes, num_hidden_layers=1, mlp_layer_types=["hash_moe"])
     model = transformers.DeepseekV4ForCausalLM(config)
+    gate = model.model.layers[0].mlp.gate
+    forward = gate.forward
+
+    def cubed(*args):
+        logits, _, index = forward(*args)
+        return logits, logits.gather(1, index) ** 3, index
+
+    monkeypatch.setattr(gate, "forward", cubed)  # scores that nothing explains
     with pytest.raises(ValueError, match=f"router_aux_loss_coef is [\\d.]+, but DeepseekV4ForCausalLM {message}"):
         MoeTrainer(model, MoeTrainingArguments(tmp_path, use_cpu=True), train_dataset=[{"input_ids": [1]}])
     MoeTrainer(model, MoeTrainingArguments(tmp_path, use_cpu=True, router_aux_loss_coef=0.0), train_dataset=[])

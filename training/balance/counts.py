@@ -67,7 +67,7 @@ class Balance:
         mask_BS = token_mask(inputs)
         batches = {}
         for name, routing in routings.items():
-            affinity_TE = self.routers[name].affinity(routing.logits_TE.float())
+            affinity_TE = self.routers[name].affinity(routing.logits_TE.float())[..., : routing.experts]
             if len(affinity_TE) != mask_BS.numel():
                 raise ValueError(
                     f"{name} routed {len(affinity_TE)} tokens of a batch of {mask_BS.numel()}: virtual tokens (prompt "
@@ -75,9 +75,10 @@ class Balance:
                     "Transformers' or TRL's own trainer."
                 )
             mask_T = mask_BS.reshape(-1) if routing.mask_T is None else routing.mask_T
-            batches[name] = routed(
+            batch = routed(
                 routing.logits_TE, affinity_TE, routing.index_SK, mask_T, routing.token_S, sequences=len(mask_BS)
             )
+            batches[name] = batch._replace(chosen_TE=batch.chosen_TE[..., : routing.experts])
         return batches
 
     def count(self, batches: dict[str, Routed]) -> dict[str, Statistics]:

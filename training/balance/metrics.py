@@ -30,9 +30,9 @@ def rows(
         routing = routings[name]
         mask_S = batch.mask_T if routing.token_S is None else batch.mask_T[routing.token_S]
         squared = (batch.logits_TE.logsumexp(dim=-1).square() * batch.mask_T).sum()
-        dropped = ((routing.weights_SK == 0) * mask_S.unsqueeze(-1)).sum()
+        dropped = ((routing.weights_SK == 0) & (routing.index_SK < routing.experts)) * mask_S.unsqueeze(-1)
         sums = torch.stack(
-            [counted[name].tokens, squared, dropped, *(value[i].to(squared) for value in losses.values())]
+            [counted[name].tokens, squared, dropped.sum(), *(value[i].to(squared) for value in losses.values())]
         )
         parts += [sums.to(device), counted[name].counts_E.to(device)]
     return torch.cat(parts)
@@ -117,7 +117,8 @@ def summarize(
         values[loss_name(name)] = [sums[..., FIRST_LOSS + i].mean() for sums, _ in table]
         summaries[loss_name(name)] = torch.mean
     if biases.keys() == experts.keys():
-        ranges = torch.stack([(bias.max() - bias.min()).to(steps.device) for bias in biases.values()])
+        own = [bias.view(-1)[: experts[name]] for name, bias in biases.items()]
+        ranges = torch.stack([(bias.max() - bias.min()).to(steps.device) for bias in own])
         values["router_bias_range"], summaries["router_bias_range"] = list(ranges.cpu()), torch.max
     logs = {name: summaries[name](torch.stack(numbers)).item() for name, numbers in values.items()}
     if each_router:

@@ -50,7 +50,7 @@ class SelectionBias:
         """One step of every bias from the tokens of each expert over the whole optimizer step."""
         self.restore()
         for name, bias in self.biases.items():
-            update_selection_bias(bias.data, counts[name], speed)
+            update_selection_bias(bias.data[..., : len(counts[name])], counts[name], speed)
         self.remember()
 
 

@@ -80,7 +80,7 @@ def score_experts(model: nn.Module, batches: Iterable[dict], score: str = "token
     """
     model.eval()
     base = base_model(model)
-    routers, (experts, top_k) = find_routers(base), routed_experts(base.config)
+    routers, top_k = find_routers(base), routed_experts(base.config)[1]
     totals = {}
     for batch in batches:
         inputs = {name: batch[name].to(base.device) for name in INPUTS if name in batch}
@@ -90,10 +90,9 @@ def score_experts(model: nn.Module, batches: Iterable[dict], score: str = "token
         for name, routing in routings.items():
             weights = torch.ones_like(routing.weights_SK) if score == "token" else routing.weights_SK
             token = mask if routing.token_S is None else mask[routing.token_S]
-            values = (weights.double() * token.unsqueeze(-1)).flatten()
-            total = totals.setdefault(name, values.new_zeros(routing.logits_TE.shape[-1]))
-            total.index_add_(0, routing.index_SK.flatten(), values)
-    totals = {name: total[:experts] for name, total in totals.items()}  # some have choices beyond, that do nothing
+            values, of_experts = weights.double() * token.unsqueeze(-1), routing.index_SK < routing.experts
+            total = totals.setdefault(name, values.new_zeros(routing.experts))
+            total.index_add_(0, routing.index_SK[of_experts], values[of_experts])
     return {name: total / total.sum() for name, total in totals.items()}
 
 
