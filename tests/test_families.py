@@ -112,10 +112,11 @@ def test_what_is_read_of_a_router_is_what_its_layer_does(case):
 
 def test_a_choice_of_no_expert_counts_nowhere(tmp_path):
     model = tiny("zaya")
+    for name, bias in model.named_buffers():
+        if name.endswith("balancing_biases"):
+            bias.zero_()
     routers = find_routers(model)
     biases = SelectionBias(routers)
-    for bias in biases.biases.values():
-        bias.data.zero_()
     balance = Balance(model, routers, MoeTrainingArguments(str(tmp_path), use_cpu=True, router_aux_loss_coef=0.01))
     inputs = {"input_ids": ids(model)}
     with captured(routers, 1) as routings, torch.no_grad():
@@ -138,6 +139,18 @@ def test_a_choice_of_no_expert_counts_nowhere(tmp_path):
     for name, bias in biases.biases.items():
         counts = counted[name].counts_E
         assert torch.equal(bias.sign(), torch.cat([(counts.mean() - counts).sign(), torch.zeros(1)]))
+
+
+@pytest.mark.parametrize("lifted", [0, 100], ids=["some", "all"])
+def test_scores_are_read_where_tokens_skip(lifted):
+    model = tiny("zaya")
+    for name, bias in model.named_buffers():
+        if name.endswith("balancing_biases"):
+            bias.zero_()[-1] = lifted
+    logits = torch.randn(3, EXPERTS + 1)
+    for router in find_routers(model).values():
+        torch.testing.assert_close(router.affinity(logits), logits.softmax(-1))
+        assert router.bias is not None
 
 
 def test_experts_that_compute_nothing_are_none():

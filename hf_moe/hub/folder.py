@@ -4,14 +4,17 @@ import json
 import math
 import re
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..reading import auto_config, built
@@ -26,8 +29,9 @@ MARKER = "<!-- Written by `hf-moe card`; without this line the file is yours and
 WEIGHTS = {"adapter": "adapter_model.safetensors", "expert_rows": "expert_rows.safetensors"}
 # Of a card's metadata, what holds for a model that is made of the model which it describes.
 INHERITED = ("license", "license_name", "license_link", "datasets", "language")
-# Routed experts in the names of tensors: hf_moe's and most families', GraniteMoE's.
-ROUTED = re.compile(r"\.experts\.|\.block_sparse_moe\.(input|output)_linear\.")
+# Routed experts in the names of tensors: hf_moe's and most families', without JetMoE's router; GraniteMoE's, JetMoE's.
+ROUTED = re.compile(r"\.experts\.(?!router\.)|\.(block_sparse_moe|mlp)\.(input|output)_linear\.")
+LAYER = re.compile(r"^(?!.*\.mtp_layers\.).*?\.\d+(?=\.)")  # what a name says of its layer
 
 # Tensors that nobody trains by gradient: the selection bias; in expert rows, which rows they are.
 BUFFERS = ("e_score_correction_bias", ".experts")
@@ -65,12 +69,28 @@ class SavedModel:
         return (self.folder / "router_bias.safetensors").is_file()
 
     @cached_property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter: of Transformers' own models, whose files may hold more than those."""
+        architecture = getattr(transformers, (getattr(self.config, "architectures", None) or [""])[0], None)
+        if not isinstance(architecture, type) or not issubclass(architecture, PreTrainedModel):
+            return {name: shape for name, shape in self.shapes.items() if not name.endswith(BUFFERS)}
+        with torch.device("meta"):
+            model = built(architecture, f"{self.folder / CONFIG} describes no model", deepcopy(self.config))
+        return {name: tuple(x.shape) for name, x in model.named_parameters()}
+
+    @cached_property
+    def sparse_layers(self) -> int:
+        """How many layers have routed experts."""
+        layers = (LAYER.match(name) for name in self.tensors if ROUTED.search(name))
+        return len({layer[0] for layer in layers if layer})
+
+    @cached_property
     def parameters(self) -> tuple[int, int]:
         """Total parameters, and how many of them one token meets: K of the E routed experts, and all the rest."""
         if self.is_hf_moe and self.config.architectures == ["HfMoeForCausalLM"]:
             said = sizes(self.config)
             return said["total_params"], said["active_params"]
-        counts = {name: math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(BUFFERS)}
+        counts = {name: math.prod(shape) for name, shape in self.tensors.items()}
         total = sum(counts.values())
         if self.config is None:
             return total, total

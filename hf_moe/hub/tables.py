@@ -102,7 +102,6 @@ def architecture_rows(saved: SavedModel, total: int, active: int) -> list[tuple[
     )
     experts, top_k = routed_experts(config)
     width = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
-    kinds = getattr(config, "mlp_layer_types", None)
     layers = getattr(config, "num_hidden_layers", None)
     shared = getattr(config, "n_shared_experts", None)
     shared_width = getattr(config, "shared_expert_intermediate_size", None)
@@ -110,7 +109,7 @@ def architecture_rows(saved: SavedModel, total: int, active: int) -> list[tuple[
     table = {
         "Parameters": f"{total:,}",
         "Active parameters per token": f"{active:,}" if sparse else None,
-        "Layers": f"{layers}, {kinds.count('sparse')} of them with experts" if sparse and kinds else layers,
+        "Layers": f"{layers}, {saved.sparse_layers} of them with experts" if sparse and layers else layers,
         "Hidden size": number(getattr(config, "hidden_size", None)),
         "Attention heads": heads or None,
         "Routed experts": f"{experts:,}, {top_k} per token" if sparse else None,

@@ -40,12 +40,13 @@ def itself(scores_TE: torch.Tensor) -> torch.Tensor:
 
 # model_type -> the scores that its paper or release trains by, and whether weights are divided by their sum, where no
 # call of experts shows them: JetMoE has none, Llama 4 weighs the experts' input, PhiMoE's SparseMixer masks the logits
-# first, Gemma 4 records probabilities, which each expert scales by a weight of its own.
+# first, Gemma 4 records probabilities, which each expert scales by a weight of its own, ZAYA may skip every token.
 KNOWN = {
     "gemma4_text": (itself, True),
     "jetmoe": (softmax_affinity, True),
     "llama4_text": (sigmoid_affinity, False),
     "phimoe": (softmax_affinity, False),
+    "zaya": (softmax_affinity, False),
 }
 # Where Transformers keeps selection biases, by the last part of their names.
 BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
@@ -90,6 +91,7 @@ def probe(layer: nn.Module, router: nn.Module, place: int, config) -> Found:
         # Layers are as many as their authors: what cannot be called so is told by the table, or said.
         said = " ".join(str(error).split()) or type(error).__name__
         return known(config)._replace(bias=bias_by_name(layer), reason=f"its layer cannot be tried: {said}")
+    first = Call(*(x[(first.weights_TK != 0).all(dim=-1)] for x in first))  # ZAYA's weight of 0 is of no expert
     tried = {name: explains(affinity, first) for name, affinity in AFFINITIES.items()}
     fits = {name: factors_T for name, factors_T in tried.items() if factors_T is not None}
     if len(fits) == 1:
@@ -111,7 +113,9 @@ def explains(affinity: Callable[[torch.Tensor], torch.Tensor], seen: Call) -> to
     """The factor between a token's scores and its weights [T]; None where it is not one."""
     scores_TK = affinity(seen.logits_TE.float()).gather(-1, seen.index_TK)
     factors_TK = seen.weights_TK.float() / scores_TK
-    if not factors_TK.isfinite().all() or factors_TK.shape[1] == 1:  # one weight that may be normalised says nothing
+    if (
+        not len(factors_TK) or not factors_TK.isfinite().all() or factors_TK.shape[1] == 1
+    ):  # one weight that may be normalised says nothing
         return None
     within = TOLERANCE * factors_TK.abs().max()
     return factors_TK[:, 0] if (factors_TK - factors_TK[:, :1]).abs().max() <= within else None
