@@ -36,7 +36,10 @@ def folder_config(folder: Path) -> HfMoeConfig:
         model_type = TEXT_PARTS[model_type].family
     if model_type != HfMoeConfig.model_type and model_type not in families:
         known = ", ".join([HfMoeConfig.model_type, *families, *TEXT_PARTS])
-        raise ValueError(f"{folder} has model_type {model_type!r}, which hf_moe does not read; it reads {known}.")
+        raise ValueError(
+            f"{folder} has model_type {model_type!r}, which hf_moe does not read; it reads {known}. `hf-moe card` "
+            "says how large a saved model of any family is."
+        )
     invalid = f"{folder / 'config.json'} is no valid {model_type} config"
     if model_type == HfMoeConfig.model_type:
         return built(HfMoeConfig.from_pretrained, invalid, folder)
