@@ -70,6 +70,10 @@ class Router(NamedTuple):
             )
         return self.found.affinity
 
+    def logits_of(self, output) -> torch.Tensor:
+        """[T, E] in what its forward returned."""
+        return (output if isinstance(output, tuple) else (output,))[self.logits].flatten(0, -2)
+
     def weights(self, logits: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
         """[T, K] in float32: what experts that were chosen elsewhere weigh, by these logits, in one of Transformers'
         own. Raises ValueError where no call of the experts showed it."""
@@ -108,7 +112,7 @@ class Router(NamedTuple):
         Where it holds no indices, the layer around the router takes the K largest logits (DBRX, Llama 4, JetMoE).
         """
         parts = output if isinstance(output, tuple) else (output,)
-        logits = parts[self.logits].flatten(0, -2)
+        logits = self.logits_of(output)
         experts = self.experts(logits.shape[-1])
         index = parts[2] if len(parts) > 2 else None
         if index is not None and index.dim() > 1 and not index.is_floating_point():

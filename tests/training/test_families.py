@@ -140,9 +140,9 @@ def test_densemixer_teaches_the_routers_of_every_family(model_type):
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "minimax_m2", "llama4_text", "gemma4_text", "deepseek_v4"])
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one(model_type, tmp_path):
-    def run(folder, **options):
+    def run(folder):
         model = tiny(model_type)
-        options |= {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "router_aux_loss_coef": 0.01}
+        options = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "router_aux_loss_coef": 0.01}
         options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": True}
         arguments = MoeTrainingArguments(str(folder), report_to="none", learning_rate=1e-3, **options)
         trainer = MoeTrainer(model, arguments, train_dataset=rows(16))

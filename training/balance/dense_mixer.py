@@ -56,8 +56,7 @@ def mix(router: Router, experts: nn.Module) -> tuple[RemovableHandle, RemovableH
     def remember(module, args, output):
         logits.clear()
         if module.training and torch.is_grad_enabled():
-            parts = output if isinstance(output, tuple) else (output,)
-            logits.append(parts[router.logits].flatten(0, -2))
+            logits.append(router.logits_of(output))
 
     def learn_from_all(module, args, kwargs, output):
         if not logits:

@@ -111,8 +111,7 @@ def replay_in_experts(router: Router, recorded_TK: torch.Tensor) -> list[Removab
     logits = []
 
     def remember(module, args, output):
-        parts = output if isinstance(output, tuple) else (output,)
-        logits[:] = [parts[router.logits].flatten(0, -2)]
+        logits[:] = [router.logits_of(output)]
 
     def exchange(module, args, kwargs):
         hidden_TD, index_TK, weights_TK = (*args, *kwargs.values())

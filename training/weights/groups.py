@@ -68,9 +68,12 @@ def part_of(name: str, places: dict[str, str] | None = None) -> str:
     return next(chain(placed, (part for part, pattern in PARTS.items() if re.search(pattern, name))))
 
 
-def part_sizes(model: nn.Module) -> dict[str, Size]:
-    """Part -> its size, of the parts that the model has. Weights that are tied count once."""
-    sizes, parts = {}, parts_of(model)
+def part_sizes(model: nn.Module, parts: dict[str, str] | None = None) -> dict[str, Size]:
+    """Part -> its size, of the parts that the model has. Weights that are tied count once.
+
+    `parts`: what `parts_of` found, where that is known already.
+    """
+    sizes, parts = {}, parts_of(model) if parts is None else parts
     for name, parameter in model.named_parameters():
         part = parts[name]
         tensors, parameters = sizes.get(part, Size())
@@ -85,14 +88,14 @@ def train_group(model: nn.Module, group: str) -> str:
     """
     if group not in GROUPS:
         raise ValueError(f"trainable is {group!r}; it can be {', '.join(GROUPS)}.")
-    sizes = part_sizes(model)
+    parts = parts_of(model)
+    sizes = part_sizes(model, parts)
     chosen = {part: size for part, size in sizes.items() if part in GROUPS[group]}
     if not chosen:
         raise ValueError(
             f"trainable {group} has no parameter in this model: it takes {', '.join(GROUPS[group])}, and the model "
             f"has {', '.join(sizes)}."
         )
-    parts = parts_of(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parts[name] in chosen)
     return description(group, chosen, sizes)
