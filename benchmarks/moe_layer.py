@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 import transformers
 import triton
-from transformers import OlmoeConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.integrations.sonicmoe import is_sonicmoe_loadable
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -30,6 +31,11 @@ LAYERS = {
     "Qwen3-30B-A3B": (
         Qwen3MoeExperts,
         Qwen3MoeConfig(hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8),
+    ),
+    # Interleaved, clamped and shifted gate, biases, transposed weights.
+    "gpt-oss-20b": (
+        GptOssExperts,
+        GptOssConfig(hidden_size=2880, intermediate_size=2880, num_local_experts=32, num_experts_per_tok=4),
     ),
 }
 
@@ -120,7 +126,8 @@ def main():
         x.requires_grad_()
         weights, index = scores.softmax(-1).topk(config.num_experts_per_tok)
         weights.requires_grad_()
-        sizes = (config.hidden_size, experts.down_proj.shape[2], experts.num_experts, config.num_experts_per_tok)
+        inner = experts.down_proj.numel() // (experts.num_experts * config.hidden_size)
+        sizes = (config.hidden_size, inner, experts.num_experts, config.num_experts_per_tok)
         flops = 2 * 3 * args.tokens * sizes[3] * sizes[0] * sizes[1]
         results[name] = {"ceiling": ceiling(args.tokens, *sizes, flops)}
         print(name, "ceiling", results[name]["ceiling"], flush=True)

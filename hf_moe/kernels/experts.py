@@ -8,7 +8,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 from ..model.grouped import takes_rows
-from .formula import formula
+from .formula import formula, unseen
 from .operators import experts as experts_operator
 
 logger = logging.get_logger(__name__)
@@ -61,6 +61,8 @@ def obstacle(experts: nn.Module, dtype: torch.dtype) -> str | None:
         return f"compute in float32, bfloat16 and float16, not in {dtype}"
     if experts.has_post_expert_norm:
         return "have no norm after an expert"
+    if unseen(experts):
+        return "must see experts once before torch 2.11 compiles them: call the model once, or take torch 2.12"
     if formula(experts) is None:
         name, act = type(experts).__name__, type(experts.act_fn).__name__
         return f"do not know what {name} computes between its products ({act})"

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
+from packaging.version import parse
 from torch import nn
 from torch.nn import functional as F
 
@@ -42,16 +43,29 @@ class Formula(NamedTuple):
         return self.limit is not None or self.shift != 0
 
 
-FOUND: "WeakKeyDictionary[nn.Module, Formula | None]" = WeakKeyDictionary()
+# torch 2.11's compiler makes no constant of a module; there, a module must have been tried before it is compiled.
+COMPILES = parse(version("torch")) >= parse("2.12")
+
+
+def formula(experts: nn.Module) -> Formula | None:
+    """That of a module of experts; None where it is none that the kernels know. Tried once."""
+    if hasattr(experts, "hf_moe_formula"):
+        return experts.hf_moe_formula
+    if torch.compiler.is_dynamo_compiling():
+        return tried(experts)
+    experts.hf_moe_formula = found = tried(experts)
+    return found
+
+
+def unseen(experts: nn.Module) -> bool:
+    """Whether the compiler is at experts whose formula it cannot find out."""
+    return not COMPILES and torch.compiler.is_dynamo_compiling() and not hasattr(experts, "hf_moe_formula")
 
 
 @torch._dynamo.assume_constant_result
-def formula(experts: nn.Module) -> Formula | None:
-    """That of a module of experts; None where it is none that the kernels know. Tried once."""
-    if experts not in FOUND:
-        with torch.no_grad():
-            FOUND[experts] = gated(experts) if experts.has_gate else plain(experts)
-    return FOUND[experts]
+@torch.no_grad()
+def tried(experts: nn.Module) -> Formula | None:
+    return gated(experts) if experts.has_gate else plain(experts)
 
 
 def plain(experts: nn.Module) -> Formula | None:
