@@ -63,6 +63,13 @@ def upcycle(
         str,
         typer.Option(help="Which layers become sparse: all, all/2 (every second), 2-5,8 or 0-3=copy,4-7=drop."),
     ] = "all",
+    graft: Annotated[
+        bool,
+        typer.Option(
+            "--graft",
+            help="Keep the model's own architecture, with experts in it, where hf_moe's own could hold it, too.",
+        ),
+    ] = False,
     router_init: Annotated[
         str | None,
         typer.Option(
@@ -114,6 +121,7 @@ def upcycle(
             rest=rest,
             domain_texts=domain_text or None,
             layers=layers,
+            graft=graft,
             router_init=router_init,
             router_std=router_std,
             prompts=prompts,

@@ -71,7 +71,9 @@ class UpcycleOptions(ConversionOptions):
     experts, top_k: feed-forward networks in each sparse layer, and how many of them a token meets; with "split" and
     "carve" the pieces of one. strategy: a key of `UPCYCLERS`; their files say what each does. layers: which become
     sparse, counted from 0: "all", "all/2" for every second, "2-5,8", or "0-3=copy,4-7=drop" with strategies of their
-    own. router_init: a key of `ROUTER_INITS`; by default what the strategy calls for. seed: of all that is drawn.
+    own. graft: keep the model's own architecture, with experts in it, also where hf_moe's own could hold it; other
+    models are always grafted. router_init: a key of `ROUTER_INITS`; by default what the strategy calls for. seed: of
+    all that is drawn.
 
     Of the rest, one that nothing reads is refused. granularity: cut each network into so many experts. shared: shared
     experts, 1 where the strategy has some. router_std: root mean square of the router's weights (0.02); they are
@@ -92,6 +94,7 @@ class UpcycleOptions(ConversionOptions):
     rest: str | int | None = None
     domain_texts: Sequence[str | Path] | None = None
     layers: str = "all"
+    graft: bool = False
     router_init: str | None = None
     router_std: float | None = None
     prompts: str | Path | None = None

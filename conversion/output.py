@@ -17,8 +17,10 @@ from ..generation_settings import FILE as GENERATION_CONFIG
 from ..generation_settings import write_mended
 from ..hub import inherited, write_model_card
 from ..model.configuration_hf_moe import HfMoeConfig
+from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
-from ..sizes.counts import sizes
+from ..model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
+from ..sizes.counts import graft_sizes, sizes
 from ..staging import check_destination, resumable
 from ..version import __version__
 from .files.hashing import BUFFER, Hashing, fingerprint
@@ -27,6 +29,9 @@ from .files.tokenizer import keep_class, load_tokenizer
 from .files.writer import Output, Shard, check_space, plan_shards, write_shards
 from .options import ConversionOptions
 from .verify import MAX_TOKENS, check_memory, memory_needed, token_ids, unusable, verify
+
+# hf_moe's configs and the classes that they are of.
+OURS = {HfMoeConfig: HfMoeForCausalLM, HfMoeGraftConfig: HfMoeGraftForCausalLM}
 
 # A source, and the text that it is compared on (None: the usual one).
 Domain = tuple[Source, str | Path | None]
@@ -71,7 +76,7 @@ def convert(
     check_space(dst, report["disk_bytes"])
     tokenizer = load_tokenizer(source.checkpoint.folder)
     plan = plan_of(source, config, shards, provenance, options.max_shard_size)
-    provenance |= {"source": source.name, "model_type": source.family.model_type, "revision": source.revision}
+    provenance |= {"source": source.name, "model_type": source.model_type, "revision": source.revision}
     with resumable(dst, plan, options.resume) as (folder, journal):
         # What goes along comes first: of it something may fail, and not after an hour of writing weights.
         write_carried(source, folder, model.vocab_size)
@@ -95,7 +100,7 @@ def described(source: Source, model: HfMoeConfig, dst: Path, shards: list[Shard]
     return {
         "output": str(dst),
         "source": source.name,
-        "model_type": source.family.model_type,
+        "model_type": source.model_type,
         **costs(model),
         "dtype": str(source.checkpoint.dtype).removeprefix("torch."),
         "disk_bytes": sum(shard.nbytes for shard in shards),
@@ -145,12 +150,13 @@ def compared(source: Source, folder: Path, domains: Sequence[Domain]) -> dict[st
 
 def write_config(config: PreTrainedConfig, folder: Path, provenance: dict[str, Any]) -> None:
     """Write config.json; an hf_moe model's says where it comes from, and the model's code lies beside it."""
-    if isinstance(config, HfMoeConfig):
+    ours = OURS.get(type(config))
+    if ours is not None:
         config.provenance = provenance
-        config.architectures = [HfMoeForCausalLM.__name__]
+        config.architectures = [ours.__name__]
     config.save_pretrained(folder)
-    if isinstance(config, HfMoeConfig):
-        custom_object_save(HfMoeForCausalLM, folder)  # its module and what that imports
+    if ours is not None:
+        custom_object_save(ours, folder)  # its module and what that imports
 
 
 def plan_of(
@@ -177,8 +183,10 @@ def plan_of(
     }
 
 
-def costs(config: HfMoeConfig) -> dict[str, int]:
-    """What the model is and what a token costs, as `hf-moe inspect` counts it."""
+def costs(config: HfMoeConfig | HfMoeGraftConfig) -> dict[str, int]:
+    """What the model is and what a token costs, as `hf-moe inspect` counts it; of a graft, parameters alone."""
+    if isinstance(config, HfMoeGraftConfig):
+        return graft_sizes(config)
     said = sizes(config)
     return {name: said[name] for name in ("total_params", "active_params", "flops_per_token", "context")}
 

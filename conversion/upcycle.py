@@ -1,6 +1,5 @@
 """Dense to mixture of experts: `upcycle`."""
 
-import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,25 +7,19 @@ from typing import Any
 
 import torch
 
+from ..model.modeling_hf_moe_graft import EXPERT_PARTS
 from ..staging import check_destination
 from .families import DENSE_FAMILIES
+from .files.checkpoint import read_config
+from .files.graft_source import GraftSource, open_graft
 from .files.hashing import Hashing
-from .files.source import Source, open_source, tensor_shapes
+from .files.source import Source, locate, open_source
+from .files.text_part import TEXT_PARTS
 from .files.writer import Output
 from .options import UpcycleOptions, takes
 from .output import convert
 from .upcycling.plan import Plan
 from .upcycling.strategy import Strategy
-
-# What of the dense network the rows of each expert tensor are, in order.
-EXPERT_PARTS = {
-    "gate_up_proj": ("gate_proj.weight", "up_proj.weight"),
-    "gate_up_proj_bias": ("gate_proj.bias", "up_proj.bias"),
-    "up_proj": ("up_proj.weight",),
-    "up_proj_bias": ("up_proj.bias",),
-    "down_proj": ("down_proj.weight",),
-    "down_proj_bias": ("down_proj.bias",),
-}
 
 
 @takes(UpcycleOptions)
@@ -45,15 +38,18 @@ def upcycle(src: str | Path | Sequence[str | Path], dst: str | Path, options: Up
         raise ValueError(f"top_k ({options.top_k}) must be between 1 and the number of experts ({options.experts}).")
     if options.domain_texts and not options.verify:
         raise ValueError("domain_texts has no effect with verify=False (--no-verify).")
-    sources = [open_source(name, DENSE_FAMILIES) for name in ([src] if isinstance(src, (str, Path)) else src)]
+    names = [src] if isinstance(src, (str, Path)) else src
+    opening = open_graft if options.graft or not has_table(names[0]) else open_dense
+    sources = [opening(name) for name in names]
     plan = Plan(sources, options)
-    config = sources[0].hf_moe_config(
-        mlp_layer_types=["sparse" if layer in plan.layers else "dense" for layer in range(plan.num_layers)],
-        router_type="topk_softmax",  # weights that sum to 1, so that equal experts give the dense output
-        **plan.sizes.config_fields(),
-    )
-    outputs = [plan_output(plan, name, shape) for name, shape in tensor_shapes(config).items()]
-    said = {"method": "upcycle", "strategy": plan.strategy_names, "seed": options.seed, "arguments": plan.arguments}
+    config = plan.dense.mixture(list(plan.layers), plan.widths)
+    outputs = [plan_output(plan, name, shape) for name, shape in plan.dense.shapes(config).items()]
+    said = {
+        "method": "upcycle" if opening is open_dense else "graft",
+        "strategy": plan.strategy_names,
+        "seed": options.seed,
+        "arguments": plan.arguments,
+    }
     domains = []
     if len(sources) > 1 and not options.dry_run:
         said["siblings"] = [origin(sibling) for sibling in sources[1:]]
@@ -62,15 +58,29 @@ def upcycle(src: str | Path | Sequence[str | Path], dst: str | Path, options: Up
         report = convert(
             sources[0], config, outputs, dst, options, provenance=said, memory=plan.memory, domains=domains
         )
-    return report | {"equal_at_step_0": plan.exact}
+    return report | {"equal_at_step_0": plan.exact, "becomes": plan.kind.why.format(sources[0].model_type)}
+
+
+def has_table(name: str | Path) -> bool:
+    """Whether hf_moe's own architecture can be this model."""
+    model_type = read_config(locate(name)[0]).get("model_type")
+    return model_type in DENSE_FAMILIES or getattr(TEXT_PARTS.get(model_type), "family", None) in DENSE_FAMILIES
+
+
+def open_dense(name: str | Path) -> Source:
+    """A source for hf_moe's own architecture. Raises ValueError, with the other way out where there is one."""
+    return open_source(name, DENSE_FAMILIES)
 
 
 def plan_output(plan: Plan, name: str, shape: tuple[int, ...]) -> Output:
     """One tensor of the new model."""
-    found = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.(.+)", name)
-    if found is None or int(found[1]) not in plan.layers:
+    layer, kind = plan.dense.place(name) or (None, "")
+    if layer not in plan.layers:
         return plan.rest(name)
-    made, kind = plan.layers[int(found[1])], found[2]
+    own = plan.dense.own(layer, kind)
+    if own is not None:
+        return own._replace(name=name)
+    made = plan.layers[layer]
     if kind == "gate.weight":
         pieces = partial(router_rows, plan, made)
     elif kind.startswith("shared_experts."):
@@ -88,7 +98,7 @@ def shared_rows(strategy: Strategy, part: str) -> Iterator[torch.Tensor]:
     yield strategy.shared(part)
 
 
-def origin(source: Source) -> dict[str, Any]:
+def origin(source: Source | GraftSource) -> dict[str, Any]:
     """Where a sibling came from."""
     with Hashing(source.checkpoint) as hashing:
         return {"source": source.name, "revision": source.revision, "sha256": hashing.digests()}

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from ..generation.cached import with_and_without_cache
 from ..generation_settings import mend_ids
-from ..reading import built
+from ..reading import built, positions
 from ..same_tokens import check_same_tokens
 from .files import file_backed
 from .files.checkpoint import Checkpoint, Entry, read_config, read_text
@@ -86,7 +86,7 @@ def verify(
         why = "a text is not the same to both, and their logits cannot be compared."
         check_same_tokens(*tokenizers, (str(a), str(b)), config_a.vocab_size, why, roles=False)
     ids, text = token_ids(folder_a, data, config_a.vocab_size, max_tokens, seed)
-    window = min(WINDOW, config_a.max_position_embeddings, config_b.max_position_embeddings)
+    window = min(positions(config_a, WINDOW), positions(config_b, WINDOW))
     windows = [part for part in ids.split(window) if len(part) > 1]
     models = [(config_a, Checkpoint(folder_a).entries), (config_b, Checkpoint(folder_b).entries)]
     check_memory(memory_needed(models, len(ids)))

@@ -15,6 +15,7 @@ from . import kernels as kernels  # its import registers the experts implementat
 from .hub.model_class import push_to_hub
 from .kernels.recorded import decoding_kernels
 from .model.configuration_hf_moe import HfMoeConfig
+from .model.configuration_hf_moe_graft import HfMoeGraftConfig
 from .model.decoding import SPEEDUPS
 from .model.modeling_hf_moe import (
     HfMoeForCausalLM,
@@ -23,6 +24,7 @@ from .model.modeling_hf_moe import (
     HfMoeModel,
     HfMoePreTrainedModel,
 )
+from .model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
 from .quiet import quieten
 from .sizes.presets import preset_config
 from .version import __version__
@@ -30,6 +32,7 @@ from .version import __version__
 # Attached here because the model's files are saved beside weights, and the presets and model cards are not.
 HfMoeConfig.from_preset = staticmethod(preset_config)
 HfMoePreTrainedModel.push_to_hub = push_to_hub
+HfMoeGraftForCausalLM.push_to_hub = push_to_hub
 
 AUTO_CLASSES = {
     AutoModel: HfMoeModel,
@@ -44,6 +47,11 @@ HfMoeConfig.register_for_auto_class()
 for auto_class, model_class in AUTO_CLASSES.items():
     auto_class.register(HfMoeConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class)
+
+AutoConfig.register(HfMoeGraftConfig.model_type, HfMoeGraftConfig, exist_ok=True)
+HfMoeGraftConfig.register_for_auto_class()
+AutoModelForCausalLM.register(HfMoeGraftConfig, HfMoeGraftForCausalLM, exist_ok=True)
+HfMoeGraftForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 SPEEDUPS.append(decoding_kernels)
 quieten()
@@ -92,6 +100,8 @@ __all__ = [
     "HfMoeForCausalLM",
     "HfMoeForSequenceClassification",
     "HfMoeForTokenClassification",
+    "HfMoeGraftConfig",
+    "HfMoeGraftForCausalLM",
     "HfMoeModel",
     "__version__",
 ]

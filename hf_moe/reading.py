@@ -69,6 +69,11 @@ def auto_tokenizer(model: str | Path, what: str, **kwargs: Any) -> PreTrainedTok
         raise ValueError(f"{what}: {reason(error)}") from error
 
 
+def positions(config: PreTrainedConfig, most: int) -> int:
+    """How many tokens a model reads together, at most `most`; some say no limit of their own (BLOOM)."""
+    return min(most, getattr(config, "max_position_embeddings", None) or most)
+
+
 @contextmanager
 def conversion_errors(found: list[str]) -> Iterator[None]:
     """Adds to `found` the weights that Transformers could not make of those in the files, each with the reason.

@@ -87,17 +87,21 @@ class Source:
             return f"Transformers reads rope_theta={read} from this config, but the model was trained with {trained}"
         return None
 
-    def carried_files(self) -> list[Path]:
-        """Tokenizer, chat template, generation config and licence files, relative to the folder.
+    @property
+    def model_type(self) -> str:
+        return self.family.model_type
 
-        Raises a ValueError where one is a link to a file elsewhere, which nobody meant to publish.
-        """
-        folder = self.checkpoint.folder
-        found = {path for pattern in CARRIED_FILES for path in folder.glob(pattern) if path.is_file()}
-        files = sorted(path.relative_to(folder) for path in found)
-        for file in files:
-            check_inside(folder, file)
-        return files
+    @property
+    def vocab_size(self) -> int:
+        return self.hf_moe_fields["vocab_size"]
+
+    @property
+    def decisive(self) -> Mapping[str, Any]:
+        """The fields that siblings share."""
+        return self.hf_moe_fields
+
+    def carried_files(self) -> list[Path]:
+        return carried_files(self.checkpoint.folder)
 
     def hf_moe_config(self, **choices: Any) -> HfMoeConfig:
         """The hf_moe config of this checkpoint with the `choices` of a conversion."""
@@ -155,6 +159,18 @@ class Source:
 
     def _read(self, region: Region) -> torch.Tensor:
         return region.of(self.checkpoint.part(region.name, region.block, region.blocks))
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """Tokenizer, chat template, generation config and licence files, relative to the folder.
+
+    Raises a ValueError where one is a link to a file elsewhere, which nobody meant to publish.
+    """
+    found = {path for pattern in CARRIED_FILES for path in folder.glob(pattern) if path.is_file()}
+    files = sorted(path.relative_to(folder) for path in found)
+    for file in files:
+        check_inside(folder, file)
+    return files
 
 
 def tensor_shapes(config: HfMoeConfig) -> dict[str, tuple[int, ...]]:

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 import yaml
-from transformers.initialization import no_init_weights
 
-from ...model.configuration_hf_moe import HfMoeConfig
-from ...model.modeling_hf_moe import HfMoeForCausalLM
+from ...reading import positions
 from ..files.checkpoint import read_text
 from ..files.tokenizer import load_tokenizer
-from ..files.writer import Output
+from .dense import GraftDense, NativeDense
 
 MAX_TOKENS = 4096  # of the calibration text
 WINDOW = 256  # tokens that are read together
@@ -30,11 +28,12 @@ ROW_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parq
 class Evidence:
     """The dense model on the calibration text and on the prompts, computed where first asked for.
 
-    outputs, config: the dense model in hf_moe's names. It is in memory, in float32, only while it reads.
+    It is in memory, in float32, only while it reads.
     """
 
-    def __init__(self, folder: Path, config: HfMoeConfig, outputs: dict[str, Output], calibration: Any, prompts: Any):
-        self._config, self._outputs = config, outputs
+    def __init__(self, dense: NativeDense | GraftDense, calibration: Any, prompts: Any):
+        self._dense, self._config, self._outputs = dense, dense.config, dense.outputs
+        folder = dense.source.checkpoint.folder
         needs_tokens = calibration is not None or prompts is not None
         self._tokenizer = load_tokenizer(folder) if needs_tokens else None
         if needs_tokens and self._tokenizer is None:
@@ -58,45 +57,48 @@ class Evidence:
 
     def prompt_embeddings(self) -> torch.Tensor:
         """The mean token embedding of each expert's prompts: [E, D]."""
-        (table,) = self._outputs["model.embed_tokens.weight"].pieces()
+        (table,) = self._outputs[self._dense.embedding].pieces()
         return torch.stack([table[torch.cat(self._encode(prompts))].float().mean(dim=0) for prompts in self.prompts])
 
     @cached_property
-    def _text_inputs(self) -> list[torch.Tensor]:
-        return [torch.cat(states) for states in zip(*self._read(self._windows), strict=True)]
+    def _text_inputs(self) -> dict[int, torch.Tensor]:
+        read = self._read(self._windows)
+        return {layer: torch.cat([states[layer] for states in read]) for layer in self._dense.layers}
 
     @cached_property
-    def _prompt_inputs(self) -> list[torch.Tensor]:
+    def _prompt_inputs(self) -> dict[int, torch.Tensor]:
         windows = [(expert, ids) for expert, prompts in enumerate(self.prompts) for ids in self._encode(prompts)]
-        states = list(self._read([ids for _, ids in windows]))
-        return [
-            torch.stack(
+        states = self._read([ids for _, ids in windows])
+        return {
+            layer: torch.stack(
                 [
                     torch.cat([s[layer] for (e, _), s in zip(windows, states, strict=True) if e == expert]).mean(dim=0)
                     for expert in range(len(self.prompts))
                 ]
             )
-            for layer in range(self._config.num_hidden_layers)
-        ]
+            for layer in self._dense.layers
+        }
 
     @torch.no_grad()
-    def _read(self, windows: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    def _read(self, windows: Iterable[torch.Tensor]) -> list[dict[int, torch.Tensor]]:
         """For each window of token ids [T] the input of each layer's feed-forward network, [T, D]."""
-        with no_init_weights():
-            model = HfMoeForCausalLM._from_config(self._config, attn_implementation="eager", dtype=torch.float32)
-        state = {}
+        model, state = self._dense.model(), {}
         for name, output in self._outputs.items():
-            state[name] = torch.cat([piece.float() for piece in output.pieces()]).reshape(output.shape)
+            state[name] = torch.cat([in_float32(piece) for piece in output.pieces()]).reshape(output.shape)
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         del state
-        seen: list[torch.Tensor] = []
-        for layer in model.model.layers:
-            layer.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+        seen: dict[int, torch.Tensor] = {}
+        for layer in self._dense.layers:
+            module = model.get_submodule(self._dense.path(layer))
+            module.register_forward_pre_hook(
+                lambda module, args, layer=layer: seen.update({layer: args[0].reshape(-1, args[0].shape[-1])})
+            )
+        model.eval()
         read = []
         for ids in windows:
-            model.model(input_ids=ids[None], use_cache=False)
-            read.append(list(seen))
+            model.base_model(input_ids=ids[None], use_cache=False)
+            read.append(dict(seen))
             seen.clear()
         return read
 
@@ -113,7 +115,7 @@ class Evidence:
     def _cut(self, texts: Iterable[str]) -> list[torch.Tensor]:
         """The first MAX_TOKENS tokens, in windows that do not reach over the end of a text."""
         windows, left = [], MAX_TOKENS
-        size = min(WINDOW, self._config.max_position_embeddings)
+        size = positions(self._config, WINDOW)
         for text in texts:
             for ids in self._encode([text])[0][:left].split(size) if text.strip() else ():
                 windows.append(ids)
@@ -123,6 +125,10 @@ class Evidence:
         if not windows:
             raise ValueError("The calibration text is empty.")
         return windows
+
+
+def in_float32(piece: torch.Tensor) -> torch.Tensor:
+    return piece.float() if piece.is_floating_point() else piece
 
 
 def read_texts(path: Path) -> list[str]:

@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.activations import ACT2FN
 
 from ...same_tokens import check_same_tokens
+from ..files.graft_source import GraftSource
 from ..files.hashing import file_digest
 from ..files.source import Source
 from ..files.tokenizer import load_tokenizer
 from ..files.writer import Output
 from ..options import UpcycleOptions
 from . import UPCYCLERS
+from .dense import GraftDense, NativeDense
 from .evidence import Evidence
 from .layers import parse_layers
 from .options import complete, refuse_unread
 from .router_init import ROUTER_INITS
-from .strategy import FeedForward, Layer, Request, Sizes, Strategy
+from .strategy import Layer, Request, Sizes, Strategy
 
 FILES = ("prompts", "calibration")  # options that name one
 DEFAULT_STRATEGY = UpcycleOptions.strategy
@@ -33,16 +34,18 @@ class Plan:
     names, options that nothing reads, strategies that make unlike layers, sources that are no siblings.
     """
 
-    def __init__(self, sources: Sequence[Source], options: UpcycleOptions):
-        self.num_layers: int = sources[0].hf_moe_fields["num_hidden_layers"]
-        self._names = chosen_strategies(options, self.num_layers)
+    def __init__(self, sources: Sequence[Source | GraftSource], options: UpcycleOptions):
+        self.kind = GraftDense if isinstance(sources[0], GraftSource) else NativeDense
+        self._dense = [self.kind(source) for source in siblings(sources)]
+        self.dense = self._dense[0]
+        self._names = chosen_strategies(options, self.dense.layers)
         self._used = {name: UPCYCLERS[name] for name in sorted(set(self._names.values()))}
         self.strategy_names = ", ".join(self._used)
-        dense_config = sources[0].hf_moe_config(mlp_layer_types=["dense"] * self.num_layers)
-        self._dense = [source.outputs(dense_config) for source in siblings(sources)]
+        self._networks = {layer: [dense.feed_forward(layer) for dense in self._dense] for layer in sorted(self._names)}
 
         given = options.given
-        self._requests = self._asked_of_strategies(options, given, len(sources))
+        self._layer_requests = self._asked_of_strategies(options, given, len(sources))
+        self._requests = {name: self._layer_requests[layer] for layer, name in reversed(self._names.items())}
         self._router_inits = {
             name: options.router_init or made.router_init(self._requests[name]) for name, made in self._used.items()
         }
@@ -54,38 +57,38 @@ class Plan:
         std = given.get("router_std", 0.0)
         if not 0 <= std < math.inf:
             raise ValueError(f"router_std ({std}) must be finite and not negative.")
-        self.sizes, self.exact = self._agreed_sizes()
+        self.sizes, self.widths, self.exact = self._agreed_sizes()
 
-        evidence = Evidence(
-            sources[0].checkpoint.folder, dense_config, self._dense[0], options.calibration, options.prompts
-        )
+        evidence = Evidence(self.dense, options.calibration, options.prompts)
         if evidence.prompts and len(evidence.prompts) != options.experts:
             raise ValueError(f"prompts ({len(evidence.prompts)}) must be as many as experts ({options.experts}).")
-        act_fn = ACT2FN[dense_config.hidden_act]
         self.memory = evidence.memory  # bytes that are needed before the first tensor is made
         self.layers: dict[int, Strategy] = {}
-        for index, name in sorted(self._names.items()):
-            networks = [feed_forward(outputs, index) for outputs in self._dense]
-            layer = Layer(index, networks, act_fn, evidence, options.seed, dense_config.hidden_size)
-            self.layers[index] = self._used[name](self._requests[name], layer)
+        for index, networks in self._networks.items():
+            act_fn = self.dense.act_fn(index)
+            layer = Layer(index, networks, act_fn, evidence, options.seed, self.dense.hidden_size)
+            self.layers[index] = self._used[self._names[index]](self._layer_requests[index], layer)
         said = {"experts": options.experts, "top_k": options.top_k, "layers": options.layers}
         self.arguments = said | self._described()
 
-    def _asked_of_strategies(self, options: UpcycleOptions, given: Mapping, sources: int) -> dict[str, Request]:
-        """What each strategy at work is to make."""
-        down = self._dense[0]["model.layers.0.mlp.down_proj.weight"]
-        for name, output in self._dense[0].items():
-            if ".mlp." in name and output.dtype != down.dtype:
-                raise ValueError(
-                    f"{name} is {output.dtype}, but {down.name} is {down.dtype}: save the feed-forward networks in "
-                    "one dtype first."
-                )
-        requests = {}
+    def _asked_of_strategies(self, options: UpcycleOptions, given: Mapping, sources: int) -> dict[int, Request]:
+        """What the strategy of each layer is to make."""
+        first = next(iter(self._networks.values()))[0].output("down_proj.weight")
+        own = {}
         for name, made in self._used.items():
             if sources > 1 and not made.takes_siblings:
                 raise ValueError(f"strategy {name!r} takes 1 source, not {sources}; 'merge' takes several.")
-            own = complete(made.options, given, f"strategy {name!r}")
-            requests[name] = Request(options.experts, options.top_k, down.shape[1], down.dtype, sources, own)
+            own[name] = complete(made.options, given, f"strategy {name!r}")
+        requests = {}
+        for layer, (network, *_) in self._networks.items():
+            for part in network:
+                if network.output(part).dtype != first.dtype:
+                    raise ValueError(
+                        f"{part} of layer {layer} is {network.output(part).dtype}, but {first.name} is {first.dtype}: "
+                        "save the feed-forward networks in one dtype first."
+                    )
+            width, said = network.output("down_proj.weight").shape[1], own[self._names[layer]]
+            requests[layer] = Request(options.experts, options.top_k, width, first.dtype, sources, said)
         return requests
 
     def _refuse_unread(self, given: Mapping[str, Any]) -> None:
@@ -98,27 +101,41 @@ class Plan:
         everyone |= {f"router_init {name!r}": made.options for name, made in ROUTER_INITS.items()}
         refuse_unread(given, readers, everyone)
 
-    def _agreed_sizes(self) -> tuple[Sizes, bool]:
-        """The sizes that all strategies make, and whether all of them keep the function."""
-        sizes = {name: made.sizes(self._requests[name]) for name, made in self._used.items()}
-        (first, agreed), *others = sizes.items()
-        for name, said in others:
-            if said.config_fields() != agreed.config_fields():
+    def _agreed_sizes(self) -> tuple[Sizes, dict[str, int | list[int]], bool]:
+        """The sizes of the first layer, the config's fields of all, and whether all strategies keep the function.
+
+        Layers have one size, but for widths in a graft, which are those of the layers' own networks.
+        """
+        sizes = {layer: self._used[name].sizes(self._layer_requests[layer]) for layer, name in self._names.items()}
+        fields = {layer: said.config_fields() for layer, said in sorted(sizes.items())}
+        (first, agreed), *others = fields.items()
+        widths = [name for name in agreed if name.endswith("intermediate_size")] if self.kind is GraftDense else []
+        for layer, said in others:
+            if {**said, **{name: agreed[name] for name in widths if name in said}} != agreed:
                 raise ValueError(
-                    f"Strategies {first!r} and {name!r} cannot share a model, whose layers have one size: "
-                    f"{agreed.config_fields()} against {said.config_fields()}."
+                    f"Strategies {self._names[first]!r} and {self._names[layer]!r} cannot share a model, whose layers "
+                    f"have one size: {agreed} against {said}."
                 )
+        for name in widths:
+            of_layers = [said[name] for said in fields.values()]
+            agreed = agreed | {name: of_layers if len(set(of_layers)) > 1 else of_layers[0]}
         exact = True
-        for name, said in sizes.items():
-            request, start = self._requests[name], self._router_inits[name]
+        for layer, said in sizes.items():
+            request, start = self._layer_requests[layer], self._router_inits[self._names[layer]]
             uniform = ROUTER_INITS[start].uniform
             if uniform and said.tied > 1 and request.top_k < request.experts:
                 raise ValueError(
                     f"router_init {start!r} cannot tell whole networks apart, so with granularity a token would meet "
                     "pieces of several; use router_init 'normal'."
                 )
+            why, cut = self.dense.needs_whole(layer), said.moe_intermediate_size != request.width
+            if why and (cut or said.n_shared_experts):
+                raise ValueError(
+                    f"strategy {self._names[layer]!r} makes experts of another form than the network's, but {why}: "
+                    "use copy or noise, without granularity."
+                )
             exact &= said.exact and (uniform or not said.needs_uniform_router)
-        return agreed, exact
+        return sizes[first], agreed, exact
 
     def _described(self) -> dict[str, Any]:
         """The options in force, files by name and digest."""
@@ -136,7 +153,7 @@ class Plan:
     def rest(self, name: str) -> Output:
         """A tensor outside the sparse layers."""
         made = next(iter(self._used.values()))
-        return made.rest(next(iter(self._requests.values())), [outputs[name] for outputs in self._dense])
+        return made.rest(next(iter(self._requests.values())), [dense.outputs[name] for dense in self._dense])
 
     def router(self, strategy: Strategy) -> torch.Tensor:
         """The router's weights in a layer, [E, D] float32: experts that are tied have the same row."""
@@ -145,9 +162,9 @@ class Plan:
         return rows.repeat_interleave(self.sizes.tied, dim=0)
 
 
-def chosen_strategies(options: UpcycleOptions, num_layers: int) -> dict[int, str]:
+def chosen_strategies(options: UpcycleOptions, layers: Sequence[int]) -> dict[int, str]:
     """Layer -> its strategy. Raises a ValueError for a name that is unknown, or has no effect."""
-    names = parse_layers(options.layers, num_layers, options.strategy)
+    names = parse_layers(options.layers, layers, options.strategy)
     for name in [options.strategy, *names.values()]:
         known("strategy", name, UPCYCLERS)
     if options.strategy not in names.values() and options.strategy != DEFAULT_STRATEGY:
@@ -164,19 +181,19 @@ def known(what: str, name: str, registry: Mapping[str, Any]) -> None:
         raise ValueError(f"{what} {name!r} is unknown; it can be {', '.join(registry)}.")
 
 
-def siblings(sources: Sequence[Source]) -> Sequence[Source]:
+def siblings(sources: Sequence[Source | GraftSource]) -> Sequence[Source | GraftSource]:
     """The sources, each the first one's model with other weights. Raises a ValueError that names what differs."""
     first = sources[0]
     for source in sources[1:]:
-        if source.family is not first.family:
+        if source.model_type != first.model_type:
             raise ValueError(
-                f"{source.name} is a {source.family.model_type}, {first.name} a {first.family.model_type}: "
+                f"{source.name} is a {source.model_type}, {first.name} a {first.model_type}: "
                 "experts are merged from siblings of one model."
             )
-        for name, value in first.hf_moe_fields.items():
-            if source.hf_moe_fields[name] != value:
+        for name, value in first.decisive.items():
+            if source.decisive.get(name) != value:
                 raise ValueError(
-                    f"{source.name} has {name}={source.hf_moe_fields[name]!r}, {first.name} has {value!r}: experts "
+                    f"{source.name} has {name}={source.decisive.get(name)!r}, {first.name} has {value!r}: experts "
                     "are merged from siblings of one model."
                 )
         for name, entry in source.checkpoint.entries.items():
@@ -189,7 +206,7 @@ def siblings(sources: Sequence[Source]) -> Sequence[Source]:
     return sources
 
 
-def check_tokenizers(sources: Sequence[Source]) -> None:
+def check_tokenizers(sources: Sequence[Source | GraftSource]) -> None:
     """Raises a ValueError where an id means another token in one of the sources than in the first.
 
     Says which have no tokenizer, or no chat template, to tell.
@@ -209,11 +226,6 @@ def check_tokenizers(sources: Sequence[Source]) -> None:
             known[0][1],
             tokenizer,
             (known[0][0].name, source.name),
-            sources[0].hf_moe_fields["vocab_size"],
+            sources[0].vocab_size,
             "experts are merged from siblings of one model, which read the same ids.",
         )
-
-
-def feed_forward(outputs: Mapping[str, Output], layer: int) -> FeedForward:
-    prefix = f"model.layers.{layer}.mlp."
-    return FeedForward({n.removeprefix(prefix): output for n, output in outputs.items() if n.startswith(prefix)})

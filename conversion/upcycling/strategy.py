@@ -14,6 +14,7 @@ import torch
 
 from ..files.writer import Output
 from .evidence import Evidence
+from .feed_forward import FeedForward
 
 # Of a strategy's or a router's options: the user has to give it.
 REQUIRED = object()
@@ -71,23 +72,6 @@ class Sizes(NamedTuple):
         said = self._asdict()
         ours = ("exact", "needs_uniform_router", "tied")
         return {name: value for name, value in said.items() if name not in ours and value is not None}
-
-
-class FeedForward(Mapping):
-    """The tensors of a dense feed-forward network by name ("up_proj.weight" [I, D]), each read when asked for."""
-
-    def __init__(self, outputs: Mapping[str, Output]):
-        self._outputs = outputs
-
-    def __getitem__(self, part: str) -> torch.Tensor:
-        pieces = list(self._outputs[part].pieces())
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(self._outputs[part].shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._outputs)
-
-    def __len__(self) -> int:
-        return len(self._outputs)
 
 
 @dataclass(frozen=True)

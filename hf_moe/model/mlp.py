@@ -1,10 +1,17 @@
 """Feed-forward networks: the dense one, and how an expert's gate acts where that is not act(gate) * up."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_hf_moe import HfMoeConfig
+
+
+def activation(config: HfMoeConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """hidden_act's, or one that a grafted layer has for itself."""
+    return getattr(config, "act_fn", None) or ACT2FN[config.hidden_act]
 
 
 class HfMoeMLP(nn.Module):
@@ -16,7 +23,7 @@ class HfMoeMLP(nn.Module):
             self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = activation(config)
         self.gated = config.gated_mlp
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

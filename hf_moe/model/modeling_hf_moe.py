@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
@@ -34,7 +33,7 @@ from .latent_attention import HfMoeLatentAttention
 from .long_rope import HfMoeLongRope
 from .losses import PARTS, asked_parts, recorded_for
 from .mixture_of_heads import HfMoeMixtureOfHeads
-from .mlp import HfMoeMLP, clamped_swiglu
+from .mlp import HfMoeMLP, activation, clamped_swiglu
 from .multi_token import HfMoeMultiToken, HfMoeMultiTokenLayer, predict_ahead
 from .norms import PLACEMENTS, HfMoeUnitOffsetRMSNorm, make_norm
 from .outputs import HfMoeCausalLMOutput, HfMoeModelOutput
@@ -60,7 +59,7 @@ class HfMoeExperts(nn.Module):
         self.num_experts = config.num_experts
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = config.moe_intermediate_size
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = activation(config)
         self.up_name = "gate_up_proj" if config.gated_mlp else "up_proj"
         up_size = self.intermediate_dim * (2 if config.gated_mlp else 1)
         setattr(self, self.up_name, nn.Parameter(torch.empty(self.num_experts, up_size, self.hidden_dim)))
@@ -109,7 +108,7 @@ class HfMoeSparseMoeBlock(nn.Module):
     def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
         self.gate = HfMoeRouter(config, layer_idx)
-        self.experts = (HfMoeExperts if config.experts_swiglu_limit is None else HfMoeClampedExperts)(config)
+        self.experts = self.make_experts(config)
         # The decorator sets one value per class; ours is per configuration.
         self.experts.has_gate, self.experts.has_bias = config.gated_mlp, config.mlp_bias
         self.scales_input = config.expert_input_scaling
@@ -119,6 +118,9 @@ class HfMoeSparseMoeBlock(nn.Module):
             self.shared_experts = HfMoeMLP(config, width)
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def make_experts(self, config: HfMoeConfig) -> HfMoeExperts:
+        return (HfMoeExperts if config.experts_swiglu_limit is None else HfMoeClampedExperts)(config)
 
     def forward(
         self,
@@ -130,7 +132,7 @@ class HfMoeSparseMoeBlock(nn.Module):
         tokens = hidden_states.flatten(0, -2)  # [T, D]
         mask = None if token_mask is None else token_mask.reshape(-1)
         ids = None if input_ids is None else input_ids.reshape(-1)
-        _, weights, index, row_token, _ = self.gate(tokens, mask, ids)
+        _, weights, index, row_token, _ = self.route(tokens, mask, ids)
         experts = self.scaled_inputs if self.scales_input else self.experts
         if row_token is None:
             output = experts(tokens, index, weights)
@@ -143,6 +145,10 @@ class HfMoeSparseMoeBlock(nn.Module):
                 shared = self.shared_expert_gate(tokens).sigmoid() * shared
             output = output + shared
         return output.view_as(hidden_states)
+
+    def route(self, tokens: torch.Tensor, mask: torch.Tensor | None, ids: torch.Tensor | None) -> tuple:
+        """What the router answers of the tokens [T, D]."""
+        return self.gate(tokens, mask, ids)
 
     def scaled_inputs(self, tokens: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """sum_k FFN_{index_{t,k}}(weight_{t,k} x_t), [T, D]: every slot of a weight above 0 is a row."""
@@ -193,6 +199,20 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
         return residual + (change if self.residual_multiplier == 1 else change * self.residual_multiplier)
 
 
+@torch.no_grad()
+def draw(module: nn.Module, std: float) -> None:
+    """First weights of experts and routers: N(0, std), biases and what moves a choice 0, hash tables their own."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.endswith("bias") or name in ("noise_weight", "baseline_weight"):
+            init.zeros_(parameter)
+        else:
+            init.normal_(parameter, mean=0.0, std=std)
+    if getattr(module, "e_score_correction_bias", None) is not None:
+        init.zeros_(module.e_score_correction_bias)
+    if getattr(module, "hash_table", None) is not None:
+        init.copy_(module.hash_table, module.first_hash_table())
+
+
 # What `output_...` may ask the decoder for. Of its own layers: those in `mtp_layers` are not recorded.
 RECORDERS = {
     "router_logits": OutputRecorder(HfMoeRouter, index=0),
@@ -230,21 +250,8 @@ class HfMoePreTrainedModel(HfMoeUnquantized, HfMoeDispatch, HfMoeHashTables, Pre
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, (HfMoeExperts, HfMoeMixtureOfHeads)):
-            for name, parameter in module.named_parameters(recurse=False):
-                if name.endswith("bias"):
-                    init.zeros_(parameter)
-                else:
-                    init.normal_(parameter, mean=0.0, std=std)
-        elif isinstance(module, HfMoeRouter):
-            if module.weight is not None:
-                init.normal_(module.weight, mean=0.0, std=std)
-            zeros = (module.bias, module.noise_weight, module.baseline_weight, module.e_score_correction_bias)
-            for tensor in zeros:
-                if tensor is not None:
-                    init.zeros_(tensor)
-            if module.hash_table is not None:
-                init.copy_(module.hash_table, module.first_hash_table())
+        if isinstance(module, (HfMoeExperts, HfMoeMixtureOfHeads, HfMoeRouter)):
+            draw(module, std)
         elif isinstance(module, HfMoeUnitOffsetRMSNorm):
             init.zeros_(module.weight)
         elif isinstance(module, HfMoeAttention) and self.config.attention_sinks:

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import torch
 
 from ..model.configuration_hf_moe import HfMoeConfig
-from ..model.modeling_hf_moe import HfMoeForCausalLM
+from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
+from ..model.modeling_hf_moe import HfMoeExperts, HfMoeForCausalLM
+from ..model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
 
 BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 CACHE_DTYPE = "bfloat16"
@@ -59,6 +61,19 @@ def sizes(config: HfMoeConfig, context: int | None = None) -> dict:
     }
 
 
+def graft_sizes(config: HfMoeGraftConfig) -> dict[str, int]:
+    """total_params and active_params of HfMoeGraftForCausalLM(config)."""
+    with torch.device("meta"):
+        model = HfMoeGraftForCausalLM(config)
+    blocks = [x for x in model.modules() if isinstance(x, HfMoeExperts)]
+    routed = sum(x.numel() for block in blocks for x in block.parameters(recurse=False))
+    total = sum(x.numel() for x in model.parameters())
+    return {
+        "total_params": total,
+        "active_params": total - routed + routed // config.num_experts * experts_per_token(config),
+    }
+
+
 def active_part(name: str, parameter: torch.Tensor, config: HfMoeConfig) -> int:
     """How many of a parameter's elements work on one token."""
     if ".mtp_layers." in name:
@@ -77,7 +92,7 @@ def expert_flops(config: HfMoeConfig) -> int:
     return 2 * sum(active_part(name, x, config) for name, x in matrices)
 
 
-def experts_per_token(config: HfMoeConfig) -> int:
+def experts_per_token(config: HfMoeConfig | HfMoeGraftConfig) -> int:
     return config.num_experts if config.router_type == "dense" else config.num_experts_per_tok
 
 

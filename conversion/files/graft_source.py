@@ -1,0 +1,163 @@
+"""A dense decoder of any family, opened to have experts grafted onto it: tensors by their names in Transformers."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ...generation_settings import check_generation_config
+from ...model.feed_forward import FeedForward, find_feed_forwards
+from ...reading import built
+from ...routers import find_routers
+from ..families import ENCODER_DECODERS
+from ..host import names_in_memory
+from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry, read_config
+from .file_backed import by_transformers, empty, stored_names
+from .source import BOOKKEEPING_KEYS, carried_files, locate
+from .writer import Output
+
+BUFFERS = r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)"  # computed anew, in old files
+OURS = ("hf_moe", "hf_moe_graft")
+
+
+class ComputedCheckpoint(Checkpoint):
+    """A checkpoint whose files hold other tensors than the model: Transformers puts those together, in memory."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        model = by_transformers(folder).to(self.dtype)
+        self._state = {name: model.state_dict()[name] for name in stored_names(model)}
+        self.entries = {name: Entry(x.dtype, tuple(x.shape), 0, x.nbytes) for name, x in self._state.items()}
+        self.file_of = dict.fromkeys(self.entries, self.files[0])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._state[name]
+
+
+@dataclass(frozen=True)
+class GraftSource:
+    """A checkpoint, opened and checked. model: the host's, without memory; names: its parameters' -> the files'."""
+
+    name: str  # of the folder, or the Hub id
+    revision: str | None  # the Hub's commit
+    config: PreTrainedConfig
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    ignored_config_keys: list[str]  # the host's class does not read them
+
+    incomparable = None
+
+    @property
+    def model_type(self) -> str:
+        return self.config.model_type
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.get_text_config().vocab_size
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The fields that siblings share."""
+        said = self.config.to_dict()
+        return {name: x for name, x in said.items() if name not in ("dtype", "architectures", "transformers_version")}
+
+    @cached_property
+    def networks(self) -> dict[int, FeedForward]:
+        return find_feed_forwards(self.model)
+
+    def carried_files(self) -> list[Path]:
+        return carried_files(self.checkpoint.folder)
+
+    def outputs(self) -> dict[str, Output]:
+        """Every tensor of the dense model by its name in Transformers, made of this checkpoint's bytes."""
+        return {name: self.output(name) for name in self.names}
+
+    def output(self, name: str) -> Output:
+        stored = self.names[name]
+        entry = self.checkpoint.entries[stored]
+        return Output(name, entry.dtype, entry.shape, lambda: [self.checkpoint.tensor(stored)])
+
+
+def open_graft(src: str | Path) -> GraftSource:
+    """Open a dense checkpoint of any decoder of Transformers.
+
+    Raises FileNotFoundError or a ValueError of one line: no checkpoint, a model that is no decoder, has no dense
+    feed-forward networks or experts already, a tensor that is missing, left over or of another shape.
+    """
+    folder, name, revision = locate(src)
+    said = read_config(folder)
+    model_type = said.get("model_type")
+    if model_type in OURS:
+        raise ValueError(f"{name} is an hf_moe checkpoint already.")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{name} has model_type {model_type!r}, which Transformers {transformers.__version__} does not know: take "
+            "a newer one."
+        )
+    if said.get("quantization_config") is not None:
+        raise ValueError(f"{name} is quantized: experts are grafted onto weights in 16 or 32 bits, save those first.")
+    config = built(
+        AutoConfig.from_pretrained,
+        f"{folder / 'config.json'} is no valid {model_type} config",
+        folder,
+        trust_remote_code=False,
+    )
+    if config.is_encoder_decoder or model_type in ENCODER_DECODERS or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{name} is a {model_type}, no decoder that writes text: experts can be grafted onto those.")
+    check_generation_config(folder)
+    model = empty(config)
+    if find_routers(model):
+        raise ValueError(
+            f"{name} is a {model_type}, already a mixture of experts: train it as it is, or import it where hf_moe "
+            "has a table."
+        )
+    if not find_feed_forwards(model):
+        raise ValueError(f"No layer of {name} ({model_type}) has a dense feed-forward network: experts stand for one.")
+    checkpoint = Checkpoint(folder)
+    found = names_in_memory(model, checkpoint.entries)
+    if any(computed for _, computed in found.values()):
+        checkpoint = ComputedCheckpoint(folder)
+        found = {stored: (stored, False) for stored in checkpoint.entries}
+    names = agreed_names(model, checkpoint, {new: stored for stored, (new, _) in found.items()})
+    known = {f.name for f in fields(type(config))} | set(config.attribute_map) | set(config.attribute_map.values())
+    ignored = sorted(set(said) - known - BOOKKEEPING_KEYS)
+    return GraftSource(name, revision, config, model, checkpoint, names, ignored)
+
+
+def agreed_names(model: PreTrainedModel, checkpoint: Checkpoint, stored: dict[str, str]) -> dict[str, str]:
+    """Of each parameter that is stored, the name in the files; ValueError for what is missing, odd or left over."""
+    state, tied, kind = model.state_dict(), model.all_tied_weights_keys, model.config.model_type
+    ignored = [BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]
+    names = {}
+    for name in stored_names(model):
+        # A tied pair may be stored under the other's name.
+        other = next((first for first, second in tied.items() if second == name and first in stored), name)
+        if name not in stored and other not in stored:
+            raise ValueError(f"The checkpoint lacks {name}, which a {kind} with its config calls for.")
+        names[name] = stored[name if name in stored else other]
+        entry = checkpoint.entries[names[name]]
+        if entry.shape != tuple(state[name].shape):
+            raise ValueError(
+                f"{names[name]} has shape {list(entry.shape)}, but the config calls for {list(state[name].shape)}."
+            )
+    for name, there in stored.items():
+        if name in names or any(re.search(pattern, name) for pattern in ignored):
+            continue
+        if name not in tied:
+            raise ValueError(f"The checkpoint holds {there}, which a {kind} with this config does not use.")
+        if not torch.equal(checkpoint.tensor(there), checkpoint.tensor(names[tied[name]])):
+            raise ValueError(f"{there} differs from {names[tied[name]]} although the config says they are shared.")
+    for network in find_feed_forwards(model).values():
+        for tensor in network.tensors:
+            entry = checkpoint.entries[names[f"{network.path}.{tensor}"]]
+            if entry.dtype not in WEIGHT_DTYPES:
+                raise ValueError(f"{network.path}.{tensor} is {entry.dtype}: hf_moe reads floats only.")
+    return names
