@@ -5,17 +5,26 @@ from .dbrx import DBRX
 from .deepseek import DEEPSEEK
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
+from .dots1 import DOTS1
+from .ernie4_5_moe import ERNIE4_5_MOE
+from .exaone_moe import EXAONE_MOE
 from .family import Computed, Family
+from .flex_olmo import FLEX_OLMO
+from .flint import FLINT
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3_TEXT
 from .glm import GLM, GLM4
 from .glm4_moe import GLM4_MOE
+from .glm4_moe_lite import GLM4_MOE_LITE
 from .gpt_oss import GPT_OSS
 from .granite import GRANITE
 from .granitemoe import GRANITEMOE, GRANITEMOESHARED
+from .granitemoe_swa import GRANITEMOE_SWA
+from .hy_v3 import HY_V3
 from .llama import LLAMA
 from .llama4 import LLAMA4_TEXT
+from .mellum import MELLUM
 from .minimax_m2 import MINIMAX_M2
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
@@ -27,25 +36,40 @@ from .qwen2 import QWEN2
 from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
+from .sarvam import SARVAM_MLA, SARVAM_MOE
 from .smollm3 import SMOLLM3
+from .solar_open import SOLAR_OPEN
 
 # Mixtures of experts, for `import_checkpoint` and `export_checkpoint`.
-FAMILIES: dict[str, Family] = {
+TABLES: dict[str, Family] = {
     "mixtral": MIXTRAL,
     "olmoe": OLMOE,
+    "flex_olmo": FLEX_OLMO,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
+    "mellum": MELLUM,
+    "flint": FLINT,
     "deepseek": DEEPSEEK,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "glm4_moe": GLM4_MOE,
+    "glm4_moe_lite": GLM4_MOE_LITE,
+    "solar_open": SOLAR_OPEN,
+    "dots1": DOTS1,
+    "exaone_moe": EXAONE_MOE,
+    "hy_v3": HY_V3,
+    "sarvam_moe": SARVAM_MOE,
+    "sarvam_mla": SARVAM_MLA,
+    "ernie4_5_moe": ERNIE4_5_MOE,
     "minimax_m2": MINIMAX_M2,
     "granitemoe": GRANITEMOE,
     "granitemoeshared": GRANITEMOESHARED,
+    "granitemoe_swa": GRANITEMOE_SWA,
     "dbrx": DBRX,
     "llama4_text": LLAMA4_TEXT,
     "gpt_oss": GPT_OSS,
 }
+FAMILIES = {name: family for name, family in TABLES.items() if family.known}  # older hosts have fewer
 
 # Dense models, for `upcycle`.
 DENSE_FAMILIES: dict[str, Family] = {

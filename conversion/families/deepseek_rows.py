@@ -34,26 +34,35 @@ def balance_loss(config: HfMoeConfig) -> dict[str, Any]:
     return {"aux_loss_alpha": coef / layers, "seq_aux": within_sequences}
 
 
-def shared_experts(config: PreTrainedConfig) -> int:
-    if not config.n_shared_experts:
-        raise ValueError(
-            f"{config.model_type} field n_shared_experts={config.n_shared_experts!r} cannot be carried: its class in "
-            "Transformers always has shared experts."
-        )
-    return config.n_shared_experts
+def shared_experts(field: str) -> Computed:
+    """There must be one. Back, as many as make up the width; each is as wide as a routed expert."""
 
+    def value(config: PreTrainedConfig) -> int:
+        count = getattr(config, field)
+        if not count:
+            raise ValueError(
+                f"{config.model_type} field {field}={count!r} cannot be carried: its class in Transformers always has "
+                "shared experts."
+            )
+        return count
 
-def shared_experts_of_width(config: HfMoeConfig) -> dict[str, int]:
-    """As many as make up the width, and at least the one that there must be; each is as wide as a routed expert."""
-    return {"n_shared_experts": max(1, shared_width(config) // config.moe_intermediate_size)}
+    return Computed(
+        (field,), value, lambda config: {field: max(1, shared_width(config) // config.moe_intermediate_size)}
+    )
 
 
 SHARED_EXPERTS_FIELDS = {
     **same("num_experts_per_tok", "moe_intermediate_size", "attention_bias"),
     "num_experts": "n_routed_experts",
-    "n_shared_experts": Computed(("n_shared_experts",), shared_experts, shared_experts_of_width),
+    "n_shared_experts": shared_experts("n_shared_experts"),
     "mlp_layer_types": Computed(("first_k_dense_replace",), mlp_layer_types, leading_dense_layers),
 }
+# Each layer's, and the leading dense ones as the release says them, for programs that read that.
+LISTED_MLP_LAYERS = Computed(
+    ("mlp_layer_types", "first_k_dense_replace"),
+    lambda config: config.mlp_layer_types,
+    lambda config: {"mlp_layer_types": config.mlp_layer_types, **leading_dense_layers(config)},
+)
 DEEPSEEK_FIELDS = {
     **DECODER_FIELDS,
     **SHARED_EXPERTS_FIELDS,
@@ -69,3 +78,19 @@ LATENT_ATTENTION = same("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_r
 
 def groups(config: HfMoeConfig) -> dict[str, int]:
     return {"n_group": config.n_group, "topk_group": config.topk_group}
+
+
+GROUPS = {
+    "n_group": Computed(("n_group",), lambda config: config.n_group or 1, groups),
+    "topk_group": Computed(("topk_group",), lambda config: config.topk_group or 1),
+}
+
+# Transformers' classes compute the same whatever these are; the code of the releases does not.
+AS_V3 = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+
+# V3's router in families whose configs have no balance loss: the bias balances.
+BIASED_SIGMOID = {
+    "router_type": "sigmoid_topk",
+    "router_args": {"selection_bias": True},
+    "router_aux_loss_coef": 0.0,
+}

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...model.configuration_hf_moe import HfMoeConfig
-from .regions import Region, Row, Rows, Stacked, regions
+from .regions import Part, Region, Row, Rows, regions
 
 
 class Computed(NamedTuple):
@@ -50,7 +50,9 @@ class Family:
     layouts: further rows, by how the experts are stored, the released one first. {expert} runs over all experts.
     ignored_tensors: patterns of tensors that old checkpoints hold and Transformers computes anew.
     mtp: how the layers for multi-token prediction are stored.
+    dropped_mtp: patterns of tensors for multi-token prediction that hf_moe has no place for.
     own_config: the config class and the model's class name of a family that Transformers lacks.
+    class_name: what the release calls the model's class, where Transformers has that of another family for it.
     """
 
     model_type: str
@@ -63,7 +65,9 @@ class Family:
     layouts: Mapping[str, Rows] = field(default_factory=lambda: {"fused": {}})
     ignored_tensors: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
     mtp: MultiToken | None = None
+    dropped_mtp: tuple[str, ...] = ()
     own_config: tuple[type[PreTrainedConfig], str] | None = None
+    class_name: str | None = None
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:
@@ -72,7 +76,14 @@ class Family:
     @property
     def architecture(self) -> str:
         """The name of the family's class with a language-modelling head."""
-        return self.own_config[1] if self.own_config else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type]
+        if self.own_config:
+            return self.own_config[1]
+        return self.class_name or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type]
+
+    @property
+    def known(self) -> bool:
+        """Whether the installed Transformers has it, or need not have it."""
+        return self.own_config is not None or self.model_type in CONFIG_MAPPING
 
     def accounted_fields(self) -> set[str]:
         """Every field of the family's config class that the table knows."""
@@ -128,9 +139,10 @@ class Family:
             return rows.get(target, (target,))
         pattern = target.replace(layer[0], ".layers.{layer}.", 1)
 
-        def filled(part: str | Stacked) -> str | Stacked:
-            named = isinstance(part, Stacked)
-            return part._replace(name=filled(part.name)) if named else part.replace("{layer}", layer[1])
+        def filled(part: Part) -> Part:
+            if isinstance(part, str):
+                return part.replace("{layer}", layer[1])
+            return part._replace(name=filled(part.name))
 
         return tuple(map(filled, rows.get(pattern, (pattern,))))
 

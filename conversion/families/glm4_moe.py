@@ -1,6 +1,6 @@
 """GLM-4.5 to 4.7: arXiv 2508.06471. DeepSeek-V3's routing over grouped-query attention, RoPE on half of each head."""
 
-from .deepseek_rows import SHARED_EXPERTS_FIELDS, groups
+from .deepseek_rows import BIASED_SIGMOID, GROUPS, SHARED_EXPERTS_FIELDS
 from .family import DECODER_FIELDS, Computed, Family, same
 from .moe_rows import LAYOUTS, MTP
 from .rope_rows import PARTIAL_ROPE
@@ -10,6 +10,7 @@ GLM4_MOE = Family(
     fields={
         **DECODER_FIELDS,
         **SHARED_EXPERTS_FIELDS,
+        **GROUPS,
         **same("head_dim", "routed_scaling_factor", "output_router_logits", "norm_topk_prob"),
         **same("num_mtp_layers"),
         "rope_parameters": PARTIAL_ROPE,
@@ -18,14 +19,8 @@ GLM4_MOE = Family(
             lambda config: "head" if config.use_qk_norm else None,
             lambda config: {"use_qk_norm": config.qk_norm == "head"},
         ),
-        "n_group": Computed(("n_group",), lambda config: config.n_group, groups),
-        "topk_group": Computed(("topk_group",), lambda config: config.topk_group),
     },
-    constants={
-        "router_type": "sigmoid_topk",
-        "router_args": {"selection_bias": True},
-        "router_aux_loss_coef": 0.0,  # the bias balances; its config has no other means
-    },
+    constants=BIASED_SIGMOID,
     undeclared=frozenset({"head_dim", "partial_rotary_factor"}),
     layouts=LAYOUTS,
     mtp=MTP,

@@ -5,18 +5,29 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ...model.configuration_hf_moe import HfMoeConfig
-from .family import Computed, MultiToken, same
+from .family import Computed, MultiToken
 from .regions import EXPERT
 
-ROUTING_FIELDS = {
-    **same("num_experts_per_tok", "output_router_logits"),
-    # Transformers' balance loss is K at perfect balance, ours 1: the coefficient that trains alike is K times theirs.
-    "router_aux_loss_coef": Computed(
-        ("router_aux_loss_coef", "num_experts_per_tok"),
-        lambda config: (config.router_aux_loss_coef or 0.0) * config.num_experts_per_tok,
-        lambda config: {"router_aux_loss_coef": config.router_aux_loss_coef / config.num_experts_per_tok},
-    ),
-}
+
+def routing_fields(
+    top_k: str = "num_experts_per_tok", coef: str = "router_aux_loss_coef"
+) -> dict[str, str | Computed]:
+    """The rows of routing with Transformers' balance loss; `top_k` and `coef` are what the family calls those fields.
+
+    That loss is K at perfect balance, ours 1: the coefficient that trains alike is K times theirs.
+    """
+    return {
+        "num_experts_per_tok": top_k,
+        "output_router_logits": "output_router_logits",
+        "router_aux_loss_coef": Computed(
+            (coef, top_k),
+            lambda config: (getattr(config, coef) or 0.0) * getattr(config, top_k),
+            lambda config: {coef: config.router_aux_loss_coef / config.num_experts_per_tok},
+        ),
+    }
+
+
+ROUTING_FIELDS = routing_fields()
 
 # One tensor per expert and projection, as Transformers 4 had them in memory and 5 still writes them.
 PER_EXPERT = {
@@ -44,6 +55,12 @@ MTP = MultiToken(
     field="num_mtp_layers",
     tensors={"block.": "", "norm.": "shared_head.norm."},
     copies={"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"},
+)
+
+# How many, in a release whose class in Transformers leaves them out.
+NEXTN = "num_nextn_predict_layers"
+NEXTN_LAYERS = Computed(
+    (NEXTN,), lambda config: getattr(config, NEXTN, 0), lambda config: {NEXTN: config.num_mtp_layers}
 )
 
 
@@ -74,3 +91,16 @@ def qwen_window(config: HfMoeConfig) -> dict[str, Any]:
 MLP_LAYER_TYPES = Computed(("decoder_sparse_step", "mlp_only_layers"), qwen_mlp_layer_types, qwen_dense_layers)
 # The config class has already worked use_sliding_window into it; 0 is one way to say none.
 SLIDING_WINDOW = Computed(("sliding_window",), lambda config: config.sliding_window or None, qwen_window)
+
+# One shared expert of a width of its own, under Qwen2-MoE's name.
+SHARED_EXPERT_WIDTH = Computed(
+    ("shared_expert_intermediate_size",),
+    lambda config: config.shared_expert_intermediate_size,
+    lambda config: {"shared_expert_intermediate_size": shared_width(config)},
+)
+SHARED_EXPERT = {
+    f"model.layers.{{layer}}.mlp.shared_experts.{projection}.weight": (
+        f"model.layers.{{layer}}.mlp.shared_expert.{projection}.weight",
+    )
+    for projection in ("gate_proj", "up_proj", "down_proj")
+}

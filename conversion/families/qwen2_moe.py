@@ -1,7 +1,7 @@
 """Qwen1.5-MoE and Qwen2-MoE: arXiv 2407.10671. A shared expert behind a sigmoid gate beside the routed ones."""
 
-from .family import DECODER_FIELDS, Computed, Family, same
-from .moe_rows import LAYOUTS, MLP_LAYER_TYPES, ROUTING_FIELDS, SLIDING_WINDOW, shared_width
+from .family import DECODER_FIELDS, Family, same
+from .moe_rows import LAYOUTS, MLP_LAYER_TYPES, ROUTING_FIELDS, SHARED_EXPERT, SHARED_EXPERT_WIDTH, SLIDING_WINDOW
 
 QWEN2_MOE = Family(
     model_type="qwen2_moe",
@@ -9,11 +9,7 @@ QWEN2_MOE = Family(
         **DECODER_FIELDS,
         **ROUTING_FIELDS,
         **same("head_dim", "layer_types", "num_experts", "moe_intermediate_size", "norm_topk_prob"),
-        "shared_expert_intermediate_size": Computed(
-            ("shared_expert_intermediate_size",),
-            lambda config: config.shared_expert_intermediate_size,
-            lambda config: {"shared_expert_intermediate_size": shared_width(config)},
-        ),
+        "shared_expert_intermediate_size": SHARED_EXPERT_WIDTH,
         "attention_bias": "qkv_bias",
         "sliding_window": SLIDING_WINDOW,
         "mlp_layer_types": MLP_LAYER_TYPES,
@@ -22,11 +18,6 @@ QWEN2_MOE = Family(
     # The config class has already worked these into layer_types and sliding_window.
     neutral=frozenset({"use_sliding_window", "max_window_layers"}),
     undeclared=frozenset({"head_dim"}),
-    tensors={
-        f"model.layers.{{layer}}.mlp.shared_experts.{projection}.weight": (
-            f"model.layers.{{layer}}.mlp.shared_expert.{projection}.weight",
-        )
-        for projection in ("gate_proj", "up_proj", "down_proj")
-    },
+    tensors=SHARED_EXPERT,
     layouts=LAYOUTS,
 )

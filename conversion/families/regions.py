@@ -21,9 +21,16 @@ class Stacked(NamedTuple):
     flat: bool = False
 
 
+class Wrapped(NamedTuple):
+    """A tensor with one more axis in front, of size 1, than hf_moe's has."""
+
+    name: str
+
+
 # hf_moe tensor -> the tensors whose rows, one after the other, are its rows; with {expert} or Stacked, each expert's.
 # A tensor that stands in the rows of several hf_moe tensors holds theirs, one after the other.
-Row = tuple[str | Stacked, ...]
+Part = str | Stacked | Wrapped
+Row = tuple[Part, ...]
 Rows = Mapping[str, Row]
 
 
@@ -49,12 +56,12 @@ class Region(NamedTuple):
         return not self.transposed and self.rows == slice(0, self.block_shape[0])
 
 
-def part_name(part: str | Stacked) -> str:
-    return part.name if isinstance(part, Stacked) else part
+def part_name(part: Part) -> str:
+    return part if isinstance(part, str) else part.name
 
 
 def per_expert(row: Row) -> bool:
-    return any(isinstance(part, Stacked) or EXPERT in part for part in row)
+    return any(isinstance(part, Stacked) or EXPERT in part_name(part) for part in row)
 
 
 def regions(
@@ -81,13 +88,15 @@ def regions(
                 meant = part.rows if stacked and part.rows else slice(begin, begin + count)
                 parts[target].append((block, part, meant, rest))
 
-    def region(block: tuple[str, int], part: str | Stacked, meant: slice, rest: tuple[int, ...]) -> Region:
-        stacked = part if isinstance(part, Stacked) else Stacked(part)
+    def region(block: tuple[str, int], part: Part, meant: slice, rest: tuple[int, ...]) -> Region:
+        stacked = part if isinstance(part, Stacked) else Stacked(part_name(part))
         blocks = num_experts if isinstance(part, Stacked) else 1
         matrix = (filled[block], *rest)
         if stacked.transposed:
             matrix = matrix[::-1]
         shape = matrix if blocks == 1 else (blocks, *matrix)
+        if isinstance(part, Wrapped):
+            shape = (1, *matrix)
         if stacked.flat:
             shape = (blocks * matrix[0], *matrix[1:])
         return Region(block[0], shape, block[1], blocks, matrix, stacked.transposed, meant)

@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedConfig
 
+from ...model.configuration_hf_moe import HfMoeConfig
 from .family import Computed
 
 
@@ -18,7 +19,18 @@ def by_layer_type(config: PreTrainedConfig) -> dict[str, dict]:
     return ropes
 
 
-ROPE_BY_LAYER_TYPE = Computed(("rope_parameters", "layer_types"), by_layer_type)
+def for_each_layer_type(config: HfMoeConfig) -> dict[str, dict]:
+    """The same, where one dict is for all types, too."""
+    rope = config.rope_parameters
+    return {"rope_parameters": rope if config.rope_by_layer_type else dict.fromkeys(config.layer_types, rope)}
+
+
+ROPE_BY_LAYER_TYPE = Computed(("rope_parameters", "layer_types"), by_layer_type, for_each_layer_type)
+
+# RoPE in layers with a sliding window, none in those with full attention.
+ROPE_IN_WINDOWS = Computed(
+    ("layer_types",), lambda config: [int(kind == "sliding_attention") for kind in config.layer_types]
+)
 
 # RoPE on a part of each head. The factor is always said: a config class may have a default of its own.
 PARTIAL_ROPE = Computed(

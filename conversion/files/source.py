@@ -132,6 +132,11 @@ class Source:
                 why = "tie_word_embeddings=true" if name == "lm_head.weight" else "that they are shared"
                 raise ValueError(f"{name} differs from {copies[name]} although the config says {why}.")
             return
+        if any(re.fullmatch(pattern, name) for pattern in self.family.dropped_mtp):
+            raise ValueError(
+                f"The checkpoint holds {name}: hf_moe cannot carry the multi-token prediction of a "
+                f"{self.family.model_type}. To do without it, say drop_mtp=True (--drop-mtp)."
+            )
         raise ValueError(
             f"The checkpoint holds {name}, which a {self.family.model_type} with this config does not use."
         )
@@ -225,7 +230,9 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
     if ignored and family.own_config:  # no class of Transformers says that the field means nothing
         raise ValueError(f"{model_type} field {ignored[0]}={said[ignored[0]]!r} cannot be carried: unknown.")
     ignored_tensors = family.ignored_tensors
-    mtp_layers = getattr(config, family.mtp.field) if family.mtp else 0
+    mtp_layers = getattr(config, family.mtp.field, 0) if family.mtp else 0
+    if drop_mtp:
+        ignored_tensors += family.dropped_mtp
     if drop_mtp and mtp_layers:
         ignored_tensors += tuple(re.escape(mtp_prefix(config, index)) + ".+" for index in range(mtp_layers))
         setattr(config, family.mtp.field, 0)

@@ -31,4 +31,4 @@ def test_inspect_and_plan_of_every_family(model_type, command, tmp_path):
     assert inspected["sparse_layers"] == len(routers)
     assert inspected["total_params"] == planned["total_params"]
     if not folder_config(tmp_path).num_mtp_layers:  # Transformers leaves out those that a config says
-        assert inspected["total_params"] == sum(x.numel() for x in model.parameters())
+        assert inspected["total_params"] == model.num_parameters(only_trainable=True)

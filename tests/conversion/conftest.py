@@ -9,6 +9,8 @@ import torch
 from hf_moe.conversion import import_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.conversion.recent_cases import RECENT_CASES
+
 # Not powers of two, but multiples of 4: grouped_mm wants rows of 16 bytes.
 SIZES = {
     "vocab_size": 61,
@@ -304,6 +306,7 @@ OTHER_CASES = {
         },
     ),
     "minimax_m2-whole-rope": ("minimax_m2", {**MOE, "num_local_experts": 5, "head_dim": 6}),
+    **RECENT_CASES,
 }
 
 

@@ -16,7 +16,8 @@ from tests.conftest import tokens
 from tests.conversion.conftest import MOE_CASES, SIZES, check_import_refused, dbrx, files_of
 
 ALL = DENSE_FAMILIES | FAMILIES
-NEEDED = {"deepseek_v3": {"num_mtp_layers": 0}}  # by default it says that there is one
+# By default the one says that there is a layer for it, and the other that there is no shared expert.
+NEEDED = {"deepseek_v3": {"num_mtp_layers": 0}, "dots1": {"n_shared_experts": 1}}
 
 
 @pytest.mark.parametrize("name", ALL)

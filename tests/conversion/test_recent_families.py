@@ -1,0 +1,144 @@
+"""The families of 2025 and 2026: what their releases say and hold beside what Transformers' class reads."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hf_moe.conversion import export_checkpoint, import_checkpoint
+from hf_moe.conversion.families import FAMILIES
+from safetensors.torch import load_file, save_file
+
+from hf_moe import HfMoeConfig
+from tests.conftest import since
+from tests.conversion.conftest import check_import_refused
+
+has_sarvam = since(24, "has no Sarvam")
+
+V3_KEYS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+# Keys of the releases' config.json that Transformers' class does not declare.
+SAID = {
+    "glm4_moe_lite": {**V3_KEYS, "first_k_dense_replace": 1, "partial_rotary_factor": 1.0},
+    "solar_open": {"first_k_dense_replace": 0, "use_qk_norm": False, "partial_rotary_factor": 1.0},
+    "dots1": V3_KEYS,
+    "exaone_moe": V3_KEYS,
+    "hy_v3": {"qk_norm": True, "route_norm": True, "first_k_dense_replace": 1, "expert_hidden_dim": 20},
+    "sarvam_mla": V3_KEYS,
+}
+
+
+@pytest.mark.parametrize("case", [case for case in SAID if case in FAMILIES])
+def test_what_the_release_says_is_read_and_written(case, checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint(case), tmp_path / "source"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | SAID[case]))
+    report = import_checkpoint(folder, tmp_path / "moe", progress=False)
+    assert report["max_abs_diff"] <= 1e-5
+    assert not set(report["ignored_config_keys"]) & set(SAID[case])
+    export_checkpoint(tmp_path / "moe", tmp_path / "back", to=case, verify=False, progress=False)
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {name: written.get(name, written["rope_parameters"].get(name)) for name in SAID[case]} == SAID[case]
+
+
+@has_sarvam
+def test_a_sarvam_says_its_own_class(checkpoint, tmp_path):
+    """Which is another's in Transformers: programs go by the name, and its tensors have names of their own."""
+    import_checkpoint(checkpoint("sarvam_moe"), tmp_path / "moe", verify=False, progress=False)
+    export_checkpoint(tmp_path / "moe", tmp_path / "back", to="sarvam_moe", progress=False)
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["architectures"] == ["SarvamMoEForCausalLM"]
+    names = load_file(tmp_path / "back" / "model.safetensors").keys()
+    assert {"model.word_embeddings.weight", "model.layers.1.attention.query_key_value.weight"} <= names
+
+
+MTP = {
+    "ernie4_5_moe": "model.mtp_linear_proj.0.weight",
+    "exaone_moe": "mtp.fc.weight",
+    "mellum": "mtp.fc.weight",
+}
+
+
+@pytest.mark.parametrize(("case", "name"), MTP.items(), ids=MTP)
+def test_multi_token_prediction_of_another_kind_is_left_out_where_asked(case, name, checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint(case), tmp_path / "source"))
+    weights = load_file(folder / "model.safetensors") | {name: torch.ones(24, 48)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"holds {name}: hf_moe cannot carry.*{case}.*--drop-mtp"):
+        import_checkpoint(folder, tmp_path / "moe", progress=False)
+    report = import_checkpoint(folder, tmp_path / "moe", drop_mtp=True, progress=False)
+    assert report["max_abs_diff"] <= 1e-5
+    import_checkpoint(checkpoint(case), tmp_path / "plain", verify=False, progress=False)
+    ours, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("moe", "plain"))
+    assert ours.keys() == plain.keys()
+    for other in ours:
+        assert torch.equal(ours[other], plain[other]), other
+
+
+def test_the_layers_of_an_exaone_that_rotate():
+    config = FAMILIES["exaone_moe"].config_class(num_hidden_layers=5, sliding_window=128, sliding_window_pattern=4)
+    fields = HfMoeConfig(**FAMILIES["exaone_moe"].hf_moe_fields(config))
+    assert fields.no_rope_layers == [1, 1, 1, 0, 1]
+    assert fields.layer_types[3] == "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("thetas", "rope"),
+    [
+        ([10.0, 10.0, 10.0, 10.0], {"rope_type": "default", "rope_theta": 10.0}),
+        ([0, 10.0, 10.0, 10.0], {"rope_type": "default", "rope_theta": 10.0}),
+        ([0, 0, 0, 0], {"rope_type": "default", "rope_theta": 77.0}),
+        (
+            [5.0, 10.0, 0, 10.0],
+            {
+                "full_attention": {"rope_type": "default", "rope_theta": 5.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            },
+        ),
+    ],
+)
+def test_the_thetas_of_a_granite_with_windows(thetas, rope):
+    family = FAMILIES["granitemoe_swa"]
+    said = {"rope_type": "default", "rope_theta": 77.0}
+    fields = family.hf_moe_fields(
+        family.config_class(num_hidden_layers=4, layer_rope_theta=thetas, rope_parameters=said)
+    )
+    assert fields["rope_parameters"] == rope
+    assert fields["no_rope_layers"] == [int(theta > 0) for theta in thetas]
+
+
+HALF = {"rope_type": "default", "rope_theta": 10.0, "partial_rotary_factor": 0.5}
+REFUSED = {
+    "biases of MLPs alone": ("ernie4_5_moe", {"use_bias": True}, "use_bias=True"),
+    "another least sum": ("ernie4_5_moe", {"moe_norm_min": 0.1}, "moe_norm_min=0.1"),
+    "part of RoPE": ("solar_open", {"rope_parameters": HALF}, "partial_rotary_factor=0.5"),
+    "part of a latent's RoPE": ("glm4_moe_lite", {"rope_parameters": HALF}, "partial_rotary_factor=0.5"),
+    "leading dense layers": ("solar_open", {"first_k_dense_replace": 1}, "first_k_dense_replace=1"),
+    "norms": ("solar_open", {"use_qk_norm": True}, "use_qk_norm=True"),
+    "softmax scores": ("dots1", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    "no shared experts of dots1": ("dots1", {"n_shared_experts": 0}, "n_shared_experts=0"),
+    "no shared experts of exaone": ("exaone_moe", {"num_shared_experts": 0}, "num_shared_experts=0"),
+    "a latent's other rank": ("glm4_moe_lite", {"kv_lora_rank": 12}, r"kv_a_proj_with_mqa.* \[20, 24\].* \[18, 24\]"),
+    "fewer experts": ("flex_olmo", {"num_experts": 4}, r"holds model\.layers\.0\.mlp\.experts\.4"),
+    "part of RoPE in a layer type": (
+        "mellum",
+        {"rope_parameters": {"full_attention": HALF, "sliding_attention": HALF}},
+        "partial_rotary_factor=0.5",
+    ),
+    "biases of hy's MLPs alone": ("hy_v3", {"mlp_bias": True}, "mlp_bias=True"),
+    "weights as they are": ("hy_v3", {"route_norm": False}, "route_norm=False"),
+    "no shared experts of hy": ("hy_v3", {"num_shared_experts": 0}, "num_shared_experts=0"),
+    "fewer experts of flint": ("flint", {"num_experts": 4}, r"holds model\.layers\.1\.mlp\.experts\.4"),
+    "another q of sarvam": ("sarvam_moe", {"num_key_value_heads": 1}, r"query_key_value.* \[64, 24\].* \[48, 24\]"),
+    "softmax scores of sarvam": ("sarvam_mla", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    "thetas within a layer type": ("granitemoe_swa", {"layer_rope_theta": [1.0, 2.0, 3.0]}, "layer_rope_theta="),
+    "part of RoPE in windows": ("granitemoe_swa", {"rope_parameters": HALF}, "partial_rotary_factor=0.5"),
+}
+
+
+KNOWN = {name: row for name, row in REFUSED.items() if row[0] in FAMILIES}  # older hosts have fewer
+
+
+@pytest.mark.parametrize(("case", "changes", "match"), KNOWN.values(), ids=KNOWN)
+def test_refuses(case, changes, match, checkpoint, tmp_path):
+    check_import_refused(checkpoint(case), changes, match, tmp_path / case)
