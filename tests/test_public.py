@@ -11,6 +11,8 @@ PUBLIC = {
         "HfMoeForCausalLM",
         "HfMoeForSequenceClassification",
         "HfMoeForTokenClassification",
+        "HfMoeGraftConfig",
+        "HfMoeGraftForCausalLM",
         "HfMoeModel",
         "__version__",
     },

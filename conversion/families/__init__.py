@@ -90,10 +90,7 @@ DENSE_FAMILIES: dict[str, Family] = {
     "arcee": ARCEE,
 }
 
-# Attention and MLP side by side, which no block of hf_moe is.
-PARALLEL_BLOCKS = frozenset({"cohere", "cohere2", "codegen", "gptj", "phi"})
-
 # Mixtures of experts that no decoder can hold.
 ENCODER_DECODERS = frozenset({"switch_transformers", "nllb_moe"})
 
-__all__ = ["DENSE_FAMILIES", "ENCODER_DECODERS", "FAMILIES", "PARALLEL_BLOCKS", "Computed", "Family"]
+__all__ = ["DENSE_FAMILIES", "ENCODER_DECODERS", "FAMILIES", "Computed", "Family"]

@@ -17,9 +17,9 @@ from ...model.feed_forward import FeedForward, find_feed_forwards
 from ...reading import built
 from ...routers import find_routers
 from ..families import ENCODER_DECODERS
-from ..host import names_in_memory
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry, read_config
 from .file_backed import by_transformers, empty, stored_names
+from .host import names_in_memory
 from .source import BOOKKEEPING_KEYS, carried_files, locate
 from .writer import Output
 

@@ -15,7 +15,7 @@ from ...generation_settings import check_generation_config, mend_ids, say_ids
 from ...model.configuration_hf_moe import HfMoeConfig
 from ...model.modeling_hf_moe import HfMoeForCausalLM
 from ...reading import built
-from ..families import DENSE_FAMILIES, ENCODER_DECODERS, FAMILIES, PARALLEL_BLOCKS, Family
+from ..families import DENSE_FAMILIES, ENCODER_DECODERS, FAMILIES, Family
 from ..families.family import mtp_prefix
 from ..families.regions import Region
 from .block_fp8 import BlockFP8Checkpoint, block_size
@@ -273,11 +273,6 @@ def _unknown_family(name: str, model_type: Any, families: Mapping[str, Family]) 
         return f"{name} is a {model_type}, not an hf_moe checkpoint; import it, or upcycle it if it is dense."
     if model_type == HfMoeConfig.model_type:
         return f"{name} is an hf_moe checkpoint already; hf_moe converts {known}."
-    if model_type in PARALLEL_BLOCKS:
-        return (
-            f"{name} is a {model_type}, whose attention and MLP read one norm side by side: hf_moe's MLP reads what "
-            f"attention has written. It reads {known}."
-        )
     if part in FAMILIES:
         return f"{name} is a {model_type}, already a mixture of experts: import it. Upcycling takes {known}."
     if part in DENSE_FAMILIES:

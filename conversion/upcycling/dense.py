@@ -94,7 +94,7 @@ class GraftDense:
         for name, part in network.parts.items():
             stored = self.outputs[f"{network.path}.{part.tensor}"]
             shape = part.of(torch.empty(stored.shape, device="meta")).shape
-            found[name] = Output(name, stored.dtype, tuple(shape), partial(pieces, part, stored))
+            found[name] = stored._replace(shape=tuple(shape), pieces=partial(pieces, part, stored))
         if network.bias:  # one that the network lacks is 0
             weights = {name: found[name] for name in found if name.endswith("weight")}
             for name, weight in weights.items():

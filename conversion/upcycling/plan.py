@@ -84,8 +84,8 @@ class Plan:
             for part in network:
                 if network.output(part).dtype != first.dtype:
                     raise ValueError(
-                        f"{part} of layer {layer} is {network.output(part).dtype}, but {first.name} is {first.dtype}: "
-                        "save the feed-forward networks in one dtype first."
+                        f"{network.output(part).name} is {network.output(part).dtype}, but {first.name} is "
+                        f"{first.dtype}: save the feed-forward networks in one dtype first."
                     )
             width, said = network.output("down_proj.weight").shape[1], own[self._names[layer]]
             requests[layer] = Request(options.experts, options.top_k, width, first.dtype, sources, said)
@@ -112,9 +112,10 @@ class Plan:
         widths = [name for name in agreed if name.endswith("intermediate_size")] if self.kind is GraftDense else []
         for layer, said in others:
             if {**said, **{name: agreed[name] for name in widths if name in said}} != agreed:
+                one, other = sorted([self._names[first], self._names[layer]])
                 raise ValueError(
-                    f"Strategies {self._names[first]!r} and {self._names[layer]!r} cannot share a model, whose layers "
-                    f"have one size: {agreed} against {said}."
+                    f"Strategies {one!r} and {other!r} cannot share a model, whose layers have one size: {agreed} "
+                    f"against {said}."
                 )
         for name in widths:
             of_layers = [said[name] for said in fields.values()]

@@ -74,17 +74,18 @@ class HfMoeGraftConfig(PreTrainedConfig):
 
     router_type: str = "topk_softmax"
     router_args: dict[str, Any] | None = None
-    norm_topk_prob: bool = False
-    routed_scaling_factor: float | int = 1.0
     n_group: int = 1
     topk_group: int = 1
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float | int = 1.0
+    expert_capacity_factor: float | int | None = None
+
+    router_bias_update_speed: float | int = 0.0
     router_aux_loss_coef: float | int = 0.01
-    router_z_loss_coef: float | int = 0.0
     seq_aux_loss_coef: float | int = 0.0
+    router_z_loss_coef: float | int = 0.0
     device_aux_loss_coef: float | int = 0.0
     comm_aux_loss_coef: float | int = 0.0
-    router_bias_update_speed: float | int = 0.0
-    expert_capacity_factor: float | int | None = None
     output_router_logits: bool = False
     provenance: dict[str, Any] | None = None
 

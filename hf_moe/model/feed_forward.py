@@ -78,20 +78,24 @@ def find_feed_forwards(model: PreTrainedModel) -> dict[int, FeedForward]:
 
     Where layers stand in several stacks, they are counted through. Raises nothing: a layer may have none.
     """
-    decoder = model.get_decoder() or model.base_model
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):  # ModernBERT calls its head so
+        decoder = model.base_model
     hidden = model.config.get_text_config(decoder=True).hidden_size
     inner = [name for name, x in decoder.named_modules() if name and isinstance(x, PreTrainedModel)]
     before = next(name for name, x in model.named_modules() if x is decoder)
-    found: list[FeedForward] = []
+    found: dict[str, FeedForward] = {}  # by the layer's path
     for name, module in decoder.named_modules():
-        inside = any(name == other or name.startswith(f"{other}.") for other in inner)
-        if re.search(r"(^|\.)\d+(\.|$)", name) and not inside:
-            network = read(module, f"{before}.{name}" if before else name, hidden)
-            if network is not None:
-                found.append(network)
-    indices = [int(re.search(r"\.(\d+)(\.|$)", network.path.removeprefix(before))[1]) for network in found]
+        layer = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
+        if layer is None or any(name == other or name.startswith(f"{other}.") for other in inner):
+            continue
+        network = read(module, f"{before}.{name}" if before else name, hidden)
+        # Of several in a layer, the widest: others are of low rank (Gemma 3n's laurel).
+        if network is not None and (layer[0] not in found or network.width > found[layer[0]].width):
+            found[layer[0]] = network
+    indices = [int(re.search(r"\d+$", layer)[0]) for layer in found]
     counted = indices if len(set(indices)) == len(indices) else range(len(found))
-    return dict(zip(counted, found, strict=True))
+    return dict(zip(counted, found.values(), strict=True))
 
 
 def read(module: nn.Module, path: str, hidden: int) -> FeedForward | None:

@@ -5,8 +5,6 @@ token, V vocabulary. Everything here is the definition; faster paths for the exp
 interface and must agree with it.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -24,7 +22,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import MASKS, HfMoeAttention
-from .balancing import LOSSES
+from .checkpointing import HfMoeCheckpointing
 from .configuration_hf_moe import HfMoeConfig
 from .decoding import HfMoeDecoding
 from .dispatch import HfMoeDispatch
@@ -224,7 +222,7 @@ RECORDERS = {
 }
 
 
-class HfMoePreTrainedModel(HfMoeUnquantized, HfMoeDispatch, HfMoeHashTables, PreTrainedModel):
+class HfMoePreTrainedModel(HfMoeCheckpointing, HfMoeUnquantized, HfMoeDispatch, HfMoeHashTables, PreTrainedModel):
     """What Transformers needs to know of the family: initialisation, what it supports, what it can record."""
 
     config_class = HfMoeConfig
@@ -256,22 +254,6 @@ class HfMoePreTrainedModel(HfMoeUnquantized, HfMoeDispatch, HfMoeHashTables, Pre
             init.zeros_(module.weight)
         elif isinstance(module, HfMoeAttention) and self.config.attention_sinks:
             init.normal_(module.sinks, mean=0.0, std=std)
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = torch.utils.checkpoint.checkpoint, **kwargs
-    ):
-        # PyTorch's default is True; Transformers fills in False only where no argument at all is given.
-        reentrant = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
-        if enable and reentrant and self.active_losses():
-            raise ValueError(
-                f"use_reentrant=True would cut {', '.join(self.active_losses())} off from the router; use "
-                '{"use_reentrant": False} in activation_checkpointing_kwargs, or set them to 0.'
-            )
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
-
-    def active_losses(self) -> list[str]:
-        """The configuration's loss coefficients that are not 0."""
-        return [name for name in LOSSES if getattr(self.config, name)]
 
 
 class HfMoeModel(HfMoePreTrainedModel):

@@ -18,7 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.output_capturing import OutputRecorder
 
-from .balancing import LOSSES
+from .checkpointing import HfMoeCheckpointing
 from .configuration_hf_moe_graft import HfMoeGraftConfig
 from .feed_forward import FeedForward, find_feed_forwards, narrowed
 from .losses import PARTS, asked_parts
@@ -114,7 +114,7 @@ class HfMoeGraftedBlock(HfMoeSparseMoeBlock):
         return routing
 
 
-class HfMoeGraft(HfMoeRouterLosses, HfMoeUnquantized, HfMoeHashTables):
+class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeHashTables):
     """What a graft adds to the host's class: its blocks, and the losses of their routers."""
 
     config_class = HfMoeGraftConfig
@@ -138,6 +138,12 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeUnquantized, HfMoeHashTables):
         if isinstance(module, (HfMoeExperts, HfMoeRouter)):
             draw(module, getattr(self.config, "initializer_range", 0.02))
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: other code's modules without parameters are passed over in loading, and the host's may have buffers that
+        are computed then (Falcon-H1)."""
+        return False
+
     def initialize_weights(self):
         """As Transformers' own; blocks by this class, since the decoder around them initialises by its own."""
         for module in self.modules():
@@ -159,22 +165,13 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeUnquantized, HfMoeHashTables):
 
             return gradient_checkpointing_func(again, *args, **kwargs)
 
-        reentrant = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
-        if enable and reentrant and self.active_losses():
-            raise ValueError(
-                f"use_reentrant=True would cut {', '.join(self.active_losses())} off from the router; use "
-                '{"use_reentrant": False} in activation_checkpointing_kwargs, or set them to 0.'
-            )
+        told.keywords = getattr(gradient_checkpointing_func, "keywords", {})
         super()._set_gradient_checkpointing(enable, told, **kwargs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str | None:
         """As Transformers' own; none for the backbone, which has no experts and is built first."""
         ours = self.config.model_type == HfMoeGraftConfig.model_type
         return super().get_correct_experts_implementation(requested_experts) if ours else None
-
-    def active_losses(self) -> list[str]:
-        """The configuration's loss coefficients that are not 0."""
-        return [name for name in LOSSES if getattr(self.config, name)]
 
     def per_mtp_router(self, rows) -> list:
         """A graft has no modules for multi-token prediction."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_moe.conversion import import_checkpoint, upcycle
-from hf_moe.conversion.families import DENSE_FAMILIES, PARALLEL_BLOCKS
+from hf_moe.conversion.families import DENSE_FAMILIES
 from hf_moe.conversion.files.source import open_source
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
@@ -148,10 +148,3 @@ def test_refuses_what_it_cannot_carry(case, changes, match, checkpoint, tmp_path
         upcycle(folder, tmp_path / "moe", experts=3, top_k=2, progress=False)
     assert "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == [folder]
-
-
-@pytest.mark.parametrize("model_type", sorted(PARALLEL_BLOCKS))
-def test_refuses_parallel_blocks_with_the_reason(model_type, checkpoint, tmp_path):
-    folder = edited(checkpoint("llama"), tmp_path / "model", model_type=model_type)
-    with pytest.raises(ValueError, match=f"a {model_type}, whose attention and MLP .* It reads llama, mistral, "):
-        upcycle(folder, tmp_path / "moe", experts=3, top_k=2, progress=False)

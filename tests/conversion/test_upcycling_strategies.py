@@ -231,12 +231,19 @@ def test_mean_and_std_in_pieces(monkeypatch):
     }.items(),
 )
 def test_layers(spec, expected):
-    found = parse_layers(spec, 7, "copy")
+    found = parse_layers(spec, range(7), "copy")
     assert "".join(found[layer][0] if layer in found else "-" for layer in range(7)) == expected
+
+
+def test_layers_without_a_network_are_passed_over():
+    assert list(parse_layers("all/2", [1, 3, 4, 7], "copy")) == [1, 4]
+    assert list(parse_layers("0-4", [1, 3, 4, 7], "copy")) == [1, 3, 4]
+    with pytest.raises(ValueError, match="2 has no dense feed-forward network; these layers have one: 1, 3, 4, 7"):
+        parse_layers("2", [1, 3, 4, 7], "copy")
 
 
 @pytest.mark.parametrize("spec", ["", "1..2", "all/0", "a", "2-5/", "1=", "7", "5-2", "3,3", "all,2"])
 def test_refuses_layers(spec):
     with pytest.raises(ValueError, match="layers") as raised:
-        parse_layers(spec, 7, "copy")
+        parse_layers(spec, range(7), "copy")
     assert "\n" not in str(raised.value)
