@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..staging import check_destination
-from .families import FAMILIES
+from .families import IMPORTED
 from .files.source import open_source
 from .options import ImportOptions, takes
 from .output import convert
@@ -12,7 +12,7 @@ from .output import convert
 
 @takes(ImportOptions)
 def import_checkpoint(src: str | Path, dst: str | Path, options: ImportOptions) -> dict[str, Any]:
-    """Turn a checkpoint of one of `FAMILIES` into an hf_moe checkpoint with the same weights, bit for bit.
+    """Turn a checkpoint of one of `IMPORTED` into an hf_moe checkpoint with the same weights, bit for bit.
 
     Block-FP8 and MXFP4 weights become the bfloat16 ones that they stand for.
 
@@ -23,7 +23,7 @@ def import_checkpoint(src: str | Path, dst: str | Path, options: ImportOptions) 
     max_abs_diff and its companions. Raises ValueError or OSError of one line; then there is no output.
     """
     check_destination(Path(dst), options.resume)
-    source = open_source(src, FAMILIES, options.drop_mtp)
+    source = open_source(src, IMPORTED, options.drop_mtp)
     config = source.hf_moe_config()
     outputs = list(source.outputs(config).values())
     return convert(source, config, outputs, dst, options, provenance={"method": "import"})

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..reading import built
 from ..sizes.presets import PRESETS, preset, preset_config
-from .families import DENSE_FAMILIES, FAMILIES
+from .families import DENSE_FAMILIES, IMPORTED
 from .files.checkpoint import read_config
 from .files.text_part import TEXT_PARTS, text_config
 
@@ -30,7 +30,7 @@ def find_config(model: str) -> tuple[HfMoeConfig, dict[str, Any]]:
 def folder_config(folder: Path) -> HfMoeConfig:
     """The config in a folder: hf_moe's own, or the hf_moe config of the same model in a family that hf_moe reads."""
     said = read_config(folder)
-    model_type, families = said.get("model_type"), {**DENSE_FAMILIES, **FAMILIES}
+    model_type, families = said.get("model_type"), {**DENSE_FAMILIES, **IMPORTED}
     is_part = model_type in TEXT_PARTS  # of a model that sees pictures, the language model is inspected
     if is_part:
         model_type = TEXT_PARTS[model_type].family

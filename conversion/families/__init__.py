@@ -1,6 +1,7 @@
 """The families that hf_moe reads and writes: one table each."""
 
 from .arcee import ARCEE
+from .aria import ARIA_TEXT
 from .dbrx import DBRX
 from .deepseek import DEEPSEEK
 from .deepseek_v2 import DEEPSEEK_V2
@@ -22,6 +23,7 @@ from .granite import GRANITE
 from .granitemoe import GRANITEMOE, GRANITEMOESHARED
 from .granitemoe_swa import GRANITEMOE_SWA
 from .hy_v3 import HY_V3
+from .kimi_k2 import KIMI_K2
 from .llama import LLAMA
 from .llama4 import LLAMA4_TEXT
 from .mellum import MELLUM
@@ -36,6 +38,7 @@ from .qwen2 import QWEN2
 from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
+from .qwen3_vl_moe import QWEN3_VL_MOE_TEXT
 from .sarvam import SARVAM_MLA, SARVAM_MOE
 from .smollm3 import SMOLLM3
 from .solar_open import SOLAR_OPEN
@@ -52,6 +55,7 @@ TABLES: dict[str, Family] = {
     "deepseek": DEEPSEEK,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "kimi_k2": KIMI_K2,
     "glm4_moe": GLM4_MOE,
     "glm4_moe_lite": GLM4_MOE_LITE,
     "solar_open": SOLAR_OPEN,
@@ -68,8 +72,12 @@ TABLES: dict[str, Family] = {
     "dbrx": DBRX,
     "llama4_text": LLAMA4_TEXT,
     "gpt_oss": GPT_OSS,
+    "aria_text": ARIA_TEXT,
 }
 FAMILIES = {name: family for name, family in TABLES.items() if family.known}  # older hosts have fewer
+
+# The same, and those that Transformers has only within a model that sees pictures: they are exported as others.
+IMPORTED = {**FAMILIES, "qwen3_vl_moe_text": QWEN3_VL_MOE_TEXT}
 
 # Dense models, for `upcycle`.
 DENSE_FAMILIES: dict[str, Family] = {
@@ -93,4 +101,4 @@ DENSE_FAMILIES: dict[str, Family] = {
 # Mixtures of experts that no decoder can hold.
 ENCODER_DECODERS = frozenset({"switch_transformers", "nllb_moe"})
 
-__all__ = ["DENSE_FAMILIES", "ENCODER_DECODERS", "FAMILIES", "Computed", "Family"]
+__all__ = ["DENSE_FAMILIES", "ENCODER_DECODERS", "FAMILIES", "IMPORTED", "Computed", "Family"]

@@ -6,7 +6,7 @@ family's config class must be accounted for, so that nothing which changes the m
 
 import copy
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, get_args
 
@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...model.configuration_hf_moe import HfMoeConfig
+from ..files.checkpoint import Entry
 from .regions import Part, Region, Row, Rows, regions
 
 
@@ -161,15 +162,19 @@ class Family:
         return {f"{prefix}{copy}": name for prefix in prefixes for copy, name in self.mtp.copies.items()}
 
     def match(
-        self, shapes: Mapping[str, tuple[int, ...]], available: Container[str], config: HfMoeConfig
+        self, shapes: Mapping[str, tuple[int, ...]], available: Mapping[str, Entry], config: HfMoeConfig
     ) -> dict[str, list[Region]]:
-        """Where each hf_moe tensor of `shapes` lies, in whichever layout the `available` names show.
+        """Where each hf_moe tensor of `shapes` lies, in whichever layout the `available` tensors show.
 
         Raises a ValueError that names the first missing tensor.
         """
-        layouts = [self.regions(shapes, layout, config) for layout in self.layouts]
+
+        def fit(found: dict[str, list[Region]]) -> tuple[int, int]:
+            held = {x.name: x.shape for parts in found.values() for x in parts if x.name in available}
+            return len(held), sum(available[name].shape == shape for name, shape in held.items())
+
         # The layout in which the files have most of what is called for is the one that was meant.
-        meant = max(layouts, key=lambda found: sum(x.name in available for parts in found.values() for x in parts))
+        meant = max((self.regions(shapes, layout, config) for layout in self.layouts), key=fit)
         missing = dict.fromkeys(x.name for parts in meant.values() for x in parts if x.name not in available)
         if not missing:
             return meant

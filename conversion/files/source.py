@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...generation_settings import check_generation_config, mend_ids, say_ids
 from ...model.configuration_hf_moe import HfMoeConfig
 from ...model.modeling_hf_moe import HfMoeForCausalLM
 from ...reading import built
-from ..families import DENSE_FAMILIES, ENCODER_DECODERS, FAMILIES, Family
+from ..families import DENSE_FAMILIES, ENCODER_DECODERS, IMPORTED, Family
 from ..families.family import mtp_prefix
 from ..families.regions import Region
 from .block_fp8 import BlockFP8Checkpoint, block_size
@@ -79,6 +80,8 @@ class Source:
         """Why Transformers cannot compute this checkpoint's logits on a CPU, None where it can."""
         if self.family.own_config:
             return f"Transformers has no class for {self.family.model_type} to compare logits with"
+        if isinstance(self.checkpoint, TextCheckpoint) and not self.checkpoint.alone:
+            return "Transformers does not load the language model alone from these files, to compare logits with"
         if isinstance(self.checkpoint, BlockFP8Checkpoint):
             return "Transformers does not compute with block-FP8 weights on a CPU, so there are no logits to compare"
         ropes = (self.hf_moe_fields["rope_parameters"], self.config.rope_parameters)
@@ -210,8 +213,9 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
     folder, name, revision = locate(src)
     said = read_config(folder)
     model_type, quantization = said.get("model_type"), said.get("quantization_config")
-    is_part = model_type in TEXT_PARTS and TEXT_PARTS[model_type].family in families
-    model_type = TEXT_PARTS[model_type].family if is_part else model_type
+    part = TEXT_PARTS.get(model_type)
+    is_part = part is not None and part.family in families
+    model_type = part.family if is_part else model_type
     if model_type not in families:
         raise ValueError(_unknown_family(name, model_type, families))
     family = families[model_type]
@@ -236,7 +240,7 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
     if drop_mtp and mtp_layers:
         ignored_tensors += tuple(re.escape(mtp_prefix(config, index)) + ".+" for index in range(mtp_layers))
         setattr(config, family.mtp.field, 0)
-    checkpoint = TextCheckpoint(folder, quantization) if is_part else open_weights(folder, quantization)
+    checkpoint = TextCheckpoint(folder, quantization, part.alone) if is_part else open_weights(folder, quantization)
     first = mtp_prefix(config, 0)
     if mtp_layers and not drop_mtp and not any(tensor.startswith(first) for tensor in checkpoint.entries):
         raise ValueError(
@@ -273,8 +277,20 @@ def _unknown_family(name: str, model_type: Any, families: Mapping[str, Family]) 
         return f"{name} is a {model_type}, not an hf_moe checkpoint; import it, or upcycle it if it is dense."
     if model_type == HfMoeConfig.model_type:
         return f"{name} is an hf_moe checkpoint already; hf_moe converts {known}."
-    if part in FAMILIES:
+    if part in IMPORTED:
         return f"{name} is a {model_type}, already a mixture of experts: import it. Upcycling takes {known}."
     if part in DENSE_FAMILIES:
         return f"{name} is a {model_type}, a dense model: upcycle it. Importing takes {known}."
+    if trains_as_it_is(model_type):
+        return (
+            f"{name} is a {model_type}, whose layers hf_moe's model does not have: it trains as it is, with `hf-moe "
+            f"train tiny/sft --model_name_or_path {name} --train_data ROWS --output_dir OUT`. Importing takes {known}."
+        )
     return f"{name} has model_type {model_type!r}, which hf_moe does not read; it reads {known}."
+
+
+def trains_as_it_is(model_type: Any) -> bool:
+    """Whether Transformers has a decoder with routed experts by that name: its config counts them."""
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return False
+    return any("expert" in field.name for field in fields(CONFIG_MAPPING[model_type]))

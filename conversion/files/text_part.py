@@ -10,33 +10,40 @@ from .checkpoint import Checkpoint
 
 
 class TextPart(NamedTuple):
-    """The family of a language model, and which fields of its config the model around it does not read."""
+    """The family of a language model, and which fields of its config the model around it does not read.
+
+    alone: whether Transformers loads the language model from the whole's files.
+    """
 
     family: str
-    unread: tuple[str, ...]
+    unread: tuple[str, ...] = ()
+    alone: bool = True
 
 
 # By the model_type of the whole.
 TEXT_PARTS = {
     "gemma3": TextPart("gemma3_text", unread=("final_logit_softcapping",)),
-    "llama4": TextPart("llama4_text", unread=()),
+    "llama4": TextPart("llama4_text"),
+    "aria": TextPart("aria_text", alone=False),
+    "qwen3_vl_moe": TextPart("qwen3_vl_moe_text", alone=False),
 }
 
 # As the Hub has it, and as Transformers 5 has it in memory.
 LANGUAGE_MODEL = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
-OTHER_PARTS = re.compile(r"(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector)\..+")
+OTHER_PARTS = re.compile(r"(?:model\.)?(?:vision_tower|vision_model|visual|multi_modal_projector)\..+")
 
 
 class TextCheckpoint(Checkpoint):
     """The language model's tensors, under the names that they have in a checkpoint of it alone."""
 
-    def __init__(self, folder: Path, quantization: dict[str, Any] | None = None):
+    def __init__(self, folder: Path, quantization: dict[str, Any] | None, alone: bool):
         if quantization is not None:
             raise ValueError(f"{folder.name} is quantized, which hf_moe reads in checkpoints of language models only.")
         super().__init__(folder)
         names = {name: text_name(name) for name in self.entries if not OTHER_PARTS.fullmatch(name)}
         if len(set(names.values())) < len(names):
             raise ValueError(f"{folder} holds tensors of its language model twice, under the names of two layouts.")
+        self.alone = alone
         self.entries = {ours: self.entries[name] for name, ours in names.items()}
         self.file_of = {ours: self.file_of[name] for name, ours in names.items()}
 

@@ -72,7 +72,8 @@ class SavedModel:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter: of Transformers' own models, whose files may hold more than those."""
         architecture = getattr(transformers, (getattr(self.config, "architectures", None) or [""])[0], None)
-        if not isinstance(architecture, type) or not issubclass(architecture, PreTrainedModel):
+        is_class = isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)
+        if not is_class or type(self.config) is PreTrainedConfig:  # another family's class under its own model_type
             return {name: shape for name, shape in self.shapes.items() if not name.endswith(BUFFERS)}
         with torch.device("meta"):
             model = built(architecture, f"{self.folder / CONFIG} describes no model", deepcopy(self.config))

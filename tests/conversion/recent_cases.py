@@ -42,7 +42,14 @@ FLINT = {
     **{"layer_types": MIXED, "sliding_window": 5, "mlp_only_layers": [0], "initializer_range": 0.2},
 }
 
+ARIA = {"moe_num_experts": 5, "moe_topk": 3, "moe_num_shared_experts": 2, "initializer_range": 0.2}
+
 CASES = {
+    "aria_text": ("aria_text", ARIA),
+    "aria_text-bias-tied": (
+        "aria_text",
+        {**ARIA, "attention_bias": True, "tie_word_embeddings": True, "head_dim": 8, "rope_parameters": LINEAR},
+    ),
     "mellum": ("mellum", MELLUM),
     "mellum-full-dense-bias-tied": (
         "mellum",

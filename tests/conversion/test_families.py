@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_moe.conversion import import_checkpoint
-from hf_moe.conversion.families import DENSE_FAMILIES, FAMILIES
+from hf_moe.conversion.families import DENSE_FAMILIES, FAMILIES, IMPORTED
 from hf_moe.conversion.families.family import COMMON_NEUTRAL, COMMON_REQUIRED
 from transformers import AutoModelForCausalLM
 
@@ -15,9 +15,9 @@ from hf_moe import HfMoeConfig
 from tests.conftest import tokens
 from tests.conversion.conftest import MOE_CASES, SIZES, check_import_refused, dbrx, files_of
 
-ALL = DENSE_FAMILIES | FAMILIES
-# By default the one says that there is a layer for it, and the other that there is no shared expert.
-NEEDED = {"deepseek_v3": {"num_mtp_layers": 0}, "dots1": {"n_shared_experts": 1}}
+ALL = DENSE_FAMILIES | IMPORTED
+# By default two say that there is a layer for it, and one that there is no shared expert.
+NEEDED = {name: {"num_mtp_layers": 0} for name in ("deepseek_v3", "kimi_k2")} | {"dots1": {"n_shared_experts": 1}}
 
 
 @pytest.mark.parametrize("name", ALL)

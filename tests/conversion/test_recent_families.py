@@ -9,10 +9,16 @@ import torch
 from hf_moe.conversion import export_checkpoint, import_checkpoint
 from hf_moe.conversion.families import FAMILIES
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from hf_moe import HfMoeConfig
-from tests.conftest import since
-from tests.conversion.conftest import check_import_refused
+from tests.conftest import since, tokens
+from tests.conversion.conftest import SIZES, check_import_refused
+from tests.conversion.recent_cases import CASES, YARN
 
 has_sarvam = since(24, "has no Sarvam")
 
@@ -75,6 +81,98 @@ def test_multi_token_prediction_of_another_kind_is_left_out_where_asked(case, na
         assert torch.equal(ours[other], plain[other]), other
 
 
+VISION = {
+    "qwen3_vl_moe": {
+        **{"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 24},
+        **{"patch_size": 2, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]},
+    },
+    "aria": {
+        **{"model_type": "idefics3_vision", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "image_size": 4, "patch_size": 2},
+    },
+}
+LANGUAGE = {
+    "qwen3_vl_moe": {
+        **{"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "head_dim": 10},
+        **{"mlp_only_layers": [1], "attention_bias": True, "router_aux_loss_coef": 0.03},
+        "rope_parameters": {**YARN, "mrope_section": [2, 2, 1], "mrope_interleaved": True},
+    },
+    "aria": CASES["aria_text"][1],
+}
+
+
+def seeing(whole: str):
+    config = AutoConfig.for_model(whole, text_config={**SIZES, **LANGUAGE[whole]}, vision_config=VISION[whole])
+    torch.manual_seed(3)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize(("whole", "alone"), [("qwen3_vl_moe", "qwen3_moe"), ("aria", "aria_text")])
+def test_the_language_model_of_one_that_sees_pictures(whole, alone, tmp_path):
+    """Its logits on text, and those of what it is exported as; it cannot be compared on the way."""
+    model = seeing(whole)
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"does not load the language model alone.*--no-verify"):
+        import_checkpoint(tmp_path / "whole", tmp_path / "moe", progress=False)
+    report = import_checkpoint(tmp_path / "whole", tmp_path / "moe", verify=False, progress=False)
+    assert report["ignored_config_keys"] == []
+    report = export_checkpoint(tmp_path / "moe", tmp_path / "alone", to=alone, progress=False)
+    assert report["max_abs_diff"] <= 1e-5
+    ids = tokens(length=23, vocab_size=61)
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits
+        for name in ("moe", "alone"):
+            found = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()(ids).logits
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_experts_of_a_qwen3_vl_as_released_lie_transposed(tmp_path):
+    """Under the same names as those that Transformers writes; the shapes tell which they are."""
+    seeing("qwen3_vl_moe").save_pretrained(tmp_path / "saved")
+    shutil.copytree(tmp_path / "saved", tmp_path / "released")
+    weights = load_file(tmp_path / "saved" / "model.safetensors")
+    experts = {name: x.mT.contiguous() for name, x in weights.items() if ".experts." in name}
+    assert experts
+    save_file(weights | experts, tmp_path / "released" / "model.safetensors", metadata={"format": "pt"})
+    for name in ("saved", "released"):
+        import_checkpoint(tmp_path / name, tmp_path / f"{name}-moe", verify=False, progress=False)
+    saved, released = (tmp_path / f"{name}-moe" / "model.safetensors" for name in ("saved", "released"))
+    assert saved.read_bytes() == released.read_bytes()
+
+
+def test_kimi_k2_is_a_deepseek_v3_under_another_name(checkpoint, tmp_path):
+    """Transformers' class of V3 reads what is exported, told so; its weights and logits are the source's."""
+    folder = Path(shutil.copytree(checkpoint("deepseek_v3"), tmp_path / "source"))
+    config = json.loads((folder / "config.json").read_text())
+    said = {"model_type": "kimi_k2", "aux_loss_alpha": 0.001, "seq_aux": True, **V3_KEYS}
+    (folder / "config.json").write_text(json.dumps(config | said | {"ep_size": 1}))
+    with pytest.raises(ValueError, match=r"no class for kimi_k2.*--no-verify"):
+        import_checkpoint(folder, tmp_path / "moe", progress=False)
+    report = import_checkpoint(folder, tmp_path / "moe", verify=False, progress=False)
+    assert report["ignored_config_keys"] == []
+    export_checkpoint(tmp_path / "moe", tmp_path / "back", to="kimi_k2", verify=False, progress=False)
+    written, read = (load_file(path / "model.safetensors") for path in (tmp_path / "back", folder))
+    assert written.keys() == read.keys()
+    for name, weight in written.items():
+        assert torch.equal(weight, read[name]), name
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {name: config[name] for name in said} == pytest.approx(said)
+    assert config["architectures"] == ["DeepseekV3ForCausalLM"]
+
+    (tmp_path / "back" / "config.json").write_text(json.dumps(config | {"model_type": "deepseek_v3"}))
+    ids = tokens(length=23, vocab_size=61)
+    with torch.inference_mode():
+        expected, *found = (
+            AutoModelForCausalLM.from_pretrained(path).eval()(ids).logits
+            for path in (checkpoint("deepseek_v3"), tmp_path / "back", tmp_path / "moe")
+        )
+    for logits in found:
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
 def test_the_layers_of_an_exaone_that_rotate():
     config = FAMILIES["exaone_moe"].config_class(num_hidden_layers=5, sliding_window=128, sliding_window_pattern=4)
     fields = HfMoeConfig(**FAMILIES["exaone_moe"].hf_moe_fields(config))
@@ -131,6 +229,9 @@ REFUSED = {
     "fewer experts of flint": ("flint", {"num_experts": 4}, r"holds model\.layers\.1\.mlp\.experts\.4"),
     "another q of sarvam": ("sarvam_moe", {"num_key_value_heads": 1}, r"query_key_value.* \[64, 24\].* \[48, 24\]"),
     "softmax scores of sarvam": ("sarvam_mla", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    "another activation of aria": ("aria_text", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    "biases of aria's shared experts": ("aria_text", {"mlp_bias": True}, "mlp_bias=True"),
+    "fewer experts of aria": ("aria_text", {"moe_num_experts": 4}, r"router.* \[5, 24\].* \[4, 24\]"),
     "thetas within a layer type": ("granitemoe_swa", {"layer_rope_theta": [1.0, 2.0, 3.0]}, "layer_rope_theta="),
     "part of RoPE in windows": ("granitemoe_swa", {"rope_parameters": HALF}, "partial_rotary_factor=0.5"),
 }
@@ -142,3 +243,14 @@ KNOWN = {name: row for name, row in REFUSED.items() if row[0] in FAMILIES}  # ol
 @pytest.mark.parametrize(("case", "changes", "match"), KNOWN.values(), ids=KNOWN)
 def test_refuses(case, changes, match, checkpoint, tmp_path):
     check_import_refused(checkpoint(case), changes, match, tmp_path / case)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "deepseek_v32", "jamba", "minimax"])
+def test_a_family_that_is_not_rewritten_is_refused_with_what_trains_it(model_type, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    command = "hf-moe train tiny/sft --model_name_or_path model --train_data"
+    with pytest.raises(ValueError, match=rf"is a {model_type}, whose layers.*{command}") as raised:
+        import_checkpoint(folder, tmp_path / "moe", progress=False)
+    assert "\n" not in str(raised.value)
