@@ -54,6 +54,11 @@ PRIVATE = {
         "_sdpa_can_dispatch": ("self, is_init_check", "a field of the config, not the class, rules sdpa out"),
         "_flash_attn_can_dispatch": ("self, flash_attn_version, is_init_check", "as sdpa"),
         "_grouped_mm_can_dispatch": ("self", "as sdpa: by the sizes of the config"),
+        "_initialize_weights": ("self, module, is_custom_code", "called: a graft's blocks, by its own class"),
+        "initialize_weights": ("self", "a graft's decoder is the host's, which knows no experts"),
+        "is_custom_code": ("", "undocumented; a graft is initialised as the host's own models are"),
+        "get_correct_experts_implementation": ("self, requested_experts", "a graft's backbone has none"),
+        "_from_config": ("config, kwargs", "where AutoModel begins: a graft's class depends on its config"),
         "_check_and_adjust_attn_implementation": (
             "self, attn_implementation, is_init_check, allow_all_kernels",
             "vLLM sets its attention here; what that would leave out must be refused before",

@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .checkpointing import HfMoeCheckpointing
 from .configuration_hf_moe_graft import HfMoeGraftConfig
 from .feed_forward import FeedForward, find_feed_forwards, narrowed
+from .host import OF_GENERATE, PASSED_ON
 from .losses import PARTS, asked_parts
 from .modeling_hf_moe import HfMoeExperts, HfMoeSparseMoeBlock, draw
 from .outputs import HfMoeCausalLMOutput, HfMoeModelOutput
@@ -129,6 +130,8 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeH
             check(self.get_submodule(network.path), network)
             graft(self, network, HfMoeGraftedBlock(LayerConfig(config, place, network), layer, text))
         self.text = text
+        records = [x._can_record_outputs or () for x in self.modules() if isinstance(x, PreTrainedModel)]
+        self.recordable = {f"output_{name}" for names in records for name in names}
         self.__module__ = type(self).__module__  # FSDP2 changes the class to one of PyTorch's own
         self.post_init()
 
@@ -331,9 +334,13 @@ def grafted(ours: type, host: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of a graft onto `host`."""
     host_forward = host.forward
     signature = inspect.signature(host_forward)
+    known = PASSED_ON.union(signature.parameters)
 
     @wraps(host_forward)
     def forward(self, *args, output_router_logits: bool | None = None, **kwargs):
+        for name in kwargs.keys() - known - set(OF_GENERATE) - self.recordable:
+            raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}")
+        kwargs = {name: x for name, x in kwargs.items() if name not in OF_GENERATE or name in known}
         said = signature.bind(self, *args, **kwargs).arguments
         said.pop("self")
         said |= said.pop("kwargs", {})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, LlamaConfig, PreTrainedModel
 
 import hf_moe
 from hf_moe.model import host, modeling_hf_moe
@@ -20,7 +20,9 @@ from tests.renamed_host import copy_renamed
 
 MODEL = Path(hf_moe.__file__).with_name("model")
 METHODS = [(owner, name) for owner, methods in host.PRIVATE.items() for name in methods]
-OURS = [getattr(modeling_hf_moe, name) for name in modeling_hf_moe.__all__] + [HfMoeReservedLayer, HfMoeGrowingLayer]
+OURS = [getattr(modeling_hf_moe, name) for name in modeling_hf_moe.__all__] + [hf_moe.HfMoeGraftForCausalLM]
+OURS += [HfMoeReservedLayer, HfMoeGrowingLayer]
+LLAMA = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.mark.parametrize(("owner", "name"), METHODS, ids=lambda x: getattr(x, "__name__", x))
@@ -61,10 +63,13 @@ def test_the_mask_functions_take_the_cache_in_fourth_place():
 
 
 @pytest.mark.parametrize(
-    "ours", [getattr(hf_moe, name) for name in hf_moe.__all__ if name not in ("HfMoeConfig", "__version__")]
+    "ours", [getattr(hf_moe, name) for name in hf_moe.__all__ if name.startswith("HfMoe") and "Config" not in name]
 )
 def test_a_keyword_that_nobody_takes_is_refused_by_name(ours):
-    model = ours(tiny_config(num_labels=2)).eval()
+    config = tiny_config(num_labels=2)
+    if ours is hf_moe.HfMoeGraftForCausalLM:
+        config = hf_moe.HfMoeGraftConfig(backbone=LlamaConfig(**LLAMA))
+    model = ours(config).eval()
     for name in ("kv_store", "atention_mask", "output_router_logit"):
         with pytest.raises(TypeError, match=f"forward\\(\\) got an unexpected keyword argument '{name}'"):
             model(tokens(1, 5), **{name: None})
