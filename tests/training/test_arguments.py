@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import yaml
 from hf_moe.training.main import check_recipe, parse
@@ -7,6 +9,7 @@ from hf_moe.training.stages.names import STAGES
 
 GIVEN = ["--model_name_or_path", "model", "--train_data", "rows.jsonl", "--output_dir", "out"]
 CPU = ["--bf16", "false"]
+STEPS = ("logging_steps", "eval_steps", "save_steps", "warmup_steps")
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -141,7 +144,14 @@ def test_null_in_a_recipe_is_a_value(recipe):
         ({"stage": "dpo", "beta": -0.1}, [], "beta is -0.1; it must be at least 0"),
         ({"weight_decay": -0.1}, [], "weight_decay is -0.1; it must be at least 0"),
         ({}, ["--eval_accumulation_steps", "0"], "eval_accumulation_steps is 0; it must be at least 1"),
-        ({}, ["--neftune_noise_alpha", "-1"], "neftune_noise_alpha is -1.0; it must be at least 0"),
+        ({}, ["--neftune_noise_alpha", "-1"], "neftune_noise_alpha is -1.0; it must be from 0 to 10000"),
+        ({}, ["--neftune_noise_alpha", "1e39"], r"neftune_noise_alpha is 1e\+39; it must be from 0 to 10000"),
+        ({"num_train_epochs": -1}, [], "num_train_epochs is -1.0; it must be from 0 to 1000000000"),
+        *(({name: math.inf}, [], f"{name} is inf; it must be a finite number") for name in STEPS),
+        *(({}, [f"--{name}=nan"], f"{name} is nan; it must be a finite number") for name in STEPS),
+        ({"learning_rate": math.inf}, [], "learning_rate is inf; it must be a finite number"),
+        ({"max_grad_norm": -math.inf}, [], "max_grad_norm is -inf; it must be a finite number"),
+        ({"lr_milestones": [0.5, math.nan]}, [], "lr_milestones is nan; it must be a finite number"),
         ({}, ["--lora_alpha", "0"], "lora_alpha is 0; it must be at least 1"),
         ({}, ["--lr_scheduler_kwargs", "min_lr=0"], "lr_scheduler_kwargs is min_lr=0; it must be a mapping"),
         ({"report_to": "clearml"}, [], "report_to is clearml, whose package is not installed: pip install clearml"),
@@ -153,6 +163,11 @@ def test_mistake_in_an_argument_is_one_line(recipe, arguments, extra, message):
     with pytest.raises(ValueError, match=message) as error:
         parse([recipe(**arguments), *GIVEN, *extra])
     assert "\n" not in str(error.value)
+
+
+def test_gradients_need_no_limit(recipe):
+    _, _, args, *_ = parse([recipe(max_grad_norm=math.inf), *GIVEN])
+    assert args.max_grad_norm == math.inf
 
 
 def test_missing_arguments_are_all_named(recipe):
@@ -215,6 +230,7 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_does(name, tmp_path, mon
         ({"load_best_model_at_end": True, "save_strategy": "no", "eval_strategy": "epoch"}, "load_best_model_at_end"),
         ({"report_to": "clearml"}, "report_to is clearml, whose package is not installed: pip install clearml"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; it must be at least 1"),
+        ({"save_steps": math.inf}, "save_steps is inf; it must be a finite number"),
         ({3: "x"}, "unknown argument 3"),
     ],
     ids=lambda value: str(value)[:30],

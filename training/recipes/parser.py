@@ -33,9 +33,11 @@ RANGES = {
     "beta": (0, math.inf),
     "eval_accumulation_steps": (1, math.inf),
     "weight_decay": (0, math.inf),
-    "neftune_noise_alpha": (0, math.inf),
+    "neftune_noise_alpha": (0, 10**4),
+    "num_train_epochs": (0, 10**9),
     "lora_alpha": (1, math.inf),
 }
+INFINITE = [("max_grad_norm", math.inf)]  # the norm is logged, and nothing clipped
 
 # Reporter -> the package that brings it, where it has another name.
 PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow"}
@@ -105,11 +107,7 @@ class RecipeParser(TrlParser):
         return None if type(None) in get_args(self.types[key]) else self.without_a_word[key]
 
     def parse_dict(self, args: dict, *further, **options) -> tuple:
-        for name, (least, most) in RANGES.items():
-            value = args.get(name)
-            if value is not None and not least <= value <= most:
-                within = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-                raise ValueError(f"{name} is {value}; it must be {within}.")
+        check_numbers(args)
         if args.get("dtype") == "float16" and not args.get("lora_parts"):
             raise ValueError(
                 "dtype is float16, in which Adam's epsilon and small squares are 0, so that its weights become no "
@@ -195,6 +193,19 @@ class RecipeParser(TrlParser):
         if key not in self.known:
             nearest = difflib.get_close_matches(key, self.known, n=1, cutoff=0.0)[0]
             self.error(f"unknown argument {key}; the nearest known one is {nearest}.")
+
+
+def check_numbers(args: dict[str, Any]) -> None:
+    """Raises ValueError for a number that is outside its range, infinite, or none."""
+    for name, (least, most) in RANGES.items():
+        value = args.get(name)
+        if value is not None and not least <= value <= most:
+            within = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"{name} is {value}; it must be {within}.")
+    for name, value in args.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number) and (name, number) not in INFINITE:
+                raise ValueError(f"{name} is {number}; it must be a finite number.")
 
 
 def takes_mapping(kind: Any) -> bool:
