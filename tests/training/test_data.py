@@ -82,6 +82,11 @@ def test_folder_has_splits(data_folder):
             [{"messages": [MESSAGES[0], {"role": None, "content": "Ho"}]}],
             "row 0: .*needs role and content; found .'content': 'Ho'",
         ),
+        *(
+            ([{"messages": [*before, {"role": role, "content": "Ho"}]}], f"row 0: messages: .* found .*{role}")
+            for role in (3, 0.5, True, ["user"], {"name": "user"})
+            for before in ([], MESSAGES)
+        ),
         ([{"prompt": "Hi", "completion": MESSAGES[1:]}], "prompt is text and completion is messages, but all must be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

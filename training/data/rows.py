@@ -38,7 +38,8 @@ SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder of sav
 EXTRA_COLUMNS = ("tools", "chat_template_kwargs")
 CONVERSATIONS = ("messages", "conversations")  # columns that are never text
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns that models of text cannot read
-FIELDS = ("role", "content", "from", "value")
+WHO = ("role", "from")
+FIELDS = (*WHO, "content", "value")
 JSON_VALUE = r"^(?:[\[{]|-?\d+(?:\.\d+)?$|true$|false$)"  # that is no text
 PLAIN = List({"role": Value("string"), "content": Value("string")})  # messages of nothing else
 OBJECTS = List(JsonText())  # messages with more to them
@@ -260,7 +261,9 @@ def form_of(rows: Dataset, name: str, label: str) -> Any:
         return Value("string")
     if isinstance(first, list):
         texts = isinstance(fields, dict) and fields.keys() <= set(FIELDS)
-        return PLAIN if texts and not has_calls(rows.data.column(name)) else OBJECTS
+        roles = [fields[key] for key in WHO if key in fields] if texts else []
+        plain = texts and all(map(is_text, roles)) and not has_calls(rows.data.column(name))
+        return PLAIN if plain else OBJECTS
     if first is None:
         raise ValueError(f"{label}: row 0 has no {name}.")
     expected = "a list of messages" if name in CONVERSATIONS else "text or a list of messages"
@@ -268,9 +271,9 @@ def form_of(rows: Dataset, name: str, label: str) -> Any:
 
 
 def has_calls(column: pa.ChunkedArray) -> bool:
-    """Whether some message of a column is a call by its role, and becomes one with more to it."""
+    """Whether some message of a column, whose roles are text, is a call by its role, and gets more to it."""
     messages = pc.list_flatten(column)
-    who = [field.name for field in messages.type if field.name in ("role", "from")]
+    who = [field.name for field in messages.type if field.name in WHO]
     return any(
         str(role).lower() in CALLS for key in who for role in pc.unique(pc.struct_field(messages, key)).to_pylist()
     )
@@ -280,7 +283,11 @@ def is_flat(feature: Any) -> bool:
     """Whether there is nothing in a column but text, or messages of two texts."""
     fields = getattr(feature, "feature", None)
     parts = fields.values() if isinstance(fields, dict) and fields.keys() <= set(FIELDS) else [feature]
-    return all(isinstance(part, Value) and part.dtype in ("string", "large_string") for part in parts)
+    return all(map(is_text, parts))
+
+
+def is_text(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def holds_json(column: pa.ChunkedArray) -> bool:
