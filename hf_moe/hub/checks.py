@@ -158,7 +158,7 @@ def check_weights(saved: SavedModel) -> None:
     """
     architecture = (saved.config.architectures or ["HfMoeForCausalLM"])[0]
     with torch.device("meta"):
-        model = getattr(modeling_hf_moe, architecture)(saved.config)
+        model = getattr(CODE[saved.config.model_type], architecture)(deepcopy(saved.config))
     for name, tensor in model.state_dict().items():
         if name in model.all_tied_weights_keys:
             continue

@@ -16,10 +16,15 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from ..model import modeling_hf_moe, modeling_hf_moe_graft
 from ..model.configuration_hf_moe import HfMoeConfig
+from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ..reading import auto_config, built
 from ..routers import routed_experts
 from ..sizes.counts import sizes
+
+# model_type of hf_moe's own -> the module of its classes.
+CODE = {HfMoeConfig.model_type: modeling_hf_moe, HfMoeGraftConfig.model_type: modeling_hf_moe_graft}
 
 CONFIG, ADAPTER, RECORD, STATE = "config.json", "adapter_config.json", "training.json", "trainer_state.json"
 INDEX = "model.safetensors.index.json"
@@ -53,7 +58,7 @@ class SavedModel:
 
     @property
     def is_hf_moe(self) -> bool:
-        return isinstance(self.config, HfMoeConfig)
+        return getattr(self.config, "model_type", None) in CODE
 
     @property
     def has_tokenizer(self) -> bool:

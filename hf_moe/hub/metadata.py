@@ -14,9 +14,10 @@ from transformers.models.auto.modeling_auto import (
 from ..routers import routed_experts
 from .folder import INHERITED, SavedModel
 
+OWN_CAUSAL = ("HfMoeForCausalLM", "HfMoeGraftForCausalLM")
 # Auto class -> (the Hub's name of its task, the architectures that it loads: hf_moe's own and Transformers').
 AUTO_CLASSES = {
-    "AutoModelForCausalLM": ("text-generation", {"HfMoeForCausalLM", *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}),
+    "AutoModelForCausalLM": ("text-generation", {*OWN_CAUSAL, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}),
     "AutoModelForSequenceClassification": (
         "text-classification",
         {"HfMoeForSequenceClassification", *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()},

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..model import modeling_hf_moe
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..version import __version__
-from .folder import CONFIG, read_json
+from .folder import CODE, CONFIG, read_json
 
 VERSION_FILE = "version.py"
 FIRST = "0.1.0"  # whose code has no such file
@@ -27,10 +26,10 @@ def with_imports(folder: Path, modules: list[str]) -> list[str]:
     return found
 
 
-def todays_code() -> dict[str, bytes]:
-    """The files that go along with every saved model: name and contents."""
-    folder = Path(modeling_hf_moe.__file__).parent
-    return {name: (folder / name).read_bytes() for name in with_imports(folder, ["modeling_hf_moe"])}
+def todays_code(model_type: str = HfMoeConfig.model_type) -> dict[str, bytes]:
+    """The files that go along with every saved model of this type: name and contents."""
+    folder, module = Path(CODE[model_type].__file__).parent, CODE[model_type].__name__.rpartition(".")[2]
+    return {name: (folder / name).read_bytes() for name in with_imports(folder, [module])}
 
 
 def code_in(folder: Path, config: dict) -> list[str]:
@@ -70,7 +69,7 @@ def renew(folder: str | Path) -> dict[str, object]:
     said = read_json(folder / CONFIG)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder / CONFIG} does not exist: give the folder of a saved hf_moe model.")
-    if said.get("model_type") != HfMoeConfig.model_type:
+    if said.get("model_type") not in CODE:
         raise ValueError(
             f"{folder} holds a model of type {said.get('model_type')!r}, whose code is not hf_moe's: there is nothing "
             "to renew."
@@ -79,7 +78,7 @@ def renew(folder: str | Path) -> dict[str, object]:
         raise ValueError(
             f"{folder / CONFIG} has no auto_map, so no code belongs to it: load the model with hf_moe and save it."
         )
-    before, code, old = code_version(folder), todays_code(), code_in(folder, said)
+    before, code, old = code_version(folder), todays_code(said["model_type"]), code_in(folder, said)
     written = [name for name, text in code.items() if not same(folder / name, text)]
     for name in sorted(written, key=lambda name: name == VERSION_FILE):  # the release is said when all of it is there
         aside = folder / f".{name}.{secrets.token_hex(4)}"

@@ -123,7 +123,10 @@ def architecture_rows(saved: SavedModel, total: int, active: int) -> list[tuple[
     return [(title, str(value)) for title, value in table.items() if value is not None]
 
 
-def number(value: int | None) -> str | None:
+def number(value: int | list[int] | None) -> str | None:
+    """A count; of a list, one for each layer, the least and the most."""
+    if isinstance(value, list):
+        return f"{min(value):,} to {max(value):,}"
     return None if value is None else f"{value:,}"
 
 
