@@ -27,7 +27,9 @@ KINDS = {
     "mqa": {"num_key_value_heads": 1, "head_dim": 10},
     "attention-biases": {"attention_bias": True, "attention_output_bias": True},
     "norm-of-heads": {"qk_norm": "head"},
+    "norm-of-heads-after-rope": {"qk_norm": "head_after_rope"},
     "norm-of-projections": {"qk_norm": "projection"},
+    "norm-of-sparse-output": {"sparse_output_norm": True},
     "plain-mlp": {"gated_mlp": False},
     "mlp-biases": {"mlp_bias": True},
     "plain-mlp-biases": {"gated_mlp": False, "mlp_bias": True},
@@ -61,14 +63,15 @@ def count_by_hand(c: HfMoeConfig) -> tuple[int, int]:
         query, key = heads * c.head_dim, c.num_key_value_heads * c.head_dim
         attention = linear(d, query, c.attention_bias) + 2 * linear(d, key, c.attention_bias)
         attention += linear(query, d, c.attention_output_bias)
-        attention += {None: 0, "head": 2 * c.head_dim, "projection": query + key}[c.qk_norm]
+        attention += {None: 0, "projection": query + key}.get(c.qk_norm, 2 * c.head_dim)
 
     def mlp(width: int) -> int:
         return (2 if c.gated_mlp else 1) * linear(d, width, c.mlp_bias) + linear(width, d, c.mlp_bias)
 
+    norms = c.num_hidden_layers * 2 * d + c.sparse_output_norm * c.mlp_layer_types.count("sparse") * d
     embeddings = c.vocab_size * d * (1 if c.tie_word_embeddings else 2)
     chosen = c.num_experts if c.router_type == "dense" else c.num_experts_per_tok
-    total = active = embeddings + d + c.num_hidden_layers * (attention + 2 * d)
+    total = active = embeddings + d + c.num_hidden_layers * attention + norms
     if c.attention_type == "moa":  # q and o above are those of a token's experts, which every layer has E of
         per_expert = 2 * linear(d, c.num_key_value_heads * c.head_dim)
         total += c.num_hidden_layers * ((c.num_experts - chosen) * per_expert + c.num_experts * d)

@@ -2,6 +2,7 @@
 
 from .arcee import ARCEE
 from .aria import ARIA_TEXT
+from .axk1 import AXK1
 from .dbrx import DBRX
 from .deepseek import DEEPSEEK
 from .deepseek_v2 import DEEPSEEK_V2
@@ -22,6 +23,7 @@ from .gpt_oss import GPT_OSS
 from .granite import GRANITE
 from .granitemoe import GRANITEMOE, GRANITEMOESHARED
 from .granitemoe_swa import GRANITEMOE_SWA
+from .hunyuan_v1_moe import HUNYUAN_V1_MOE
 from .hy_v3 import HY_V3
 from .kimi_k2 import KIMI_K2
 from .llama import LLAMA
@@ -56,6 +58,7 @@ TABLES: dict[str, Family] = {
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "kimi_k2": KIMI_K2,
+    "axk1": AXK1,
     "glm4_moe": GLM4_MOE,
     "glm4_moe_lite": GLM4_MOE_LITE,
     "solar_open": SOLAR_OPEN,
@@ -73,6 +76,7 @@ TABLES: dict[str, Family] = {
     "llama4_text": LLAMA4_TEXT,
     "gpt_oss": GPT_OSS,
     "aria_text": ARIA_TEXT,
+    "hunyuan_v1_moe": HUNYUAN_V1_MOE,
 }
 FAMILIES = {name: family for name, family in TABLES.items() if family.known}  # older hosts have fewer
 

@@ -136,6 +136,7 @@ DBRX = Family(
     constants={"norm_type": "layer_norm", "rms_norm_eps": 1e-5, "router_type": "softmax_topk"},
     required={"resid_pdrop": 0.0, "emb_pdrop": 0.0, "head_dim": None},
     undeclared=frozenset({"head_dim"}),
+    theta_elsewhere=True,
     tensors={
         "model.embed_tokens.weight": ("transformer.wte.weight",),
         "model.norm.weight": ("transformer.norm_f.weight",),

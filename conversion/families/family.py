@@ -53,6 +53,7 @@ class Family:
     mtp: how the layers for multi-token prediction are stored.
     dropped_mtp: patterns of tensors for multi-token prediction that hf_moe has no place for.
     own_config: the config class and the model's class name of a family that Transformers lacks.
+    theta_elsewhere: whether the release says RoPE's theta where Transformers does not look.
     class_name: what the release calls the model's class, where Transformers has that of another family for it.
     """
 
@@ -68,6 +69,7 @@ class Family:
     mtp: MultiToken | None = None
     dropped_mtp: tuple[str, ...] = ()
     own_config: tuple[type[PreTrainedConfig], str] | None = None
+    theta_elsewhere: bool = False
     class_name: str | None = None
 
     @property

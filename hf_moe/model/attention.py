@@ -111,8 +111,8 @@ class HfMoeAttention(HfMoeHeads):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-        if config.qk_norm in ("head", "projection"):
-            per_head = config.qk_norm == "head"
+        if config.qk_norm in ("head", "head_after_rope", "projection"):
+            per_head = config.qk_norm != "projection"
             self.q_norm = make_norm(config, config.head_dim if per_head else query_size)
             self.k_norm = make_norm(config, config.head_dim if per_head else key_size)
         if config.attention_sinks:  # paged attention goes by the attribute
@@ -143,6 +143,8 @@ class HfMoeAttention(HfMoeHeads):
                 query, key = (l2_norm(x, self.config.rms_norm_eps) for x in (query, key))
         elif self.config.attn_temperature_tuning:
             query = query * temperature(kwargs["position_ids"], self.config).to(query.dtype)
+        if self.config.qk_norm == "head_after_rope":
+            query, key = self.q_norm(query), self.k_norm(key)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
 

@@ -45,6 +45,7 @@ class HfMoeConfig(PreTrainedConfig):
     :   norm_type ("rms_norm", or "layer_norm" without a bias, as in DBRX; both with rms_norm_eps),
         rms_norm_unit_offset (multiply by 1 + weight, in float32, as in Gemma), layer_norm_placement ("pre": on the
         input of attention and MLP; "post": on their output, as in OLMo-2; "sandwich": on both, as in Gemma 2),
+        sparse_output_norm (with "pre", one more on the output of sparse MLPs, as in A.X K1),
         embedding_multiplier (of the embeddings), residual_multiplier (of what attention and MLP add), logits_scaling
         (the logits are divided by it), as in Granite.
 
@@ -53,8 +54,9 @@ class HfMoeConfig(PreTrainedConfig):
         num_key_value_heads (equal: MHA; 1: MQA; between: GQA), head_dim (default hidden_size / num_attention_heads),
         attention_bias (on q, k and v), attention_output_bias (on o),
         attention_multiplier (of q k^T; default head_dim^-0.5; Gemma: query_pre_attn_scalar^-0.5),
-        qk_norm ("head": a norm over each head, as in Qwen3; "projection": over all heads at once, as in OLMoE; "l2":
-        an RMSNorm without weight over each head after RoPE, on the layers that have it, as in Llama 4),
+        qk_norm ("head": a norm over each head, as in Qwen3; "head_after_rope": after RoPE instead of before, as in
+        Hunyuan; "projection": over all heads at once, as in OLMoE; "l2": an RMSNorm without weight over each head
+        after RoPE, on the layers that have it, as in Llama 4),
         clip_qkv (clamp q, k and v to +-clip_qkv), attn_logit_softcapping and final_logit_softcapping
         (x -> cap tanh(x / cap), Gemma 2), attention_sinks (a learned logit a head that takes part in the softmax and
         attends to nothing, as in gpt-oss), layer_types ("full_attention", "sliding_attention" or "chunked_attention"
@@ -130,6 +132,7 @@ class HfMoeConfig(PreTrainedConfig):
     rms_norm_unit_offset: bool = False
     norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
     layer_norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    sparse_output_norm: bool = False
     embedding_multiplier: float | int = 1.0
     residual_multiplier: float | int = 1.0
     logits_scaling: float | int = 1.0
@@ -144,7 +147,7 @@ class HfMoeConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     attention_multiplier: float | int | None = None
     attention_sinks: bool = False
-    qk_norm: Literal["head", "projection", "l2"] | None = None
+    qk_norm: Literal["head", "head_after_rope", "projection", "l2"] | None = None
     clip_qkv: float | int | None = None
     attn_logit_softcapping: float | int | None = None
     final_logit_softcapping: float | int | None = None
@@ -344,6 +347,11 @@ class HfMoeConfig(PreTrainedConfig):
             )
         if self.norm_type == "layer_norm" and self.rms_norm_unit_offset:
             raise ValueError("rms_norm_unit_offset (True) needs norm_type 'rms_norm', not 'layer_norm'.")
+        if self.sparse_output_norm and self.layer_norm_placement != "pre":
+            raise ValueError(
+                f"sparse_output_norm (True) needs layer_norm_placement 'pre', but {self.layer_norm_placement!r} has a "
+                "norm on every output already: leave it out."
+            )
         if self.logits_scaling == 0:
             raise ValueError("logits_scaling (0) divides the logits: leave it out, or give another number.")
 

@@ -33,7 +33,7 @@ from .losses import PARTS, asked_parts, recorded_for
 from .mixture_of_heads import HfMoeMixtureOfHeads
 from .mlp import HfMoeMLP, activation, clamped_swiglu
 from .multi_token import HfMoeMultiToken, HfMoeMultiTokenLayer, predict_ahead
-from .norms import PLACEMENTS, HfMoeUnitOffsetRMSNorm, make_norm
+from .norms import HfMoeUnitOffsetRMSNorm, make_norm, norms_of
 from .outputs import HfMoeCausalLMOutput, HfMoeModelOutput
 from .padding import as_attention_reads, check_mask, valid_tokens
 from .rotary import HfMoeRotaryEmbedding, HfMoeRotaryEmbeddings, position_embeddings
@@ -161,7 +161,7 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
-        self.norms = PLACEMENTS[config.layer_norm_placement]
+        self.norms = norms_of(config, layer_idx)
         for name in filter(None, self.norms):
             setattr(self, name, make_norm(config, config.hidden_size))
         self.self_attn = ATTENTIONS[config.attention_type](config, layer_idx)

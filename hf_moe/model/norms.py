@@ -52,6 +52,13 @@ PLACEMENTS = {
 }
 
 
+def norms_of(config: HfMoeConfig, layer_idx: int) -> tuple[str | None, ...]:
+    """The names of a layer's norms, in the order of PLACEMENTS."""
+    norms = PLACEMENTS[config.layer_norm_placement]
+    normed = config.sparse_output_norm and config.mlp_layer_types[layer_idx] == "sparse"
+    return (*norms[:-1], "post_feedforward_layernorm") if normed else norms
+
+
 def make_norm(config: HfMoeConfig, size: int) -> nn.Module:
     """A norm over a last dimension of `size`, of the kind that the configuration names."""
     return NORMS[config.norm_type, config.rms_norm_unit_offset](size, config.rms_norm_eps)

@@ -43,8 +43,34 @@ FLINT = {
 }
 
 ARIA = {"moe_num_experts": 5, "moe_topk": 3, "moe_num_shared_experts": 2, "initializer_range": 0.2}
+HUNYUAN = {"num_experts": 5, "moe_topk": 3, "head_dim": 10, "initializer_range": 0.2}
 
 CASES = {
+    "hunyuan_v1_moe": (
+        "hunyuan_v1_moe",
+        {
+            **{**HUNYUAN, "moe_topk": [3, 3, 3], "moe_intermediate_size": [36, 36, 36]},
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0, "factor": 1.0},
+        },
+    ),
+    "hunyuan_v1_moe-bias-tied": (
+        "hunyuan_v1_moe",
+        {**HUNYUAN, "attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4},
+    ),
+    "axk1": (
+        "axk1",
+        {
+            **{**SHARED, **LATENT, "n_group": 1, "topk_group": 1},
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "axk1-groups-half-rope-bias": (
+        "axk1",
+        {
+            **{**SHARED, **LATENT, **GROUPS, "rope_interleave": False, "attention_bias": True},
+            **{"mlp_layer_types": ["sparse", "dense", "sparse"], "tie_word_embeddings": True},
+        },
+    ),
     "aria_text": ("aria_text", ARIA),
     "aria_text-bias-tied": (
         "aria_text",

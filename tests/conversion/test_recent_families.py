@@ -31,6 +31,7 @@ SAID = {
     "exaone_moe": V3_KEYS,
     "hy_v3": {"qk_norm": True, "route_norm": True, "first_k_dense_replace": 1, "expert_hidden_dim": 20},
     "sarvam_mla": V3_KEYS,
+    "hunyuan_v1_moe": {"use_qk_norm": True, "use_mixed_mlp_moe": True, "use_cla": False, "num_shared_expert": 1},
 }
 
 
@@ -173,6 +174,26 @@ def test_kimi_k2_is_a_deepseek_v3_under_another_name(checkpoint, tmp_path):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
+def test_an_axk1_as_released(checkpoint, tmp_path):
+    """Without the bias, which its config says; with a norm for dense layers that nothing reads."""
+    folder = Path(shutil.copytree(checkpoint("axk1"), tmp_path / "source"))
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: x for name, x in weights.items() if not name.endswith("e_score_correction_bias")}
+    assert len(kept) < len(weights)
+    unread = "model.layers.0.post_mlp_layernorm.weight"
+    save_file({**kept, unread: torch.ones(24)}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"topk_method": "greedy"}))
+    report = import_checkpoint(folder, tmp_path / "moe", progress=False)
+    assert report["max_abs_diff"] <= 1e-5
+    export_checkpoint(tmp_path / "moe", tmp_path / "back", to="axk1", progress=False)
+    written = load_file(tmp_path / "back" / "model.safetensors")
+    assert written.keys() == kept.keys()
+    for name, weight in written.items():
+        assert torch.equal(weight, kept[name]), name
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["topk_method"] == "greedy"
+
+
 def test_the_layers_of_an_exaone_that_rotate():
     config = FAMILIES["exaone_moe"].config_class(num_hidden_layers=5, sliding_window=128, sliding_window_pattern=4)
     fields = HfMoeConfig(**FAMILIES["exaone_moe"].hf_moe_fields(config))
@@ -232,6 +253,11 @@ REFUSED = {
     "another activation of aria": ("aria_text", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     "biases of aria's shared experts": ("aria_text", {"mlp_bias": True}, "mlp_bias=True"),
     "fewer experts of aria": ("aria_text", {"moe_num_experts": 4}, r"router.* \[5, 24\].* \[4, 24\]"),
+    "experts a token by layer": ("hunyuan_v1_moe", {"moe_topk": [3, 2, 3]}, r"moe_topk=\[3, 2, 3\]"),
+    "another width of hunyuan": ("hunyuan_v1_moe", {"moe_intermediate_size": [20] * 3}, "moe_intermediate_size=20"),
+    "two shared experts": ("hunyuan_v1_moe", {"num_shared_expert": [2] * 3}, "num_shared_expert=2"),
+    "attention across layers": ("hunyuan_v1_moe", {"use_cla": True}, "use_cla=True"),
+    "softmax scores of axk1": ("axk1", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
     "thetas within a layer type": ("granitemoe_swa", {"layer_rope_theta": [1.0, 2.0, 3.0]}, "layer_rope_theta="),
     "part of RoPE in windows": ("granitemoe_swa", {"rope_parameters": HALF}, "partial_rotary_factor=0.5"),
 }

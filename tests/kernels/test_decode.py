@@ -37,6 +37,7 @@ MODELS = {
     "gqa, norm a head, window": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6, "qk_norm": "head"}
     | {"sliding_window": 5, "rope_interleave": True},
     "mha, norm of all heads": {"num_attention_heads": 5, "qk_norm": "projection", "attn_logit_softcapping": 5.0},
+    "mla, norm on sparse output": LATENT | {"sparse_output_norm": True, "n_shared_experts": 1},
     "gqa, plain MLP with biases": {
         "gated_mlp": False,
         "mlp_bias": True,
@@ -102,6 +103,26 @@ def test_a_step_with_the_kernels_is_the_step_of_the_modules(name, dtype, padding
     tolerance = TOLERANCE[dtype] * float(expected.float().abs().max())
     torch.testing.assert_close(torch.cat(steps, dim=1).float(), expected.float(), rtol=0, atol=tolerance)
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+UNKNOWN = {
+    "norm after RoPE": ({"qk_norm": "head_after_rope"}, "HfMoeAttention"),
+    "norm without a weight": ({"qk_norm": "l2"}, "HfMoeAttention"),
+    "clipped": ({"clip_qkv": 0.5}, "HfMoeAttention"),
+    "sinks": ({"attention_sinks": True}, "HfMoeAttention"),
+    "norm on sparse output": ({"sparse_output_norm": True}, "HfMoeDecoderLayer"),
+    "norms on outputs": ({"layer_norm_placement": "post"}, "HfMoeDecoderLayer"),
+}
+
+
+@pytest.mark.parametrize(("fields", "kind"), UNKNOWN.values(), ids=UNKNOWN)
+def test_what_the_kernels_do_not_compute_stays_as_it_is(fields, kind):
+    """They would leave out a norm, or a clamp."""
+    for config, changed in ((tiny(num_attention_heads=4), True), (tiny(num_attention_heads=4, **fields), False)):
+        model = HfMoeForCausalLM(config)
+        with fused(model, 1):
+            found = {"forward" in vars(x) for x in model.modules() if type(x).__name__ == kind}
+        assert found == {changed}
 
 
 PROMPT_CASES = [

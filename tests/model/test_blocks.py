@@ -340,6 +340,10 @@ def test_padding_static_caches_and_compilation_change_nothing(variant):
 MLA = {"attention_type": "mla", "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
 MLA |= {"num_key_value_heads": None}
 REFUSED = {
+    "norm of outputs": (
+        {"sparse_output_norm": True, "layer_norm_placement": "post"},
+        r"sparse_output_norm \(True\) needs layer_norm_placement 'pre', but 'post'",
+    ),
     "norm": ({"norm_type": "layer_norm", "rms_norm_unit_offset": True}, r"rms_norm_unit_offset \(True\)"),
     "logits": ({"logits_scaling": 0}, r"logits_scaling \(0\)"),
     "indices": ({"no_rope_layers": [0, 2]}, r"no_rope_layers \(\[0, 2\]\) must hold 1 .* num_hidden_layers \(3\)"),

@@ -423,9 +423,10 @@ def test_saves_and_loads(tmp_path):
         ),
         ({"router_type": "expert_choice"}, r"'expert_choice' gives a token any number of experts.* needs 3"),
         ({"attention_bias": True}, r"attention_bias \(True\) needs attention_type 'gqa'"),
+        ({"qk_norm": "head_after_rope"}, r"qk_norm \('head_after_rope'\) needs attention_type 'gqa'"),
         ({"qk_norm": "projection"}, r"qk_norm \('projection'\) needs attention_type 'gqa'"),
     ],
-    ids=["heads", "dense", "expert-choice", "bias", "norm"],
+    ids=["heads", "dense", "expert-choice", "bias", "norm after RoPE", "norm"],
 )
 def test_contradictions_name_the_numbers(changes, message):
     with pytest.raises(StrictDataclassClassValidationError, match=message):

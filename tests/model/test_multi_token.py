@@ -66,6 +66,7 @@ VARIANTS = {
         "residual_multiplier": 0.6,
         "logits_scaling": 1.7,
     },
+    "norms after": {"qk_norm": "head_after_rope", "sparse_output_norm": True},
     "llama4": {
         "qk_norm": "l2",
         "layer_types": ["chunked_attention", "chunked_attention", "full_attention"],

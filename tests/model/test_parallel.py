@@ -17,6 +17,7 @@ MODELS = {
     "plain-projection-norm": {"gated_mlp": False, "hidden_act": "gelu", "qk_norm": "projection"},
     "biases": {"mlp_bias": True, "attention_bias": True, "attention_output_bias": True, "n_shared_experts": 1},
     "heads": {"attention_type": "moa"},
+    "norms-after": {"qk_norm": "head_after_rope", "sparse_output_norm": True, "n_shared_experts": 1},
     "sandwich-scaled-inputs": {
         **{"layer_norm_placement": "sandwich", "rms_norm_unit_offset": True, "qk_norm": "l2"},
         **{"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "expert_input_scaling": True},

@@ -199,7 +199,7 @@ def grouped_forward(module: HfMoeAttention, rows: int):
     normed = config.qk_norm in ("head", "projection")
     simple = all(plain(getattr(module, name)) for name in names)
     simple = simple and module.has_rope and config.clip_qkv is None and not config.attention_sinks
-    simple = simple and config.qk_norm != "l2" and (not normed or type(module.q_norm) is HfMoeRMSNorm)
+    simple = simple and (type(module.q_norm) is HfMoeRMSNorm if normed else config.qk_norm is None)
     if not simple:
         return None
     weights = [getattr(module, name).weight for name in names]
