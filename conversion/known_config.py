@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..model.configuration_hf_moe import HfMoeConfig
+from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ..reading import built
 from ..sizes.presets import PRESETS, preset, preset_config
 from .families import DENSE_FAMILIES, IMPORTED
@@ -34,6 +35,11 @@ def folder_config(folder: Path) -> HfMoeConfig:
     is_part = model_type in TEXT_PARTS  # of a model that sees pictures, the language model is inspected
     if is_part:
         model_type = TEXT_PARTS[model_type].family
+    if model_type == HfMoeGraftConfig.model_type:
+        raise ValueError(
+            f"{folder} is a graft, whose attention is its backbone's: hf_moe counts FLOPs, caches and time of its own "
+            "architecture. `hf-moe card` says its parameters."
+        )
     if model_type != HfMoeConfig.model_type and model_type not in families:
         known = ", ".join([HfMoeConfig.model_type, *families, *TEXT_PARTS])
         raise ValueError(

@@ -45,7 +45,7 @@ def upcycle(src: str | Path | Sequence[str | Path], dst: str | Path, options: Up
     config = plan.dense.mixture(list(plan.layers), plan.widths)
     outputs = [plan_output(plan, name, shape) for name, shape in plan.dense.shapes(config).items()]
     said = {
-        "method": "upcycle" if opening is open_dense else "graft",
+        "method": "upcycle",
         "strategy": plan.strategy_names,
         "seed": options.seed,
         "arguments": plan.arguments,

@@ -3,14 +3,14 @@
 import os
 import re
 import zipfile
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..model import modeling_hf_moe
 from ..version import __version__
-from .folder import ADAPTER, CONFIG, METRICS, SavedModel, read_folder, read_json
+from .folder import ADAPTER, CODE, CONFIG, METRICS, SavedModel, read_folder, read_json
 from .redaction import TOKENS, known_tokens
 from .renew import code_version, is_outdated
 

@@ -346,6 +346,11 @@ def grafted(ours: type, host: type[PreTrainedModel]) -> type[PreTrainedModel]:
         said |= said.pop("kwargs", {})
         return self.grafted_forward(host_forward, said, output_router_logits)
 
+    # Trainers read from it that the losses can be left out.
+    own = inspect.Parameter("output_router_logits", inspect.Parameter.KEYWORD_ONLY, default=None)
+    shown = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
+    rest = [x for x in signature.parameters.values() if x.kind is x.VAR_KEYWORD]
+    forward.__signature__ = signature.replace(parameters=[*shown, own, *rest])
     body = {
         "host_class": host,
         "forward": forward,
