@@ -31,6 +31,7 @@ SAID = {
     "exaone_moe": V3_KEYS,
     "hy_v3": {"qk_norm": True, "route_norm": True, "first_k_dense_replace": 1, "expert_hidden_dim": 20},
     "sarvam_mla": V3_KEYS,
+    "granitemoe_swa": {"layer_rope_theta": [77.0, 0, 77.0]},
     "hunyuan_v1_moe": {"use_qk_norm": True, "use_mixed_mlp_moe": True, "use_cla": False, "num_shared_expert": 1},
 }
 
@@ -175,18 +176,26 @@ def test_kimi_k2_is_a_deepseek_v3_under_another_name(checkpoint, tmp_path):
 
 
 def test_an_axk1_as_released(checkpoint, tmp_path):
-    """Without the bias, which its config says; with a norm for dense layers that nothing reads."""
+    """Without the bias, which its config says and is one of 0; with a norm for dense layers that nothing reads."""
     folder = Path(shutil.copytree(checkpoint("axk1"), tmp_path / "source"))
+    zeros = Path(shutil.copytree(folder, tmp_path / "zeros"))
     weights = load_file(folder / "model.safetensors")
-    kept = {name: x for name, x in weights.items() if not name.endswith("e_score_correction_bias")}
-    assert len(kept) < len(weights)
+    biases = {name: torch.zeros_like(x) for name, x in weights.items() if name.endswith("e_score_correction_bias")}
+    kept = {name: x for name, x in weights.items() if name not in biases}
+    assert biases
+    save_file(weights | biases, zeros / "model.safetensors", metadata={"format": "pt"})
     unread = "model.layers.0.post_mlp_layernorm.weight"
     save_file({**kept, unread: torch.ones(24)}, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"topk_method": "greedy"}))
-    report = import_checkpoint(folder, tmp_path / "moe", progress=False)
-    assert report["max_abs_diff"] <= 1e-5
-    export_checkpoint(tmp_path / "moe", tmp_path / "back", to="axk1", progress=False)
+    import_checkpoint(folder, tmp_path / "moe", verify=False, progress=False)
+    ids = tokens(length=23, vocab_size=61)
+    with torch.inference_mode():
+        ours, theirs = (
+            AutoModelForCausalLM.from_pretrained(path).eval()(ids).logits for path in (tmp_path / "moe", zeros)
+        )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    export_checkpoint(tmp_path / "moe", tmp_path / "back", to="axk1", verify=False, progress=False)
     written = load_file(tmp_path / "back" / "model.safetensors")
     assert written.keys() == kept.keys()
     for name, weight in written.items():
