@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ..reading import built
@@ -49,7 +47,7 @@ def folder_config(folder: Path) -> HfMoeConfig:
     invalid = f"{folder / 'config.json'} is no valid {model_type} config"
     if model_type == HfMoeConfig.model_type:
         return built(HfMoeConfig.from_pretrained, invalid, folder)
-    original = built(AutoConfig.from_pretrained, invalid, folder)
+    original = built(families[model_type].read_config, invalid, folder)
     if is_part:
         original = text_config(original, said)
     fields = families[model_type].hf_moe_fields(original)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, get_args
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...model.configuration_hf_moe import HfMoeConfig
@@ -75,6 +75,11 @@ class Family:
     @property
     def config_class(self) -> type[PreTrainedConfig]:
         return self.own_config[0] if self.own_config else CONFIG_MAPPING[self.model_type]
+
+    @property
+    def read_config(self) -> Callable[..., PreTrainedConfig]:
+        """What reads the config of a folder."""
+        return (self.config_class if self.own_config else AutoConfig).from_pretrained
 
     @property
     def architecture(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...generation_settings import check_generation_config, mend_ids, say_ids
@@ -219,9 +219,8 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
     if model_type not in families:
         raise ValueError(_unknown_family(name, model_type, families))
     family = families[model_type]
-    read = family.config_class.from_pretrained if family.own_config else AutoConfig.from_pretrained
     invalid = f"{folder / 'config.json'} is no valid {model_type} config"
-    config = built(read, invalid, folder, trust_remote_code=False)
+    config = built(family.read_config, invalid, folder, trust_remote_code=False)
     if is_part:
         config, said = text_config(config, said), said.get("text_config", {})
     check_generation_config(folder)

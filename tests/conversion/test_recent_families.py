@@ -8,6 +8,7 @@ import pytest
 import torch
 from hf_moe.conversion import export_checkpoint, import_checkpoint
 from hf_moe.conversion.families import FAMILIES
+from hf_moe.conversion.known_config import find_config
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -151,6 +152,7 @@ def test_kimi_k2_is_a_deepseek_v3_under_another_name(checkpoint, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     said = {"model_type": "kimi_k2", "aux_loss_alpha": 0.001, "seq_aux": True, **V3_KEYS}
     (folder / "config.json").write_text(json.dumps(config | said | {"ep_size": 1}))
+    assert find_config(str(folder))[0].kv_lora_rank == 14
     with pytest.raises(ValueError, match=r"no class for kimi_k2.*--no-verify"):
         import_checkpoint(folder, tmp_path / "moe", progress=False)
     report = import_checkpoint(folder, tmp_path / "moe", verify=False, progress=False)
