@@ -7,11 +7,11 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation.cached import with_and_without_cache
 from ..generation_settings import mend_ids
-from ..reading import built, positions
+from ..reading import auto_config, positions
 from ..same_tokens import check_same_tokens
 from .files import file_backed
 from .files.checkpoint import Checkpoint, Entry, read_config, read_text
@@ -156,8 +156,7 @@ def opened(model: str | Path) -> tuple[Path, PreTrainedConfig]:
     folder, _, _ = locate(model)
     read_config(folder)
     Checkpoint(folder)
-    config = built(AutoConfig.from_pretrained, f"{model} cannot be loaded", folder, trust_remote_code=False)
-    config = config.get_text_config()  # of a model that sees pictures, the language model's
+    config = auto_config(folder, trust_remote_code=False).get_text_config()  # of pictures and text, that of the text
     mend_ids(config, config.vocab_size)
     return folder, config
 

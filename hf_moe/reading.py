@@ -52,8 +52,13 @@ def reason(error: BaseException) -> str:
 
 def auto_config(model: str | Path, **kwargs: Any) -> PreTrainedConfig:
     """`AutoConfig.from_pretrained`. Raises OSError or a ValueError of one line."""
-    where = Path(model) / "config.json" if Path(model).is_dir() else f"the config of {model}"
-    return built(AutoConfig.from_pretrained, str(where), model, **kwargs)
+    where = str(Path(model) / "config.json" if Path(model).is_dir() else f"the config of {model}")
+    config = built(AutoConfig.from_pretrained, where, model, **kwargs)
+    text = built(config.get_text_config, where)  # of any field with one of some names
+    if not isinstance(text, PreTrainedConfig):
+        name = next(name for name, value in vars(config).items() if value is text)
+        raise ValueError(f"{where} says {name}={text!r:.100}, which is no config.")
+    return config
 
 
 def auto_tokenizer(model: str | Path, what: str, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -73,6 +73,29 @@ def test_a_config_is_refused_by_every_command(fields, match, changed, refused, r
         assert re.search(match, line) and str(model) in line
 
 
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"text_config": float("nan")}, "text_config=nan, which is no config"),
+        ({"decoder": {"hidden_size": 8}}, "decoder={.*}, which is no config"),
+        ({"text_config": {}, "decoder": {}}, "Multiple valid text configs"),
+    ],
+    ids=["a number", "an object", "two"],
+)
+def test_a_part_for_text_that_is_none(fields, match, refused, rows, tmp_path):
+    model = shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    config = json.loads((DEMO_MODEL / "config.json").read_text()) | fields
+    (model / "config.json").write_text(json.dumps(config))
+    for words in (
+        ("trace", model, "--data", rows, "--out", tmp_path / "out"),
+        ("verify", DEMO_MODEL, model),
+        ("card", model),
+        train(model, rows, tmp_path / "out"),
+    ):
+        line = refused(*words)
+        assert re.search(match, line) and str(model) in line
+
+
 def test_more_layers_than_there_are_weights(tmp_path):
     shutil.copytree(DEMO_MODEL, tmp_path / "model")
     config = json.loads((DEMO_MODEL / "config.json").read_text()) | {"num_hidden_layers": 10**9}

@@ -156,6 +156,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     said = read_json(folder / CONFIG)
     if not isinstance(said.get("model_type"), str | None):
         raise ValueError(f"{folder / CONFIG} says model_type={said['model_type']!r}, which is no str.")
+    names = said.get("architectures") or []  # which Transformers takes as it is
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{folder / CONFIG} says architectures={names!r:.100}, which is no list of names.")
     if said.get("model_type") in CONFIG_MAPPING:
         return auto_config(folder, trust_remote_code=False)
     return built(PreTrainedConfig.from_dict, f"{folder / CONFIG} is no valid config", said)

@@ -328,3 +328,14 @@ def test_configs_and_classes_are_not_guessed(tmp_path):
     said = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(said | {"architectures": ["SomethingElse"]}))
     assert "How to load" not in card_of(folder).text
+
+
+@pytest.mark.parametrize("model_type", ["hf_moe", "llama", "somebodys"])
+@pytest.mark.parametrize("names", [-1, "LlamaForCausalLM", {"0": "LlamaForCausalLM"}, [None], [["LlamaForCausalLM"]]])
+def test_architectures_that_are_no_names(model_type, names, tmp_path):
+    folder = saved(tmp_path)
+    said = json.loads((folder / "config.json").read_text()) | {"architectures": names, "model_type": model_type}
+    (folder / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=r"config\.json says architectures=.*, which is no list of names") as error:
+        write_model_card(folder)
+    assert "\n" not in str(error.value) and not (folder / "README.md").exists()
