@@ -20,6 +20,7 @@ from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ..model.modeling_hf_moe import HfMoeForCausalLM
 from ..model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
+from ..reading import positions
 from ..sizes.counts import graft_sizes, sizes
 from ..staging import check_destination, resumable
 from ..version import __version__
@@ -28,7 +29,7 @@ from .files.source import Source
 from .files.tokenizer import keep_class, load_tokenizer
 from .files.writer import Output, Shard, check_space, plan_shards, write_shards
 from .options import ConversionOptions
-from .verify import MAX_TOKENS, check_memory, memory_needed, token_ids, unusable, verify
+from .verify import MAX_TOKENS, WINDOW, check_memory, memory_needed, token_ids, unusable, verify
 
 # hf_moe's configs and the classes that they are of.
 OURS = {HfMoeConfig: HfMoeForCausalLM, HfMoeGraftConfig: HfMoeGraftForCausalLM}
@@ -71,7 +72,9 @@ def convert(
         return report
     if check:
         check_memory(to_verify)
-        for sibling, text in domains:  # not after hours of writing
+        # Not after hours of writing.
+        positions(source.config.get_text_config(), WINDOW)
+        for sibling, text in domains:
             token_ids(sibling.checkpoint.folder, text, model.vocab_size, MAX_TOKENS, seed=0)
     check_space(dst, report["disk_bytes"])
     tokenizer = load_tokenizer(source.checkpoint.folder)

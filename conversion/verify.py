@@ -76,6 +76,8 @@ def verify(
     whether that is rounding alone (None where the experts of a token depend on what else is read). Raises a ValueError
     where the models cannot be compared, or not in the memory that is free.
     """
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 2.")
     (folder_a, config_a), (folder_b, config_b) = opened(a), opened(b)
     if config_a.vocab_size != config_b.vocab_size:
         raise ValueError(

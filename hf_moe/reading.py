@@ -75,8 +75,14 @@ def auto_tokenizer(model: str | Path, what: str, **kwargs: Any) -> PreTrainedTok
 
 
 def positions(config: PreTrainedConfig, most: int) -> int:
-    """How many tokens a model reads together, at most `most`; some say no limit of their own (BLOOM)."""
-    return min(most, getattr(config, "max_position_embeddings", None) or most)
+    """How many tokens a model reads together, at most `most`; some say no limit of their own (BLOOM).
+
+    Raises ValueError where it is none that a text can be read by.
+    """
+    said = getattr(config, "max_position_embeddings", None) or most
+    if said < 2:
+        raise ValueError(f"config.json says max_position_embeddings={said}, but a text takes at least 2: correct it.")
+    return min(most, said)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loading import check_model, load, load_model
+from ..reading import positions
 from ..routers import captured, find_routers, routed_experts
 from ..version import __version__
 from .counts import RARE, RouterCounts, first_choice, followed_ids
@@ -141,7 +142,7 @@ class Run:
                 "a mixture of experts of it."
             )
         self.top_k = routed_experts(self.config)[1]
-        window = min(WINDOW, getattr(self.config, "max_position_embeddings", None) or WINDOW)
+        window = positions(self.config, WINDOW)
         self.domains = [Domain(domain, source, tokenizer, window, max_tokens) for domain, source in sources.items()]
         self.counts: dict[str, RouterCounts] = {}
         self.logits: dict[str, int] = {}  # router -> how many it has: at times more than experts

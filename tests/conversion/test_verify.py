@@ -179,6 +179,8 @@ def test_refuses(pair, tmp_path, shared_data):
     (tmp_path / "text.txt").write_text("a")
     with pytest.raises(ValueError, match="no tokenizer"):
         verify(*pair, data=tmp_path / "text.txt")
+    with pytest.raises(ValueError, match="max_tokens is 1; it must be at least 2"):
+        verify(*pair, max_tokens=1)
     stories = shared_data / "stories260K-hf"
     with pytest.raises(ValueError, match=r"61 tokens.*512"):
         verify(pair[0], stories)
@@ -202,6 +204,8 @@ def test_refuses(pair, tmp_path, shared_data):
 UNLIKE = {
     "a layer more": ({"num_hidden_layers": 4}, r"lacks \d+ of .* the first of them model\.layers\.3\."),
     "another width": ({"intermediate_size": 40}, r"in another size, .*mlp\.\w+\.weight: \[.*36.*\] for \[.*40"),
+    "one position": ({"max_position_embeddings": 1}, r"max_position_embeddings=1, but a text takes at least 2"),
+    "fewer than none": ({"max_position_embeddings": -1}, r"max_position_embeddings=-1, but a text takes at least 2"),
     "activation": ({"hidden_act": "magic"}, "'magic' is missing or unknown"),
     "model_type": ({"model_type": ["llama"]}, r"model_type=\['llama'\], which is no str"),
     "quantization": ({"quantization_config": "int8"}, "quantization_config='int8', which is no dict"),
@@ -216,3 +220,12 @@ def test_refuses_a_model_that_is_not_what_its_config_says(changes, match, pair, 
     with pytest.raises(ValueError, match=match) as raised:
         verify(pair[0], tmp_path, max_tokens=10)
     assert "\n" not in str(raised.value)
+
+
+def test_what_cannot_be_compared_is_said_before_it_is_converted(pair, tmp_path):
+    source = shutil.copytree(pair[0], tmp_path / "source")
+    said = json.loads((source / "config.json").read_text()) | {"max_position_embeddings": 1}
+    (source / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="max_position_embeddings=1, but a text takes at least 2"):
+        upcycle(source, tmp_path / "out", experts=2, top_k=1, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -229,6 +229,15 @@ def test_a_dense_model(texts, tokenizer, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("count", [1, -1])
+def test_a_model_that_reads_no_text(count, texts, tokenizer, tmp_path):
+    pytest.importorskip("matplotlib")
+    model = hf_moe(**FIELDS | {"max_position_embeddings": count})
+    with pytest.raises(ValueError, match=f"max_position_embeddings={count}, but a text takes at least 2"):
+        trace(model, texts / "river.txt", tmp_path / "out", tokenizer=tokenizer, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_with_other_content(texts, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "mine.txt").write_text("kept")
