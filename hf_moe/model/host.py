@@ -58,6 +58,7 @@ PRIVATE = {
         "initialize_weights": ("self", "a graft's decoder is the host's, which knows no experts"),
         "is_custom_code": ("", "undocumented; a graft is initialised as the host's own models are"),
         "get_correct_experts_implementation": ("self, requested_experts", "a graft's backbone has none"),
+        "_can_set_experts_implementation": ("", "a graft can, whose host's own class can't"),
         "_from_config": ("config, kwargs", "where AutoModel begins: a graft's class depends on its config"),
         "_check_and_adjust_attn_implementation": (
             "self, attn_implementation, is_init_check, allow_all_kernels",

@@ -123,6 +123,7 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeH
     def __init__(self, config: HfMoeGraftConfig):
         super().__init__(config.backbone)
         self.config = config
+        config._attn_implementation_internal = config.backbone._attn_implementation  # which the host has settled
         config._experts_implementation = self.get_correct_experts_implementation(config._experts_implementation)
         text, networks = Text(), find_feed_forwards(self)
         for place, layer in enumerate(chosen_layers(config, networks)):
@@ -170,6 +171,10 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeH
 
         told.keywords = getattr(gradient_checkpointing_func, "keywords", {})
         super()._set_gradient_checkpointing(enable, told, **kwargs)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the host remembers its own class's answer, which this one would inherit
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str | None:
         """As Transformers' own; none for the backbone, which has no experts and is built first."""

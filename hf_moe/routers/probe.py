@@ -152,8 +152,10 @@ def bias_by_name(layer: nn.Module) -> str | None:
 def call(layer: nn.Module, router: nn.Module, place: int, config) -> Call:
     """The layer on random tokens."""
     weight = next(x for x in router.parameters() if x.is_floating_point() and x.dim() > 1)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, TOKENS, config.hidden_size, generator=generator).to(weight.device, weight.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    hidden = torch.randn(1, TOKENS, config.hidden_size, generator=generator, device="cpu").to(
+        weight.device, weight.dtype
+    )
     given = {}
     if "input_ids" in inspect.signature(layer.forward).parameters:
         ids = torch.randint(config.vocab_size, (1, TOKENS), generator=generator)
@@ -262,12 +264,12 @@ def spread(router: nn.Module) -> Iterator[None]:
     """
     matrices = [x for x in (*router.parameters(), *router.buffers()) if x.dim() == 2]
     experts = next(len(x) for x in matrices if x.is_floating_point())
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     with ExitStack() as stack:
         for tensor in matrices:
             if not tensor.any():
                 values = stack.enter_context(changed(tensor))
                 places = torch.arange(values.numel()).view(values.shape) % experts
-                drawn = torch.rand(values.shape, generator=generator) - 0.5
+                drawn = torch.rand(values.shape, generator=generator, device="cpu") - 0.5
                 values.copy_(drawn if values.is_floating_point() else places)
         yield
