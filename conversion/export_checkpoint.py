@@ -115,12 +115,22 @@ class Place(NamedTuple):
 
 
 def rearranged(outputs: dict[str, Output], regions: dict[str, list[Region]]) -> list[Output]:
-    """The family's tensors, in which the hf_moe tensors `outputs` lie in `regions`."""
+    """The family's tensors, in which the hf_moe tensors `outputs` lie in `regions`.
+
+    Raises a ValueError that names one which has no place there and is not 0, or has one for experts that differ.
+    """
     blocks: dict[str, dict[int, list[Place]]] = {}
     for target, parts in regions.items():
+        if not parts and any(piece.any() for piece in outputs[target].pieces()):
+            raise ValueError(f"{target} is not 0, but the family has no place for it.")
         for index, region in enumerate(parts):
             place = Place(region, outputs[target], index, len(parts))
-            blocks.setdefault(region.name, {}).setdefault(region.block, []).append(place)
+            held = blocks.setdefault(region.name, {}).setdefault(region.block, [])
+            same = [other for other in held if other.region.rows == region.rows]
+            if not same:
+                held.append(place)
+            elif not torch.equal(place.read(), same[0].read()):
+                raise ValueError(f"{target} differs between experts, which have one {region.name} in the family.")
     return [rearranged_tensor(name, list(found.values())) for name, found in blocks.items()]
 
 

@@ -25,6 +25,7 @@ from .granitemoe import GRANITEMOE, GRANITEMOESHARED
 from .granitemoe_swa import GRANITEMOE_SWA
 from .hunyuan_v1_moe import HUNYUAN_V1_MOE
 from .hy_v3 import HY_V3
+from .jetmoe import JETMOE
 from .kimi_k2 import KIMI_K2
 from .llama import LLAMA
 from .llama4 import LLAMA4_TEXT
@@ -77,6 +78,7 @@ TABLES: dict[str, Family] = {
     "gpt_oss": GPT_OSS,
     "aria_text": ARIA_TEXT,
     "hunyuan_v1_moe": HUNYUAN_V1_MOE,
+    "jetmoe": JETMOE,
 }
 FAMILIES = {name: family for name, family in TABLES.items() if family.known}  # older hosts have fewer
 

@@ -27,9 +27,16 @@ class Wrapped(NamedTuple):
     name: str
 
 
-# hf_moe tensor -> the tensors whose rows, one after the other, are its rows; with {expert} or Stacked, each expert's.
+class Common(NamedTuple):
+    """A tensor that each expert has a copy of in hf_moe."""
+
+    name: str
+
+
+# hf_moe tensor -> the tensors whose rows, one after the other, are its rows; with {expert}, Stacked or Common, each
+# expert's. Where there are none, the family has only what 0 is.
 # A tensor that stands in the rows of several hf_moe tensors holds theirs, one after the other.
-Part = str | Stacked | Wrapped
+Part = str | Stacked | Wrapped | Common
 Row = tuple[Part, ...]
 Rows = Mapping[str, Row]
 
@@ -61,7 +68,7 @@ def part_name(part: Part) -> str:
 
 
 def per_expert(row: Row) -> bool:
-    return any(isinstance(part, Stacked) or EXPERT in part_name(part) for part in row)
+    return any(isinstance(part, Stacked | Common) or EXPERT in part_name(part) for part in row)
 
 
 def regions(
@@ -76,14 +83,14 @@ def regions(
     for target, shape in shapes.items():
         stored = row(target)
         experts, matrix = (num_experts, shape[1:]) if per_expert(stored) else (1, shape)
-        count, rest = matrix[0] // len(stored), matrix[1:]
+        count, rest = matrix[0] // max(len(stored), 1), matrix[1:]
         parts[target] = []
         for expert in range(experts):
             for part in stored:
                 stacked = isinstance(part, Stacked)
                 name = part_name(part).replace(EXPERT, str(expert))
                 block = (name, expert if stacked else 0)
-                begin = filled.get(block, 0)
+                begin = 0 if isinstance(part, Common) else filled.get(block, 0)
                 filled[block] = begin + count
                 meant = part.rows if stacked and part.rows else slice(begin, begin + count)
                 parts[target].append((block, part, meant, rest))

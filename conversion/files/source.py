@@ -145,6 +145,9 @@ class Source:
         )
 
     def _output(self, name: str, shape: tuple[int, ...], regions: list[Region]) -> Output:
+        if not regions:
+            zeros = torch.zeros(shape, dtype=self.checkpoint.dtype)
+            return Output(name, zeros.dtype, shape, lambda: [zeros], zeros.nbytes)
         first = regions[0].name
         dtype = self.checkpoint.entries[first].dtype
         if dtype not in WEIGHT_DTYPES:

@@ -8,6 +8,7 @@ from hf_moe.conversion.known_config import folder_config
 
 from hf_moe.routers import captured, find_routers, routed_experts
 
+from ..conversion.conftest import count
 from ..families import FAMILIES, tiny
 
 
@@ -28,7 +29,7 @@ def test_inspect_and_plan_of_every_family(model_type, command, tmp_path):
         model(input_ids=torch.arange(3, 12).unsqueeze(0), use_cache=False)
     done = {(routing.experts, routing.index_SK.shape[-1]) for routing in routings.values()}
     assert done == {(inspected["num_experts"], inspected["num_experts_per_tok"])}
-    assert inspected["sparse_layers"] == len(routers)
+    assert inspected["sparse_layers"] == sum("attention" not in name for name in routers)
     assert inspected["total_params"] == planned["total_params"]
     if not folder_config(tmp_path).num_mtp_layers:  # Transformers leaves out those that a config says
-        assert inspected["total_params"] == model.num_parameters(only_trainable=True)
+        assert inspected["total_params"] == count(model)

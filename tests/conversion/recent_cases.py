@@ -46,6 +46,20 @@ ARIA = {"moe_num_experts": 5, "moe_topk": 3, "moe_num_shared_experts": 2, "initi
 HUNYUAN = {"num_experts": 5, "moe_topk": 3, "head_dim": 10, "initializer_range": 0.2}
 
 CASES = {
+    "jetmoe": (
+        "jetmoe",
+        {
+            **{"num_local_experts": 5, "num_experts_per_tok": 2, "kv_channels": 10, "num_key_value_heads": 2},
+            **{"aux_loss_coef": 0.03, "initializer_range": 0.2, "rope_parameters": LINEAR},
+        },
+    ),
+    "jetmoe-untied": (
+        "jetmoe",
+        {
+            **{"num_local_experts": 5, "num_experts_per_tok": 3, "kv_channels": 8, "num_key_value_heads": 2},
+            **{"num_attention_heads": 6, "tie_word_embeddings": False, "activation_function": "gelu"},
+        },
+    ),
     "hunyuan_v1_moe": (
         "hunyuan_v1_moe",
         {

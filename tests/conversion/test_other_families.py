@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_moe import HfMoeConfig
 from tests.conftest import tokens
-from tests.conversion.conftest import OTHER_CASES, build, check_import_refused, dbrx
+from tests.conversion.conftest import OTHER_CASES, build, check_import_refused, count, dbrx
 
 SAVED = {"as released": {}, "as in memory": {"save_original_format": False}}
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
@@ -28,11 +28,6 @@ def load(folder: Path):
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
-
-
-def count(model) -> int:
-    """The parameters, of which the bias that only selects is none, though ERNIE's class has it as one."""
-    return sum(x.numel() for name, x in model.named_parameters() if not name.endswith("e_score_correction_bias"))
 
 
 # The two are one and the same where a family has one layout.

@@ -205,6 +205,24 @@ def test_an_axk1_as_released(checkpoint, tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["topk_method"] == "greedy"
 
 
+@pytest.mark.parametrize(
+    ("part", "match"),
+    [
+        ("gate_up_proj_bias", r"gate_up_proj_bias is not 0, but the family has no place for it"),
+        ("down_proj_bias", r"down_proj_bias differs between experts, which have one model\.layers\.1\.mlp\.bias"),
+    ],
+)
+def test_a_jetmoe_whose_experts_have_biases_of_their_own_by_now(part, match, checkpoint, tmp_path):
+    import_checkpoint(checkpoint("jetmoe"), tmp_path / "moe", progress=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    with torch.no_grad():
+        getattr(model.model.layers[1].mlp.experts, part)[3, 2] += 1
+    model.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match=match):
+        export_checkpoint(tmp_path / "trained", tmp_path / "back", to="jetmoe", progress=False)
+    assert not (tmp_path / "back").exists()
+
+
 def test_the_layers_of_an_exaone_that_rotate():
     config = FAMILIES["exaone_moe"].config_class(num_hidden_layers=5, sliding_window=128, sliding_window_pattern=4)
     fields = HfMoeConfig(**FAMILIES["exaone_moe"].hf_moe_fields(config))
@@ -268,6 +286,7 @@ REFUSED = {
     "another width of hunyuan": ("hunyuan_v1_moe", {"moe_intermediate_size": [20] * 3}, "moe_intermediate_size=20"),
     "two shared experts": ("hunyuan_v1_moe", {"num_shared_expert": [2] * 3}, "num_shared_expert=2"),
     "attention across layers": ("hunyuan_v1_moe", {"use_cla": True}, "use_cla=True"),
+    "another eps of the last norm": ("jetmoe", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05 cannot be carried"),
     "softmax scores of axk1": ("axk1", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
     "thetas within a layer type": ("granitemoe_swa", {"layer_rope_theta": [1.0, 2.0, 3.0]}, "layer_rope_theta="),
     "part of RoPE in windows": ("granitemoe_swa", {"rope_parameters": HALF}, "partial_rotary_factor=0.5"),
