@@ -55,6 +55,8 @@ FURTHER = {
         "intermediate_size": 24,
     },
     "gptj": {"rotary_dim": 8},
+    "mamba2": {"num_heads": 8},
+    "zamba2": {"layer_types": ["mamba", "hybrid"] * 2},
     "trocr": {"decoder_layers": 2, "decoder_ffn_dim": 24, "decoder_attention_heads": 4},
     "cohere_compass_text": MIXED | {"rope_parameters": dict.fromkeys(MIXED["layer_types"], ROPE)},
 }

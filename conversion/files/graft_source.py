@@ -112,6 +112,12 @@ def open_graft(src: str | Path) -> GraftSource:
     )
     if config.is_encoder_decoder or model_type in ENCODER_DECODERS or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{name} is a {model_type}, no decoder that writes text: experts can be grafted onto those.")
+    text = config.get_text_config(decoder=True)
+    if text is not config:
+        raise ValueError(
+            f"{name} is a {model_type}, a model of several parts: experts are grafted onto its language model, a "
+            f"{text.model_type}, saved by itself."
+        )
     check_generation_config(folder)
     model = empty(config)
     if find_routers(model):

@@ -339,12 +339,15 @@ def grafted(ours: type, host: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of a graft onto `host`."""
     host_forward = host.forward
     signature = inspect.signature(host_forward)
-    known = PASSED_ON.union(signature.parameters)
+    # OpenAI's GPT hands on what generate() tells its preparation of inputs.
+    prepared = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    known = PASSED_ON.union(signature.parameters, prepared)
 
     @wraps(host_forward)
     def forward(self, *args, output_router_logits: bool | None = None, **kwargs):
-        for name in kwargs.keys() - known - set(OF_GENERATE) - self.recordable:
-            raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}")
+        for name in kwargs:
+            if name not in known and name not in OF_GENERATE and name not in self.recordable:
+                raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}")
         kwargs = {name: x for name, x in kwargs.items() if name not in OF_GENERATE or name in known}
         said = signature.bind(self, *args, **kwargs).arguments
         said.pop("self")

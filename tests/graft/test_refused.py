@@ -1,0 +1,99 @@
+"""What is listed as no decoder that experts can be grafted onto is refused, in one line; and bad checkpoints are."""
+
+import json
+
+import pytest
+from hf_moe.conversion import upcycle
+from safetensors.torch import load_file, save_file
+
+from hf_moe.model.configuration_hf_moe_graft import HfMoeGraftConfig
+from hf_moe.model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
+from tests.dense_families import LEFT_OUT, config_of, tiny
+
+# Those of LEFT_OUT that are not refused: their texts are of another kind, or have no tiny model.
+UNTESTED = ("doge", "moshi", "reformer", "xlm", "xlstm", "xmod", "zamba", "git")
+
+
+def assert_refused(folder, said: str, **options) -> None:
+    given = {"experts": 2, "top_k": 1, "graft": True, "progress": False}
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as raised:
+        upcycle(folder, folder.with_name("moe"), **given | options)
+    assert "\n" not in str(raised.value) and not folder.with_name("moe").exists()
+
+
+@pytest.mark.parametrize("model_type", [name for name in LEFT_OUT if name not in UNTESTED])
+def test_left_out(model_type):
+    config = HfMoeGraftConfig(backbone=config_of(model_type))
+    with pytest.raises(
+        ValueError, match=r"dense feed-forward network|cannot be tried|computes something else"
+    ) as raised:
+        HfMoeGraftForCausalLM(config)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def dense(tmp_path):
+    tiny("cohere").save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def edit_config(folder, **changes) -> None:
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | changes))
+
+
+def edit_weights(folder, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def test_a_tensor_that_is_missing(dense):
+    edit_weights(dense, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+    assert_refused(dense, "lacks model.layers.1.mlp.up_proj.weight, which a cohere with its config calls for")
+
+
+def test_a_tensor_that_is_left_over(dense):
+    edit_weights(dense, lambda weights: weights.update(more=weights["model.norm.weight"].clone()))
+    assert_refused(dense, "holds more, which a cohere with this config does not use")
+
+
+def test_a_tensor_of_another_shape(dense):
+    edit_config(dense, intermediate_size=28)
+    assert_refused(dense, r"has shape \[\d+, \d+\], but the config calls for \[\d+, \d+\]")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    {
+        "unknown": ({"model_type": "gpt7"}, "'gpt7', which Transformers .* does not know: take a newer one"),
+        "quantized": ({"quantization_config": {"quant_method": "awq"}}, "is quantized: experts are grafted onto"),
+        "encoder-decoder": ({"model_type": "t5"}, "a t5, no decoder that writes text"),
+        "several parts": (
+            {"model_type": "gemma3"},
+            "a gemma3, a model of several parts: experts are grafted onto its language model, a gemma3_text",
+        ),
+        "a mixture": ({"model_type": "mixtral"}, "a mixtral, already a mixture of experts: train it as it is"),
+        "hf_moe": ({"model_type": "hf_moe_graft"}, "an hf_moe checkpoint already"),
+    }.values(),
+)
+def test_configs(changes, said, dense):
+    edit_config(dense, **changes)
+    assert_refused(dense, said)
+
+
+def test_layers_without_a_network(dense):
+    assert_refused(dense, "layers '9': 9 is not within 0-3", layers="9")
+
+
+def test_a_dry_run_writes_nothing(dense):
+    report = upcycle(dense, dense.with_name("moe"), experts=2, top_k=1, dry_run=True)
+    assert report["becomes"].startswith("a graft: the cohere stays as it is") and report["total_params"] > 0
+    assert not dense.with_name("moe").exists()
+
+
+def test_the_plan_names_the_architecture(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    given = {"experts": 2, "top_k": 1, "dry_run": True}
+    assert "has a table for llama" in upcycle(tmp_path / "dense", tmp_path / "moe", **given)["becomes"]
+    assert "the llama stays" in upcycle(tmp_path / "dense", tmp_path / "moe", graft=True, **given)["becomes"]
