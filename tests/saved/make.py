@@ -46,6 +46,24 @@ VARIANTS = {
         "v_head_dim": 8,
         "router_type": "topk_softmax",
     },
+    "graft": {
+        "backbone": {
+            "model_type": "gpt_neox",
+            "vocab_size": 61,
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.3,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        },
+        "num_experts": 5,
+        "router_type": "sigmoid_topk",
+        "router_args": {"selection_bias": True},
+    },
 }
 PROMPT, NEW = 7, 9
 
@@ -53,7 +71,10 @@ PROMPT, NEW = 7, 9
 @torch.no_grad()
 def make(folder: Path, fields: dict) -> None:
     torch.manual_seed(0)
-    model = hf_moe.HfMoeForCausalLM(hf_moe.HfMoeConfig(**SIZES, **fields)).eval()
+    if "backbone" in fields:
+        model = hf_moe.HfMoeGraftForCausalLM(hf_moe.HfMoeGraftConfig(**fields)).eval()
+    else:
+        model = hf_moe.HfMoeForCausalLM(hf_moe.HfMoeConfig(**SIZES, **fields)).eval()
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.normal_(std=0.1)
