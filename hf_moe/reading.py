@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+# What a tokenizer is tried on: a word, and a sign that it reads by its bytes, or as unknown.
+PROBE = "word \N{CUNEIFORM SIGN A}"
 # In the report that Transformers logs of a load: a weight, and the last line of the traceback.
 UNCONVERTED = re.compile(r"^(\S+) *\| CONVERSION \|.*?^\w*Error: ([^\n]*)$", re.MULTILINE | re.DOTALL)
 
@@ -62,13 +64,13 @@ def auto_config(model: str | Path, **kwargs: Any) -> PreTrainedConfig:
 
 
 def auto_tokenizer(model: str | Path, what: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """`AutoTokenizer.from_pretrained`, tried on a word: what a file says wrongly may show in use alone.
+    """`AutoTokenizer.from_pretrained`, tried on a text: what a file says wrongly may show in use alone.
 
     Raises a ValueError of one line that begins with `what`.
     """
     try:
         tokenizer = built(AutoTokenizer.from_pretrained, what, model, **kwargs)
-        built(tokenizer, what, "word", truncation=True)
+        built(tokenizer, what, PROBE, truncation=True)
         return tokenizer
     except OSError as error:
         raise ValueError(f"{what}: {reason(error)}") from error

@@ -124,9 +124,12 @@ def test_weights_that_cannot_become_the_models(refused, rows, tmp_path):
     assert "its weights do not make model.layers.0.mlp.experts.gate_up_proj: stack expects" in line
 
 
+# A model of the tokenizers library that knows letters, and not the token that it has for all else.
+UNKNOWN = {"type": "BPE", "vocab": {x: i for i, x in enumerate("dorw")}, "merges": [], "unk_token": "<unk>"}
 TOKENIZERS = {
     "the library's own exception": ("tokenizer.json", {"decoder": {"type": "nothing"}}, "untagged enum"),
     "a TypeError": ("tokenizer_config.json", {"bos_token": 3}, "bos_token"),
+    "what shows on some texts alone": ("tokenizer.json", {"model": UNKNOWN}, "`<unk>` not found in the vocabulary"),
     "what shows in use alone": ("tokenizer_config.json", {"model_max_length": "long"}, "not supported between"),
 }
 
