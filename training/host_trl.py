@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import trl
 from peft.tuners.lora import LoraLayer as LoraLayer
 from peft.tuners.lora import ParamWrapper
+from transformers import PreTrainedModel
 from trl import chat_template_utils
 from trl.trainer.utils import RepeatSampler as RepeatSampler
 
@@ -158,6 +159,20 @@ def show_bias(head) -> None:
     """TRL's fused head reads the bias of the model's, which PEFT's wrapper for single rows does not show."""
     if not hasattr(head, "bias"):
         object.__setattr__(head, "bias", head.original_module.bias)  # no second parameter
+
+
+def show_backbone(model: PreTrainedModel) -> None:
+    """TRL's fused head calls the model's `base_model`, which is the model itself where, as Llama 4's text model, it
+    names a part that it has not. Raises ValueError where none of its parts can be meant."""
+    if model.base_model is not model:
+        return
+    parts = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
+    if len(parts) != 1:
+        raise ValueError(
+            f"{type(model).__name__} does not say which of its parts is the one below its head, and TRL computes the "
+            f"loss from that: set base_model_prefix to its name; there are {', '.join(parts) or 'none'}."
+        )
+    model.base_model_prefix = parts[0]
 
 
 def adapted_name(layer: LoraLayer) -> str:

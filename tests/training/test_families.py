@@ -7,6 +7,7 @@ import torch
 from hf_moe.training.balance.dense_mixer import add_dense_mixer, check_dense_mixer
 from hf_moe.training.balance.moe_arguments import MoeTrainingArguments
 from hf_moe.training.balance.router_replay import check_replayable, of_batches, recording, replayed
+from hf_moe.training.host_trl import show_backbone
 from hf_moe.training.trainers.trainer import MoeTrainer
 from hf_moe.training.weights.adapters import AdapterArguments, add_adapter
 from hf_moe.training.weights.esft import (
@@ -17,10 +18,15 @@ from hf_moe.training.weights.esft import (
     select_experts,
     split_experts,
 )
+from safetensors.torch import load_file
+from trl.trainer.utils import add_fused_lm_head
 
 from hf_moe.model.balancing import expert_loss, routed, statistics
+from hf_moe.reading import whole_model
 from hf_moe.routers import captured, find_routers, routed_experts
 from tests.families import EXPERTS, FAMILIES, NOT_FOR, tiny
+
+from .policies import BYTES, run_tiny, save_model
 
 
 def rows(count: int = 8) -> list[dict]:
@@ -178,3 +184,41 @@ def test_replayed_experts_of_every_family(model_type):
             changed = model(input_ids=ids, use_cache=False).logits
         assert not torch.equal(changed, logits)
         assert all(torch.equal(x, others[name]) for name, x in of_batches(calls, ids.shape[1]).items())
+
+
+# TRL does not divide by Inkling's logits_mup_width_multiplier.
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "inkling_text"])
+def test_the_fused_head_has_the_loss_of_every_family(model_type):
+    model = tiny(model_type).eval()
+    ids = torch.stack([row["input_ids"] for row in rows(2)])
+    scores = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    show_backbone(model)
+    add_fused_lm_head(model)
+    fused = model(input_ids=ids, labels=ids, fused_lm_head=True, output_router_logits=False)
+    torch.testing.assert_close(fused.log_probs, scores.gather(-1, ids[:, 1:, None])[..., 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_part_below_its_head():
+    model = tiny("llama4_text")
+    model.further = tiny("llama4_text").model
+    with pytest.raises(ValueError, match=r"^Llama4ForCausalLM does not say which .* there are model, further\.$"):
+        show_backbone(model)
+
+
+@pytest.mark.parametrize(
+    ("stage", "extra"),
+    [
+        ("dpo", "--precompute_ref_log_probs true"),
+        ("dpo", "--precompute_ref_log_probs true --lora_parts attention"),
+        ("dpo", "--precompute_ref_log_probs false"),
+        ("grpo", "--beta 0.1 --router_replay none --max_completion_length 4"),
+    ],
+)
+def test_a_policy_whose_class_misnames_its_base(stage, extra, tmp_path):
+    source = save_model(tmp_path / "source", tiny("llama4_text", **BYTES))
+    metrics, _ = run_tiny(stage, source, tmp_path / "out", "--max_steps", "1", "--use_cpu", "true", *extra.split())
+    assert "train_loss" in metrics
+    if "lora" not in extra:
+        before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+        assert before.keys() == after.keys()
+        whole_model(tmp_path / "out")

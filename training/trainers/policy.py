@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ..balance.moe_arguments import MoeArguments, moe_argument
-from ..host_trl import leave_out_own_aux_loss
+from ..host_trl import leave_out_own_aux_loss, show_backbone
 from .trainer import MoeTrainerMixin
 
 
@@ -42,8 +44,13 @@ class MoePolicyMixin(MoeTrainerMixin):
     takes_model_loss = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for given in (*args, *kwargs.values()):  # the reference's log-probabilities may be had while this is made
+            if isinstance(given, PreTrainedModel):
+                show_backbone(given)
         super().__init__(*args, **kwargs)
         leave_out_own_aux_loss(self)
+        if self.ref_model is not None:  # which TRL may have loaded
+            show_backbone(self.accelerator.unwrap_model(self.ref_model))
 
     def find_routing(self) -> None:
         super().find_routing()

@@ -12,7 +12,7 @@ from ..data.chat_templates import restore_marks
 from ..data.long_rows import ON_LONG_ROWS, fit
 from ..data.packing import pack
 from ..data.token_cache import processes
-from ..host_trl import leave_out_own_aux_loss
+from ..host_trl import leave_out_own_aux_loss, show_backbone
 from .trainer import MoeTrainerMixin
 
 NAMES = {"train": "train_data", "eval": "eval_data"}  # TRL's -> the arguments'
@@ -45,6 +45,7 @@ class MoeSFTTrainer(MoeTrainerMixin, SFTTrainer):
             restore_marks(processing_class)
         super().__init__(*args, processing_class=processing_class, **kwargs)
         leave_out_own_aux_loss(self)
+        show_backbone(self.moe)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """TRL's own, with rows that `max_length` cuts counted between tokenising and cutting, and quicker packing."""
