@@ -8,14 +8,16 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...model.configuration_hf_moe import HfMoeConfig
-from ..files.checkpoint import Entry
 from .regions import Part, Region, Row, Rows, regions
+
+if TYPE_CHECKING:
+    from ..files.checkpoint import Entry
 
 
 class Computed(NamedTuple):
@@ -169,7 +171,7 @@ class Family:
         return {f"{prefix}{copy}": name for prefix in prefixes for copy, name in self.mtp.copies.items()}
 
     def match(
-        self, shapes: Mapping[str, tuple[int, ...]], available: Mapping[str, Entry], config: HfMoeConfig
+        self, shapes: Mapping[str, tuple[int, ...]], available: "Mapping[str, Entry]", config: HfMoeConfig
     ) -> dict[str, list[Region]]:
         """Where each hf_moe tensor of `shapes` lies, in whichever layout the `available` tensors show.
 

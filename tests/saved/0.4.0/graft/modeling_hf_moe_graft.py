@@ -18,7 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.output_capturing import OutputRecorder
 
-from .checkpointing import HfMoeCheckpointing
+from .recomputation import HfMoeCheckpointing
 from .configuration_hf_moe_graft import HfMoeGraftConfig
 from .feed_forward import FeedForward, find_feed_forwards, narrowed
 from .host import OF_GENERATE, PASSED_ON

@@ -22,7 +22,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import MASKS, HfMoeAttention
-from .checkpointing import HfMoeCheckpointing
+from .recomputation import HfMoeCheckpointing
 from .configuration_hf_moe import HfMoeConfig
 from .decoding import HfMoeDecoding
 from .dispatch import HfMoeDispatch
