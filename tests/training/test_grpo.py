@@ -1,5 +1,7 @@
 """GRPO: only rewards move the policy, replay holds through a run, rewards rise, runs resume."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -175,6 +177,17 @@ def test_resumed_run_ends_bitwise_where_the_unbroken_one_ends(whole):
 def test_rewards_by_source_are_refused(whole, tmp_path):
     with pytest.raises(ValueError, match="eval_by_source is true, but TRL's GRPO reports rewards without"):
         run_tiny("grpo", whole[1], tmp_path / "out", "--eval_by_source", "true")
+
+
+@pytest.mark.parametrize("end", [None, {"eos_token": {"content": "</s>"}}], ids=["no name", "no token's name"])
+def test_a_tokenizer_that_ends_no_answer(end, tmp_path):
+    source = save_model(tmp_path / "source")
+    said = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(said | {"eos_token": None}))
+    (source / "special_tokens_map.json").write_text(json.dumps({"eos_token": end}))
+    with pytest.raises(ValueError, match="The tokenizer has no eos_token, which ends an answer: name it in its"):
+        run_tiny("grpo", source, tmp_path / "out", "--use_cpu", "true", "--max_steps", "1")
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_become_questions(capsys):

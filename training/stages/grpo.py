@@ -60,6 +60,8 @@ def run(
     sources, held_out = load_sources(data_args, args, kinds=COLUMNS)
     args.eval_on_start = bool(held_out) and checkpoint is None
     tokenizer = load_tokenizer_and_template(checkpoint or model_args.model_name_or_path, model_args, args)
+    if tokenizer.eos_token_id is None:  # a name may be none of its tokens
+        raise ValueError("The tokenizer has no eos_token, which ends an answer: name it in its tokenizer_config.json.")
     check_template(tokenizer, by_label(sources, held_out), said=asked)
     train_rows = questions(mix(sources, data_args.train_weights, args.seed), names, "train_data")
     eval_rows = questions(held_out["eval_data"], names, "eval_data") if held_out else None
