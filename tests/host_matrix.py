@@ -22,7 +22,12 @@ HOST_TESTS = (
     *("tests/saved", "tests/generation", "tests/cli/test_check.py", "tests/cli/test_demo.py"),
     *(f"tests/conversion/test_{name}.py" for name in ("verify", "families", "export", "upcycle")),
     *(f"tests/training/test_{name}.py" for name in ("host", "trainer", "resume", "sft", "dpo", "grpo", "adapters")),
-    *("tests/telemetry/test_report.py", "tests/test_routers.py"),
+    *(
+        "tests/telemetry/test_report.py",
+        "tests/test_routers.py",
+        "tests/graft/test_model.py",
+        "tests/graft/test_training.py",
+    ),
 )
 HOSTS = ("torch", "transformers", "accelerate", "huggingface-hub", "trl", "peft", "datasets")
 COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?)")

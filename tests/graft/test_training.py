@@ -75,7 +75,7 @@ def test_checkpointing_changes_no_gradient(model_type):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     _, expected = step(model)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     output = model(**batch())
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_checkpointing_changes_no_gradient(model_type):
 def test_reentrant_checkpointing_is_refused():
     model = HfMoeGraftForCausalLM(HfMoeGraftConfig(backbone=config_of("llama")))
     with pytest.raises(ValueError, match="use_reentrant=True would cut router_aux_loss_coef off"):
-        model.activation_checkpointing_enable({"use_reentrant": True})
+        model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
 def rows() -> Dataset:
