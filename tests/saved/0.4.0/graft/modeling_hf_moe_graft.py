@@ -18,7 +18,6 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.output_capturing import OutputRecorder
 
-from .recomputation import HfMoeCheckpointing
 from .configuration_hf_moe_graft import HfMoeGraftConfig
 from .feed_forward import FeedForward, find_feed_forwards, narrowed
 from .host import OF_GENERATE, PASSED_ON
@@ -26,6 +25,7 @@ from .losses import PARTS, asked_parts
 from .modeling_hf_moe import HfMoeExperts, HfMoeSparseMoeBlock, draw
 from .outputs import HfMoeCausalLMOutput, HfMoeModelOutput
 from .padding import valid_tokens
+from .recomputation import HfMoeCheckpointing
 from .router import HfMoeHashTables, HfMoeRouter
 from .router_losses import HfMoeRouterLosses
 from .unquantized import HfMoeUnquantized

@@ -22,7 +22,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import MASKS, HfMoeAttention
-from .recomputation import HfMoeCheckpointing
 from .configuration_hf_moe import HfMoeConfig
 from .decoding import HfMoeDecoding
 from .dispatch import HfMoeDispatch
@@ -36,6 +35,7 @@ from .multi_token import HfMoeMultiToken, HfMoeMultiTokenLayer, predict_ahead
 from .norms import HfMoeUnitOffsetRMSNorm, make_norm, norms_of
 from .outputs import HfMoeCausalLMOutput, HfMoeModelOutput
 from .padding import as_attention_reads, check_mask, valid_tokens
+from .recomputation import HfMoeCheckpointing
 from .rotary import HfMoeRotaryEmbedding, HfMoeRotaryEmbeddings, position_embeddings
 from .router import HfMoeHashTables, HfMoeRouter
 from .router_losses import HfMoeRouterLosses
