@@ -155,7 +155,8 @@ def measured(command: list[str], output: Path) -> dict:
 def commands(args: argparse.Namespace, source: Path, output: Path, dtype: str) -> dict[str, list[str]]:
     sizes = {"experts": EXPERTS, "top_k": TOP_K, "dtype": dtype}
     ours = [str(Path(sys.executable).with_name("hf-moe")), "upcycle", str(source), str(output), "--no-verify"]
-    said = {"hf_moe": [*ours, "--experts", str(EXPERTS), "--top-k", str(TOP_K)]}
+    ours += ["--experts", str(EXPERTS), "--top-k", str(TOP_K)]
+    said = {"hf_moe": ours, "hf_moe --graft": [*ours, "--graft"]}
     if args.mergekit:
         config = args.work / f"mergekit-{dtype}.yaml"
         expert = f"  - source_model: {source}\n    positive_prompts: [w1]\n"
@@ -198,7 +199,7 @@ def main() -> None:
     make_dense(kinds["plain"], torch.float32, **SMALL)
     make_dense(kinds["with biases"], torch.float32, **SMALL, attention_bias=True, mlp_bias=True)
     randomise_biases(kinds["with biases"])
-    pythons = {"hf_moe": sys.executable}
+    pythons = dict.fromkeys(("hf_moe", "hf_moe --graft"), sys.executable)
     pythons |= {"mergekit-moe": f"{args.mergekit}/bin/python", "MixtureKit": f"{args.mixturekit}/bin/python"}
 
     shutil.rmtree(output, ignore_errors=True)  # of a run that was stopped

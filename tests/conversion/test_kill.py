@@ -14,9 +14,10 @@ from hf_moe.staging import journal_file, staging_folder
 from tests.conversion.conftest import files_of
 from tests.conversion.kill_worker import convert
 
-# How often each of the three conversions is killed; HF_MOE_KILL_POINTS=34 makes it more than 100 in all.
+# How often each of the conversions is killed; HF_MOE_KILL_POINTS=34 makes it more than 100 in all.
 KILL_POINTS = int(os.environ.get("HF_MOE_KILL_POINTS", "6"))
 FUNCTIONS = {"upcycle": upcycle, "import_checkpoint": import_checkpoint, "export_checkpoint": export_checkpoint}
+FUNCTIONS |= {"graft": upcycle}
 PRELOADED = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral")]
 ARGUMENTS = {"max_shard_size": "25KB", "verify": False, "progress": False}
 
@@ -38,11 +39,12 @@ def sources(checkpoint, tmp_path_factory):
         "upcycle": {"src": checkpoint("llama", sharded=True), "experts": 3, "top_k": 2, "seed": 5},
         "import_checkpoint": {"src": checkpoint("mixtral", sharded=True)},
         "export_checkpoint": {"src": moe, "to": "mixtral"},
+        "graft": {"src": checkpoint("llama", sharded=True), "experts": 3, "top_k": 2, "seed": 5, "graft": True},
     }
 
 
-def run(processes, *arguments) -> int:
-    process = processes.Process(target=convert, args=arguments)
+def run(processes, case: str, *arguments) -> int:
+    process = processes.Process(target=convert, args=(FUNCTIONS[case].__name__, *arguments))
     process.start()
     process.join()
     return process.exitcode
@@ -79,7 +81,9 @@ def test_kill_after_kill(function, sources, processes, tmp_path):
     duration = time.perf_counter() - start
     times = random.Random(function)
     for _ in range(4):
-        process = processes.Process(target=convert, args=(function, arguments | {"dst": tmp_path / "b" / "out"}, None))
+        process = processes.Process(
+            target=convert, args=(FUNCTIONS[function].__name__, arguments | {"dst": tmp_path / "b" / "out"}, None)
+        )
         process.start()
         process.join(times.uniform(0, duration))
         process.kill()
