@@ -46,10 +46,15 @@ def table() -> str:
     return "\n".join([head + "\n".join(rows), "", *reasons, ""])
 
 
+def put(page: Path, start: str, end: str, text: str) -> None:
+    """Write the text between two marks of a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(start)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 def main() -> None:
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{START}\n{table()}\n{END}{after}", encoding="utf-8")
+    put(PAGE, START, END, table())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .dense_families import FAMILIES, why_not
+from .family_table import put
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 START, END = "<!-- grafts -->\n", "<!-- end of grafts -->\n"
@@ -31,9 +32,7 @@ def lists() -> str:
 
 
 def main() -> None:
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{START}\n{lists()}\n{END}{after}", encoding="utf-8")
+    put(PAGE, START, END, lists())
 
 
 if __name__ == "__main__":

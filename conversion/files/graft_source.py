@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ...generation_settings import check_generation_config
+from ...model.configuration_hf_moe import HfMoeConfig
+from ...model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ...model.feed_forward import FeedForward, find_feed_forwards
 from ...reading import built
 from ...routers import find_routers
@@ -20,11 +21,11 @@ from ..families import ENCODER_DECODERS
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry, read_config
 from .file_backed import by_transformers, empty, stored_names
 from .host import names_in_memory
-from .source import BOOKKEEPING_KEYS, carried_files, locate
+from .source import carried_files, locate, unread_keys
 from .writer import Output
 
 BUFFERS = r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)"  # computed anew, in old files
-OURS = ("hf_moe", "hf_moe_graft")
+OURS = (HfMoeConfig.model_type, HfMoeGraftConfig.model_type)
 
 
 class ComputedCheckpoint(Checkpoint):
@@ -51,6 +52,7 @@ class GraftSource:
     model: PreTrainedModel
     checkpoint: Checkpoint
     names: Mapping[str, str]
+    networks: Mapping[int, FeedForward]  # of the layers that have one
     ignored_config_keys: list[str]  # the host's class does not read them
 
     incomparable = None
@@ -68,10 +70,6 @@ class GraftSource:
         """The fields that siblings share."""
         said = self.config.to_dict()
         return {name: x for name, x in said.items() if name not in ("dtype", "architectures", "transformers_version")}
-
-    @cached_property
-    def networks(self) -> dict[int, FeedForward]:
-        return find_feed_forwards(self.model)
 
     def carried_files(self) -> list[Path]:
         return carried_files(self.checkpoint.folder)
@@ -125,20 +123,21 @@ def open_graft(src: str | Path) -> GraftSource:
             f"{name} is a {model_type}, already a mixture of experts: train it as it is, or import it where hf_moe "
             "has a table."
         )
-    if not find_feed_forwards(model):
+    networks = find_feed_forwards(model)
+    if not networks:
         raise ValueError(f"No layer of {name} ({model_type}) has a dense feed-forward network: experts stand for one.")
     checkpoint = Checkpoint(folder)
     found = names_in_memory(model, checkpoint.entries)
     if any(computed for _, computed in found.values()):
         checkpoint = ComputedCheckpoint(folder)
         found = {stored: (stored, False) for stored in checkpoint.entries}
-    names = agreed_names(model, checkpoint, {new: stored for stored, (new, _) in found.items()})
-    known = {f.name for f in fields(type(config))} | set(config.attribute_map) | set(config.attribute_map.values())
-    ignored = sorted(set(said) - known - BOOKKEEPING_KEYS)
-    return GraftSource(name, revision, config, model, checkpoint, names, ignored)
+    names = agreed_names(model, networks, checkpoint, {new: stored for stored, (new, _) in found.items()})
+    return GraftSource(name, revision, config, model, checkpoint, names, networks, unread_keys(said, config))
 
 
-def agreed_names(model: PreTrainedModel, checkpoint: Checkpoint, stored: dict[str, str]) -> dict[str, str]:
+def agreed_names(
+    model: PreTrainedModel, networks: Mapping[int, FeedForward], checkpoint: Checkpoint, stored: dict[str, str]
+) -> dict[str, str]:
     """Of each parameter that is stored, the name in the files; ValueError for what is missing, odd or left over."""
     state, tied, kind = model.state_dict(), model.all_tied_weights_keys, model.config.model_type
     ignored = [BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]
@@ -161,7 +160,7 @@ def agreed_names(model: PreTrainedModel, checkpoint: Checkpoint, stored: dict[st
             raise ValueError(f"The checkpoint holds {there}, which a {kind} with this config does not use.")
         if not torch.equal(checkpoint.tensor(there), checkpoint.tensor(names[tied[name]])):
             raise ValueError(f"{there} differs from {names[tied[name]]} although the config says they are shared.")
-    for network in find_feed_forwards(model).values():
+    for network in networks.values():
         for tensor in network.tensors:
             entry = checkpoint.entries[names[f"{network.path}.{tensor}"]]
             if entry.dtype not in WEIGHT_DTYPES:

@@ -231,8 +231,7 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
         print(say_ids(name, left_out, config.vocab_size), file=sys.stderr)
     if said.get("per_layer_config"):
         raise ValueError(f"{model_type} field per_layer_config cannot be carried: layers must be alike.")
-    known = {f.name for f in fields(type(config))} | set(config.attribute_map) | set(config.attribute_map.values())
-    ignored = sorted(set(said) - known - BOOKKEEPING_KEYS - family.undeclared)
+    ignored = [name for name in unread_keys(said, config) if name not in family.undeclared]
     if ignored and family.own_config:  # no class of Transformers says that the field means nothing
         raise ValueError(f"{model_type} field {ignored[0]}={said[ignored[0]]!r} cannot be carried: unknown.")
     ignored_tensors = family.ignored_tensors
@@ -259,6 +258,12 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
         ignored_tensors=ignored_tensors,
         checkpoint=checkpoint,
     )
+
+
+def unread_keys(said: Mapping[str, Any], config: PreTrainedConfig) -> list[str]:
+    """What a config.json says and the config's class does not read."""
+    known = {f.name for f in fields(type(config))} | set(config.attribute_map) | set(config.attribute_map.values())
+    return sorted(set(said) - known - BOOKKEEPING_KEYS)
 
 
 def open_weights(folder: Path, quantization: dict[str, Any] | None) -> Checkpoint:
