@@ -28,7 +28,7 @@ from .dispatch import HfMoeDispatch
 from .host import CACHE, host_arguments
 from .latent_attention import HfMoeLatentAttention
 from .long_rope import HfMoeLongRope
-from .losses import asked_parts, recorded_for, with_parts
+from .losses import PARTS, asked_parts, recorded_for
 from .mixture_of_heads import HfMoeMixtureOfHeads
 from .mlp import HfMoeMLP, activation, clamped_swiglu
 from .multi_token import HfMoeMultiToken, HfMoeMultiTokenLayer, predict_ahead
@@ -422,7 +422,12 @@ class HfMoeForCausalLM(
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.predict(outputs.last_hidden_state[:, kept], labels, **kwargs)
-        loss, told = with_parts(self, parts, outputs, logits, labels, kwargs.get("num_items_in_batch"), loss)
+        told = {}
+        for name in parts:
+            term, tells = PARTS[name](self, outputs, logits, labels, kwargs.get("num_items_in_batch"))
+            told |= tells
+            if loss is not None and term is not None:
+                loss = loss + term.to(loss.device)
         return HfMoeCausalLMOutput(
             loss=loss,
             logits=logits,

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .configuration_hf_moe_graft import HfMoeGraftConfig
 from .feed_forward import FeedForward, find_feed_forwards, narrowed
 from .host import OF_GENERATE, PASSED_ON
-from .losses import asked_parts, with_parts
+from .losses import PARTS, asked_parts
 from .modeling_hf_moe import HfMoeExperts, HfMoeSparseMoeBlock, draw
 from .outputs import HfMoeCausalLMOutput, HfMoeModelOutput
 from .padding import valid_tokens
@@ -189,8 +189,8 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeH
         """The host's forward, and in training router losses whose coefficients are not 0, as in HfMoeForCausalLM."""
         labels, return_dict = said.get("labels"), said.get("return_dict")
         parts = asked_parts(self, labels, output_router_logits, False)
-        routings, token_mask = [] if parts else None, read_mask(said)
-        with self.text.read(token_mask, said.get("input_ids"), routings):
+        routings = [] if parts else None
+        with self.text.read(read_mask(said), said.get("input_ids"), routings):
             outputs = forward(self, **(said | {"return_dict": True} if parts else said))
         if not parts:
             return outputs
@@ -202,10 +202,14 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeH
             router_indices=answers[2],
             router_tokens=tokens,
             router_baselines=baselines,
-            token_mask=token_mask,
+            token_mask=read_mask(said),
         )
-        items = said.get("num_items_in_batch")
-        loss, told = with_parts(self, parts, recorded, outputs.logits, labels, items, outputs.loss)
+        told, loss = {}, outputs.loss
+        for name in parts:
+            term, tells = PARTS[name](self, recorded, outputs.logits, labels, said.get("num_items_in_batch"))
+            told |= tells
+            if loss is not None and term is not None:
+                loss = loss + term.to(loss.device)
         told |= {"router_logits": recorded.router_logits, "router_indices": recorded.router_indices}
         output = HfMoeCausalLMOutput(**(dict(outputs) | {"loss": loss} | told))
         return output.to_tuple() if return_dict is False else output

@@ -60,25 +60,6 @@ def asked_parts(
     return tuple(name for name in PARTS if asked[name])
 
 
-def with_parts(
-    model: nn.Module,
-    parts: tuple[str, ...],
-    outputs: HfMoeModelOutput,
-    logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    items: torch.Tensor | int | None,
-    loss: torch.Tensor | None,
-) -> Part:
-    """The loss with the terms of the parts added, None where there is none, and what they tell."""
-    told = {}
-    for name in parts:
-        term, tells = PARTS[name](model, outputs, logits, labels, items)
-        told |= tells
-        if loss is not None and term is not None:
-            loss = loss + term.to(loss.device)
-    return loss, told
-
-
 def recorded_for(parts: tuple[str, ...]) -> dict[str, bool]:
     """What the decoder is to give for the parts."""
     routing = "router" in parts or "policy" in parts
