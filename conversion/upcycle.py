@@ -13,7 +13,7 @@ from .families import DENSE_FAMILIES
 from .files.checkpoint import read_config
 from .files.graft_source import GraftSource, open_graft
 from .files.hashing import Hashing
-from .files.source import Source, locate, open_source
+from .files.source import Place, Source, locate, open_source
 from .files.text_part import TEXT_PARTS
 from .files.writer import Output
 from .options import UpcycleOptions, takes
@@ -38,9 +38,10 @@ def upcycle(src: str | Path | Sequence[str | Path], dst: str | Path, options: Up
         raise ValueError(f"top_k ({options.top_k}) must be between 1 and the number of experts ({options.experts}).")
     if options.domain_texts and not options.verify:
         raise ValueError("domain_texts has no effect with verify=False (--no-verify).")
-    names = [src] if isinstance(src, (str, Path)) else src
-    opening = open_graft if options.graft or not has_table(names[0]) else open_dense
-    sources = [opening(name) for name in names]
+    first, *others = [src] if isinstance(src, (str, Path)) else src
+    place = locate(first)
+    opening = open_graft if options.graft or not has_table(place) else open_dense
+    sources = [opening(place), *map(opening, others)]
     plan = Plan(sources, options)
     config = plan.dense.mixture(list(plan.layers), plan.widths)
     outputs = [plan_output(plan, name, shape) for name, shape in plan.dense.shapes(config).items()]
@@ -61,13 +62,13 @@ def upcycle(src: str | Path | Sequence[str | Path], dst: str | Path, options: Up
     return report | {"equal_at_step_0": plan.exact, "becomes": plan.kind.why.format(sources[0].model_type)}
 
 
-def has_table(name: str | Path) -> bool:
+def has_table(place: Place) -> bool:
     """Whether hf_moe's own architecture can be this model."""
-    model_type = read_config(locate(name)[0]).get("model_type")
+    model_type = read_config(place.folder).get("model_type")
     return model_type in DENSE_FAMILIES or getattr(TEXT_PARTS.get(model_type), "family", None) in DENSE_FAMILIES
 
 
-def open_dense(name: str | Path) -> Source:
+def open_dense(name: str | Path | Place) -> Source:
     """A source for hf_moe's own architecture. Raises ValueError, with the other way out where there is one."""
     return open_source(name, DENSE_FAMILIES)
 

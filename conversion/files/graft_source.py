@@ -21,7 +21,7 @@ from ..families import ENCODER_DECODERS
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry, read_config
 from .file_backed import by_transformers, empty, stored_names
 from .host import names_in_memory
-from .source import carried_files, locate, unread_keys
+from .source import Place, carried_files, locate, mend, unread_keys
 from .writer import Output
 
 BUFFERS = r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)"  # computed anew, in old files
@@ -84,7 +84,7 @@ class GraftSource:
         return Output(name, entry.dtype, entry.shape, lambda: [self.checkpoint.tensor(stored)])
 
 
-def open_graft(src: str | Path) -> GraftSource:
+def open_graft(src: str | Path | Place) -> GraftSource:
     """Open a dense checkpoint of any decoder of Transformers.
 
     Raises FileNotFoundError or a ValueError of one line: no checkpoint, a model that is no decoder, has no dense
@@ -117,6 +117,7 @@ def open_graft(src: str | Path) -> GraftSource:
             f"{text.model_type}, saved by itself."
         )
     check_generation_config(folder)
+    mend(text, name)
     model = empty(config)
     if find_routers(model):
         raise ValueError(

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -192,11 +192,21 @@ def tensor_shapes(config: HfMoeConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def locate(src: str | Path) -> tuple[Path, str, str | None]:
-    """Folder, name and Hub revision of a checkpoint. Downloads where `src` is no folder but may be a Hub id."""
+class Place(NamedTuple):
+    """Where a checkpoint is: its folder here, its name, the Hub's commit."""
+
+    folder: Path
+    name: str
+    revision: str | None
+
+
+def locate(src: str | Path | Place) -> Place:
+    """The place of a checkpoint. Downloads where `src` is no folder but may be a Hub id."""
+    if isinstance(src, Place):
+        return src
     folder = Path(src).expanduser()
     if folder.is_dir():
-        return folder, folder.resolve().name, None
+        return Place(folder, folder.resolve().name, None)
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(src)) or str(src).startswith("."):
         raise FileNotFoundError(f"The checkpoint folder {src} does not exist.")
     try:
@@ -204,10 +214,16 @@ def locate(src: str | Path) -> tuple[Path, str, str | None]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{src} is no folder here and could not be had from the Hub: {reason}") from error
-    return folder, str(src), folder.name
+    return Place(folder, str(src), folder.name)
 
 
-def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool = False) -> Source:
+def mend(config: PreTrainedConfig, name: str) -> None:
+    """Leave out of the config of checkpoint `name` the special tokens that the model has no row for, and say so."""
+    if left_out := mend_ids(config, config.vocab_size):
+        print(say_ids(name, left_out, config.vocab_size), file=sys.stderr)
+
+
+def open_source(src: str | Path | Place, families: Mapping[str, Family], drop_mtp: bool = False) -> Source:
     """Open a checkpoint of one of `families`, without its layers for multi-token prediction if `drop_mtp`.
 
     Raises FileNotFoundError or a ValueError of one line: no checkpoint, an unknown family, a field that hf_moe cannot
@@ -227,8 +243,7 @@ def open_source(src: str | Path, families: Mapping[str, Family], drop_mtp: bool 
     if is_part:
         config, said = text_config(config, said), said.get("text_config", {})
     check_generation_config(folder)
-    if left_out := mend_ids(config, config.vocab_size):
-        print(say_ids(name, left_out, config.vocab_size), file=sys.stderr)
+    mend(config, name)
     if said.get("per_layer_config"):
         raise ValueError(f"{model_type} field per_layer_config cannot be carried: layers must be alike.")
     ignored = [name for name in unread_keys(said, config) if name not in family.undeclared]

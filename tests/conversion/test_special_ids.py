@@ -33,6 +33,7 @@ def said(folder, name="config.json"):
 
 CONVERSIONS = {
     "upcycle": ("llama", lambda *x: upcycle(*x, experts=2, top_k=1, progress=False)),
+    "graft": ("llama", lambda *x: upcycle(*x, experts=2, top_k=1, graft=True, progress=False)),
     "import": ("mixtral", lambda *x: import_checkpoint(*x, progress=False)),
 }
 
@@ -48,8 +49,9 @@ def test_a_conversion_says_and_leaves_out_a_padding_that_is_no_row(name, pad, ch
     assert f"source: {line}, and none of them is for padding" in capsys.readouterr().err
     assert report["max_abs_diff"] < 1e-4
     for file in ("config.json", "generation_config.json"):
-        assert said(tmp_path / "moe", file).get("pad_token_id") is None
-        assert said(tmp_path / "moe", file)["eos_token_id"] == [5]
+        written = said(tmp_path / "moe", file)
+        written = written.get("backbone", written)
+        assert written.get("pad_token_id") is None and written["eos_token_id"] == [5]
     assert said(tmp_path / "moe", "generation_config.json")["temperature"] == 0.7
     model = load_model(tmp_path / "moe")
     assert model.get_input_embeddings().padding_idx is None

@@ -85,3 +85,17 @@ def test_widths_that_differ_by_layer(tmp_path):
     ids = tokens(length=9, vocab_size=61)
     with torch.inference_mode():
         torch.testing.assert_close(moe(ids).logits, dense(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere"])
+def test_a_source_on_the_hub_is_asked_for_once(family, tmp_path, monkeypatch):
+    tiny(family).save_pretrained(tmp_path / "dense")
+    asked = []
+
+    def download(name, **kwargs):
+        asked.append(name)
+        return str(tmp_path / "dense")
+
+    monkeypatch.setattr(import_module("hf_moe.conversion.files.source"), "snapshot_download", download)
+    report = upcycle("some/model", tmp_path / "moe", experts=2, top_k=1, dry_run=True)
+    assert asked == ["some/model"] == [report["source"]]
