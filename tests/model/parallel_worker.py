@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import hf_moe  # noqa: F401
+from hf_moe.model.host import CACHE
 from tests.processes import leave
 
 LAYOUTS = {
@@ -24,6 +25,9 @@ WATCHED = [
     "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
     "model.layers.0.self_attn.o_proj.weight",
     "model.layers.0.self_attn.o_experts",
+    "model.layers.0.linear_attn.in_proj_qkv.weight",
+    "model.layers.0.mlp.gate.weight",
+    "model.layers.0.mlp.experts.act_fn.alpha_p",
     "model.layers.2.mlp.gate.weight",
     "model.mtp_layers.0.eh_proj.weight",
     "model.mtp_layers.0.block.mlp.gate.weight",
@@ -32,12 +36,12 @@ WATCHED = [
 
 def run(model) -> dict[str, torch.Tensor]:
     ids = torch.arange(1, 23).view(2, 11)
-    out = model(ids, labels=ids, output_mtp_loss=True)
+    out = model(ids, labels=ids, **{"output_mtp_loss": True} if model.config.model_type == "hf_moe" else {})
     out.loss.backward()
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
-        step = model(ids[:, -1:], past_key_values=cache).logits
+        before = model(ids[:, :-1], use_cache=True)
+        step = model(ids[:, -1:], **{CACHE: before.get(CACHE, before.get("past_key_values"))}).logits
     result = {"logits": out.logits.detach(), "step": step}
     result |= {name: parameters[name].grad for name in WATCHED if name in parameters}
     return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in result.items()}

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from hf_moe import HfMoeGraftConfig, HfMoeGraftForCausalLM
 from tests.conftest import tiny_model
+from tests.dense_families import FAMILIES, config_of
 
 EVEN = {"vocab_size": 98, "num_experts": 6}  # what is split between two ranks must be even
 MODELS = {
@@ -33,14 +36,45 @@ MODELS = {
         "v_head_dim": 7,
     },
 }
+# Hosts: gate and up in one matrix, biases and parallel blocks, sandwich norms, state spaces, one without a plan.
+GRAFTS = {
+    "phi3": {},
+    "phi": {},
+    "gemma3_text": {"n_shared_experts": 1, "sparse_layers": [0, 2]},
+    "qwen3_5_text": {"n_shared_experts": 2},
+    "falcon_h1": {},
+    "stablelm": {},
+}
+
+
+def graft(model_type: str, **fields) -> HfMoeGraftForCausalLM:
+    torch.manual_seed(0)
+    return HfMoeGraftForCausalLM(HfMoeGraftConfig(backbone=config_of(model_type), num_experts=4, **fields))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_rule_of_a_plan_matches_something(name):
     model = tiny_model(**EVEN, **MODELS[name])
-    names = [module for module, _ in model.model.named_modules()] + [p for p, _ in model.model.named_parameters()]
-    for rule in model.config.base_model_tp_plan | model.config.base_model_ep_plan:
-        assert fnmatch.filter(names, rule), rule
+    rules = model.config.base_model_tp_plan | model.config.base_model_ep_plan
+    assert matching(model.model, rules) == set(rules)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_rule_of_a_grafts_plan_matches_something(name):
+    with torch.device("meta"):
+        model = graft(name, n_shared_experts=1)
+        host = model.host_class._from_config(model.config.backbone)
+    rules = model.tp_plan | model.ep_plan
+    assert matching(model, rules) == set(rules)
+    assert model.tp_plan.items() >= {rule: host.tp_plan[rule] for rule in matching(model, host.tp_plan)}.items()
+    whole = name in ("apertus", "apertus1p5_text", "bitnet")  # their experts share what they learn
+    assert ("ep_dispatch_experts" in model.ep_plan.values()) is not whole
+    assert whole or any("shared_experts" in rule for rule in model.tp_plan)
+
+
+def matching(model, rules) -> set[str]:
+    names = [module for module, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    return {rule for rule in rules if fnmatch.filter(names, rule)}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +82,8 @@ def differences(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     for name, changes in MODELS.items():
         tiny_model(**EVEN, **changes).save_pretrained(folder / name)
+    for name, fields in GRAFTS.items():
+        graft(name, **fields).save_pretrained(folder / name)
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -62,7 +98,7 @@ def differences(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", ["tensor-parallel", "tensor-and-expert-parallel", "expert-parallel", "fsdp"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *GRAFTS])
 def test_equals_one_process(differences, name, layout):
     assert differences[f"{name}/{layout}"] == pytest.approx(
         dict.fromkeys(differences[f"{name}/{layout}"], 0), abs=1e-4

@@ -8,6 +8,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .parallel_plans import block_ep_plan, block_tp_plan, mlp_tp_plan, within
 from .routing import ROUTERS, Range
 
 # Which class answers to which Auto class when the files travel with a checkpoint.
@@ -283,20 +284,13 @@ class HfMoeConfig(PreTrainedConfig):
         else:
             attention = {"q_proj": column, "k_proj": column, "v_proj": column}
             attention["o_proj"] = "rowwise_split_input" if gathered else "rowwise"
-        mlp = {"gate_proj": "colwise"} if self.gated_mlp else {}
-        mlp |= {"up_proj": "colwise", "down_proj": "rowwise"}
-        experts = {"gate_up_proj": "packed_colwise"} if self.gated_mlp else {"up_proj": "colwise"}
-        experts |= {"down_proj": "rowwise"}
 
         plan = {f"layers.*.self_attn.{name}": style for name, style in attention.items()}
         if "dense" in self.mlp_layer_types:
-            plan |= {f"layers.*.mlp.{name}": style for name, style in mlp.items()}
+            plan |= within("layers.*.mlp", mlp_tp_plan(self.gated_mlp))
         if "sparse" in self.mlp_layer_types:
-            if not self.mlp_bias:  # the ranks' sums would add an expert's bias once per rank: those stay whole
-                plan |= {f"layers.*.mlp.experts.{name}": style for name, style in experts.items()}
-                plan["layers.*.mlp.experts"] = "moe_tp_experts"
-            if self.n_shared_experts > 0:
-                plan |= {f"layers.*.mlp.shared_experts.{name}": style for name, style in mlp.items()}
+            cut = not self.mlp_bias  # the ranks' sums would add an expert's bias once per rank: those stay whole
+            plan |= within("layers.*.mlp", block_tp_plan(self.gated_mlp, cut, self.n_shared_experts > 0))
         return plan
 
     @property
@@ -304,11 +298,7 @@ class HfMoeConfig(PreTrainedConfig):
         """Expert parallelism: whole experts on each rank, tokens dispatched to them."""
         if "sparse" not in self.mlp_layer_types:
             return {}
-        names = ["gate_up_proj" if self.gated_mlp else "up_proj", "down_proj"]
-        if self.mlp_bias:
-            names += [f"{name}_bias" for name in names]
-        plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in names}
-        return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
+        return within("layers.*.mlp", block_ep_plan(self.gated_mlp, self.mlp_bias))
 
     def validate_amounts(self) -> None:
         """The first by name, and so the first to run: the others divide by what it checks."""

@@ -25,6 +25,7 @@ from .losses import asked_parts, with_parts
 from .modeling_hf_moe import HfMoeExperts, HfMoeSparseMoeBlock, draw
 from .outputs import HfMoeCausalLMOutput, HfMoeModelOutput
 from .padding import valid_tokens
+from .parallel_plans import block_ep_plan, block_tp_plan, in_all_layers, standing, within
 from .recomputation import HfMoeCheckpointing
 from .router import HfMoeHashTables, HfMoeRouter
 from .router_losses import HfMoeRouterLosses
@@ -98,6 +99,20 @@ class HfMoeGraftedBlock(HfMoeSparseMoeBlock):
     def make_experts(self, config: LayerConfig) -> HfMoeExperts:
         return HfMoeGraftedExperts(config)
 
+    @property
+    def learns_together(self) -> bool:
+        """Whether the experts share what is learned: of that a rank with some of them would have its own gradient."""
+        return any(True for child in self.experts.children() for _ in child.parameters())
+
+    def tp_rules(self) -> dict[str, str]:
+        if self.learns_together:
+            return {}
+        cut = not self.experts.has_bias and self.experts.norm is None
+        return block_tp_plan(self.experts.has_gate, cut, self.shared_experts is not None)
+
+    def ep_rules(self) -> dict[str, str]:
+        return {} if self.learns_together else block_ep_plan(self.experts.has_gate, self.experts.has_bias)
+
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[..., D] to [..., D], plus the residual where the host's network adds it."""
         token_mask, input_ids, _ = self.text.now
@@ -135,6 +150,16 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeH
         self.recordable = {f"output_{name}" for names in records for name in names}
         self.__module__ = type(self).__module__  # FSDP2 changes the class to one of PyTorch's own
         self.post_init()
+        self.plan_blocks()
+
+    def plan_blocks(self):
+        """The host's plans name what stands, and the blocks as hf_moe's own architecture does."""
+        tp_plan, ep_plan = standing(self.tp_plan, self), standing(self.ep_plan, self)
+        for name, block in self.named_modules():
+            if isinstance(block, HfMoeGraftedBlock):
+                tp_plan |= within(in_all_layers(name), block.tp_rules())
+                ep_plan |= within(in_all_layers(name), block.ep_rules())
+        self.tp_plan, self.ep_plan = tp_plan, ep_plan
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
