@@ -1,6 +1,7 @@
 """`hf-moe inspect` and `hf-moe presets`."""
 
 import runpy
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,13 +11,15 @@ import typer
 from .output import messages_on_stderr, print_report
 
 if TYPE_CHECKING:
-    from hf_moe import HfMoeConfig
+    from hf_moe import HfMoeConfig, HfMoeGraftConfig
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="PATH_OR_PRESET", help="A saved model, or the name of a preset.")],
+    model: Annotated[
+        str, typer.Argument(metavar="PATH_OR_PRESET", help="A saved model, here or on the Hub, or a preset.")
+    ],
     context: Annotated[
         int | None,
         typer.Option(
@@ -32,12 +35,14 @@ def inspect(
         from hf_moe.sizes.counts import cache_alternatives, sizes
 
         config, about = find_config(model)
-        report = {"model": model, **about, **summary(config), **sizes(config, context)}
-        report["kv_cache_alternatives"] = cache_alternatives(config)
+        grafted = config.model_type == "hf_moe_graft"
+        report = {"model": model, **about, **(graft_summary if grafted else summary)(config), **sizes(config, context)}
+        if not grafted:
+            report["kv_cache_alternatives"] = cache_alternatives(config)
     if json:
         print_report(report, as_json=True)
     else:
-        print_table(report)
+        print_columns(list(graft_table(report) if grafted else table(report)))
 
 
 def presets(json: Json = False) -> None:
@@ -82,8 +87,72 @@ def summary(config: "HfMoeConfig") -> dict[str, Any]:
     }
 
 
-def print_table(report: dict[str, Any]) -> None:
-    print_columns(list(table(report)))
+def graft_summary(config: "HfMoeGraftConfig") -> dict[str, Any]:
+    """What a graft is: its host, as far as its config says, and the experts."""
+    import torch
+
+    from hf_moe import HfMoeGraftForCausalLM
+    from hf_moe.routers import find_routers
+
+    with torch.device("meta"):
+        model = HfMoeGraftForCausalLM(config)
+    widths = {x.layer.experts.intermediate_dim for x in find_routers(model).values()}
+    text = config.backbone.get_text_config()
+    return {
+        "host": config.backbone.model_type,
+        "host_class": model.host_class.__name__,
+        "layers": getattr(text, "num_hidden_layers", None),
+        "layer_types": dict(Counter(getattr(text, "layer_types", None) or ())),
+        "sparse_layers": len(find_routers(model)),
+        "num_attention_heads": getattr(text, "num_attention_heads", None),
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None),
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "moe_intermediate_size": max(widths) if len(widths) == 1 else sorted(widths),
+        "n_shared_experts": config.n_shared_experts,
+        "router_type": config.router_type,
+        "router_args": config.router_args,
+    }
+
+
+def graft_table(report: dict[str, Any]):
+    """As `table`; what the host's code does not say is unknown, in so many words."""
+    yield report["model"], f"experts grafted onto a {report['host']} ({report['host_class']})"
+    yield from origin_rows(report)
+    yield from parameter_rows(report, {})
+    yield "layers", graft_layers(report)
+    yield "experts", experts(report)
+    if report["flops_per_token"] is None:
+        yield "FLOPs per token", "unknown: the data decide about them"
+    else:
+        yield from flops_rows(report)
+    cache = [report[f"kv_cache_bytes_{name}"] for name in ("per_token", "fixed", "at_context")]
+    if None in cache:
+        yield "KV cache per token", f"unknown: its host, {report['host']}, shows none"
+    else:
+        states = f", and {cache[1]:,} whatever their number" if cache[1] else ""
+        yield "KV cache per token", f"{cache[0]:,} bytes in bfloat16{states}"
+        yield "", f"{cache[2]:,} bytes at context {report['context']:,}"
+    yield weights_row(report)
+
+
+def graft_layers(report: dict[str, Any]) -> str:
+    kinds = [f"{count} {kind}" for kind, count in report["layer_types"].items()]
+    text = f"{report['layers']}{': ' if kinds else ''}{', '.join(kinds)}"
+    if report["num_attention_heads"]:
+        text += f"; attention of {report['num_attention_heads']} heads"
+    if report["num_key_value_heads"]:
+        text += f", {report['num_key_value_heads']} for keys and values"
+    return text
+
+
+def origin_rows(report: dict[str, Any]):
+    """Where a converted model came from."""
+    said = report.get("provenance")
+    if said:
+        strategies = said.get("strategy", [])
+        how = " ".join([said["method"], *([strategies] if isinstance(strategies, str) else strategies)])
+        yield "made by", f"{how} of {said['source']}, a {said['model_type']}"
 
 
 def table(report: dict[str, Any]):
@@ -94,17 +163,31 @@ def table(report: dict[str, Any]):
         yield "" if number else "source", source
     if report.get("differs"):
         yield "differs", report["differs"]
+    yield from origin_rows(report)
+    yield from parameter_rows(report, published)
+    yield "layers", layers(report)
+    yield "experts", experts(report)
+    yield from flops_rows(report)
+    yield from cache_rows(report, published.get("cache"))
+    yield weights_row(report)
+
+
+def parameter_rows(report: dict[str, Any], published: dict[str, Any]):
     total, active = report["total_params"], report["active_params"]
     yield "total parameters", f"{total:,} ({compact(total)})"
     yield from published_rows(published, report, "total")
     yield "active per token", f"{active:,} ({compact(active)}), {active / total:.1%}"
     yield from published_rows(published, report, "active")
-    yield "layers", layers(report)
-    yield "experts", experts(report)
+
+
+def flops_rows(report: dict[str, Any]):
     flops, training = report["flops_per_token"], report["training_flops_per_token"]
     yield "FLOPs per token", f"{compact(flops)} forward, {compact(training)} training, context {report['context']:,}"
-    yield from cache_rows(report, published.get("cache"))
-    yield "weights", ", ".join(f"{readable_bytes(size)} in {dtype}" for dtype, size in report["weight_bytes"].items())
+
+
+def weights_row(report: dict[str, Any]) -> tuple[str, str]:
+    sizes = report["weight_bytes"].items()
+    return "weights", ", ".join(f"{readable_bytes(size)} in {dtype}" for dtype, size in sizes)
 
 
 def layers(report: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from .output import messages_on_stderr, print_report
 
 def plan(
     model: Annotated[
-        str | None, typer.Argument(metavar="PATH_OR_PRESET", help="A saved model, or the name of a preset.")
+        str | None, typer.Argument(metavar="PATH_OR_PRESET", help="A saved model, here or on the Hub, or a preset.")
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="A recipe as train takes it; the options replace its values.")
@@ -141,6 +141,9 @@ def run_table(report: dict[str, Any]):
 
 
 def time_rows(report: dict[str, Any]):
+    if "time_unknown" in report:
+        yield "time", f"unknown: {report['time_unknown']}"
+        return
     if "tokens_per_second" in report:
         yield "tokens a second", f"{report['tokens_per_second']:,.0f}, padding included"
     if "tokens_per_second_range" in report:

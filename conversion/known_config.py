@@ -9,44 +9,44 @@ from ..reading import built
 from ..sizes.presets import PRESETS, preset, preset_config
 from .families import DENSE_FAMILIES, IMPORTED
 from .files.checkpoint import read_config
+from .files.source import is_hub_id, locate
 from .files.text_part import TEXT_PARTS, text_config
 
 
-def find_config(model: str) -> tuple[HfMoeConfig, dict[str, Any]]:
-    """The config of a saved model or of a preset, and what is known about the preset.
+def find_config(model: str) -> tuple[HfMoeConfig | HfMoeGraftConfig, dict[str, Any]]:
+    """The config of a saved model, here or on the Hub, or of a preset, and what is known about it.
 
-    Raises FileNotFoundError or ValueError, in one line, where there is neither.
+    Raises FileNotFoundError or ValueError, in one line, where there is none.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder_config(folder), {}
+    if folder.is_dir() or is_hub_id(model):
+        config = folder_config(locate(model, ("config.json",)).folder)
+        return config, {"provenance": config.provenance} if config.provenance else {}
     if model not in PRESETS and (folder.exists() or "/" in model):
-        raise FileNotFoundError(f"{model} is no folder; give the folder of a saved model, or a preset's name.")
+        raise FileNotFoundError(
+            f"{model} is no folder; give the folder of a saved model, its id on the Hub, or a preset's name."
+        )
     entry = preset(model)
     return preset_config(model), {key: entry[key] for key in ("title", "source", "differs", "published")}
 
 
-def folder_config(folder: Path) -> HfMoeConfig:
+def folder_config(folder: Path) -> HfMoeConfig | HfMoeGraftConfig:
     """The config in a folder: hf_moe's own, or the hf_moe config of the same model in a family that hf_moe reads."""
     said = read_config(folder)
     model_type, families = said.get("model_type"), {**DENSE_FAMILIES, **IMPORTED}
     is_part = model_type in TEXT_PARTS  # of a model that sees pictures, the language model is inspected
     if is_part:
         model_type = TEXT_PARTS[model_type].family
-    if model_type == HfMoeGraftConfig.model_type:
-        raise ValueError(
-            f"{folder} is a graft, whose attention is its backbone's: hf_moe counts FLOPs, caches and time of its own "
-            "architecture. `hf-moe card` says its parameters."
-        )
-    if model_type != HfMoeConfig.model_type and model_type not in families:
-        known = ", ".join([HfMoeConfig.model_type, *families, *TEXT_PARTS])
+    ours = {kind.model_type: kind for kind in (HfMoeConfig, HfMoeGraftConfig)}
+    if model_type not in ours and model_type not in families:
+        known = ", ".join([*ours, *families, *TEXT_PARTS])
         raise ValueError(
             f"{folder} has model_type {model_type!r}, which hf_moe does not read; it reads {known}. `hf-moe card` "
             "says how large a saved model of any family is."
         )
     invalid = f"{folder / 'config.json'} is no valid {model_type} config"
-    if model_type == HfMoeConfig.model_type:
-        return built(HfMoeConfig.from_pretrained, invalid, folder)
+    if model_type in ours:
+        return built(ours[model_type].from_pretrained, invalid, folder)
     original = built(families[model_type].read_config, invalid, folder)
     if is_part:
         original = text_config(original, said)

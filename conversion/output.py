@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
@@ -18,10 +19,9 @@ from ..generation_settings import write_mended
 from ..hub import inherited, write_model_card
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
-from ..model.modeling_hf_moe import HfMoeForCausalLM
 from ..model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
 from ..reading import positions
-from ..sizes.counts import graft_sizes, sizes
+from ..sizes.counts import OURS, graft_params, sizes
 from ..staging import check_destination, resumable
 from ..version import __version__
 from .files.hashing import BUFFER, Hashing, fingerprint
@@ -30,9 +30,6 @@ from .files.tokenizer import keep_class, load_tokenizer
 from .files.writer import Output, Shard, check_space, plan_shards, write_shards
 from .options import ConversionOptions
 from .verify import MAX_TOKENS, WINDOW, check_memory, memory_needed, token_ids, unusable, verify
-
-# hf_moe's configs and the classes that they are of.
-OURS = {HfMoeConfig: HfMoeForCausalLM, HfMoeGraftConfig: HfMoeGraftForCausalLM}
 
 # A source, and the text that it is compared on (None: the usual one).
 Domain = tuple[Source, str | Path | None]
@@ -189,7 +186,8 @@ def plan_of(
 def costs(config: HfMoeConfig | HfMoeGraftConfig) -> dict[str, int]:
     """What the model is and what a token costs, as `hf-moe inspect` counts it; of a graft, parameters alone."""
     if isinstance(config, HfMoeGraftConfig):
-        return graft_sizes(config)
+        with torch.device("meta"):
+            return graft_params(HfMoeGraftForCausalLM(config))
     said = sizes(config)
     return {name: said[name] for name in ("total_params", "active_params", "flops_per_token", "context")}
 

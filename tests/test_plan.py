@@ -93,7 +93,7 @@ def saved_bytes(model, rows: int, length: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model.train().model(input_ids=torch.randint(1, 97, (rows, length)), use_cache=False)
+        model.train().base_model(input_ids=torch.randint(1, 97, (rows, length)), use_cache=False)
     return sum(storage.nbytes() for storage in kept.values())
 
 

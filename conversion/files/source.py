@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,17 +200,23 @@ class Place(NamedTuple):
     revision: str | None
 
 
-def locate(src: str | Path | Place) -> Place:
-    """The place of a checkpoint. Downloads where `src` is no folder but may be a Hub id."""
+def is_hub_id(src: str | Path) -> bool:
+    """Whether `src` is no path here, and may be a Hub id."""
+    known = Path(src).expanduser().exists() or str(src).startswith(".")
+    return not known and re.fullmatch(r"[\w.-]+/[\w.-]+", str(src)) is not None
+
+
+def locate(src: str | Path | Place, files: Sequence[str] = DOWNLOADED_FILES) -> Place:
+    """The place of a checkpoint. Downloads its `files` where `src` is no folder but may be a Hub id."""
     if isinstance(src, Place):
         return src
     folder = Path(src).expanduser()
     if folder.is_dir():
         return Place(folder, folder.resolve().name, None)
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(src)) or str(src).startswith("."):
+    if not is_hub_id(src):
         raise FileNotFoundError(f"The checkpoint folder {src} does not exist.")
     try:
-        folder = Path(snapshot_download(str(src), allow_patterns=list(DOWNLOADED_FILES)))
+        folder = Path(snapshot_download(str(src), allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{src} is no folder here and could not be had from the Hub: {reason}") from error

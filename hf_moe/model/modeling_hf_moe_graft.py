@@ -159,7 +159,7 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeH
             if isinstance(block, HfMoeGraftedBlock):
                 tp_plan |= within(in_all_layers(name), block.tp_rules())
                 ep_plan |= within(in_all_layers(name), block.ep_rules())
-        self.tp_plan, self.ep_plan = tp_plan, ep_plan
+        self._tp_plan, self._ep_plan = tp_plan, ep_plan
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

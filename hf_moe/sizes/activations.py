@@ -1,15 +1,21 @@
 """What a training forward keeps for the backward pass, counted on fake tensors: nothing is allocated or computed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from transformers import AttentionInterface
 from transformers.integrations import moe
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
+
 OUTSIDE = -1  # of all layers
+UNMASKED = "hf_moe_unmasked"  # sdpa; Transformers makes no mask for an attention that it has no masks of
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 
 
 def activation_bytes(model: nn.Module, rows: int, length: int, bf16: bool, checkpointing: bool) -> int | None:
@@ -20,7 +26,10 @@ def activation_bytes(model: nn.Module, rows: int, length: int, bf16: bool, check
     of every layer and all of the largest layer. Experts are Transformers' grouped_mm, attention is causal, with no
     mask in memory. None where the routing decides about sizes, so that they cannot be counted.
     """
-    decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder, is_graft = whole.base_model, isinstance(whole, HfMoeGraftForCausalLM)
+    if is_graft and whole.config._attn_implementation == "sdpa":
+        whole.set_attn_implementation(UNMASKED)
     saved: dict[int, dict[int, torch.UntypedStorage]] = {}  # layer -> what it saved first
     inputs: list[int] = []
     with FakeTensorMode(), fake_grouped_mm():
@@ -48,16 +57,17 @@ def activation_bytes(model: nn.Module, rows: int, length: int, bf16: bool, check
                 layer.register_forward_pre_hook(enter)
                 layer.register_forward_hook(leave)
         decoder.train()
-        decoder.config._experts_implementation = "grouped_mm"
+        whole.config._experts_implementation = "grouped_mm"
         ids = torch.zeros(rows, length, dtype=torch.long)
         # Told that there is nothing to mask; asked, Transformers makes masks of fake tensors that it would leave out.
-        no_masks = dict.fromkeys(decoder.config.layer_types)
+        no_masks = {} if is_graft else {"attention_mask": dict.fromkeys(decoder.config.layer_types)}
         try:
             with (
+                whole.text.read(None, ids, None) if is_graft else nullcontext(),
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
                 torch.autocast("cpu", torch.bfloat16, enabled=bf16),
             ):
-                decoder(input_ids=ids, attention_mask=no_masks, use_cache=False)
+                decoder(input_ids=ids, use_cache=False, **no_masks)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return None
     bytes_of = {place: sum(storage.nbytes() for storage in kept.values()) for place, kept in saved.items()}

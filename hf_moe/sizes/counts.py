@@ -1,21 +1,26 @@
 """What a model costs: parameters, arithmetic, cache and memory, read off a model without weights."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 
 import torch
 
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
-from ..model.modeling_hf_moe import HfMoeExperts, HfMoeForCausalLM
+from ..model.modeling_hf_moe import HfMoeForCausalLM
 from ..model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
+from ..reading import positions
+from .forward import counted
 
+# hf_moe's configs and the classes that they are of.
+OURS = {HfMoeConfig: HfMoeForCausalLM, HfMoeGraftConfig: HfMoeGraftForCausalLM}
 BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 CACHE_DTYPE = "bfloat16"
 CONTEXT = 4096
 
 
-def sizes(config: HfMoeConfig, context: int | None = None) -> dict:
-    """Sizes of HfMoeForCausalLM(config), as a dict that can be written as JSON.
+def sizes(config: HfMoeConfig | HfMoeGraftConfig, context: int | None = None) -> dict:
+    """Sizes of HfMoeForCausalLM(config), as a dict that can be written as JSON; of a graft, see `graft_sizes`.
 
     total_params; active_params, those that work on one token: K of the E routed experts in each sparse layer and all
     that is not a routed expert, input embedding and head included. Of these, embedding_params and head_params; where
@@ -32,6 +37,8 @@ def sizes(config: HfMoeConfig, context: int | None = None) -> dict:
     kv_cache_bytes_per_token, in bfloat16, and kv_cache_bytes_per_token_by_dtype; beyond the window a token adds only
     kv_cache_bytes_per_token_beyond_window. weight_bytes by dtype.
     """
+    if isinstance(config, HfMoeGraftConfig):
+        return graft_sizes(config, context)
     context = context or min(CONTEXT, config.max_position_embeddings)
     with torch.device("meta"):
         model = HfMoeForCausalLM(config)
@@ -61,24 +68,49 @@ def sizes(config: HfMoeConfig, context: int | None = None) -> dict:
     }
 
 
-def graft_sizes(config: HfMoeGraftConfig) -> dict[str, int]:
-    """total_params and active_params of HfMoeGraftForCausalLM(config)."""
+def graft_sizes(config: HfMoeGraftConfig, context: int | None = None) -> dict:
+    """Sizes of HfMoeGraftForCausalLM(config), by what its host's own code does in a forward of `context` tokens.
+
+    As `sizes`, but the FLOPs are those of all matrix products that are made, windows or not, without what state spaces
+    compute element by element. The cache in bfloat16: kv_cache_bytes_per_token, kv_cache_bytes_fixed, whatever the
+    number of tokens, and kv_cache_bytes_at_context. None for what is not known: all of it where the data decide
+    about sizes, the cache where the host keeps it elsewhere than in a cache of Transformers.
+    """
+    context = context or positions(config, CONTEXT)
     with torch.device("meta"):
-        model = HfMoeGraftForCausalLM(config)
-    blocks = [x for x in model.modules() if isinstance(x, HfMoeExperts)]
-    routed = sum(x.numel() for block in blocks for x in block.parameters(recurse=False))
-    total = sum(x.numel() for x in model.parameters())
+        model = HfMoeGraftForCausalLM(deepcopy(config)).to(torch.bfloat16)  # which is told how to compute
+    said = graft_params(model)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    flops, cached = counted(model, context) or (None, None)
+    by_token = None if flops is None else flops // context
     return {
-        "total_params": total,
-        "active_params": total - routed + routed // config.num_experts * experts_per_token(config),
+        **said,
+        "embedding_params": 0 if head is embedding else embedding.numel(),
+        "head_params": head.numel(),
+        "context": context,
+        "flops_per_token": by_token,
+        "training_flops_per_token": by_token and 3 * by_token,
+        "non_embedding_training_flops_per_token": by_token and 3 * (by_token - 2 * head.numel()),
+        "kv_cache_bytes_per_token": cached and cached.per_token,
+        "kv_cache_bytes_fixed": cached and cached.fixed,
+        "kv_cache_bytes_at_context": cached and cached.at_context,
+        "weight_bytes": {dtype: said["total_params"] * size for dtype, size in BYTES.items()},
     }
 
 
-def active_part(name: str, parameter: torch.Tensor, config: HfMoeConfig) -> int:
+def graft_params(model: HfMoeGraftForCausalLM) -> dict[str, int]:
+    """total_params and active_params."""
+    counts = {name: (x.numel(), active_part(name, x, model.config)) for name, x in model.named_parameters()}
+    total, active = map(sum, zip(*counts.values(), strict=True))
+    return {"total_params": total, "active_params": active}
+
+
+def active_part(name: str, parameter: torch.Tensor, config: HfMoeConfig | HfMoeGraftConfig) -> int:
     """How many of a parameter's elements work on one token."""
     if ".mtp_layers." in name:
         return 0
-    if ".experts." not in name and not name.endswith("_experts"):  # the latter: a mixture of attention heads
+    module, _, own = name.rpartition(".")
+    if not module.endswith(".experts") and not own.endswith("_experts"):  # the latter: a mixture of attention heads
         return parameter.numel()
     assert parameter.shape[0] == config.num_experts, f"{name} {tuple(parameter.shape)}"
     return parameter[0].numel() * experts_per_token(config)

@@ -4,17 +4,19 @@ Memory is counted on the model itself, built without weights: the same code deci
 """
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..model.configuration_hf_moe import HfMoeConfig
-from ..model.modeling_hf_moe import HfMoeForCausalLM
+from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ..training.weights.groups import train_group
 from .activations import activation_bytes
-from .counts import active_part, sizes
+from .counts import OURS, active_part, sizes
 from .speed import RANGE, count, seconds
 
 # What is cut into a share for each GPU; zero3 is FSDP2's full sharding.
@@ -85,10 +87,14 @@ def run_of_recipe(recipe: dict[str, Any], **given) -> Run:
     return Run(**{name: value for name, value in said.items() if value is not None} | given)
 
 
-def plan(config: HfMoeConfig, run: Run, rate: Rate | None = None) -> dict[str, Any]:
+Config = HfMoeConfig | HfMoeGraftConfig
+
+
+def plan(config: Config, run: Run, rate: Rate | None = None) -> dict[str, Any]:
     """Memory of each GPU by part in bytes, tokens a second and, of `train_tokens`, the days; as JSON can hold it.
 
-    Without a `rate` the time is that of `hf_moe.speed`, with the range in which measured runs lay around it.
+    Without a `rate` the time is that of `hf_moe.speed`, with the range in which measured runs lay around it; of a
+    graft, whose host's layers were not measured, it is left out, and time_unknown says so.
 
     memory_per_gpu_total is the sum of all parts. That is the peak where gradients outlive a micro-batch, as in
     accumulation; without it they come as activations go. Raises ValueError for what contradicts itself.
@@ -112,13 +118,28 @@ def plan(config: HfMoeConfig, run: Run, rate: Rate | None = None) -> dict[str, A
         "not_counted": NOT_COUNTED.get(run.stage),
         "cpu_memory_ema": 0 if run.ema_decay is None else 4 * trained,
         "flops_per_token": flops,
-        **(measured_time(model, config, run, flops) if rate is None else time_at(rate, run, flops)),
+        **time(model, config, run, flops, rate),
     }
     if run.train_tokens is not None:
         report["train_tokens"] = run.train_tokens
+    if run.train_tokens is not None and "tokens_per_second" in report:
         report["gpu_days"] = run.gpus * run.train_tokens / report["tokens_per_second"] / 86400
         report["days"] = report["gpu_days"] / run.gpus
     return report
+
+
+def time(
+    model: nn.Module, config: Config, run: Run, flops: dict[str, float] | None, rate: Rate | None
+) -> dict[str, Any]:
+    """By the rate or, without one, by what measured runs took."""
+    if flops is None:
+        return {"time_unknown": "the data decide about the FLOPs"}
+    if rate is not None:
+        return time_at(rate, run, flops)
+    if isinstance(config, HfMoeGraftConfig):
+        kind = config.backbone.model_type
+        return {"time_unknown": f"no run of a grafted {kind} was measured; give --tflops or --mfu"}
+    return measured_time(model, config, run, flops)
 
 
 def time_at(rate: Rate, run: Run, flops: dict[str, float]) -> dict[str, Any]:
@@ -155,14 +176,14 @@ def check(run: Run) -> None:
         raise ValueError(f"train_tokens is {run.train_tokens:g}; it must be above 0, and a number.")
 
 
-def meta_model(config: HfMoeConfig, dtype: str) -> HfMoeForCausalLM:
+def meta_model(config: Config, dtype: str) -> PreTrainedModel:
     """The model without weights; dtype auto is what the configuration says."""
     named = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     with torch.device("meta"):
-        return HfMoeForCausalLM(config).to(named)
+        return OURS[type(config)](deepcopy(config)).to(named)  # which is told how to compute
 
 
-def model_to_train(config: HfMoeConfig, run: Run) -> nn.Module:
+def model_to_train(config: Config, run: Run) -> nn.Module:
     """The model without weights, frozen where the run freezes it, with its adapter or its chosen experts."""
     model = meta_model(config, run.dtype)
     with torch.device("meta"):
@@ -184,7 +205,7 @@ def model_to_train(config: HfMoeConfig, run: Run) -> nn.Module:
     return model
 
 
-def memory(model: nn.Module, config: HfMoeConfig, run: Run) -> dict[str, int | None]:
+def memory(model: nn.Module, config: Config, run: Run) -> dict[str, int | None]:
     """Part -> bytes on each GPU; None for activations that cannot be counted. The model's tensors become fake.
 
     logits: in float32, and their gradient; TRL's heads, of all stages but distil, make them in tiles.
@@ -196,7 +217,7 @@ def memory(model: nn.Module, config: HfMoeConfig, run: Run) -> dict[str, int | N
     return parts | {"activations": activation_bytes(model, rows, length, run.bf16, run.gradient_checkpointing)}
 
 
-def state_memory(model: nn.Module, config: HfMoeConfig, run: Run) -> dict[str, int]:
+def state_memory(model: nn.Module, config: Config, run: Run) -> dict[str, int]:
     """What does not depend on the batch: part -> bytes on each GPU.
 
     gradient_buckets: DistributedDataParallel's copy of the gradients. gathered_layers: with zero3 the layer at work
@@ -225,16 +246,20 @@ def state_memory(model: nn.Module, config: HfMoeConfig, run: Run) -> dict[str, i
 
 
 def largest_layer(model: nn.Module) -> int:
+    """Parameters of the largest module that FSDP gathers: all, of a host that names none."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return max(sum(x.numel() for x in layer.parameters()) for layer in base.model.layers)
+    layers = [x for x in base.modules() if type(x).__name__ in (base._no_split_modules or ())] or [base]
+    return max(sum(x.numel() for x in layer.parameters()) for layer in layers)
 
 
-def flops_per_token(model: nn.Module, config: HfMoeConfig, run: Run) -> dict[str, float]:
-    """Of a forward, of a backward, and of what checkpointing computes again.
+def flops_per_token(model: nn.Module, config: Config, run: Run) -> dict[str, float] | None:
+    """Of a forward, of a backward, and of what checkpointing computes again; None where the data decide.
 
     A backward is two forwards, less the gradients of frozen weights: 6 a parameter become 4.
     """
     forward = sizes(config, run.max_length)["flops_per_token"]
+    if forward is None:
+        return None
     if run.lora_parts is not None or run.esft_p is not None:
         counts = {x: x.numel() for x in model.parameters()}
     else:

@@ -194,7 +194,10 @@ def law_flops(source: str, context: int) -> int:
         raise ValueError(
             f"{source} is no folder, and only a folder's FLOPs are counted: give --learning_rate and --batch_tokens."
         )
-    return sizes(folder_config(Path(source)), context)["non_embedding_training_flops_per_token"]
+    flops = sizes(folder_config(Path(source)), context)["non_embedding_training_flops_per_token"]
+    if flops is None:
+        raise ValueError(f"In {source} the data decide about the FLOPs: give --learning_rate and --batch_tokens.")
+    return flops
 
 
 def new_model(source: str, model_args: ModelArguments, args: MoePretrainConfig) -> PreTrainedModel:
