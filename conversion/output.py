@@ -153,7 +153,8 @@ def write_config(config: PreTrainedConfig, folder: Path, provenance: dict[str, A
     ours = OURS.get(type(config))
     if ours is not None:
         config.provenance = provenance
-        config.architectures = [ours.__name__]
+        kind = ours.of(config) if type(config) is HfMoeGraftConfig else ours  # with pictures, or text alone
+        config.architectures = [kind.__name__]
     config.save_pretrained(folder)
     if ours is not None:
         custom_object_save(ours, folder)  # its module and what that imports

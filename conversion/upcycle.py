@@ -59,7 +59,7 @@ def upcycle(src: str | Path | Sequence[str | Path], dst: str | Path, options: Up
         report = convert(
             sources[0], config, outputs, dst, options, provenance=said, memory=plan.memory, domains=domains
         )
-    return report | {"equal_at_step_0": plan.exact, "becomes": plan.kind.why.format(sources[0].model_type)}
+    return report | {"equal_at_step_0": plan.exact, "becomes": plan.dense.becomes}
 
 
 def has_table(place: Place) -> bool:

@@ -79,16 +79,17 @@ def verify(
     if max_tokens < 2:
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 2.")
     (folder_a, config_a), (folder_b, config_b) = opened(a), opened(b)
-    if config_a.vocab_size != config_b.vocab_size:
+    text_a, text_b = config_a.get_text_config(), config_b.get_text_config()  # of pictures and text, that of the text
+    if text_a.vocab_size != text_b.vocab_size:
         raise ValueError(
-            f"The models cannot be compared: {a} has {config_a.vocab_size} tokens, {b} has {config_b.vocab_size}."
+            f"The models cannot be compared: {a} has {text_a.vocab_size} tokens, {b} has {text_b.vocab_size}."
         )
     tokenizers = [load_tokenizer(folder) for folder in (folder_a, folder_b)]
     if None not in tokenizers:
         why = "a text is not the same to both, and their logits cannot be compared."
-        check_same_tokens(*tokenizers, (str(a), str(b)), config_a.vocab_size, why, roles=False)
-    ids, text = token_ids(folder_a, data, config_a.vocab_size, max_tokens, seed)
-    window = min(positions(config_a, WINDOW), positions(config_b, WINDOW))
+        check_same_tokens(*tokenizers, (str(a), str(b)), text_a.vocab_size, why, roles=False)
+    ids, text = token_ids(folder_a, data, text_a.vocab_size, max_tokens, seed)
+    window = min(positions(text_a, WINDOW), positions(text_b, WINDOW))
     windows = [part for part in ids.split(window) if len(part) > 1]
     models = [(config_a, Checkpoint(folder_a).entries), (config_b, Checkpoint(folder_b).entries)]
     check_memory(memory_needed(models, len(ids)))
@@ -158,8 +159,9 @@ def opened(model: str | Path) -> tuple[Path, PreTrainedConfig]:
     folder, _, _ = locate(model)
     read_config(folder)
     Checkpoint(folder)
-    config = auto_config(folder, trust_remote_code=False).get_text_config()  # of pictures and text, that of the text
-    mend_ids(config, config.vocab_size)
+    config = auto_config(folder, trust_remote_code=False)
+    text = config.get_text_config()
+    mend_ids(text, text.vocab_size)
     return folder, config
 
 
@@ -202,7 +204,7 @@ def memory_needed(
 ) -> int:
     """Bytes that comparing two models takes, given the config of each and the tensors in its files."""
     weights = max(file_backed.memory(config, tensors) for config, tensors in models)
-    vocab_size = models[0][0].vocab_size
+    vocab_size = models[0][0].get_text_config().vocab_size
     return weights + 4 * vocab_size * (tokens + WINDOW) + 8 * vocab_size * ROWS * 6
 
 

@@ -7,6 +7,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -24,7 +26,7 @@ from .model.modeling_hf_moe import (
     HfMoeModel,
     HfMoePreTrainedModel,
 )
-from .model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
+from .model.modeling_hf_moe_graft import HfMoeGraftForCausalLM, HfMoeGraftForImageTextToText
 from .quiet import quieten
 from .sizes.presets import preset_config
 from .version import __version__
@@ -52,6 +54,9 @@ AutoConfig.register(HfMoeGraftConfig.model_type, HfMoeGraftConfig, exist_ok=True
 HfMoeGraftConfig.register_for_auto_class()
 AutoModelForCausalLM.register(HfMoeGraftConfig, HfMoeGraftForCausalLM, exist_ok=True)
 HfMoeGraftForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto_class.register(HfMoeGraftConfig, HfMoeGraftForImageTextToText, exist_ok=True)
+HfMoeGraftForImageTextToText.register_for_auto_class("AutoModelForImageTextToText")
 
 SPEEDUPS.append(decoding_kernels)
 quieten()
@@ -102,6 +107,7 @@ __all__ = [
     "HfMoeForTokenClassification",
     "HfMoeGraftConfig",
     "HfMoeGraftForCausalLM",
+    "HfMoeGraftForImageTextToText",
     "HfMoeModel",
     "__version__",
 ]

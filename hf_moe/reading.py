@@ -17,12 +17,19 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
+# Beside the weights of a model that reads pictures.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 # What a tokenizer is tried on: a word, and a sign that it reads by its bytes, or as unknown.
 PROBE = "word \N{CUNEIFORM SIGN A}"
 # In the report that Transformers logs of a load: a weight, and the last line of the traceback.
@@ -74,6 +81,13 @@ def auto_tokenizer(model: str | Path, what: str, **kwargs: Any) -> PreTrainedTok
         return tokenizer
     except OSError as error:
         raise ValueError(f"{what}: {reason(error)}") from error
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """The Auto class that loads all of the model: one that reads pictures is more than the decoder in it."""
+    has_parts = config.get_text_config(decoder=True) is not config or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    reads_pictures = has_parts and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM
 
 
 def positions(config: PreTrainedConfig, most: int) -> int:

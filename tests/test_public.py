@@ -13,6 +13,7 @@ PUBLIC = {
         "HfMoeForTokenClassification",
         "HfMoeGraftConfig",
         "HfMoeGraftForCausalLM",
+        "HfMoeGraftForImageTextToText",
         "HfMoeModel",
         "__version__",
     },

@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...generation_settings import mended_config
 from ...model.grouped import takes_rows
-from ...reading import built, whole_model
+from ...reading import auto_class, auto_config, built, whole_model
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry
 from .writer import Output
 
 
 @contextmanager
 def loaded(folder: Path, config: PreTrainedConfig) -> Iterator[PreTrainedModel]:
-    """The causal language model in `folder`, computing in float32.
+    """The model in `folder`, computing in float32.
 
     Where the files do not hold the parameters under their names, as when experts lie one by one, Transformers puts
     each layer's together, in files of its own among the system's temporary ones; in memory where it cannot.
@@ -57,10 +57,9 @@ def backed(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
 
 def by_transformers(folder: Path, **where) -> PreTrainedModel:
     """The model as Transformers loads it. Raises a ValueError where it would go on with weights drawn at random."""
-    config, _ = mended_config(folder, trust_remote_code=False)
-    return whole_model(
-        folder, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, **where
-    )
+    config = mended_config(folder, trust_remote_code=False)[0] or auto_config(folder, trust_remote_code=False)
+    given = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
+    return whole_model(folder, auto_class(config), config=config, **given, **where)
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
@@ -104,7 +103,7 @@ def empty(config: PreTrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(config)  # else the dtype here would be written as the checkpoint's
     with init_empty_weights():
         what = f"A {config.model_type} with this config cannot be built"
-        return built(AutoModelForCausalLM.from_config, what, config, dtype=torch.float32, trust_remote_code=False)
+        return built(auto_class(config).from_config, what, config, dtype=torch.float32, trust_remote_code=False)
 
 
 def stored_names(model: PreTrainedModel) -> list[str]:

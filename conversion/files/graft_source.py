@@ -1,5 +1,6 @@
-"""A dense decoder of any family, opened to have experts grafted onto it: tensors by their names in Transformers."""
+"""A dense decoder of any family, or a model that reads pictures with one, opened to have experts grafted onto it."""
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,14 +9,17 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from ...generation_settings import check_generation_config
 from ...model.configuration_hf_moe import HfMoeConfig
-from ...model.configuration_hf_moe_graft import HfMoeGraftConfig
+from ...model.configuration_hf_moe_graft import HfMoeGraftConfig, has_parts
 from ...model.feed_forward import FeedForward, find_feed_forwards
-from ...reading import built
+from ...reading import PROCESSOR_FILES, auto_config
 from ...routers import find_routers
 from ..families import ENCODER_DECODERS
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry, read_config
@@ -72,7 +76,7 @@ class GraftSource:
         return {name: x for name, x in said.items() if name not in ("dtype", "architectures", "transformers_version")}
 
     def carried_files(self) -> list[Path]:
-        return carried_files(self.checkpoint.folder)
+        return carried_files(self.checkpoint.folder, PROCESSOR_FILES)
 
     def outputs(self) -> dict[str, Output]:
         """Every tensor of the dense model by its name in Transformers, made of this checkpoint's bytes."""
@@ -85,7 +89,7 @@ class GraftSource:
 
 
 def open_graft(src: str | Path | Place) -> GraftSource:
-    """Open a dense checkpoint of any decoder of Transformers.
+    """Open a dense checkpoint of any decoder of Transformers, or of a model with one that reads pictures, too.
 
     Raises FileNotFoundError or a ValueError of one line: no checkpoint, a model that is no decoder, has no dense
     feed-forward networks or experts already, a tensor that is missing, left over or of another shape.
@@ -102,23 +106,16 @@ def open_graft(src: str | Path | Place) -> GraftSource:
         )
     if said.get("quantization_config") is not None:
         raise ValueError(f"{name} is quantized: experts are grafted onto weights in 16 or 32 bits, save those first.")
-    config = built(
-        AutoConfig.from_pretrained,
-        f"{folder / 'config.json'} is no valid {model_type} config",
-        folder,
-        trust_remote_code=False,
-    )
-    if config.is_encoder_decoder or model_type in ENCODER_DECODERS or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{name} is a {model_type}, no decoder that writes text: experts can be grafted onto those.")
-    text = config.get_text_config(decoder=True)
-    if text is not config:
-        raise ValueError(
-            f"{name} is a {model_type}, a model of several parts: experts are grafted onto its language model, a "
-            f"{text.model_type}, saved by itself."
-        )
+    config = auto_config(folder, trust_remote_code=False)
+    check_decoder(name, config)
     check_generation_config(folder)
-    mend(text, name)
+    mend(config.get_text_config(decoder=True), name)
     model = empty(config)
+    if needed := required(model):
+        raise ValueError(
+            f"{name} is a {model_type}, which reads no text without {needed}: experts can be grafted onto models that "
+            f"do.{text_alone(config)}"
+        )
     if find_routers(model):
         raise ValueError(
             f"{name} is a {model_type}, already a mixture of experts: train it as it is, or import it where hf_moe "
@@ -126,7 +123,10 @@ def open_graft(src: str | Path | Place) -> GraftSource:
         )
     networks = find_feed_forwards(model)
     if not networks:
-        raise ValueError(f"No layer of {name} ({model_type}) has a dense feed-forward network: experts stand for one.")
+        raise ValueError(
+            f"No layer of {name} ({model_type}) has a dense feed-forward network: experts stand for one."
+            f"{text_alone(config)}"
+        )
     checkpoint = Checkpoint(folder)
     found = names_in_memory(model, checkpoint.entries)
     if any(computed for _, computed in found.values()):
@@ -134,6 +134,33 @@ def open_graft(src: str | Path | Place) -> GraftSource:
         found = {stored: (stored, False) for stored in checkpoint.entries}
     names = agreed_names(model, networks, checkpoint, {new: stored for stored, (new, _) in found.items()})
     return GraftSource(name, revision, config, model, checkpoint, names, networks, unread_keys(said, config))
+
+
+def check_decoder(name: str, config: PreTrainedConfig) -> None:
+    """Raise ValueError unless this is a decoder that writes text, or one with pictures beside the text."""
+    parts = (config, config.get_text_config(decoder=True))
+    encodes = any(part.is_encoder_decoder or part.model_type in ENCODER_DECODERS for part in parts)
+    hosts = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if has_parts(config) else MODEL_FOR_CAUSAL_LM_MAPPING
+    if encodes or type(config) not in hosts:
+        raise ValueError(
+            f"{name} is a {config.model_type}, no decoder that writes text, nor one that also reads pictures: experts "
+            f"can be grafted onto those.{text_alone(config)}"
+        )
+
+
+def required(model: PreTrainedModel) -> str | None:
+    """What a forward must be given beside its tokens, None where that is nothing."""
+    given = inspect.signature(type(model).forward).parameters.values()
+    needed = [x.name for x in given if x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD]
+    return next((name for name in needed if name not in ("self", "input_ids")), None)
+
+
+def text_alone(config: PreTrainedConfig) -> str:
+    """Of a model of several parts, what can be done with the one that writes."""
+    text = config.get_text_config(decoder=True)
+    if text is config or text.is_encoder_decoder or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return ""
+    return f" Its language model ({text.model_type}) may be taken alone: save it by itself, and give that."
 
 
 def agreed_names(

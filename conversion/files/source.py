@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ...generation_settings import check_generation_config, mend_ids, say_ids
 from ...model.configuration_hf_moe import HfMoeConfig
 from ...model.modeling_hf_moe import HfMoeForCausalLM
-from ...reading import built
+from ...reading import PROCESSOR_FILES, built
 from ..families import DENSE_FAMILIES, ENCODER_DECODERS, IMPORTED, Family
 from ..families.family import mtp_prefix
 from ..families.regions import Region
@@ -46,6 +46,7 @@ CARRIED_FILES = (
 )
 # It is read for the licence and the data sets.
 DOWNLOADED_FILES = ("README.md", "config.json", "model*.safetensors", "model.safetensors.index.json", *CARRIED_FILES)
+DOWNLOADED_FILES += PROCESSOR_FILES
 
 # Keys of a config.json that describe the file or are the older spelling of a field.
 BOOKKEEPING_KEYS = frozenset(
@@ -172,12 +173,12 @@ class Source:
         return region.of(self.checkpoint.part(region.name, region.block, region.blocks))
 
 
-def carried_files(folder: Path) -> list[Path]:
-    """Tokenizer, chat template, generation config and licence files, relative to the folder.
+def carried_files(folder: Path, further: tuple[str, ...] = ()) -> list[Path]:
+    """Tokenizer, chat template, generation config, licence and `further` files, relative to the folder.
 
     Raises a ValueError where one is a link to a file elsewhere, which nobody meant to publish.
     """
-    found = {path for pattern in CARRIED_FILES for path in folder.glob(pattern) if path.is_file()}
+    found = {path for pattern in CARRIED_FILES + further for path in folder.glob(pattern) if path.is_file()}
     files = sorted(path.relative_to(folder) for path in found)
     for file in files:
         check_inside(folder, file)

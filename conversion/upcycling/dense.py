@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 
@@ -16,9 +16,11 @@ from ...model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ...model.feed_forward import FeedForward as Network
 from ...model.modeling_hf_moe import HfMoeForCausalLM
 from ...model.modeling_hf_moe_graft import HfMoeGraftForCausalLM, block_path
+from ...reading import auto_class
 from ..files.file_backed import stored_names
 from ..files.graft_source import GraftSource
 from ..files.source import Source, tensor_shapes
+from ..files.text_part import TextCheckpoint
 from ..files.writer import Output
 from .feed_forward import FeedForward
 
@@ -26,10 +28,11 @@ from .feed_forward import FeedForward
 class NativeDense:
     """A source that becomes an HfMoeForCausalLM."""
 
-    why = "hf_moe's own architecture, which has a table for {}"
-
     def __init__(self, source: Source):
         self.source = source
+        self.becomes = f"hf_moe's own architecture, which has a table for {source.model_type}"
+        if isinstance(source.checkpoint, TextCheckpoint):
+            self.becomes += "; it reads no pictures, which --graft keeps"
         self.layers = range(source.hf_moe_fields["num_hidden_layers"])
         self.config = source.hf_moe_config(mlp_layer_types=["dense"] * len(self.layers))
         self.hidden_size = self.config.hidden_size
@@ -76,13 +79,14 @@ class NativeDense:
 
 
 class GraftDense:
-    """A source that stays the model it is, with experts in it: an HfMoeGraftForCausalLM."""
-
-    why = "a graft: the {} stays as it is, with experts in the place of its feed-forward networks"
+    """A source that stays the model it is, with experts in it: a graft."""
 
     def __init__(self, source: GraftSource):
         self.source = source
         self.config = source.config.get_text_config()
+        whose = "its" if self.config is source.config else "its decoder's"
+        kept = f"a graft: the {source.model_type} stays as it is, with experts in the place of"
+        self.becomes = f"{kept} {whose} feed-forward networks"
         self.layers = sorted(source.networks)
         self.hidden_size = source.networks[self.layers[0]].hidden
         self.outputs = source.outputs()
@@ -122,7 +126,7 @@ class GraftDense:
 
     def model(self) -> PreTrainedModel:
         with no_init_weights():
-            return AutoModelForCausalLM.from_config(
+            return auto_class(self.source.config).from_config(
                 self.source.config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
             )
 

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
@@ -18,6 +19,10 @@ OWN_CAUSAL = ("HfMoeForCausalLM", "HfMoeGraftForCausalLM")
 # Auto class -> (the Hub's name of its task, the architectures that it loads: hf_moe's own and Transformers').
 AUTO_CLASSES = {
     "AutoModelForCausalLM": ("text-generation", {*OWN_CAUSAL, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}),
+    "AutoModelForImageTextToText": (
+        "image-text-to-text",
+        {"HfMoeGraftForImageTextToText", *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()},
+    ),
     "AutoModelForSequenceClassification": (
         "text-classification",
         {"HfMoeForSequenceClassification", *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()},

@@ -7,6 +7,8 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from .configuration_hf_moe import COEFFICIENTS, HfMoeConfig
 
@@ -15,6 +17,10 @@ AUTO_MAP = {
     "AutoConfig": "configuration_hf_moe_graft.HfMoeGraftConfig",
     "AutoModelForCausalLM": "modeling_hf_moe_graft.HfMoeGraftForCausalLM",
 }
+WITH_PICTURES = dict.fromkeys(
+    ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+    "modeling_hf_moe_graft.HfMoeGraftForImageTextToText",
+)
 LEAST = {"num_experts": 1, "n_group": 1, "n_shared_experts": 0}
 LEAST |= {name: 0 for name in COEFFICIENTS if name.startswith(("router", "seq", "device", "comm"))}
 
@@ -33,13 +39,19 @@ def built_backbone(said: dict[str, Any] | PreTrainedConfig | None) -> PreTrained
     return CONFIG_MAPPING[model_type](**fields)
 
 
+def has_parts(backbone: PreTrainedConfig) -> bool:
+    """Whether it is a model with others than a decoder of text in it."""
+    return backbone.get_text_config(decoder=True) is not backbone or type(backbone) not in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 @strict
 class HfMoeGraftConfig(PreTrainedConfig):
     r"""Configuration of an [`HfMoeGraftForCausalLM`]: any decoder of Transformers with experts in it.
 
     backbone
     :   the config of the model that the experts are grafted onto, or its dict, with `model_type`. What is not said
-        here is asked of it, and set on it: `config.hidden_size`, `config.use_cache`.
+        here is asked of it, and set on it: `config.hidden_size`, `config.use_cache`. Of a model that reads pictures,
+        too, it is the config of the whole, whose text is asked first.
 
     Layers
     :   sparse_layers (indices of the decoder's layers whose dense feed-forward network becomes a mixture; default: all
@@ -96,6 +108,9 @@ class HfMoeGraftConfig(PreTrainedConfig):
         attention = kwargs.pop("attn_implementation", None)
         super().__post_init__(**kwargs)
         self.backbone = built_backbone(backbone)
+        self.backbone._name_or_path = (
+            ""  # what is loaded is the graft, and that it came from a folder there is not told
+        )
         if attention is not None:
             self._attn_implementation = attention  # the backbone's, too
         if self.dtype is None:
@@ -103,22 +118,36 @@ class HfMoeGraftConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         """What only the backbone's config has."""
-        backbone = self.__dict__.get("backbone")
-        if name.startswith("_") or not isinstance(backbone, PreTrainedConfig):
+        owners = self._owners(name)
+        if not owners:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(backbone, name)
+        return getattr(owners[0], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        backbone = self.__dict__.get("backbone")
         own = name in self.__dict__ or hasattr(type(self), name) or name in ("auto_map", *self.attribute_map)
-        if not own and isinstance(backbone, PreTrainedConfig) and hasattr(backbone, name):
-            setattr(backbone, name, value)
-        else:
+        owners = [] if own else self._owners(name)
+        for owner in owners:
+            setattr(owner, name, value)
+        if not owners:
             super().__setattr__(name, value)
+
+    def _owners(self, name: str) -> list[PreTrainedConfig]:
+        """The configs within this one that have the attribute: that of the backbone's text, and the backbone's."""
+        backbone = self.__dict__.get("backbone")
+        if name.startswith("_") or not isinstance(backbone, PreTrainedConfig):
+            return []
+        text = backbone.get_text_config(decoder=True)
+        whole_alone = text is backbone or name == "tie_word_embeddings"  # of head and embeddings, it decides
+        return [part for part in ([backbone] if whole_alone else [text, backbone]) if hasattr(part, name)]
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "HfMoeGraftConfig":
         """Itself: routing stands here, and sizes of the backbone's text are asked of that."""
         return self
+
+    @property
+    def processor_class(self) -> str | None:
+        """What AutoProcessor asks for where the files beside the weights do not name it."""
+        return PROCESSOR_MAPPING_NAMES.get(self.backbone.model_type)
 
     @property
     def _experts_implementation(self) -> str | None:
@@ -144,7 +173,7 @@ class HfMoeGraftConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         # A folder saved from a Hub checkpoint must not point back to that checkpoint's code.
-        self.auto_map = dict(AUTO_MAP)
+        self.auto_map = AUTO_MAP | (WITH_PICTURES if has_parts(self.backbone) else {})
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

@@ -81,7 +81,7 @@ def find_feed_forwards(model: PreTrainedModel) -> dict[int, FeedForward]:
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel):  # ModernBERT calls its head so
         decoder = model.base_model
-    hidden = model.config.get_text_config(decoder=True).hidden_size
+    hidden = decoder.config.get_text_config(decoder=True).hidden_size
     inner = [name for name, x in decoder.named_modules() if name and isinstance(x, PreTrainedModel)]
     before = next(name for name, x in model.named_modules() if x is decoder)
     found: dict[str, FeedForward] = {}  # by the layer's path

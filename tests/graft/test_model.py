@@ -42,6 +42,16 @@ def test_attention_is_the_hosts(name, tmp_path):
     torch.testing.assert_close(again(input_ids=tokens(1, 9, 100)).logits, model(input_ids=tokens(1, 9, 100)).logits)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_5_text"])
+def test_a_static_cache_knows_the_padding(model_type):
+    """Capacity by the tokens that count, and masks of queries and keys by the kind of a layer."""
+    model, ids = graft(model_type, router_type="softmax_topk", expert_capacity_factor=0.7), tokens(2, 9, 100)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(**given, cache_implementation="static"), model.generate(**given))
+
+
 def test_a_config_asks_its_backbone(tmp_path):
     config = HfMoeGraftConfig(backbone=config_of("gpt2"), num_experts=4)
     assert (config.hidden_size, config.n_embd, config.vocab_size) == (32, 32, 128)

@@ -70,9 +70,14 @@ def test_a_tensor_of_another_shape(dense):
         "unknown": ({"model_type": "gpt7"}, "'gpt7', which Transformers .* does not know: take a newer one"),
         "quantized": ({"quantization_config": {"quant_method": "awq"}}, "is quantized: experts are grafted onto"),
         "encoder-decoder": ({"model_type": "t5"}, "a t5, no decoder that writes text"),
-        "several parts": (
-            {"model_type": "gemma3"},
-            "a gemma3, a model of several parts: experts are grafted onto its language model, a gemma3_text",
+        "sound": (
+            {"model_type": "qwen2_audio"},
+            r"a qwen2_audio, no decoder .* pictures: .* Its language model \(qwen2\) may be taken alone: save it",
+        ),
+        "pictures by an encoder-decoder": ({"model_type": "florence2"}, "a florence2, no decoder .* onto those.$"),
+        "no text alone": (
+            {"model_type": "blip-2"},
+            r"a blip-2, which reads no text without pixel_values: .* Its language model \(opt\) may be taken alone",
         ),
         "a mixture": ({"model_type": "mixtral"}, "a mixtral, already a mixture of experts: train it as it is"),
         "hf_moe": ({"model_type": "hf_moe_graft"}, "an hf_moe checkpoint already"),

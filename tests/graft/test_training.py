@@ -7,14 +7,17 @@ import torch
 from datasets import Dataset
 from hf_moe.conversion import upcycle
 from hf_moe_cli import main
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_moe
 from hf_moe.demo import DEMO_MODEL
 from hf_moe.model.configuration_hf_moe_graft import HfMoeGraftConfig
 from hf_moe.model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
+from tests import picture_families
 from tests.conftest import tokens
 from tests.dense_families import config_of, tiny
+from tests.picture_families import PICTURES
 
 LOSSES = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01, "seq_aux_loss_coef": 0.05}
 
@@ -139,12 +142,15 @@ def test_resumed_run_ends_bitwise_where_the_unbroken_one_ends(tmp_path):
 LORA = ("--lora_parts", "attention", "routed_experts", "--lora_r=4")
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "gpt_neox", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["phi3", "gpt_neox", "gemma3_text", "llava", "mistral3"])
 def test_stages_of_the_command(model_type, tmp_path, capsys):
-    """SFT with an adapter on attention and experts, and ESFT, through `hf-moe train`."""
+    """SFT with an adapter on attention and experts, and ESFT, through `hf-moe train`: of a whole, on text alone."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    tiny(model_type, vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "dense")
+    make = picture_families.tiny if model_type in PICTURES else tiny
+    dense = make(model_type, vocab_size=len(tokenizer), max_position_embeddings=256)
+    dense.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "preprocessor_config.json").write_text("{}")
     upcycle(tmp_path / "dense", tmp_path / "moe", experts=4, top_k=2, graft=True, progress=False, strategy="noise")
     data = tmp_path / "chats.jsonl"
     with data.open("w", encoding="utf-8") as file:
@@ -157,3 +163,10 @@ def test_stages_of_the_command(model_type, tmp_path, capsys):
         code = main(["train", "tiny/sft", *words, f"--output_dir={tmp_path / name}", *options])
         assert code == 0, capsys.readouterr().err[-2000:]
         assert (tmp_path / name / "README.md").is_file()
+        assert (tmp_path / name / "preprocessor_config.json").is_file() == (model_type in PICTURES)
+    adapter = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "moe")
+    assert str(tmp_path) not in (tmp_path / "moe" / "config.json").read_text()
+    adapted = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    decoder = next(name for name, x in dense.named_modules() if x is dense.get_decoder())
+    assert adapted and all(f".{decoder}." in name for name in adapted)

@@ -15,13 +15,14 @@ import hf_moe
 from hf_moe.model import host, modeling_hf_moe
 from hf_moe.model.decoding import HfMoeReservedLayer
 from hf_moe.model.growing_layer import HfMoeGrowingLayer
+from tests import picture_families
 from tests.conftest import tiny_config, tiny_model, tokens
 from tests.renamed_host import copy_renamed
 
 MODEL = Path(hf_moe.__file__).with_name("model")
 METHODS = [(owner, name) for owner, methods in host.PRIVATE.items() for name in methods]
-OURS = [getattr(modeling_hf_moe, name) for name in modeling_hf_moe.__all__] + [hf_moe.HfMoeGraftForCausalLM]
-OURS += [HfMoeReservedLayer, HfMoeGrowingLayer]
+OURS = [getattr(modeling_hf_moe, name) for name in modeling_hf_moe.__all__]
+OURS += [hf_moe.HfMoeGraftForCausalLM, hf_moe.HfMoeGraftForImageTextToText, HfMoeReservedLayer, HfMoeGrowingLayer]
 LLAMA = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -66,9 +67,12 @@ def test_the_mask_functions_take_the_cache_in_fourth_place():
     "ours", [getattr(hf_moe, name) for name in hf_moe.__all__ if name.startswith("HfMoe") and "Config" not in name]
 )
 def test_a_keyword_that_nobody_takes_is_refused_by_name(ours):
-    config = tiny_config(num_labels=2)
-    if ours is hf_moe.HfMoeGraftForCausalLM:
-        config = hf_moe.HfMoeGraftConfig(backbone=LlamaConfig(**LLAMA))
+    backbones = {
+        hf_moe.HfMoeGraftForCausalLM: LlamaConfig(**LLAMA),
+        hf_moe.HfMoeGraftForImageTextToText: picture_families.config_of("llava"),
+    }
+    grafted = ours in backbones
+    config = hf_moe.HfMoeGraftConfig(backbone=backbones[ours]) if grafted else tiny_config(num_labels=2)
     model = ours(config).eval()
     for name in ("kv_store", "atention_mask", "output_router_logit"):
         with pytest.raises(TypeError, match=f"forward\\(\\) got an unexpected keyword argument '{name}'"):

@@ -13,6 +13,7 @@ from transformers.trainer_utils import HubStrategy
 from hf_moe.hub import MARKER, check_base, plain_errors, push_folder, write_model_card
 
 from ..host import add_push, finish_pushes, in_background, is_pushing, start_repository
+from .processor import carry_processor
 from .record import write_record
 
 STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
@@ -39,8 +40,9 @@ class PublishingMixin:
             start_repository(self, token, private is not False)
 
     def save_record(self, folder: str | Path) -> None:
-        """What the run was, in `folder`; and no draft of a card, which PEFT puts beside an adapter."""
+        """What the run was, in `folder`, and how its model sees; and no draft of a card, which PEFT puts there."""
         write_record(self.facts, self.moe, folder)
+        carry_processor(self.moe, folder)
         readme = Path(folder) / "README.md"
         if self.model is not self.moe and readme.is_file() and MARKER not in readme.read_text(encoding="utf-8"):
             readme.unlink()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,13 @@ def drawn_anew(model: PreTrainedModel) -> bool:
     return False
 
 
-def snapshot(base: str, revision: str | None) -> Path:
+def snapshot(base: str, revision: str | None, names: Iterable[str] = ("README.md", RECORD)) -> Path:
     """A folder with what a model of the Hub says of itself; it stays empty where that cannot be had."""
     folder = Path(
         constants.HF_HUB_CACHE, repo_folder_name(repo_id=base, repo_type="model"), "snapshots", str(revision)
     )
     if revision is not None:
-        for name in ("README.md", RECORD):
+        for name in names:
             with contextlib.suppress(OSError, EntryNotFoundError):
                 hf_hub_download(base, name, revision=revision)
     return folder

@@ -4,10 +4,12 @@ The groups are those that ST-MoE compares (https://arxiv.org/abs/2202.08906, 4.2
 """
 
 import re
+from collections.abc import Iterator
 from itertools import chain
 from typing import NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_moe.routers import find_routers
 
@@ -23,6 +25,7 @@ PARTS = {
     "routed_experts": r"\.mlp\.experts\.|\.self_attn\.[qo]_experts$",
     "router": r"\.(mlp|self_attn)\.(gate|router)\.",
     "multi_token": r"\.mtp_layers\.\d+\.eh_proj\.",
+    "encoders": r"(?!)",  # what reads pictures or sound: by its place, for inside are names as those above
     "other": "",
 }
 
@@ -50,7 +53,7 @@ class Size(NamedTuple):
 def parts_of(model: nn.Module) -> dict[str, str]:
     """Name of each parameter -> the part that it belongs to."""
     names = {part: name for name, part in model.named_modules()}
-    places = {}
+    places = dict.fromkeys(beside_decoder(model, names), "encoders")
     for name, router in find_routers(model).items():
         places[f"{name}."] = "router"
         if router.layer is not None:
@@ -60,6 +63,17 @@ def parts_of(model: nn.Module) -> dict[str, str]:
             fused = (key for key, x in model.named_parameters() if x.dim() == 3 and key.startswith(start))
             places |= dict.fromkeys(fused, "routed_experts")
     return {name: part_of(name, places) for name, _ in model.named_parameters()}
+
+
+def beside_decoder(model: nn.Module, names: dict[nn.Module, str]) -> Iterator[str]:
+    """Names of the parameters within a model of several parts that are not its decoder's: its heads are neither."""
+    base = getattr(model, "base_model", model)
+    decoder = base.get_decoder() if isinstance(base, PreTrainedModel) else base
+    if not isinstance(decoder, PreTrainedModel) or decoder is base or decoder not in names:
+        return
+    for name, _ in base.named_parameters(prefix=names[base]):
+        if not name.startswith(f"{names[decoder]}."):
+            yield name
 
 
 def part_of(name: str, places: dict[str, str] | None = None) -> str:

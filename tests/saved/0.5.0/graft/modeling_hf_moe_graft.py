@@ -12,18 +12,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 from transformers.utils.output_capturing import OutputRecorder
 
-from .configuration_hf_moe_graft import HfMoeGraftConfig
+from .configuration_hf_moe_graft import HfMoeGraftConfig, has_parts
 from .feed_forward import FeedForward, find_feed_forwards, narrowed
-from .host import OF_GENERATE, PASSED_ON
+from .host import CACHE, OF_GENERATE, PASSED_ON
 from .losses import asked_parts, with_parts
 from .modeling_hf_moe import HfMoeExperts, HfMoeSparseMoeBlock, draw
-from .outputs import HfMoeCausalLMOutput, HfMoeModelOutput
+from .outputs import HfMoeModelOutput, with_fields_of
 from .padding import valid_tokens
 from .parallel_plans import block_ep_plan, block_tp_plan, in_all_layers, standing, within
 from .recomputation import HfMoeCheckpointing
@@ -137,7 +141,7 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeH
 
     def __init__(self, config: HfMoeGraftConfig):
         super().__init__(config.backbone)
-        self.config = config
+        self.config, self.name_or_path = config, config.name_or_path
         config._attn_implementation_internal = config.backbone._attn_implementation  # which the host has settled
         config._experts_implementation = self.get_correct_experts_implementation(config._experts_implementation)
         text, networks = Text(), find_feed_forwards(self)
@@ -214,7 +218,7 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeH
         """The host's forward, and in training router losses whose coefficients are not 0, as in HfMoeForCausalLM."""
         labels, return_dict = said.get("labels"), said.get("return_dict")
         parts = asked_parts(self, labels, output_router_logits, False)
-        routings, token_mask = [] if parts else None, read_mask(said)
+        routings, token_mask = [] if parts else None, read_mask(said, getattr(self.config, "layer_types", None))
         with self.text.read(token_mask, said.get("input_ids"), routings):
             outputs = forward(self, **(said | {"return_dict": True} if parts else said))
         if not parts:
@@ -232,15 +236,19 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeH
         items = said.get("num_items_in_batch")
         loss, told = with_parts(self, parts, recorded, outputs.logits, labels, items, outputs.loss)
         told |= {"router_logits": recorded.router_logits, "router_indices": recorded.router_indices}
-        output = HfMoeCausalLMOutput(**(dict(outputs) | {"loss": loss} | told))
+        output = with_fields_of(type(outputs))(**(dict(outputs) | {"loss": loss} | told))
         return output.to_tuple() if return_dict is False else output
 
 
-def read_mask(said: dict[str, Any]) -> torch.Tensor | None:
+def read_mask(said: dict[str, Any], layer_types: list[str] | None) -> torch.Tensor | None:
     """[B, S] False on padding, of what a forward was given; None where there is none."""
     mask = said.get("attention_mask")
     tokens = said.get("input_ids") if said.get("input_ids") is not None else said.get("inputs_embeds")
-    return None if mask is None or tokens is None else valid_tokens(mask, *tokens.shape[:2])
+    if mask is None or tokens is None:
+        return None
+    caches = [said[name] for name in (CACHE, "past_key_values") if isinstance(said.get(name), Cache)]
+    by_position = not isinstance(mask, dict) and len(mask.shape) == 2  # whatever the cache has room for
+    return valid_tokens(mask, *tokens.shape[:2], None if by_position or not caches else caches[0], layer_types)
 
 
 def chosen_layers(config: HfMoeGraftConfig, networks: dict[int, FeedForward]) -> list[int]:
@@ -321,8 +329,9 @@ class HfMoeGraftForCausalLM(HfMoeGraft, PreTrainedModel, GenerationMixin):
     """A causal language model of Transformers with experts in it.
 
     Constructing or loading one gives an instance of a class that is this one and the host's own, so that it is and
-    does all that the host's model is and does. Raises ValueError of one line where the backbone is no decoder with
-    dense feed-forward networks.
+    does all that the host's model is and does. Where the backbone has other parts beside its text it is an
+    `HfMoeGraftForImageTextToText`. Raises ValueError of one line where the backbone is no decoder with dense
+    feed-forward networks.
     """
 
     hosts = MODEL_FOR_CAUSAL_LM_MAPPING
@@ -335,10 +344,14 @@ class HfMoeGraftForCausalLM(HfMoeGraft, PreTrainedModel, GenerationMixin):
         """The class for this config's backbone."""
         if "host_class" in vars(cls):
             return cls
-        kind = type(config.backbone)
-        if kind not in cls.hosts or config.backbone.is_encoder_decoder:
-            raise ValueError(f"A {config.backbone.model_type} is no decoder that writes text: experts need one.")
-        return grafted(cls, cls.hosts[kind])
+        backbone = config.backbone
+        ours = HfMoeGraftForImageTextToText if has_parts(backbone) else HfMoeGraftForCausalLM
+        encodes = any(x.is_encoder_decoder for x in (backbone, backbone.get_text_config(decoder=True)))
+        if type(backbone) not in ours.hosts or encodes:
+            raise ValueError(f"A {backbone.model_type} is no decoder that writes text: experts need one.")
+        if not issubclass(ours, cls):
+            raise ValueError(f"A {backbone.model_type} reads no pictures: it is an {ours.__name__}.")
+        return grafted(ours, ours.hosts[type(backbone)])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config: Any = None, **kwargs):
@@ -353,6 +366,12 @@ class HfMoeGraftForCausalLM(HfMoeGraft, PreTrainedModel, GenerationMixin):
     @classmethod
     def _from_config(cls, config: HfMoeGraftConfig, **kwargs):
         return super(HfMoeGraftForCausalLM, cls.of(config))._from_config(config, **kwargs)
+
+
+class HfMoeGraftForImageTextToText(HfMoeGraftForCausalLM):
+    """A model of Transformers that reads pictures and text, with experts in the decoder that writes."""
+
+    hosts = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 @cache
@@ -392,4 +411,4 @@ def grafted(ours: type, host: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(ours.__name__, (ours, host), body)
 
 
-__all__ = ["HfMoeGraftForCausalLM"]
+__all__ = ["HfMoeGraftForCausalLM", "HfMoeGraftForImageTextToText"]

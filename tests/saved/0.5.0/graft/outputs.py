@@ -1,9 +1,11 @@
 """What the models return beyond Transformers' own output classes. T tokens, E routed experts, K experts per token."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import ModelOutput
 
 
 @dataclass
@@ -37,3 +39,12 @@ class HfMoeCausalLMOutput(MoeCausalLMOutputWithPast):
     mtp_loss: torch.Tensor | None = None
     router_losses: dict[str, torch.Tensor] | None = None
     router_indices: tuple[torch.Tensor, ...] | None = None
+
+
+@cache
+def with_fields_of(host: type[ModelOutput]) -> type[HfMoeCausalLMOutput]:
+    """HfMoeCausalLMOutput; where the host's output tells more, as of pictures, one that is both."""
+    if {x.name for x in fields(host)} <= {x.name for x in fields(HfMoeCausalLMOutput)}:
+        return HfMoeCausalLMOutput
+    body = {"__module__": __name__, "__doc__": f"{host.__name__}, and what its routers did."}
+    return dataclass(type(HfMoeCausalLMOutput.__name__, (HfMoeCausalLMOutput, host), body))

@@ -67,7 +67,7 @@ def valid_tokens(
         kinds = [kind for kind, mask in attention_mask.items() if mask is not None]
         if not kinds:
             return None
-        layer = layer_types.index(kinds[0])
+        layer = layer_types.index(kinds[0]) if kinds[0] in (layer_types or ()) else 0
         attention_mask = attention_mask[kinds[0]]
     if attention_mask is None:
         return None
