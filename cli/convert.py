@@ -21,6 +21,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be writt
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run has written.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not compare the logits with the source's.")]
 DropMtp = Annotated[bool, typer.Option("--drop-mtp", help="Leave out the layers for multi-token prediction.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -70,6 +73,7 @@ def upcycle(
             help="Keep the model's own architecture, with experts in it, where hf_moe's own could hold it, too.",
         ),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     router_init: Annotated[
         str | None,
         typer.Option(
@@ -122,6 +126,7 @@ def upcycle(
             domain_texts=domain_text or None,
             layers=layers,
             graft=graft,
+            trust_remote_code=trust_remote_code,
             router_init=router_init,
             router_std=router_std,
             prompts=prompts,
@@ -230,6 +235,7 @@ def verify(
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest difference between two logits that passes.")
     ] = TOLERANCE,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Compare two checkpoints' logits; exit code 1 if they differ by more than the tolerance.
@@ -240,7 +246,7 @@ def verify(
         hide_loading_bars()
         from hf_moe.conversion import verify
 
-        report = verify(a, b, data=data)
+        report = verify(a, b, data=data, trust_remote_code=trust_remote_code)
     finish(report, json, tolerance, (a, b))
 
 

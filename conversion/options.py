@@ -72,8 +72,9 @@ class UpcycleOptions(ConversionOptions):
     "carve" the pieces of one. strategy: a key of `UPCYCLERS`; their files say what each does. layers: which become
     sparse, counted from 0: "all", "all/2" for every second, "2-5,8", or "0-3=copy,4-7=drop" with strategies of their
     own. graft: keep the model's own architecture, with experts in it, also where hf_moe's own could hold it; other
-    models are always grafted. router_init: a key of `ROUTER_INITS`; by default what the strategy calls for. seed: of
-    all that is drawn.
+    models are always grafted. trust_remote_code: run the model code that lies beside the checkpoint, of a model that
+    Transformers does not know; the code goes along. router_init: a key of `ROUTER_INITS`; by default what the strategy
+    calls for. seed: of all that is drawn.
 
     Of the rest, one that nothing reads is refused. granularity: cut each network into so many experts. shared: shared
     experts, 1 where the strategy has some. router_std: root mean square of the router's weights (0.02); they are
@@ -95,6 +96,7 @@ class UpcycleOptions(ConversionOptions):
     domain_texts: Sequence[str | Path] | None = None
     layers: str = "all"
     graft: bool = False
+    trust_remote_code: bool = False
     router_init: str | None = None
     router_std: float | None = None
     prompts: str | Path | None = None

@@ -40,7 +40,8 @@ def upcycle(src: str | Path | Sequence[str | Path], dst: str | Path, options: Up
         raise ValueError("domain_texts has no effect with verify=False (--no-verify).")
     first, *others = [src] if isinstance(src, (str, Path)) else src
     place = locate(first)
-    opening = open_graft if options.graft or not has_table(place) else open_dense
+    grafts = partial(open_graft, trust_remote_code=options.trust_remote_code)
+    opening = grafts if options.graft or options.trust_remote_code or not has_table(place) else open_dense
     sources = [opening(place), *map(opening, others)]
     plan = Plan(sources, options)
     config = plan.dense.mixture(list(plan.layers), plan.widths)
@@ -51,6 +52,8 @@ def upcycle(src: str | Path | Sequence[str | Path], dst: str | Path, options: Up
         "seed": options.seed,
         "arguments": plan.arguments,
     }
+    if sources[0].code:
+        said["remote_code"] = sources[0].code
     domains = []
     if len(sources) > 1 and not options.dry_run:
         said["siblings"] = [origin(sibling) for sibling in sources[1:]]

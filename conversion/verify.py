@@ -11,10 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..generation.cached import with_and_without_cache
 from ..generation_settings import mend_ids
-from ..reading import auto_config, positions
+from ..reading import positions
 from ..same_tokens import check_same_tokens
 from .files import file_backed
 from .files.checkpoint import Checkpoint, Entry, read_config, read_text
+from .files.own_code import config_of
 from .files.source import locate
 from .files.tokenizer import load_tokenizer
 from .files.writer import Output
@@ -59,15 +60,22 @@ COVERED = 2.0  # characters that a token stands for where a tokenizer knows the 
 
 @torch.inference_mode()
 def verify(
-    a: str | Path, b: str | Path, *, data: str | Path | None = None, max_tokens: int = MAX_TOKENS, seed: int = 0
+    a: str | Path,
+    b: str | Path,
+    *,
+    data: str | Path | None = None,
+    max_tokens: int = MAX_TOKENS,
+    seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Compare the next-token logits of models `a` (the reference) and `b` on a text, in float32 on the CPU.
 
     a, b: folders with safetensors weights, or Hub ids. data: a text file; without one, a short text of our own that
     the tokenizer of `a` has words for, or random token ids (from `seed`) where there is no tokenizer, or it covers
-    none of the texts. The first `max_tokens` tokens are read in windows of 256. One model follows the other, and of
-    each only one layer's weights are in memory at a time. If its files do not hold them under the names that they have
-    in Transformers, that writes the model, in float32, to temporary files (TMPDIR); where these have no room, and with
+    none of the texts. trust_remote_code: run model code that lies beside a checkpoint, of one that Transformers does
+    not know. The first `max_tokens` tokens are read in windows of 256. One model follows the other, and of each only
+    one layer's weights are in memory at a time. If its files do not hold them under the names that they have in
+    Transformers, that writes the model, in float32, to temporary files (TMPDIR); where these have no room, and with
     quantised weights, all are in memory.
 
     Returns max_abs_diff and mean_abs_diff of the logits, kl (mean KL(a || b) per token, nats), top1_agreement (share
@@ -78,7 +86,7 @@ def verify(
     """
     if max_tokens < 2:
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 2.")
-    (folder_a, config_a), (folder_b, config_b) = opened(a), opened(b)
+    (folder_a, config_a), (folder_b, config_b) = (opened(x, trust_remote_code) for x in (a, b))
     text_a, text_b = config_a.get_text_config(), config_b.get_text_config()  # of pictures and text, that of the text
     if text_a.vocab_size != text_b.vocab_size:
         raise ValueError(
@@ -93,9 +101,9 @@ def verify(
     windows = [part for part in ids.split(window) if len(part) > 1]
     models = [(config_a, Checkpoint(folder_a).entries), (config_b, Checkpoint(folder_b).entries)]
     check_memory(memory_needed(models, len(ids)))
-    with file_backed.loaded(folder_a, config_a) as model_a:
+    with file_backed.loaded(folder_a, config_a, trust_remote_code) as model_a:
         reference = list(logits_of(model_a, windows))
-    with file_backed.loaded(folder_b, config_b) as model_b:
+    with file_backed.loaded(folder_b, config_b, trust_remote_code) as model_b:
         return compared(reference, model_b, windows) | {"text": text}
 
 
@@ -154,12 +162,12 @@ def cached_text(model: PreTrainedModel, window: torch.Tensor) -> dict[str, float
     return {"cache_max_abs_diff": found.difference, "cached_text_equal": found.same}
 
 
-def opened(model: str | Path) -> tuple[Path, PreTrainedConfig]:
+def opened(model: str | Path, trust_remote_code: bool) -> tuple[Path, PreTrainedConfig]:
     """Folder and config of a model, its weight files checked. Raises FileNotFoundError or a ValueError of one line."""
     folder, _, _ = locate(model)
     read_config(folder)
     Checkpoint(folder)
-    config = auto_config(folder, trust_remote_code=False)
+    config = config_of(folder, trust_remote_code)
     text = config.get_text_config()
     mend_ids(text, text.vocab_size)
     return folder, config

@@ -25,7 +25,7 @@ from .writer import Output
 
 
 @contextmanager
-def loaded(folder: Path, config: PreTrainedConfig) -> Iterator[PreTrainedModel]:
+def loaded(folder: Path, config: PreTrainedConfig, trust_remote_code: bool = False) -> Iterator[PreTrainedModel]:
     """The model in `folder`, computing in float32.
 
     Where the files do not hold the parameters under their names, as when experts lie one by one, Transformers puts
@@ -37,9 +37,10 @@ def loaded(folder: Path, config: PreTrainedConfig) -> Iterator[PreTrainedModel]:
     elif can_offload(model, checkpoint.entries):
         logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is asked for here
         with tempfile.TemporaryDirectory(prefix="hf_moe-") as aside:
-            yield ready(by_transformers(folder, device_map={"": "disk"}, offload_folder=aside))
+            yield ready(by_transformers(folder, trust_remote_code, device_map={"": "disk"}, offload_folder=aside))
     else:
-        yield ready(by_transformers(folder).float())  # until Transformers 5.22 dequantised experts stay in bfloat16
+        # Until Transformers 5.22 dequantised experts stay in bfloat16.
+        yield ready(by_transformers(folder, trust_remote_code).float())
 
 
 def backed(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
@@ -55,11 +56,12 @@ def backed(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
     return model
 
 
-def by_transformers(folder: Path, **where) -> PreTrainedModel:
+def by_transformers(folder: Path, trust_remote_code: bool = False, **where) -> PreTrainedModel:
     """The model as Transformers loads it. Raises a ValueError where it would go on with weights drawn at random."""
-    config = mended_config(folder, trust_remote_code=False)[0] or auto_config(folder, trust_remote_code=False)
-    given = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
-    return whole_model(folder, auto_class(config), config=config, **given, **where)
+    trusted = {"trust_remote_code": trust_remote_code}
+    config = mended_config(folder, **trusted)[0] or auto_config(folder, **trusted)
+    given = {"dtype": torch.float32, "use_safetensors": True}
+    return whole_model(folder, auto_class(config), config=config, **given, **trusted, **where)
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:

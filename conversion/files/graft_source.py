@@ -19,12 +19,13 @@ from ...generation_settings import check_generation_config
 from ...model.configuration_hf_moe import HfMoeConfig
 from ...model.configuration_hf_moe_graft import HfMoeGraftConfig, has_parts
 from ...model.feed_forward import FeedForward, find_feed_forwards
-from ...reading import PROCESSOR_FILES, auto_config
+from ...reading import PROCESSOR_FILES
 from ...routers import find_routers
 from ..families import ENCODER_DECODERS
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry, read_config
 from .file_backed import by_transformers, empty, stored_names
 from .host import names_in_memory
+from .own_code import config_of, is_own, own_code
 from .source import Place, carried_files, locate, mend, unread_keys
 from .writer import Output
 
@@ -58,6 +59,7 @@ class GraftSource:
     names: Mapping[str, str]
     networks: Mapping[int, FeedForward]  # of the layers that have one
     ignored_config_keys: list[str]  # the host's class does not read them
+    code: list[str]  # files of the host's class, where it is none of Transformers'
 
     incomparable = None
 
@@ -76,7 +78,7 @@ class GraftSource:
         return {name: x for name, x in said.items() if name not in ("dtype", "architectures", "transformers_version")}
 
     def carried_files(self) -> list[Path]:
-        return carried_files(self.checkpoint.folder, PROCESSOR_FILES)
+        return [*carried_files(self.checkpoint.folder, PROCESSOR_FILES), *map(Path, self.code)]
 
     def outputs(self) -> dict[str, Output]:
         """Every tensor of the dense model by its name in Transformers, made of this checkpoint's bytes."""
@@ -88,8 +90,9 @@ class GraftSource:
         return Output(name, entry.dtype, entry.shape, lambda: [self.checkpoint.tensor(stored)])
 
 
-def open_graft(src: str | Path | Place) -> GraftSource:
-    """Open a dense checkpoint of any decoder of Transformers, or of a model with one that reads pictures, too.
+def open_graft(src: str | Path | Place, trust_remote_code: bool = False) -> GraftSource:
+    """Open a dense checkpoint of any decoder of Transformers, of a model with one that reads pictures, too, or of a
+    decoder that brings its code, which then runs.
 
     Raises FileNotFoundError or a ValueError of one line: no checkpoint, a model that is no decoder, has no dense
     feed-forward networks or experts already, a tensor that is missing, left over or of another shape.
@@ -99,14 +102,20 @@ def open_graft(src: str | Path | Place) -> GraftSource:
     model_type = said.get("model_type")
     if model_type in OURS:
         raise ValueError(f"{name} is an hf_moe checkpoint already.")
-    if model_type not in CONFIG_MAPPING:
+    own = is_own(said)
+    if trust_remote_code and not own:
+        raise ValueError(
+            f"trust_remote_code (--trust-remote-code) has no effect: {name} is a {model_type}, which brings no code "
+            "that Transformers would need."
+        )
+    if model_type not in CONFIG_MAPPING and not own:
         raise ValueError(
             f"{name} has model_type {model_type!r}, which Transformers {transformers.__version__} does not know: take "
             "a newer one."
         )
     if said.get("quantization_config") is not None:
         raise ValueError(f"{name} is quantized: experts are grafted onto weights in 16 or 32 bits, save those first.")
-    config = auto_config(folder, trust_remote_code=False)
+    code, config = own_code(folder), config_of(folder, trust_remote_code)
     check_decoder(name, config)
     check_generation_config(folder)
     mend(config.get_text_config(decoder=True), name)
@@ -132,8 +141,9 @@ def open_graft(src: str | Path | Place) -> GraftSource:
     if any(computed for _, computed in found.values()):
         checkpoint = ComputedCheckpoint(folder)
         found = {stored: (stored, False) for stored in checkpoint.entries}
+    ignored = [] if own else unread_keys(said, config)  # such a class need not say what it reads
     names = agreed_names(model, networks, checkpoint, {new: stored for stored, (new, _) in found.items()})
-    return GraftSource(name, revision, config, model, checkpoint, names, networks, unread_keys(said, config))
+    return GraftSource(name, revision, config, model, checkpoint, names, networks, ignored, code)
 
 
 def check_decoder(name: str, config: PreTrainedConfig) -> None:

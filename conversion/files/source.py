@@ -44,9 +44,9 @@ CARRIED_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-# It is read for the licence and the data sets.
-DOWNLOADED_FILES = ("README.md", "config.json", "model*.safetensors", "model.safetensors.index.json", *CARRIED_FILES)
-DOWNLOADED_FILES += PROCESSOR_FILES
+# The card is read for the licence and the data sets; code runs where the user lets it.
+DOWNLOADED_FILES = ("README.md", "*.py", "config.json", "model*.safetensors", "model.safetensors.index.json")
+DOWNLOADED_FILES += CARRIED_FILES + PROCESSOR_FILES
 
 # Keys of a config.json that describe the file or are the older spelling of a field.
 BOOKKEEPING_KEYS = frozenset(
@@ -75,6 +75,8 @@ class Source:
     ignored_config_keys: list[str]  # the family's class in Transformers does not read them
     ignored_tensors: tuple[str, ...]  # patterns of their names
     checkpoint: Checkpoint
+
+    code = ()  # the model's class is Transformers'
 
     @property
     def incomparable(self) -> str | None:

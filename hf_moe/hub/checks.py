@@ -123,7 +123,10 @@ def check_loads(saved: SavedModel) -> None:
                 f"{saved.folder / CONFIG} has no auto_map, so nobody without hf_moe can load the model; load it and "
                 "save it again with save_pretrained."
             )
-        check_weights(saved)
+        if getattr(saved.config, "needs_code", False):  # which is not run here
+            check_code(saved.folder, CONFIG, saved.config.backbone.to_dict())
+        else:
+            check_weights(saved)
 
 
 def check_base(name: str | None) -> None:
@@ -135,11 +138,12 @@ def check_base(name: str | None) -> None:
         )
 
 
-def check_code(folder: Path, file: str) -> None:
-    """Raises FileNotFoundError where a module that `file` names, or one that it imports, is not there."""
+def check_code(folder: Path, file: str, said: dict | None = None) -> None:
+    """Raises FileNotFoundError where a module that `file` names, or what is `said` in it, or that it imports, is not
+    there."""
     references = [
         reference
-        for value in read_json(folder / file).get("auto_map", {}).values()
+        for value in (read_json(folder / file) if said is None else said).get("auto_map", {}).values()
         for reference in ([value] if isinstance(value, str) else value)
         if reference is not None and "--" not in reference  # whose code is in another repository
     ]

@@ -30,6 +30,7 @@ PROVENANCE = {
     "source": "Source",
     "model_type": "Source's model type",
     "revision": "Revision",
+    "remote_code": "Its model's code, which is here, too",
     "method": "Method",
     "strategy": "Strategy",
     "seed": "Seed",

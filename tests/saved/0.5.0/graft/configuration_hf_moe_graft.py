@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from .configuration_hf_moe import COEFFICIENTS, HfMoeConfig
+from .host_code import UnreadConfig, brings_code, is_own, save_code, unread, with_code
 
 # Which class answers to which Auto class when the files travel with a checkpoint.
 AUTO_MAP = {
@@ -26,11 +27,16 @@ LEAST |= {name: 0 for name in COEFFICIENTS if name.startswith(("router", "seq", 
 
 
 def built_backbone(said: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
-    """A backbone's config. Raises ValueError for a model type that this Transformers does not know."""
+    """A backbone's config, unread where its class is in code that comes with it.
+
+    Raises ValueError for a model type that this Transformers does not know.
+    """
     if isinstance(said, PreTrainedConfig):
         return said
     fields = dict(said or {"model_type": "llama"})
     model_type = fields.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING and brings_code(fields):
+        return unread(model_type).from_dict(fields)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"backbone has model_type {model_type!r}, which Transformers {transformers.__version__} does not know: "
@@ -150,6 +156,25 @@ class HfMoeGraftConfig(PreTrainedConfig):
         return PROCESSOR_MAPPING_NAMES.get(self.backbone.model_type)
 
     @property
+    def needs_code(self) -> bool:
+        """Whether the backbone's class is in code that comes with the model and was not run."""
+        return isinstance(self.backbone, UnreadConfig)
+
+    def run_code(self, folder: str | os.PathLike, **where: Any) -> None:
+        """Let the backbone be of its own class, in the code that lies in `folder`."""
+        if self.needs_code:
+            attention = self.backbone._attn_implementation
+            self.backbone = with_code(self.backbone.to_dict(), folder, **where)
+            self.backbone._attn_implementation = attention
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """With all fields of a backbone whose own defaults are in code that is not run to read them."""
+        said = super().to_diff_dict()
+        if is_own(self.backbone):
+            said["backbone"] = self.backbone.to_dict()
+        return said
+
+    @property
     def _experts_implementation(self) -> str | None:
         """Of the experts here: the backbone has none, and its classes refuse to be told."""
         return self.__dict__.get("_experts_implementation_internal")
@@ -174,6 +199,8 @@ class HfMoeGraftConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         # A folder saved from a Hub checkpoint must not point back to that checkpoint's code.
         self.auto_map = AUTO_MAP | (WITH_PICTURES if has_parts(self.backbone) else {})
+        os.makedirs(save_directory, exist_ok=True)
+        save_code(self.backbone, save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

@@ -173,9 +173,9 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeH
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: other code's modules without parameters are passed over in loading, and the host's may have buffers that
-        are computed then (Falcon-H1)."""
-        return False
+        """As the host: loading passes over other code's modules without parameters, and those of Transformers' own may
+        have buffers that are computed then (Falcon-H1)."""
+        return cls.host_class.is_custom_code()
 
     def initialize_weights(self):
         """As Transformers' own; blocks by this class, since the decoder around them initialises by its own."""
@@ -345,6 +345,11 @@ class HfMoeGraftForCausalLM(HfMoeGraft, PreTrainedModel, GenerationMixin):
         if "host_class" in vars(cls):
             return cls
         backbone = config.backbone
+        if config.needs_code:
+            raise ValueError(
+                f"A {backbone.model_type} is made by code that comes with it: look at that, and load the model with "
+                "trust_remote_code=True (--trust-remote-code)."
+            )
         ours = HfMoeGraftForImageTextToText if has_parts(backbone) else HfMoeGraftForCausalLM
         encodes = any(x.is_encoder_decoder for x in (backbone, backbone.get_text_config(decoder=True)))
         if type(backbone) not in ours.hosts or encodes:
@@ -356,9 +361,11 @@ class HfMoeGraftForCausalLM(HfMoeGraft, PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config: Any = None, **kwargs):
         """As Transformers' own, by the class of the backbone."""
+        places = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "subfolder") if name in kwargs}
         if getattr(config, "model_type", None) != HfMoeGraftConfig.model_type:  # classes differ where code is remote
-            places = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "subfolder") if name in kwargs}
             config = HfMoeGraftConfig.from_pretrained(config or pretrained_model_name_or_path, **places)
+        if kwargs.get("trust_remote_code"):
+            config.run_code(pretrained_model_name_or_path, **places)
         if "host_class" not in vars(cls):
             return cls.of(config).from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
