@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..generation.cached import with_and_without_cache
 from ..generation_settings import mend_ids
-from ..reading import positions
+from ..reading import built, positions
 from ..same_tokens import check_same_tokens
 from .files import file_backed
 from .files.checkpoint import Checkpoint, Entry, read_config, read_text
@@ -202,9 +202,10 @@ def covered_text(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
 
 
 def logits_of(model: PreTrainedModel, windows: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Logits [T, V] of each window [T]."""
+    """Logits [T, V] of each window [T]. Raises a ValueError of one line where the model cannot read it."""
     for part in windows:
-        yield model(input_ids=part[None], use_cache=False).logits[0]
+        what = f"A {model.config.model_type} cannot read the text to compare"
+        yield built(model, what, input_ids=part[None], use_cache=False).logits[0]
 
 
 def memory_needed(

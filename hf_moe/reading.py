@@ -23,12 +23,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from .model.configuration_hf_moe_graft import HfMoeGraftConfig
+from .model.configuration_hf_moe_graft import HfMoeGraftConfig, has_parts
 
 # Beside the weights of a model that reads pictures.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -89,8 +86,7 @@ def auto_tokenizer(model: str | Path, what: str, **kwargs: Any) -> PreTrainedTok
 
 def auto_class(config: PreTrainedConfig) -> type:
     """The Auto class that loads all of the model: one that reads pictures is more than the decoder in it."""
-    has_parts = config.get_text_config(decoder=True) is not config or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    reads_pictures = has_parts and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    reads_pictures = has_parts(config) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM
 
 

@@ -65,7 +65,7 @@ IN_TWO = "its feed-forward network is in two modules, with a norm of the sum"
 NONE = "it has no feed-forward network"
 ENCODER_DECODERS = ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus")
 ENCODER_DECODERS += ("plbart", "prophetnet", "whisper")
-PICTURES = "a model of several parts; its text model is a family of its own"
+PICTURES = "a model of several parts; those that read pictures are below, and its text model is a family of its own"
 LEFT_OUT = {
     **dict.fromkeys(
         (

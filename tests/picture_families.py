@@ -4,7 +4,10 @@ import inspect
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from . import dense_families
 
@@ -23,7 +26,7 @@ TOKENS = {
     "eoi_token_id": END,
     "pad_token_id": 0,
 }
-VISION = {
+OTHERS = {
     "hidden_size": 32,
     "intermediate_size": 40,
     "depth": 2,
@@ -44,6 +47,7 @@ VISION = {
     "deepstack_visual_indexes": [0],
 }
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+ALL_OF_A_HEAD = MROPE | {"partial_rotary_factor": 1.0}
 LINEAR = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
@@ -53,10 +57,10 @@ LINEAR = {
 # What the text of some needs.
 TEXT = {
     "gemma4": {"per_layer_config": {}},
-    "qwen2_vl": {"rope_parameters": MROPE},
-    "qwen2_5_vl": {"rope_parameters": MROPE},
-    "qwen3_vl": {"rope_parameters": MROPE},
-    "qwen3_5": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}, **LINEAR},
+    **{name: {"rope_parameters": MROPE} for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "cosmos3_omni")},
+    **{name: {"rope_parameters": ALL_OF_A_HEAD} for name in ("glm46v", "glm4v", "glm_ocr", "glmga", "hunyuan_vl")},
+    "paddleocr_vl": {"rope_parameters": MROPE},
+    "qwen3_5": {"rope_parameters": ALL_OF_A_HEAD, **LINEAR},
 }
 # What the whole of some is told.
 WHOLE = {
@@ -66,17 +70,38 @@ WHOLE = {
 }
 
 
+SPARSE, UNTRIED = "it has experts already", "not tried: it has no tiny model here"
+DENSE_TOO = ("gemma4",)  # have experts or not, as the config says
+# model_type -> why it is none that experts could be grafted onto, or is not known to be one.
+LEFT_OUT = {
+    **dict.fromkeys(("blip", "blip-2", "instructblip", "instructblipvideo"), "it reads no text without a picture"),
+    **dict.fromkeys(("kosmos-2", "kosmos-2.5"), "its text's layers are within a model with a head of its own"),
+    "shieldgemma2": "it says yes or no",
+    "pi0": "it moves a robot",
+    "evolla": "it reads proteins",
+    "paligemma": "it reads its prompt in both directions, which a comparison with a cache takes for an error",
+    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), "not tried: timm reads its pictures"),
+    **dict.fromkeys(("apertus1p5", "chameleon", "cosmos3_edge", "emu3", "granite4_vision"), UNTRIED),
+    **dict.fromkeys(("idefics", "molmo2", "qwen2_5_omni_thinker"), UNTRIED),
+}
+
+
 def config_of(model_type: str, **changes) -> PreTrainedConfig:
     """`changes` are of the text."""
     kind = CONFIG_MAPPING[model_type]
     default = kind(**WHOLE.get(model_type, {}))
-    text, vision = default.get_text_config(decoder=True), default.vision_config
-    text = dense_families.config_of(text.model_type, **TEXT.get(model_type, {}) | changes)
-    known = set(type(vision).__dataclass_fields__)
-    vision = type(vision)(**{name: value for name, value in VISION.items() if name in known})
+    text, parts = default.get_text_config(decoder=True), {}
+    for name in kind.sub_configs:
+        part = getattr(default, name)
+        if part is text:
+            part = dense_families.config_of(text.model_type, **TEXT.get(model_type, {}) | changes)
+        elif part is not None:
+            known = set(type(part).__dataclass_fields__)
+            part = type(part)(**{name: value for name, value in OTHERS.items() if name in known})
+        parts[name] = part
     known = set(kind.__dataclass_fields__)
     given = {name: value for name, value in TOKENS.items() if name in known} | WHOLE.get(model_type, {})
-    return kind(**given | {"text_config": text, "vision_config": vision})
+    return kind(**given | parts)
 
 
 def tiny(model_type: str, **changes) -> PreTrainedModel:
@@ -87,6 +112,25 @@ def tiny(model_type: str, **changes) -> PreTrainedModel:
         if not weight.any():  # some begin as if there was no picture
             torch.nn.init.normal_(weight, std=0.1)
     return model
+
+
+def why_not(model_type: str) -> str | None:
+    """Why a family of the mapping is none that experts can be grafted onto; None where it is one."""
+    known = dense_families.LEFT_OUT | LEFT_OUT
+    if model_type in known:
+        return known[model_type]
+    kind = CONFIG_MAPPING[model_type]
+    if kind.model_type != model_type:
+        return f"the name of a checkpoint of {kind.model_type}"
+    whole = kind()
+    text = whole.get_text_config(decoder=True)
+    if whole.is_encoder_decoder or text.is_encoder_decoder:
+        return "an encoder-decoder"
+    sparse = model_type not in DENSE_TOO and any("expert" in name for name in type(text).__dataclass_fields__)
+    return SPARSE if sparse else None
+
+
+FAMILIES = [name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if why_not(name) is None]
 
 
 def picture() -> torch.Tensor:

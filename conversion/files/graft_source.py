@@ -151,7 +151,7 @@ def check_decoder(name: str, config: PreTrainedConfig) -> None:
     parts = (config, config.get_text_config(decoder=True))
     encodes = any(part.is_encoder_decoder or part.model_type in ENCODER_DECODERS for part in parts)
     hosts = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if has_parts(config) else MODEL_FOR_CAUSAL_LM_MAPPING
-    if encodes or type(config) not in hosts:
+    if encodes or type(config) not in hosts or not hasattr(parts[1], "vocab_size"):
         raise ValueError(
             f"{name} is a {config.model_type}, no decoder that writes text, nor one that also reads pictures: experts "
             f"can be grafted onto those.{text_alone(config)}"

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from ..model import modeling_hf_moe, modeling_hf_moe_graft
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
-from ..reading import auto_config, built
+from ..reading import PROCESSOR_FILES, auto_config, built
 from ..routers import routed_experts
 from ..sizes.counts import sizes
 
@@ -63,6 +63,10 @@ class SavedModel:
     @property
     def has_tokenizer(self) -> bool:
         return (self.folder / "tokenizer_config.json").is_file()
+
+    @property
+    def has_processor(self) -> bool:
+        return any((self.folder / name).is_file() for name in PROCESSOR_FILES)
 
     @property
     def has_chat_template(self) -> bool:

@@ -86,9 +86,9 @@ def test_experts_one_by_one_are_put_together_on_the_disk(room, tmp_path, monkeyp
     placed = []
     load = file_backed.by_transformers
 
-    def loads(folder, **where):
+    def loads(folder, trust_remote_code, **where):
         placed.append(where)
-        loaded = load(folder, **where)
+        loaded = load(folder, trust_remote_code, **where)
         assert {parameter.device.type for parameter in loaded.parameters()} == {"meta" if room else "cpu"}
         assert any(aside.rglob("*.safetensors")) == room
         return loaded

@@ -17,7 +17,7 @@ from hf_moe.hub.folder import read_folder
 from hf_moe.model.configuration_hf_moe_graft import HfMoeGraftConfig
 from hf_moe.model.modeling_hf_moe_graft import HfMoeGraftForCausalLM, HfMoeGraftForImageTextToText
 from hf_moe.routers import find_routers
-from tests.picture_families import PICTURES, config_of, read, tiny
+from tests.picture_families import FAMILIES, PICTURES, config_of, read, tiny
 
 
 def graft(model_type: str, **fields) -> HfMoeGraftForImageTextToText:
@@ -50,6 +50,8 @@ def test_a_copy_writes_what_the_dense_model_writes(model_type, tmp_path):
         written = [x.generate(**inputs, max_new_tokens=5, do_sample=False) for x in (dense, model)]
     assert torch.equal(*written)
 
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert "AutoModelForImageTextToText.from_pretrained" in card and "pipeline_tag: image-text-to-text" in card
     check_weights(read_folder(tmp_path / "moe"))
     model.save_pretrained(tmp_path / "again")
     check_weights(read_folder(tmp_path / "again"))
@@ -57,6 +59,20 @@ def test_a_copy_writes_what_the_dense_model_writes(model_type, tmp_path):
         again = auto_class.from_pretrained(tmp_path / "again")
         assert type(again) is type(model) and again.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name not in PICTURES])
+def test_a_copy_writes_what_the_dense_model_writes_of_text(model_type, tmp_path):
+    dense, ids = tiny(model_type), torch.tensor([[5, 9, 17, 33, 6, 71]])
+    dense.save_pretrained(tmp_path / "dense")
+    report = upcycle(tmp_path / "dense", tmp_path / "moe", experts=3, top_k=2, graft=True, progress=False)
+    assert report["equal_at_step_0"] and report["max_abs_diff"] < 1e-5 and report["cached_text_equal"]
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "moe").eval()
+    kept = dense.state_dict().keys() & model.state_dict().keys()
+    assert kept and all(torch.equal(dense.state_dict()[name], model.state_dict()[name]) for name in kept)
+    assert not any("vision" in name or "visual" in name for name in dense.state_dict().keys() - kept)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", PICTURES)

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING
 
 from hf_moe.model.configuration_hf_moe_graft import HfMoeGraftConfig
 from hf_moe.model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
+from tests import picture_families
 from tests.dense_families import LEFT_OUT, config_of, tiny
 
 # Those of LEFT_OUT that are not refused: their texts are of another kind, or have no tiny model.
@@ -30,6 +31,16 @@ def test_left_out(model_type):
     ) as raised:
         HfMoeGraftForCausalLM(config)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["blip", "blip-2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5", "git", "pi0", "evolla"],
+)
+def test_left_out_of_those_that_read_pictures(model_type, tmp_path):
+    assert model_type in picture_families.LEFT_OUT or model_type in LEFT_OUT
+    CONFIG_MAPPING[model_type]().save_pretrained(tmp_path / "dense")
+    assert_refused(tmp_path / "dense", "no decoder that writes text|has a dense feed-forward|reads no text without")
 
 
 @pytest.fixture

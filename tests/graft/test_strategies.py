@@ -11,12 +11,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tests import picture_families
 from tests.conftest import tokens
 from tests.conversion.test_upcycling import EQUAL, REPORTED, assert_equal, convert
 from tests.dense_families import tiny
 
 # Hybrid, sandwich norms, one matrix with biases, fused gate and up, multipliers beside a state space.
 FAMILIES = ("qwen3_5_text", "gemma3_text", "gpt_neox", "phi3", "falcon_h1")
+FAMILIES += ("llava",)  # which reads pictures, too
 WIDTH = 96
 
 
@@ -37,7 +39,8 @@ def sources(tmp_path_factory):
     def make(family: str) -> tuple:
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
-            model = tiny(family, intermediate_size=WIDTH, initializer_range=0.2)
+            make = picture_families.tiny if family in picture_families.PICTURES else tiny
+            model = make(family, intermediate_size=WIDTH, initializer_range=0.2)
             model.save_pretrained(folder)
             text = tokens(1, 300, 61, seed=5)[0].tolist()
             (folder / "calibration.txt").write_text(" ".join(f"w{index}" for index in text))

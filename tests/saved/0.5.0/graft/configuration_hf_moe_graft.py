@@ -47,7 +47,8 @@ def built_backbone(said: dict[str, Any] | PreTrainedConfig | None) -> PreTrained
 
 def has_parts(backbone: PreTrainedConfig) -> bool:
     """Whether it is a model with others than a decoder of text in it."""
-    return backbone.get_text_config(decoder=True) is not backbone or type(backbone) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    decoder = type(backbone) in MODEL_FOR_CAUSAL_LM_MAPPING or isinstance(backbone, UnreadConfig)
+    return backbone.get_text_config(decoder=True) is not backbone or not decoder
 
 
 @strict
