@@ -22,8 +22,9 @@ from ...model.feed_forward import FeedForward, find_feed_forwards
 from ...reading import PROCESSOR_FILES
 from ...routers import find_routers
 from ..families import ENCODER_DECODERS
-from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry, read_config
-from .file_backed import by_transformers, empty, stored_names
+from .checkpoint import WEIGHT_DTYPES, Checkpoint, read_config
+from .converted import ConvertedCheckpoint
+from .file_backed import empty, stored_names
 from .host import names_in_memory
 from .own_code import config_of, is_own, own_code
 from .source import Place, carried_files, locate, mend, unread_keys
@@ -31,20 +32,6 @@ from .writer import Output
 
 BUFFERS = r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)"  # computed anew, in old files
 OURS = (HfMoeConfig.model_type, HfMoeGraftConfig.model_type)
-
-
-class ComputedCheckpoint(Checkpoint):
-    """A checkpoint whose files hold other tensors than the model: Transformers puts those together, in memory."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        model = by_transformers(folder).to(self.dtype)
-        self._state = {name: model.state_dict()[name] for name in stored_names(model)}
-        self.entries = {name: Entry(x.dtype, tuple(x.shape), 0, x.nbytes) for name, x in self._state.items()}
-        self.file_of = dict.fromkeys(self.entries, self.files[0])
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._state[name]
 
 
 @dataclass(frozen=True)
@@ -87,7 +74,8 @@ class GraftSource:
     def output(self, name: str) -> Output:
         stored = self.names[name]
         entry = self.checkpoint.entries[stored]
-        return Output(name, entry.dtype, entry.shape, lambda: [self.checkpoint.tensor(stored)])
+        held = self.checkpoint.computes(stored) * entry.nbytes
+        return Output(name, entry.dtype, entry.shape, lambda: [self.checkpoint.tensor(stored)], held)
 
 
 def open_graft(src: str | Path | Place, trust_remote_code: bool = False) -> GraftSource:
@@ -137,12 +125,12 @@ def open_graft(src: str | Path | Place, trust_remote_code: bool = False) -> Graf
             f"{text_alone(config)}"
         )
     checkpoint = Checkpoint(folder)
-    found = names_in_memory(model, checkpoint.entries)
-    if any(computed for _, computed in found.values()):
-        checkpoint = ComputedCheckpoint(folder)
-        found = {stored: (stored, False) for stored in checkpoint.entries}
+    found, conversions = names_in_memory(model, checkpoint.entries)
+    if conversions:
+        checkpoint = ConvertedCheckpoint(folder, found, conversions)
+        found = {name: name for name in checkpoint.entries}
     ignored = [] if own else unread_keys(said, config)  # such a class need not say what it reads
-    names = agreed_names(model, networks, checkpoint, {new: stored for stored, (new, _) in found.items()})
+    names = agreed_names(model, networks, checkpoint, {new: stored for stored, new in found.items()})
     return GraftSource(name, revision, config, model, checkpoint, names, networks, ignored, code)
 
 

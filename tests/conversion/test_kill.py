@@ -219,7 +219,7 @@ def test_an_error_while_writing_leaves_nothing(failure, sources, monkeypatch, tm
 
 
 def test_an_error_while_comparing_loses_nothing(sources, monkeypatch, tmp_path):
-    def failing(a, b):
+    def failing(a, b, **how):
         raise MemoryError
 
     arguments = {**sources["upcycle"], **ARGUMENTS, "dst": tmp_path / "out", "verify": True}

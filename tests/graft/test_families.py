@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from hf_moe.conversion import upcycle
+from hf_moe.conversion.files.graft_source import open_graft
 from transformers import AutoModelForCausalLM
 
 from hf_moe.model.configuration_hf_moe_graft import HfMoeGraftConfig
@@ -101,3 +102,20 @@ def test_loads_where_hf_moe_is_not_installed(part, tmp_path):
         torch.testing.assert_close(
             torch.tensor(json.loads(line)), logits, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("model_type", ["hrm_text", "olmo_hybrid"])
+def test_what_the_files_hold_in_other_tensors_is_put_together_one_by_one(model_type, tmp_path, monkeypatch):
+    dense = tiny(model_type).to(torch.bfloat16)
+    dense.save_pretrained(tmp_path)
+
+    def load(*args, **kwargs):
+        raise AssertionError("the whole model was read")
+
+    monkeypatch.setattr("hf_moe.conversion.files.file_backed.whole_model", load)
+    source, state = open_graft(tmp_path), dense.state_dict()
+    computed = [output for output in source.outputs().values() if output.held]
+    assert computed and max(output.held for output in computed) < sum(x.nbytes for x in state.values()) / 4
+    for name, output in source.outputs().items():
+        assert output.shape == tuple(state[name].shape) and output.dtype == torch.bfloat16
+        assert all(map(torch.equal, output.pieces(), [state[name]]))

@@ -12,6 +12,7 @@ from hf_moe import HfMoeConfig, HfMoeGraftConfig, HfMoeGraftForCausalLM
 from hf_moe.model.host import CACHE
 from hf_moe.sizes import sizes
 from hf_moe.sizes.plan import Rate, Run, plan, state_memory
+from tests import picture_families
 from tests.conftest import tokens
 from tests.dense_families import config_of
 from tests.test_plan import SMALL, allocated, saved_bytes
@@ -87,6 +88,17 @@ def test_memory_is_what_training_keeps(name):
         assert memory[part] == pytest.approx(size, rel=0.05), part
     few = plan(config, Run(**SMALL | {"gradient_checkpointing": True}))["memory_per_gpu"]
     assert few["activations"] < 0.8 * memory["activations"]
+
+
+def test_of_a_host_that_reads_pictures_a_text_counts():
+    config = HfMoeGraftConfig(backbone=picture_families.config_of("gemma3"), num_experts=4)
+    alone = HfMoeGraftConfig(backbone=config.backbone.get_text_config(), num_experts=4)
+    whole, text = (sizes(x, 40) for x in (config, alone))
+    assert whole["total_params"] > text["total_params"]
+    for name in ("flops_per_token", "kv_cache_bytes_per_token", "kv_cache_bytes_at_context"):
+        assert whole[name] == text[name]
+    kept = [plan(x, Run(**SMALL))["memory_per_gpu"]["activations"] for x in (config, alone)]
+    assert kept[0] == pytest.approx(kept[1], rel=0.02)
 
 
 def test_a_part_trains_as_in_a_run():

@@ -1,6 +1,5 @@
 """Tensor, expert and data parallelism of Transformers on two CPU processes give one process's logits and gradients."""
 
-import fnmatch
 import json
 import os
 import subprocess
@@ -11,8 +10,11 @@ import pytest
 import torch
 
 from hf_moe import HfMoeGraftConfig, HfMoeGraftForCausalLM
+from hf_moe.model.parallel_plans import in_all_layers
+from tests import picture_families
 from tests.conftest import tiny_model
 from tests.dense_families import FAMILIES, config_of
+from tests.picture_families import PICTURES
 
 EVEN = {"vocab_size": 98, "num_experts": 6}  # what is split between two ranks must be even
 MODELS = {
@@ -49,7 +51,8 @@ GRAFTS = {
 
 def graft(model_type: str, **fields) -> HfMoeGraftForCausalLM:
     torch.manual_seed(0)
-    return HfMoeGraftForCausalLM(HfMoeGraftConfig(backbone=config_of(model_type), num_experts=4, **fields))
+    backbone = picture_families.config_of(model_type) if model_type in PICTURES else config_of(model_type)
+    return HfMoeGraftForCausalLM(HfMoeGraftConfig(backbone=backbone, num_experts=4, **fields))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -59,7 +62,7 @@ def test_every_rule_of_a_plan_matches_something(name):
     assert matching(model.model, rules) == set(rules)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *PICTURES])
 def test_every_rule_of_a_grafts_plan_matches_something(name):
     with torch.device("meta"):
         model = graft(name, n_shared_experts=1)
@@ -73,8 +76,7 @@ def test_every_rule_of_a_grafts_plan_matches_something(name):
 
 
 def matching(model, rules) -> set[str]:
-    names = [module for module, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
-    return {rule for rule in rules if fnmatch.filter(names, rule)}
+    return {in_all_layers(name) for name, _ in [*model.named_modules(), *model.named_parameters()]} & rules.keys()
 
 
 @pytest.fixture(scope="module")
