@@ -22,7 +22,7 @@ from transformers.trainer import TRAINING_ARGS_NAME as TRAINING_ARGS_NAME
 from transformers.trainer import PushInProgress
 from transformers.trainer_pt_utils import LabelSmoother as LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR as PREFIX_CHECKPOINT_DIR
-from transformers.utils import chat_template_utils, logging
+from transformers.utils import chat_template_utils, is_flash_attn_3_available, is_flash_attn_4_available, logging
 from transformers.utils.hub import hf_api
 
 from hf_moe.model.host import TESTED as MODEL_TESTED
@@ -221,3 +221,14 @@ def autocast_forward(accelerator: Accelerator, model: nn.Module) -> None:
     )
     model._original_forward = model.forward
     model.forward = autocast(model.forward)
+
+
+def can_choose_experts(model: PreTrainedModel) -> bool:
+    """Whether `set_experts_implementation` is for this model."""
+    return model._can_set_experts_implementation()
+
+
+def flash_attention() -> str | None:
+    """Of the flash attentions that Transformers calls and somebody installed, one faster than torch's own."""
+    installed = {"flash_attention_4": is_flash_attn_4_available(), "flash_attention_3": is_flash_attn_3_available()}
+    return next((name for name, there in installed.items() if there), None)

@@ -1,12 +1,17 @@
-"""Triton kernels, registered with Transformers under one name: model.set_experts_implementation("hf_moe"); and "auto".
+"""Kernels, registered with Transformers by name: experts "hf_moe" and "auto", attention "varlen".
 
 Nothing here needs Triton or a GPU before a kernel runs.
 """
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .auto import auto_experts_forward
 from .experts import hf_moe_experts_forward
+from .varlen import LateMask, varlen_attention_forward
 
 ALL_EXPERTS_FUNCTIONS.register("hf_moe", hf_moe_experts_forward)
 ALL_EXPERTS_FUNCTIONS.register("auto", auto_experts_forward)
+ALL_ATTENTION_FUNCTIONS.register("varlen", varlen_attention_forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register("varlen", LateMask)

@@ -8,6 +8,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 from ..model.grouped import takes_rows
+from .copies import cast
 from .formula import formula, unseen
 from .operators import experts as experts_operator
 
@@ -33,7 +34,7 @@ def hf_moe_experts_forward(
         warn(reason, other)
         return ALL_EXPERTS_FUNCTIONS[other](self, hidden_states, top_k_index, top_k_weights)
     up_bias, down_bias = (getattr(self, f"{name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
-    operands = [None if tensor is None else tensor.to(dtype) for tensor in (up, down, up_bias, down_bias)]
+    operands = [cast(tensor, dtype) for tensor in (up, down, up_bias, down_bias)]
     x = hidden_states.to(dtype)
     save = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, top_k_weights, *operands)

@@ -4,6 +4,7 @@ Norms and RoPE in one launch each, and the head with its cross-entropy in chunks
 exist (https://arxiv.org/abs/2410.10989). Experts have kernels of our own. Training's outputs then hold no logits.
 """
 
+from functools import partial
 from types import MethodType
 
 from torch import nn
@@ -31,7 +32,8 @@ def apply_liger_kernel_to_hf_moe(
     """Give the modules of `model` Liger's kernels, by their switches; what Liger can't compute stays as it is."""
     for module in model.modules():
         if rms_norm and type(module) in NORMS:
-            module.forward = MethodType(norm, module)
+            # By the class that it has now: FSDP2 gives modules classes of its own.
+            module.forward = MethodType(partial(norm, kind=NORMS[type(module)]), module)
         if rope and type(module) is HfMoeAttention and not module.config.rope_interleave:
             module.rotated = MethodType(rotated, module)
     # A policy's reward is read off the logits; an adapter does more than the weight.
@@ -40,11 +42,10 @@ def apply_liger_kernel_to_hf_moe(
         model.predict = MethodType(predict, model)
 
 
-def norm(self, hidden_states):
+def norm(self, hidden_states, kind):
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    offset, rounding = NORMS[type(self)]
-    return LigerRMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon, offset, rounding, False)
+    return LigerRMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon, *kind, False)
 
 
 def rotated(self, query, key, cos, sin):

@@ -81,6 +81,7 @@ class RecipeParser(TrlParser):
                 part.facts = describe(vars(namespace))
                 part.said = dict(vars(namespace))
                 part.given = self.names_in(overrides)
+                part.chosen = part.given | self.of_recipe
         return parsed
 
     def take_overrides(self, words: list[str]) -> argparse.Namespace:
@@ -164,6 +165,7 @@ class RecipeParser(TrlParser):
                 if value not in self.choices[key]:
                     self.error(f"argument {key} cannot hold {value!r}; it can hold {', '.join(self.choices[key])}.")
         self.set_defaults_with_config(**recipe | {key: parsed[key] for key in scalars})
+        self.of_recipe = frozenset(recipe)
         self.where = ""
         return len(recipe)
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ..trainers.refusals import leave_out_routing
 from ..weights.alignment import align
 from ..weights.float8 import check_float8, compute_in_float8
 from ..weights.groups import GROUPS, train_group
+from .fastest import take_fastest
 from .names import STAGES
 
 
@@ -56,10 +58,14 @@ class ModelArguments:
         },
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager, flash_attention_2, flex_attention; default: the model's own."}
+        default=None,
+        metadata={
+            "help": "sdpa, eager, flash_attention_2, flex_attention, varlen; default: the fastest that is right."
+        },
     )
     experts_implementation: str | None = field(
-        default=None, metadata={"help": "grouped_mm, batched_mm, eager; default: the model's own."}
+        default=None,
+        metadata={"help": "auto, hf_moe, grouped_mm, eager; default: the fastest on a GPU, else the model's own."},
     )
     float8: bool = field(
         default=False,
@@ -124,9 +130,19 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
     if args.device.type == "cpu":
         align(model)
     say_new_positions(model, args)
+    choose_fastest(model, model_args, args, further)
     if model_args.float8:
         print(compute_in_float8(model), file=sys.stderr)
     return model
+
+
+def choose_fastest(
+    model: PreTrainedModel, model_args: ModelArguments, args: TrainingArguments, further: Iterable[str] = ()
+) -> None:
+    """Let a GPU compute with the fastest that nobody chose otherwise, and say so."""
+    named = getattr(args, "chosen", frozenset()) | implementations(model_args).keys() | set(further)
+    if said := take_fastest(model, args, named):
+        print(said, file=sys.stderr)
 
 
 def not_whole(source: str) -> ValueError:

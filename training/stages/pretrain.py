@@ -24,7 +24,15 @@ from ..data.sources import DataArguments, load_sources, together
 from ..output.resuming import check_same_step
 from ..trainers.refusals import leave_out_routing
 from ..trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
-from .loading import ModelArguments, choose_trained, implementations, load_tokenizer, load_trained_model, right_config
+from .loading import (
+    ModelArguments,
+    choose_fastest,
+    choose_trained,
+    implementations,
+    load_tokenizer,
+    load_trained_model,
+    right_config,
+)
 from .new_tokens import give_rows
 from .rate_guard import RateGuard
 from .run import checkpoint_to_resume, say_summary
@@ -89,6 +97,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainC
     if args.from_scratch and checkpoint is None:
         model = new_model(source, model_args, args)
         leave_out_routing(model, args)
+        choose_fastest(model, model_args, args)
     else:
         model = load_trained_model(source, model_args, args)
     give_rows(model, tokenizer, args, model_args)

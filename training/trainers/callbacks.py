@@ -12,5 +12,8 @@ class RoutingCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.begin_routing()
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.leave_copies()
+
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.end_routing_step()

@@ -33,6 +33,7 @@ from ..output.saving import keep_weights, mend, try_saving
 from ..weights.average import WeightAverage
 from ..weights.esft import chosen_experts, load_rows, save_rows
 from .callbacks import RoutingCallback
+from .copies import copies_of
 from .label_smoothing import ShiftedLabelSmoother
 from .multi_step import multi_step_schedule
 from .precision import keep_precision
@@ -72,6 +73,7 @@ class MoeTrainerMixin(PublishingMixin):
         self.final_dtype = self.merged_dtype = None  # of what is saved in the end, for which there is to be room
         self.tried = False  # to save
         self.mixing = []  # hooks of the dense mixer, while training
+        self.copies = None  # of the experts' weights, while training
         decay = moe_argument(self.args, "ema_decay")
         self.average = None if decay is None else WeightAverage(decay)
         self.find_routing()
@@ -110,6 +112,8 @@ class MoeTrainerMixin(PublishingMixin):
     def get_batch_samples(self, *args, **kwargs):
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self.step = Step(batches)
+        if self.copies is not None:
+            self.copies.begin()
         coefficient = mtp_coefficient(self.args, self.state.global_step / self.state.max_steps)
         if coefficient is not None:
             self.balance.config.mtp_loss_coef = coefficient
@@ -248,6 +252,8 @@ class MoeTrainerMixin(PublishingMixin):
         finally:
             while self.mixing:
                 self.mixing.pop().remove()
+            self.leave_copies()
+            self.copies = None
 
     def begin_routing(self) -> None:
         """Called when training begins."""
@@ -263,6 +269,12 @@ class MoeTrainerMixin(PublishingMixin):
         check_checkpointing(self.moe, self.balance.coefficients)
         if moe_argument(self.args, "densemixer"):
             self.mixing += add_dense_mixer(self.routers)
+        self.copies = copies_of(self)
+
+    def leave_copies(self) -> None:
+        """Called before the optimizer moves the weights."""
+        if self.copies is not None:
+            self.copies.end()
 
     def end_routing_step(self) -> None:
         """Move the selection biases and keep the step's metrics; called after the optimizer moved."""

@@ -1,0 +1,345 @@
+"""What a user gets: recipes as they are, through `hf-moe train`, beside TRL's SFTTrainer on Transformers' own model.
+
+    python benchmarks/recipe_speed.py --work DIR --out benchmarks/results/recipe_speed.json
+    python benchmarks/recipe_speed.py --work DIR --runs "sft" "sft, fsdp2" --profile
+
+Random weights in the shape of the recipe's model, stored in bf16, and conversations of random words whose lengths are
+log-normal, as those of instruction sets are: half of them are below 160 tokens. Nothing of a recipe is touched, unless
+--rows and --accumulation make a step smaller. Seconds are those between two lines of the command's log. Memory is
+what nvidia-smi shows at the most, read ten times a second. The peer has its best settings: fused AdamW, grouped_mm,
+padding-free packs, flash attention where that is installed, Liger's kernels.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "liger-kernel", "flash-attn", "hf_moe")
+MEDIAN, SPREAD, SHORTEST, LONGEST = 160, 0.8, 16, 4096  # tokens of a conversation
+HF_MOE = [sys.executable, "-m", "hf_moe_cli"]
+TRAIN = [*HF_MOE, "train"]
+OLMOE, QWEN3 = "olmoe-1b-7b", "qwen3-30b-a3b"
+# Name -> the command, by the model that it trains; {gpus} is what it runs on.
+RUNS = {
+    "sft": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft"]),
+    "sft, fsdp2": (OLMOE, 2, [*TRAIN, "olmoe-1b-7b/sft", "--accelerate", "fsdp2"]),
+    "sft, expert parallel": (
+        OLMOE,
+        2,
+        [*TRAIN, "olmoe-1b-7b/sft", "--accelerate", "expert_parallel", "--expert_parallel_size", "2"],
+    ),
+    "lora_experts": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/lora_experts"]),
+    "TRL": (f"{OLMOE}, Transformers' own", 1, [sys.executable, __file__, "peer"]),
+    "TRL, LoRA": (f"{OLMOE}, Transformers' own", 1, [sys.executable, __file__, "peer", "--lora"]),
+}
+STEP = re.compile(r"step +(\d+)/(\d+): loss")
+# Part of a step -> kernels by name, the first that matches.
+PARTS = {
+    "experts": r"product|up_projection|weight_gradient|combine|bias_gradient|activation_backward|routing|grouped_mm|"
+    r"GroupedGemm|token_rows|count_|place_",
+    "attention": r"flash|fmha|sdpa|attention|cudnn_generated",
+    "optimizer": r"[Aa]dam|multi_tensor|lpnorm|LpNorm",
+    "communication": r"nccl",
+    "casts, copies": r"copy|Memcpy|Memset|CatArray",
+    "other products": r"gemm|cutlass|nvjet|cublas|matmul",
+}
+
+
+def build(model: str, folder: Path) -> None:
+    """A checkpoint of random weights in bf16, of the shape of `model`, with the demo's tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig
+
+    from hf_moe import HfMoeConfig
+    from hf_moe.demo import DEMO_MODEL
+
+    torch.manual_seed(0)
+    name, _, own = model.partition(", ")
+    config = OlmoeConfig() if own else HfMoeConfig.from_preset(name)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    made.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+
+
+def write_data(path: Path, rows: int, tokenizer) -> None:
+    """Conversations of random words, of random lengths."""
+    draw = np.random.default_rng(0)
+    words = ["the", "dog", "cat", "hat", "village", "warm", "kite", "bush", "glue", "brave"]
+    tokens = len(tokenizer(" ".join(words))["input_ids"]) / len(words)
+    lengths = np.exp(draw.normal(np.log(MEDIAN), SPREAD, rows)).clip(SHORTEST, LONGEST) / tokens
+    with path.open("w", encoding="utf-8") as file:
+        for length in lengths.astype(int):
+            said = [" ".join(draw.choice(words, max(2, int(length * share)))) for share in (0.3, 0.7)]
+            messages = [
+                {"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def used_memory() -> list[int]:
+    """MiB of each card."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return [int(line) for line in subprocess.run(command, capture_output=True, text=True).stdout.split()]
+
+
+def of_step(args: argparse.Namespace) -> dict[str, int]:
+    sizes = {"per_device_train_batch_size": args.rows, "gradient_accumulation_steps": args.accumulation}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def run(name: str, args: argparse.Namespace) -> dict:
+    """Run the command; what it took."""
+    model, gpus, command = RUNS[name]
+    output = args.work / "output"
+    shutil.rmtree(output, ignore_errors=True)
+    given = {
+        "model_name_or_path": args.work / model.replace(" ", "_"),
+        "train_data": args.work / "chats.jsonl",
+        "output_dir": output,
+        "max_steps": args.steps,
+        "save_strategy": "no",
+        **of_step(args),
+    }
+    words = [*command, *(str(word) for key, value in given.items() for word in (f"--{key}", value)), *args.further]
+    peaks, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            peaks.append(max(used_memory(), default=0))
+
+    watching = threading.Thread(target=watch, daemon=True)
+    if torch.cuda.is_available():
+        watching.start()
+    devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))} if torch.cuda.is_available() else {}
+    start, times, said = time.perf_counter(), [], []
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **devices}
+    )
+    for line in process.stdout:
+        said.append(line.rstrip())
+        if STEP.search(line):
+            times.append(time.perf_counter())
+    code = process.wait()
+    done.set()
+    if code or len(times) < 3:
+        return {"failed": "\n".join(said[-15:])}
+    logs = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    tokens = [entry["num_tokens"] for entry in logs if "loss" in entry and "num_tokens" in entry]
+    seconds = np.diff(times)
+    shutil.rmtree(output, ignore_errors=True)
+    later = args.skip  # steps that warm up
+    return {
+        "gpus": gpus,
+        "command": " ".join(words[len(HF_MOE) - 1 :]).replace(str(args.work), "DIR"),
+        "took": next((line for line in said if line.startswith("on this GPU")), None),
+        "tokens_per_second": round((tokens[-1] - tokens[later]) / float(seconds[later:].sum())),
+        "step_seconds": [round(float(x), 3) for x in seconds],
+        "until_first_step_seconds": round(times[0] - start, 1),
+        "peak_gib": round(max(peaks) / 1024, 1),
+        "tokens_per_step": round(statistics.mean(np.diff(tokens))),
+    }
+
+
+def profiled(name: str, args: argparse.Namespace) -> dict:
+    """The command again, in this process, with a profile of two steps: milliseconds of the card by part, a step."""
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import Trainer, TrainerCallback
+
+    model, _, command = RUNS[name]
+    found = {}
+
+    class Profile(TrainerCallback):
+        def on_step_begin(self, arguments, state, control, **kwargs):
+            if state.global_step == args.skip:
+                torch.cuda.synchronize()
+                self.profile = profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU])
+                self.profile.__enter__()
+                self.start = time.perf_counter()
+
+        def on_step_end(self, arguments, state, control, **kwargs):
+            if state.global_step == args.skip + 2:
+                torch.cuda.synchronize()
+                wall = time.perf_counter() - self.start
+                self.profile.__exit__(None, None, None)
+                found.update(shares(self.profile, wall))
+
+    begin = Trainer.__init__
+
+    def with_profile(self, *arguments, **options):
+        begin(self, *arguments, **options)
+        self.add_callback(Profile())
+
+    Trainer.__init__ = with_profile
+    try:
+        from hf_moe_cli import main
+
+        output = args.work / "output"
+        shutil.rmtree(output, ignore_errors=True)
+        given = f"--model_name_or_path {args.work / model.replace(' ', '_')} --train_data {args.work / 'chats.jsonl'}"
+        given += f" --output_dir {output} --max_steps {args.skip + 3} --save_strategy no"
+        given += "".join(f" --{key} {value}" for key, value in of_step(args).items())
+        main([*command[len(HF_MOE) :], *given.split(), *args.further])
+    finally:
+        Trainer.__init__ = begin
+        shutil.rmtree(args.work / "output", ignore_errors=True)
+    return found
+
+
+def shares(profile, wall: float) -> dict:
+    """Of two steps: milliseconds a step by part, of kernels on the card; and the ten that take the most."""
+    parts, kernels = dict.fromkeys([*PARTS, "rest"], 0.0), {}
+    for event in profile.events():
+        if event.device_type.name != "CUDA" or event.name.startswith(("ProfilerStep", "Optimizer", "##")):
+            continue
+        took = event.time_range.elapsed_us() / 2000
+        part = next((part for part, names in PARTS.items() if re.search(names, event.name)), "rest")
+        parts[part] += took
+        kernels[event.name[:80]] = kernels.get(event.name[:80], 0.0) + took
+    busy = sum(parts.values())
+    most = sorted(kernels.items(), key=lambda item: -item[1])[:25]
+    syncs = [e for e in profile.key_averages() if e.key in ("cudaStreamSynchronize", "cudaDeviceSynchronize")]
+    return {
+        "milliseconds": {name: round(x, 1) for name, x in parts.items()} | {"idle": round(wall * 500 - busy, 1)},
+        "step_milliseconds": round(wall * 500, 1),
+        "synchronisations": sum(e.count for e in syncs) / 2,
+        "longest_kernels": {name: round(x, 1) for name, x in most},
+    }
+
+
+def peer(words: list[str]) -> None:
+    """TRL's SFTTrainer, with the recipe's numbers."""
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    parser = argparse.ArgumentParser()
+    for word in ("model_name_or_path", "train_data", "output_dir"):
+        parser.add_argument(f"--{word}")
+    for word, of_recipe in {
+        "max_steps": -1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 8,
+    }.items():
+        parser.add_argument(f"--{word}", type=int, default=of_recipe)
+    parser.add_argument("--save_strategy")
+    parser.add_argument("--lora", action="store_true")
+    given = parser.parse_args(words)
+
+    class Lines(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                with (Path(args.output_dir) / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(state.log_history[-1], default=float) + "\n")
+                print(f"step {state.global_step}/{state.max_steps}: loss {logs['loss']}", file=sys.stderr, flush=True)
+
+    Path(given.output_dir).mkdir(parents=True)
+    from transformers.utils import is_flash_attn_2_available
+
+    attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(
+        given.model_name_or_path,
+        dtype=torch.bfloat16 if given.lora else torch.float32,
+        attn_implementation=attention,
+        experts_implementation="grouped_mm",
+    )
+    adapter = None
+    if given.lora:
+        from peft import LoraConfig
+
+        targets = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+        adapter = LoraConfig(r=8, lora_alpha=32, target_modules=[], target_parameters=targets)
+    arguments = SFTConfig(
+        output_dir=given.output_dir,
+        max_steps=given.max_steps,
+        per_device_train_batch_size=given.per_device_train_batch_size,
+        gradient_accumulation_steps=given.gradient_accumulation_steps,
+        bf16=True,
+        gradient_checkpointing=True,
+        max_length=4096,
+        packing=True,
+        packing_strategy="bfd",
+        assistant_only_loss=True,
+        optim="adamw_torch_fused",
+        learning_rate=2e-5,
+        use_liger_kernel=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+    )
+    SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=load_dataset("json", data_files=given.train_data, split="train"),
+        processing_class=AutoTokenizer.from_pretrained(given.model_name_or_path),
+        callbacks=[Lines()],
+        peft_config=adapter,
+    ).train()
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["peer"]:
+        return peer(sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="for models of 14 GB and what runs write")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=["sft", "TRL"])
+    parser.add_argument("--rows", type=int, help="packs of a micro-batch, default the recipe's")
+    parser.add_argument("--accumulation", type=int, help="micro-batches of a step, default the recipe's")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--skip", type=int, default=3, help="first steps that are not counted")
+    parser.add_argument("--profile", action="store_true", help="of runs on one GPU, two steps again under a profiler")
+    parser.add_argument("--further", nargs=argparse.REMAINDER, default=[], help="further words of hf-moe train")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    for model in dict.fromkeys(RUNS[name][0] for name in args.runs):
+        folder = args.work / model.replace(" ", "_")
+        if not folder.exists():
+            subprocess.run([sys.executable, __file__, "build", model, folder], check=True)
+        if not (args.work / "chats.jsonl").exists():
+            from transformers import AutoTokenizer
+
+            packs = (args.rows or 4) * (args.accumulation or 8) * (args.steps + 1) * 2  # of two processes
+            write_data(args.work / "chats.jsonl", 20 * packs, AutoTokenizer.from_pretrained(folder))
+    said = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": versions(),
+        "setting": f"steps {args.skip + 2} to {args.steps}; conversations of random words, half below {MEDIAN} tokens",
+        "runs": {},
+    }
+    for name in args.runs:
+        said["runs"][name] = run(name, args)
+        print(json.dumps({name: said["runs"][name]}, indent=1), flush=True)
+        if args.profile and RUNS[name][1] == 1 and RUNS[name][2][:4] == TRAIN[:4]:
+            said["runs"][name]["profile"] = profiled(name, args)
+            print(json.dumps(said["runs"][name]["profile"], indent=1), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(said, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["build"]:
+        build(sys.argv[2], Path(sys.argv[3]))
+    else:
+        main()

@@ -1,0 +1,30 @@
+"""When a run makes copies of its experts' weights in the type that it computes in: where it would make them often."""
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+
+from hf_moe.kernels.copies import Copies
+
+PLAIN = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # others move weights about
+ROOM = 0.5  # of what weights, gradients and Adam's moments leave of the card: the rest is for activations
+
+
+def copies_of(trainer) -> Copies | None:
+    """Of the trainer's experts, or None where a step uses each weight once, or there is no room for copies."""
+    args, model = trainer.args, trainer.model
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    often = args.gradient_accumulation_steps > 1 or args.gradient_checkpointing
+    if dtype is None or not often or trainer.accelerator.distributed_type not in PLAIN:
+        return None
+    weights = [x for x in model.parameters() if type(x) is nn.Parameter and x.dim() == 3 and x.dtype == torch.float32]
+    return Copies(weights, dtype) if weights and fit(weights, model, args.device, dtype) else None
+
+
+def fit(weights: list[nn.Parameter], model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cuda":
+        return True
+    trained = sum(4 * x.numel() for x in model.parameters() if x.requires_grad)
+    stored = sum(x.numel() * x.element_size() for x in model.parameters())
+    left = torch.cuda.get_device_properties(device).total_memory - stored - 3 * trained
+    return sum(x.numel() for x in weights) * dtype.itemsize <= ROOM * left
