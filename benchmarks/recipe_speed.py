@@ -34,6 +34,7 @@ OLMOE, QWEN3 = "olmoe-1b-7b", "qwen3-30b-a3b"
 # Name -> the command, by the model that it trains; {gpus} is what it runs on.
 RUNS = {
     "sft": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft"]),
+    "sft_bf16": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft_bf16"]),
     "sft, fsdp2": (OLMOE, 2, [*TRAIN, "olmoe-1b-7b/sft", "--accelerate", "fsdp2"]),
     "sft, expert parallel": (
         OLMOE,
@@ -320,8 +321,10 @@ def main() -> None:
         if not (args.work / "chats.jsonl").exists():
             from transformers import AutoTokenizer
 
+            from hf_moe.demo import DEMO_MODEL
+
             packs = (args.rows or 4) * (args.accumulation or 8) * (args.steps + 1) * 2  # of two processes
-            write_data(args.work / "chats.jsonl", 20 * packs, AutoTokenizer.from_pretrained(folder))
+            write_data(args.work / "chats.jsonl", 20 * packs, AutoTokenizer.from_pretrained(DEMO_MODEL))
     said = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": versions(),

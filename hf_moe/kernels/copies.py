@@ -5,6 +5,7 @@ step's first micro-batch until the optimizer moves, one copy serves them all. Wh
 """
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -12,10 +13,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Copies:
-    """Of `weights` in `dtype`: made when first asked for between `begin` and `end`, which keeps their memory."""
+    """Of `weights` in `dtype`: made when first asked for between `begin` and `end`, which keeps their memory.
 
-    def __init__(self, weights: Iterable[nn.Parameter], dtype: torch.dtype):
-        self.dtype = dtype
+    `sums`: gradients go to `grad` in the pass that casts them. That is for a process of its own, as hooks on the
+    accumulation of gradients, which distributed training has, would miss them.
+    """
+
+    def __init__(self, weights: Iterable[nn.Parameter], dtype: torch.dtype, sums: bool = False):
+        self.dtype, self.sums = dtype, sums
         self.made = WeakIdKeyDictionary(dict.fromkeys(weights))
         self.fresh: set[int] = set()
 
@@ -47,13 +52,26 @@ class Copy(torch.autograd.Function):
     """What `weight.to(dtype)` is, read from a copy."""
 
     @staticmethod
-    def forward(ctx, weight: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-        ctx.dtype = weight.dtype
+    def forward(ctx, weight: torch.Tensor, copy: torch.Tensor, sums: bool) -> torch.Tensor:
+        ctx.weight, ctx.sums = weight, sums
         return copy.detach()
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad.to(ctx.dtype), None
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        if not ctx.sums or ctx.weight.grad is None:
+            return gradient.to(ctx.weight.dtype), None, None
+        add(ctx.weight.grad, gradient)
+        return None, None, None
+
+
+def add(total: torch.Tensor, part: torch.Tensor) -> None:
+    """total += part, of two types: in one pass at the speed of memory, which PyTorch's kernel has half of."""
+    if total.device.type == "cuda" and total.is_contiguous() and part.is_contiguous() and find_spec("triton"):
+        from .sums import add_to
+
+        add_to(total, part)
+    else:
+        total.add_(part)
 
 
 def cast(weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -61,4 +79,6 @@ def cast(weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None
     if weight is None or weight.dtype == dtype:
         return weight
     holder = None if torch.compiler.is_compiling() else HOLDERS.get(weight)
-    return weight.to(dtype) if holder is None or holder.dtype != dtype else Copy.apply(weight, holder.of(weight))
+    if holder is None or holder.dtype != dtype:
+        return weight.to(dtype)
+    return Copy.apply(weight, holder.of(weight), holder.sums)

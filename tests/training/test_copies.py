@@ -93,3 +93,29 @@ def test_a_copy_is_made_anew_once_weights_have_moved():
     held.begin()
     assert torch.equal(copies.cast(weight, torch.bfloat16), weight.bfloat16())
     held.end()
+
+
+def test_gradients_are_summed_where_they_are_cast():
+    torch.manual_seed(0)
+    weight, parts = nn.Parameter(torch.randn(3, 5, 7)), torch.randn(4, 3, 5, 7)
+    for sums in (False, True):
+        weight.grad = None
+        held = copies.Copies([weight], torch.bfloat16, sums)
+        held.begin()
+        for part in parts:
+            (copies.cast(weight, torch.bfloat16).float() * part).sum().backward()
+        held.end()
+        expected = sum(part.bfloat16().float() for part in parts)
+        torch.testing.assert_close(weight.grad, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 4095, 8193])
+def test_the_kernel_adds(size):
+    pytest.importorskip("triton")
+    from hf_moe.kernels.sums import add_to
+    from tests.kernels.conftest import DEVICE
+
+    total, part = torch.randn(size, device=DEVICE), torch.randn(size, device=DEVICE).bfloat16()
+    expected = total + part.float()
+    add_to(total, part)
+    assert torch.equal(total, expected)

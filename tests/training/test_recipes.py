@@ -1,5 +1,7 @@
 """Each shipped recipe, end to end, on a tiny model of its architecture: what it changed is what it says it trains."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hf_moe.training.main import arguments_of, main
@@ -27,6 +29,7 @@ ARCHITECTURES = {
 TRAINED = {
     "sft": GROUPS["all"],
     "large_sft": GROUPS["all"],
+    "sft_bf16": GROUPS["all"],
     "dense_only": GROUPS["dense_only"],
     "lora_attention": ("attention",),
     "lora_experts": tuple(part for part in LORA_PARTS if part != "attention"),
@@ -47,6 +50,8 @@ def test_recipe_runs_and_trains_its_parts(name, data_folder, text_folder, tmp_pa
     architecture, kind = name.split("/")
     stage = read_recipe(name).get("stage")
     model = ARCHITECTURES[architecture]()
+    for weight in model.parameters():  # as releases are: recipes of adapters load them in bfloat16
+        weight.data = weight.data.bfloat16().float()
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     places = {"model_name_or_path": tmp_path / "model", "train_data": data_folder, "eval_data": data_folder}
@@ -54,6 +59,8 @@ def test_recipe_runs_and_trains_its_parts(name, data_folder, text_folder, tmp_pa
     if stage == "pretrain":
         given |= PRETRAIN | {"train_data": text_folder, "eval_data": text_folder}
         given |= {"from_scratch": kind == "pretrain"}
+    elif kind == "sft_bf16" and find_spec("torchao") is None:
+        given |= {"optim": "adamw_torch_fused", "optim_args": "null"}
     elif stage == "distil":
         given |= {"teacher_model_name_or_path": tmp_path / "model"}
     metrics = main([name, *(f"--{key}={value}" for key, value in given.items())])

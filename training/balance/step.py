@@ -28,7 +28,7 @@ class Step:
 
     `batches` are raw until it begins, and then what the model sees of them. `counted` holds the whole step's counts,
     router by router, of this process; None where one micro-batch is the step. `rows` are the sums for the metrics so
-    far, `mtp_loss` this process's share of the step's, not weighted.
+    far, `losses` those of micro-batches, `mtp_loss` this process's share of the step's, not weighted.
     """
 
     def __init__(self, batches: list[dict]):
@@ -36,6 +36,7 @@ class Step:
         self.counted: dict[str, Statistics] | None = None
         self.states: list[RandomState] = []
         self.rows: torch.Tensor | None = None
+        self.losses: list[torch.Tensor] = []
         self.mtp_loss: torch.Tensor | float = 0.0
 
     def look_ahead(self, model: nn.Module, balance: Balance) -> None:

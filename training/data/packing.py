@@ -27,7 +27,8 @@ def pack(rows: Dataset, length: int, num_proc: int | None = None, desc: str | No
         "num_proc": num_proc,
         "desc": desc,
     }
-    return rows.with_format("arrow").map(pack_table, **how).with_format(None)
+    # As arrays, of which a collator makes tensors in half the time that lists take.
+    return rows.with_format("arrow").map(pack_table, **how).with_format("numpy")
 
 
 def pack_table(table: pa.Table, length: int) -> pa.Table:

@@ -4,7 +4,7 @@ from transformers import TrainerCallback
 
 
 class RoutingCallback(TrainerCallback):
-    """Tells a trainer with MoeTrainerMixin when training begins and when the optimizer has moved."""
+    """Tells a trainer with MoeTrainerMixin when training begins, and before and after the optimizer moves."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -13,7 +13,7 @@ class RoutingCallback(TrainerCallback):
         self.trainer.begin_routing()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.leave_copies()
+        self.trainer.end_sums()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.end_routing_step()

@@ -18,7 +18,8 @@ def copies_of(trainer) -> Copies | None:
     if dtype is None or not often or trainer.accelerator.distributed_type not in PLAIN:
         return None
     weights = [x for x in model.parameters() if type(x) is nn.Parameter and x.dim() == 3 and x.dtype == torch.float32]
-    return Copies(weights, dtype) if weights and fit(weights, model, args.device, dtype) else None
+    alone = trainer.accelerator.distributed_type == DistributedType.NO
+    return Copies(weights, dtype, sums=alone) if weights and fit(weights, model, args.device, dtype) else None
 
 
 def fit(weights: list[nn.Parameter], model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:

@@ -164,9 +164,13 @@ def check_best_metric(args: TrainingArguments, metrics: dict[str, float]) -> Non
     )
 
 
-def check_finite(loss: torch.Tensor, step: int) -> None:
-    """Raises ValueError where a training loss is no number, before it moves a weight. The Trainer would hide it."""
-    if not loss.isfinite():
+def check_finite(losses: list[torch.Tensor], step: int) -> None:
+    """Raises ValueError where a training loss is no number, before it moves a weight. The Trainer would hide it.
+
+    Of a whole step at once: each question to the device makes the host wait for it.
+    """
+    if losses and not (together := torch.stack(losses)).isfinite().all():
+        loss = together[~together.isfinite()][0]
         raise ValueError(
             f"The loss is {loss.item()} in step {step + 1}: training stops before any weight moves by it. Go on from "
             "the last checkpoint with a lower --learning_rate or --max_grad_norm, or look for the rows that cause it."

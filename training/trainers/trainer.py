@@ -60,6 +60,7 @@ class MoeTrainerMixin(PublishingMixin):
             super().__init__(*args, **kwargs)
         if self.args.use_liger_kernel:
             liger.register()
+        self.args.logging_nan_inf_filter = False  # such a loss stops training here; asking each costs time
         keep_precision(self.accelerator, self.model)
         self.balance_over = moe_argument(self.args, "balance_over")
         self.step = Step([])
@@ -144,7 +145,7 @@ class MoeTrainerMixin(PublishingMixin):
             weight = self.token_scale(num_items_in_batch) * self.balance.config.mtp_loss_coef
             loss = loss + (weight * mtp_loss).to(loss.device)
             self.keep_mtp_loss(mtp_loss, num_items_in_batch)
-        check_finite(loss, self.state.global_step)
+        self.step.losses.append(loss.detach())
         return (loss, outputs) if return_outputs else loss
 
     def share_scale(self, num_items_in_batch) -> int:
@@ -271,8 +272,12 @@ class MoeTrainerMixin(PublishingMixin):
             self.mixing += add_dense_mixer(self.routers)
         self.copies = copies_of(self)
 
+    def end_sums(self) -> None:
+        """Called when a step's gradients are summed, before the optimizer moves the weights."""
+        check_finite(self.step.losses, self.state.global_step)
+        self.leave_copies()
+
     def leave_copies(self) -> None:
-        """Called before the optimizer moves the weights."""
         if self.copies is not None:
             self.copies.end()
 
