@@ -4,7 +4,9 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 
+import torch
 import trl
 from peft.tuners.lora import LoraLayer as LoraLayer
 from peft.tuners.lora import ParamWrapper
@@ -12,6 +14,8 @@ from transformers import PreTrainedModel
 from trl import chat_template_utils
 from trl.trainer.utils import RepeatSampler as RepeatSampler
 
+from hf_moe.kernels.experts import adds_low_rank
+from hf_moe.kernels.low_rank import beside
 from hf_moe.model.host import differences
 
 from .host import check_version
@@ -83,6 +87,10 @@ def owned() -> dict:
         },
         chat_template_utils: {
             "has_generation_markers": ("chat_template", "else TRL's marked template would take a user's place")
+        },
+        ParamWrapper: {
+            "_activate_lora": ("self, active_adapters", "what it makes is as large as all experts of a layer"),
+            "get_delta_factors": ("self, adapter_name", "called: the factors, without their product"),
         },
         trl.TrlParser: {"set_defaults_with_config": ("self, kwargs", "recipes are defaults; TRL's own reads a file")},
     }
@@ -178,3 +186,24 @@ def show_backbone(model: PreTrainedModel) -> None:
 def adapted_name(layer: LoraLayer) -> str:
     """Which parameter of its module a layer of PEFT's adapts."""
     return layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+
+
+def add_beside(model: torch.nn.Module) -> None:
+    """Let adapters on experts add their two factors, not a sum as large as the weights, where kernels can.
+
+    PEFT makes the sum of all experts in each forward, twice, and its whole gradient.
+    """
+    for layer in model.modules():
+        if isinstance(layer, ParamWrapper):
+            layer._activate_lora = MethodType(factors_beside, layer)
+
+
+@contextmanager
+def factors_beside(self: ParamWrapper, active_adapters: list[str]) -> Iterator[None]:
+    adapters, experts = [name for name in active_adapters if name in self.lora_A], self.get_base_layer()
+    if len(adapters) == 1 and self.num_experts > 1 and adds_low_rank(experts):
+        with beside(experts, self.parameter_name, *self.get_delta_factors(adapters[0])):
+            yield
+    else:
+        with ParamWrapper._activate_lora(self, active_adapters):
+            yield

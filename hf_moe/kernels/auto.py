@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from .experts import compute_dtype, fallback, obstacle, unusable
 from .formula import formula
+from .low_rank import given
 
 logger = logging.get_logger(__name__)
 
@@ -22,11 +23,16 @@ def auto_experts_forward(
 
 
 def fastest(experts: nn.Module, hidden_states: torch.Tensor) -> str:
-    """`sonicmoe` where it is installed and knows the experts, else our kernels, else Transformers'."""
+    """`sonicmoe` where it is installed and knows the experts, else our kernels, else Transformers'.
+
+    Our kernels alone add an adapter's factors.
+    """
     device, dtype = hidden_states.device.type, compute_dtype(experts, hidden_states)
     obstacles = obstacle(experts, dtype) or unusable(device)
     if obstacles is not None:
         return fallback(getattr(experts, "gate_up_proj" if experts.has_gate else "up_proj"), experts.down_proj)
+    if given(experts):
+        return "hf_moe"
     # SonicMoE computes in the weights' dtype, whatever autocast says.
     known = not formula(experts).clamped and experts.has_gate and experts.config.hidden_act in ACT_MAP
     known = known and hidden_states.dtype == dtype != torch.float32

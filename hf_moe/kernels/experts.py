@@ -10,6 +10,7 @@ from transformers.utils import logging
 from ..model.grouped import takes_rows
 from .copies import cast
 from .formula import formula, unseen
+from .low_rank import given, lowered, widened
 from .operators import experts as experts_operator
 
 logger = logging.get_logger(__name__)
@@ -30,23 +31,22 @@ def hf_moe_experts_forward(
     up, down, dtype = getattr(self, name), self.down_proj, compute_dtype(self, hidden_states)
     reason = obstacle(self, dtype) or unusable(hidden_states.device.type)
     if reason is not None:
+        assert not given(self), "only these kernels add what an adapter gave"
         other = fallback(up, down)
         warn(reason, other)
         return ALL_EXPERTS_FUNCTIONS[other](self, hidden_states, top_k_index, top_k_weights)
     up_bias, down_bias = (getattr(self, f"{name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
     operands = [cast(tensor, dtype) for tensor in (up, down, up_bias, down_bias)]
     x = hidden_states.to(dtype)
+    of_up, of_down = given(self).get(name), given(self).get("down_proj")
+    operands += (None, None) if of_up is None else (lowered(x, of_up), of_up.b.to(dtype))
+    operands.append(None if of_down is None else of_down.a.to(dtype))
     save = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, top_k_weights, *operands)
     )
-    output = experts_operator(
-        x,
-        top_k_index,
-        top_k_weights,
-        *operands,
-        *formula(self),
-        save,
-    )[0]
+    output, narrowed, *_ = experts_operator(x, top_k_index, top_k_weights, *operands, *formula(self), save)
+    if of_down is not None:
+        output = output + widened(narrowed, top_k_index, of_down)
     return output.to(hidden_states.dtype)
 
 
@@ -54,6 +54,15 @@ def compute_dtype(experts: nn.Module, hidden_states: torch.Tensor) -> torch.dtyp
     """Autocast's where that is on, else the experts' own."""
     device = hidden_states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else experts.down_proj.dtype
+
+
+def adds_low_rank(experts: nn.Module) -> bool:
+    """Whether these kernels compute the experts where they are, and can add what an adapter gives."""
+    if not hasattr(experts, "has_gate"):
+        return False
+    weight, name = experts.down_proj, experts.config._experts_implementation
+    dtype = compute_dtype(experts, weight)
+    return name in ("hf_moe", "auto") and obstacle(experts, dtype) is None and unusable(weight.device.type) is None
 
 
 def obstacle(experts: nn.Module, dtype: torch.dtype) -> str | None:

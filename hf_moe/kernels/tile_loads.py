@@ -12,6 +12,12 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
+def low_rank(factor: torch.Tensor | None) -> dict[str, int]:
+    """What a kernel is told of a factor [E, size, rank]; a product takes at least 16."""
+    rank = 0 if factor is None else factor.shape[-1]
+    return {"RANK": rank, "PADDED": max(16, triton.next_power_of_2(rank))}
+
+
 def described(tensor: torch.Tensor, columns: int) -> bool:
     """Whether TMA moves tiles of `columns` of a contiguous `tensor`: a Hopper card, rows aligned to 16 bytes.
 
@@ -84,6 +90,32 @@ def weight_tile(
     else:
         tile = matrix_tile(w, expert, depth, col, depth_size, col_size, TMA, DEPTH, COLS)
     return tile
+
+
+@triton.jit
+def with_added(
+    acc,
+    bias,  # [E, size]
+    low,
+    factor,  # [E, size, RANK]
+    starts,
+    expert,
+    cols,
+    size,
+    HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """acc + low factor_e^T + b_e at the columns `cols`; of each row low has RANK numbers from `starts` on."""
+    if RANK > 0:
+        rank = tl.arange(0, PADDED)
+        left = tl.load(low + starts[:, None] + rank[None, :], mask=(rank < RANK)[None, :], other=0.0)
+        at = factor + (expert.to(tl.int64) * size + cols[:, None]) * RANK + rank[None, :]
+        right = tl.load(at, mask=(cols < size)[:, None] & (rank < RANK)[None, :], other=0.0)
+        acc = tl.dot(left, right.T, acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias + expert * size + cols, mask=cols < size, other=0.0).to(tl.float32)[None, :]
+    return acc
 
 
 @triton.jit

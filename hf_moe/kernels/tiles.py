@@ -14,6 +14,7 @@ EVERY_TILE = 1 << 20  # programs a processor: as many as there are tiles
 LARGE = {
     "up": {"COLS": 128, "GROUP": 8, "FLATTEN": False, "per_processor": EVERY_TILE},
     "product": {"COLS": 256, "GROUP": 8, "FLATTEN": True, "per_processor": 1, "PARTS": 2},
+    "narrow": {"COLS": 16, "GROUP": 8, "FLATTEN": False, "per_processor": EVERY_TILE, "PARTS": 1},
     "weight_gradient": {"ROWS": 128, "COLS": 256, "GROUP": 16, "FLATTEN": True, "per_processor": 1},
 }
 LARGE = {name: chosen | {"DEPTH": 64, "num_warps": 8, "num_stages": 3} for name, chosen in LARGE.items()}
@@ -40,6 +41,8 @@ def tiles(kernel: str, rows: int, dtype: torch.dtype, device: torch.device) -> d
         chosen |= INTERPRETED
     elif dtype == torch.float32:
         chosen |= FLOAT32
+    elif kernel == "narrow":
+        chosen |= {"num_warps": 4}
     elif rows < 128 or shared_memory(device) < SHARED_MEMORY:
         chosen |= SMALL
     if "ROWS" in chosen and chosen["COLS"] < 128:

@@ -7,7 +7,17 @@ import triton.language as tl
 from .activations import activate
 from .layer import Experts
 from .routing_metadata import Routing
-from .tile_loads import described, locate, operand, rows_tile, split_columns, store_tile, weight_tile
+from .tile_loads import (
+    described,
+    locate,
+    low_rank,
+    operand,
+    rows_tile,
+    split_columns,
+    store_tile,
+    weight_tile,
+    with_added,
+)
 
 
 @triton.jit
@@ -15,6 +25,8 @@ def up_kernel(
     x,  # [T, D]
     w,  # [E, U, D] if W_LAST, else [E, D, U]; U = 2I (gate and up) if GATED, else I; [2E, I, D] if JOINED
     bias,  # [E, U]
+    low,  # [T, E, RANK]
+    factor,  # [E, U, RANK]
     hidden,  # places [S, U]: before the activation
     activated,  # rows [S, I]
     slot_of_row,
@@ -30,6 +42,8 @@ def up_kernel(
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,  # 0: no low-rank part
+    PADDED: tl.constexpr,
     JOINED: tl.constexpr,  # one product of both halves: wider, so faster
     SAVE: tl.constexpr,
     W_LAST: tl.constexpr,
@@ -52,6 +66,7 @@ def up_kernel(
         slots = tl.load(slot_of_row + row + tl.arange(0, ROWS))
         tokens = (tl.maximum(slots, 0) // TOP_K).to(tl.int64)  # filling rows compute token 0, which nothing reads
 
+        starts = (tokens * num_experts + expert) * RANK
         cols, turns = col + tl.arange(0, COLS), 2 * col + tl.arange(0, 2 * COLS)
         if JOINED:
             both = tl.zeros([ROWS, 2 * COLS], tl.float32)
@@ -66,8 +81,7 @@ def up_kernel(
                 a = rows_tile(x, row, tokens, depth, D, False, EVEN, DEPTH)
                 b = weight_tile(w, expert, depth, 2 * col, D, U, W_LAST, W_TMA, DEPTH, 2 * COLS)
                 both = tl.dot(a, b, both, input_precision=PRECISION)
-            if HAS_BIAS:
-                both += tl.load(bias + expert * U + turns, mask=turns < U, other=0.0).to(tl.float32)[None, :]
+            both = with_added(both, bias, low, factor, starts, expert, turns, U, HAS_BIAS, RANK, PADDED)
             gate, up = tl.split(both.reshape(ROWS, COLS, 2))
         else:
             gate = tl.zeros([ROWS, COLS], tl.float32)
@@ -80,11 +94,10 @@ def up_kernel(
                     b = weight_tile(w, expert, depth, INNER + col, D, U, W_LAST, W_TMA, DEPTH, COLS)
                     up = tl.dot(a, b, up, input_precision=PRECISION)
 
-        if HAS_BIAS and not INTERLEAVED:
-            at = bias + expert * U + cols
-            gate += tl.load(at, mask=cols < INNER, other=0.0).to(tl.float32)[None, :]
+        if not INTERLEAVED:  # what lies beyond the last column of gate is not stored
+            gate = with_added(gate, bias, low, factor, starts, expert, cols, U, HAS_BIAS, RANK, PADDED)
             if GATED:
-                up += tl.load(at + INNER, mask=cols < INNER, other=0.0).to(tl.float32)[None, :]
+                up = with_added(up, bias, low, factor, starts, expert, INNER + cols, U, HAS_BIAS, RANK, PADDED)
         if SAVE:
             within = tl.arange(0, ROWS)
             kept = (within < tl.load(offsets + expert + 1) - place)[:, None]
@@ -101,7 +114,9 @@ def up_kernel(
         store_tile(activated, value.to(hidden.dtype.element_ty), row, col, INNER, OUT_TMA)
 
 
-def up_projection(x, up, bias, experts: Experts, routing: Routing, save: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def up_projection(
+    x, up, bias, low, factor, experts: Experts, routing: Routing, save: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The up-projection [S, U] (no rows unless `save`) and the activations in rows (I)."""
     hidden = x.new_empty(routing.row_of_slot.numel() if save else 0, experts.halves * experts.inner)
     activated = experts.rows(routing, experts.inner, x)
@@ -116,6 +131,8 @@ def up_projection(x, up, bias, experts: Experts, routing: Routing, save: bool) -
         x,
         w,
         bias,
+        low,
+        factor,
         hidden,
         operand(activated, options["ROWS"], options["COLS"]),
         routing.slot_of_row,
@@ -126,6 +143,7 @@ def up_projection(x, up, bias, experts: Experts, routing: Routing, save: bool) -
         JOINED=joined,
         SAVE=save,
         HAS_BIAS=bias is not None,
+        **low_rank(factor),
         OUT_TMA=described(activated, options["COLS"]),
         TOP_K=experts.top_k,
         **experts.formula_options,

@@ -14,7 +14,8 @@ ACTIVATIONS = {
 }
 
 
-def experts(x, index, weights, up, down, up_bias, down_bias, *formula):
+def experts(x, index, weights, up, down, up_bias, down_bias, low, widen, narrow, *formula):
+    assert low is widen is narrow is None
     activation, gated, transposed, interleaved, limit, shift = formula
     if transposed:
         up, down = up.mT, down.mT

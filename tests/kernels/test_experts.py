@@ -155,5 +155,5 @@ def test_operator_says_the_shapes_it_returns(device):
     """Its fake, its schema and its gradient under AOT dispatch, with sizes as symbols."""
     inputs = problem(device, 5, 2, 12, 8, 2)
     arguments = [inputs["x"].requires_grad_(), inputs["index"], inputs["weights"].requires_grad_()]
-    arguments += [inputs["up"].requires_grad_(), inputs["down"].requires_grad_(), None, None]
+    arguments += [inputs["up"].requires_grad_(), inputs["down"].requires_grad_(), None, None, None, None, None]
     torch.library.opcheck(operator, (*arguments, *Formula("silu"), True))

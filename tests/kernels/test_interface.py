@@ -137,8 +137,19 @@ def test_slots_of_weight_zero_cost_nothing_without_gradients(device):
     weights[:, 1] = 0
     with torch.no_grad():
         routing = implementation.experts_operator(
-            x, index, weights, experts.gate_up_proj, experts.down_proj, None, None, *Formula("silu"), False
-        )[4]
+            x,
+            index,
+            weights,
+            experts.gate_up_proj,
+            experts.down_proj,
+            None,
+            None,
+            None,
+            None,
+            None,
+            *Formula("silu"),
+            False,
+        )[5]
     assert routing[0, -1] == 6
 
 

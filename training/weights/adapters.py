@@ -2,7 +2,8 @@
 
 Paper: https://arxiv.org/abs/2106.09685. On PEFT 0.21, which decides how each part is targeted:
 - Fused experts [E, out, in] are reached by `target_parameters`: each expert gets its own A [r, in] and B [out, r]. No
-  dropout, no DoRA. The forward builds W + BA of all experts, and the backward its whole gradient, one layer at a time.
+  dropout, no DoRA. PEFT's forward builds W + BA of all experts, and its backward the whole gradient; hf_moe's kernels
+  add the factors instead (hf_moe/kernels/low_rank.py).
 - In Transformers' own families with fused experts, gate_proj, up_proj and down_proj in `target_modules` mean the
   experts, whatever stands before them. So MLPs, too, are reached by the names of their weights.
 - Merged into bfloat16, the change of experts is rounded before it is added and again after, that of other matrices
@@ -18,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ..balance.selection_bias import base_name
-from ..host_trl import LoraLayer, adapted_name, show_bias
+from ..host_trl import LoraLayer, adapted_name, add_beside, show_bias
 from .groups import parts_of
 from .quantized import STORED, check_quantization
 
@@ -176,6 +177,7 @@ def add_adapter(model: nn.Module, args: AdapterArguments, tokens: Sequence[int] 
     """
     config, targets = lora_config(model, args, tokens)
     adapted = get_peft_model(model, config)
+    add_beside(adapted)
     if tokens:
         show_bias(model.get_output_embeddings())
     covered = check_coverage(adapted, targets, args.lora_parts)
