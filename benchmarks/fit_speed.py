@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from hf_moe.training.main import arguments_of
 
 from hf_moe import HfMoeConfig
-from hf_moe.sizes.plan import Run, flops_per_token, model_to_train
+from hf_moe.sizes.plan import Run, flops_per_token, model_to_train, run_of_recipe
 from hf_moe.sizes.speed import COSTS, Costs, Work, count, seconds
 
 RESULTS = Path(__file__).parent / "results"
@@ -96,7 +97,7 @@ def points() -> list[Point]:
         step = replace(step, lengths=NEW_LENGTHS if name == "full" else 0)
         found.append(Point(f"SmolLM2, {name}", step, 128 * AVERAGE / measured))
 
-    rows = {"per_device_train_batch_size": 16, "max_length": 512}
+    rows = {"per_device_train_batch_size": 16, "max_length": 512, "experts_implementation": "grouped_mm"}
     for name, config, measured in (
         ("wide layers", SHARDED | WIDE, read("float8_training_gpu.json")["bfloat16"]["tokens_per_second"]),
         ("small layers", SHARDED, read("sharding_gpu.json")["one-bfloat16"]["tokens_per_second"]),
@@ -104,15 +105,16 @@ def points() -> list[Point]:
         found.append(Point(name, work(HfMoeConfig(**config), **rows), 16 * 512 / measured))
 
     adapter = {"lora_parts": ["attention", "routed_experts"], "lora_r": 8, "router_aux_loss_coef": 0.0}
+    adapter["experts_implementation"] = "grouped_mm"
     step = work(OLMOE, bare=True, dtype="bfloat16", max_length=2048, gradient_checkpointing=True, **adapter)
     found.append(Point("OLMoE, adapters", step, read("qlora_gpu.json")["runs"][0]["seconds_a_step"]))
 
-    for name, row in read("recipe_speed.json")["runs"].items():
-        settings = {"per_device_train_batch_size": row["rows"], "gradient_accumulation_steps": row["accumulation"]}
-        settings["experts_implementation"] = None if name == "as it stands" else "hf_moe"
-        settings["gradient_checkpointing"] = "without" not in name
-        step = work(OLMOE, max_length=4096, router_aux_loss_coef=0.0, **settings)
-        found.append(Point(f"OLMoE, sft {name}", step, statistics.median(row["seconds"]), table=False))
+    runs = read("recipe_speed.json")["runs"]
+    for name in ("sft", "sft_bf16", "lora_experts"):
+        if "step_seconds" in runs.get(name, {}):
+            run = run_of_recipe(arguments_of(f"olmoe-1b-7b/{name}"), experts_implementation="hf_moe")
+            step = work(OLMOE, **vars(run))
+            found.append(Point(f"OLMoE, {name}", step, statistics.median(runs[name]["step_seconds"][2:])))
     return found
 
 

@@ -5,8 +5,9 @@
 
 Random weights in the shape of the recipe's model, stored in bf16, and conversations of random words whose lengths are
 log-normal, as those of instruction sets are: half of them are below 160 tokens. Nothing of a recipe is touched, unless
---rows and --accumulation make a step smaller. Seconds are those between two lines of the command's log. Memory is
-what nvidia-smi shows at the most, read ten times a second. The peer has its best settings: fused AdamW, grouped_mm,
+--rows and --accumulation make a step smaller; the peer's steps are short. Seconds are those between two lines of the
+command's log. Memory is
+what nvidia-smi shows at the most, read five times a second. The peer has its best settings: fused AdamW, grouped_mm,
 padding-free packs, flash attention where that is installed, Liger's kernels.
 """
 
@@ -30,8 +31,9 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "lig
 MEDIAN, SPREAD, SHORTEST, LONGEST = 160, 0.8, 16, 4096  # tokens of a conversation
 HF_MOE = [sys.executable, "-m", "hf_moe_cli"]
 TRAIN = [*HF_MOE, "train"]
-OLMOE, QWEN3 = "olmoe-1b-7b", "qwen3-30b-a3b"
-# Name -> the command, by the model that it trains; {gpus} is what it runs on.
+PEER, SHORT = [sys.executable, __file__, "peer"], ["--gradient_accumulation_steps", "2"]
+OLMOE = "olmoe-1b-7b"
+# Name -> the command, by the model that it trains
 RUNS = {
     "sft": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft"]),
     "sft_bf16": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft_bf16"]),
@@ -42,8 +44,9 @@ RUNS = {
         [*TRAIN, "olmoe-1b-7b/sft", "--accelerate", "expert_parallel", "--expert_parallel_size", "2"],
     ),
     "lora_experts": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/lora_experts"]),
-    "TRL": (f"{OLMOE}, Transformers' own", 1, [sys.executable, __file__, "peer"]),
-    "TRL, LoRA": (f"{OLMOE}, Transformers' own", 1, [sys.executable, __file__, "peer", "--lora"]),
+    # In float32 four packs at a time do not fit the card beside its gradients.
+    "TRL": (f"{OLMOE}, Transformers' own", 1, [*PEER, *["--per_device_train_batch_size", "2"], *SHORT]),
+    "TRL, LoRA": (f"{OLMOE}, Transformers' own", 1, [*PEER, "--lora", *SHORT]),
 }
 STEP = re.compile(r"step +(\d+)/(\d+): loss")
 # Part of a step -> kernels by name, the first that matches.
@@ -95,6 +98,10 @@ def used_memory() -> list[int]:
     return [int(line) for line in subprocess.run(command, capture_output=True, text=True).stdout.split()]
 
 
+def folder_of(name: str, args: argparse.Namespace) -> Path:
+    return args.work / RUNS[name][0].replace(", Transformers' own", "-transformers")
+
+
 def of_step(args: argparse.Namespace) -> dict[str, int]:
     sizes = {"per_device_train_batch_size": args.rows, "gradient_accumulation_steps": args.accumulation}
     return {name: size for name, size in sizes.items() if size is not None}
@@ -102,11 +109,11 @@ def of_step(args: argparse.Namespace) -> dict[str, int]:
 
 def run(name: str, args: argparse.Namespace) -> dict:
     """Run the command; what it took."""
-    model, gpus, command = RUNS[name]
+    _, gpus, command = RUNS[name]
     output = args.work / "output"
     shutil.rmtree(output, ignore_errors=True)
     given = {
-        "model_name_or_path": args.work / model.replace(" ", "_"),
+        "model_name_or_path": folder_of(name, args),
         "train_data": args.work / "chats.jsonl",
         "output_dir": output,
         "max_steps": args.steps,
@@ -117,7 +124,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
     peaks, done = [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.1):
+        while not done.wait(0.2):
             peaks.append(max(used_memory(), default=0))
 
     watching = threading.Thread(target=watch, daemon=True)
@@ -135,7 +142,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
     code = process.wait()
     done.set()
     if code or len(times) < 3:
-        return {"failed": "\n".join(said[-15:])}
+        return {"failed": "\n".join(said[-5:])[-800:]}
     logs = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     tokens = [entry["num_tokens"] for entry in logs if "loss" in entry and "num_tokens" in entry]
     seconds = np.diff(times)
@@ -158,7 +165,7 @@ def profiled(name: str, args: argparse.Namespace) -> dict:
     from torch.profiler import ProfilerActivity, profile
     from transformers import Trainer, TrainerCallback
 
-    model, _, command = RUNS[name]
+    *_, command = RUNS[name]
     found = {}
 
     class Profile(TrainerCallback):
@@ -188,7 +195,7 @@ def profiled(name: str, args: argparse.Namespace) -> dict:
 
         output = args.work / "output"
         shutil.rmtree(output, ignore_errors=True)
-        given = f"--model_name_or_path {args.work / model.replace(' ', '_')} --train_data {args.work / 'chats.jsonl'}"
+        given = f"--model_name_or_path {folder_of(name, args)} --train_data {args.work / 'chats.jsonl'}"
         given += f" --output_dir {output} --max_steps {args.skip + 3} --save_strategy no"
         given += "".join(f" --{key} {value}" for key, value in of_step(args).items())
         main([*command[len(HF_MOE) :], *given.split(), *args.further])
@@ -314,24 +321,27 @@ def main() -> None:
     parser.add_argument("--further", nargs=argparse.REMAINDER, default=[], help="further words of hf-moe train")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    for model in dict.fromkeys(RUNS[name][0] for name in args.runs):
-        folder = args.work / model.replace(" ", "_")
-        if not folder.exists():
-            subprocess.run([sys.executable, __file__, "build", model, folder], check=True)
-        if not (args.work / "chats.jsonl").exists():
-            from transformers import AutoTokenizer
+    if not (args.work / "chats.jsonl").exists():
+        from transformers import AutoTokenizer
 
-            from hf_moe.demo import DEMO_MODEL
+        from hf_moe.demo import DEMO_MODEL
 
-            packs = (args.rows or 4) * (args.accumulation or 8) * (args.steps + 1) * 2  # of two processes
-            write_data(args.work / "chats.jsonl", 20 * packs, AutoTokenizer.from_pretrained(DEMO_MODEL))
+        packs = (args.rows or 4) * (args.accumulation or 8) * (args.steps + 1) * 2  # of two processes
+        write_data(args.work / "chats.jsonl", 20 * packs, AutoTokenizer.from_pretrained(DEMO_MODEL))
     said = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": versions(),
         "setting": f"steps {args.skip + 2} to {args.steps}; conversations of random words, half below {MEDIAN} tokens",
         "runs": {},
     }
-    for name in args.runs:
+    last = None
+    for name in args.runs:  # one model at a time is on the disk
+        folder = folder_of(name, args)
+        if last not in (None, folder):
+            shutil.rmtree(last)
+        last = folder
+        if not folder.exists():
+            subprocess.run([sys.executable, __file__, "build", RUNS[name][0], folder], check=True)
         said["runs"][name] = run(name, args)
         print(json.dumps({name: said["runs"][name]}, indent=1), flush=True)
         if args.profile and RUNS[name][1] == 1 and RUNS[name][2][:4] == TRAIN[:4]:

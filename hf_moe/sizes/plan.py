@@ -27,8 +27,14 @@ SHARDING = {
     "zero3": ("weights", "gradients", "optimizer"),
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Bytes of state beside a number of the weight's own size; torch's AdamW keeps a 4-byte step a tensor, too.
-STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}
+# Bytes of state of a number that has `size` bytes; torch's AdamW keeps a 4-byte step a tensor, too. torchao's 8-bit
+# states have a scale for 256.
+STATES = {
+    "adamw_torch": lambda size: 2 * size,
+    "adamw_torch_fused": lambda size: 2 * size,
+    "adamw_torch_8bit": lambda size: 2 * (1 + 4 / 256),
+    "sgd": lambda size: 0,
+}
 # Stage -> what a run holds beside the trained model and its rows.
 NOT_COUNTED = {
     "dpo": "the reference model, and the second answer of each row",
@@ -220,16 +226,22 @@ def memory(model: nn.Module, config: Config, run: Run) -> dict[str, int | None]:
 def state_memory(model: nn.Module, config: Config, run: Run) -> dict[str, int]:
     """What does not depend on the batch: part -> bytes on each GPU.
 
+    copies: of experts in bfloat16, one a step (training/trainers/copies.py), where the card has room for them.
     gradient_buckets: DistributedDataParallel's copy of the gradients. gathered_layers: with zero3 the layer at work
     and the next are whole.
     """
     trained = [x for x in model.parameters() if x.requires_grad]
     gradients, states = sum(x.nbytes for x in trained), STATES[run.optim]
+    adam = states(1) > 0
     parts = {
         "weights": sum(x.nbytes for x in [*model.parameters(), *model.buffers()]),
         "gradients": gradients,
-        "optimizer": sum(states * x.nbytes + (4 if states else 0) for x in trained),
+        "optimizer": round(sum(states(x.element_size()) * x.numel() + (4 if adam else 0) for x in trained)),
     }
+    often = run.gradient_accumulation_steps > 1 or run.gradient_checkpointing
+    if run.bf16 and often and run.lora_base is None and (run.gpus == 1 or run.sharding == "none"):
+        fused = [x for x in model.parameters() if x.dim() == 3 and x.dtype == torch.float32]
+        parts |= {"copies": sum(2 * x.numel() for x in fused)} if fused else {}
     if run.lora_base == "nf4":
         from ..training.weights.adapters import matrices
 

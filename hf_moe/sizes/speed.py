@@ -14,7 +14,8 @@ from ..model.configuration_hf_moe import HfMoeConfig
 from .counts import expert_flops
 
 # FLOP/s of a layer's experts forward and backward in bfloat16, on an H100 (benchmarks/results/moe_layer.json).
-EXPERTS = {None: 269.5e12, "grouped_mm": 269.5e12, "hf_moe": 532.2e12, "sonicmoe": 551.4e12}
+EXPERTS = {"grouped_mm": 269.5e12, "hf_moe": 532.2e12, "sonicmoe": 551.4e12}
+TAKEN = "hf_moe"  # by a recipe that names none, on a GPU
 DENSE = 450e12  # of the other products, attention included: what the whole OLMoE reaches (whole_model.json)
 
 
@@ -71,19 +72,19 @@ def slower(gpu, host):
 def count(model: nn.Module, config: HfMoeConfig, run, flops_per_token: dict[str, float]) -> Work:
     """The work of `run` (plan.Run) on a model as `plan.model_to_train` makes it. Raises ValueError for experts whose
     speed was not measured."""
-    if run.experts_implementation not in EXPERTS:
-        known = ", ".join(name for name in EXPERTS if name)
-        raise ValueError(f"experts_implementation is {run.experts_implementation}; plan knows the speed of {known}.")
+    experts = TAKEN if run.experts_implementation in (None, "auto") else run.experts_implementation
+    if experts not in EXPERTS:
+        raise ValueError(f"experts_implementation is {experts}; plan knows the speed of {', '.join(EXPERTS)}.")
     batches = run.gradient_accumulation_steps
     flops = sum(flops_per_token.values()) * run.per_device_train_batch_size * run.max_length * batches
     of_experts = flops * expert_flops(config) / flops_per_token["forward"]
-    work = {DENSE: flops - of_experts, EXPERTS[run.experts_implementation]: of_experts}
+    work = {DENSE: flops - of_experts, EXPERTS[experts]: of_experts}
     slow, float32 = 0.0, next(model.parameters()).dtype == torch.float32
     if float32 and not run.bf16:
         slow, work = flops, {}
-    elif float32 and run.experts_implementation in (None, "grouped_mm"):
+    elif float32 and experts == "grouped_mm":
         # Autocast does not reach Transformers' grouped product, which takes the weights as they are.
-        slow = work.pop(EXPERTS[run.experts_implementation])
+        slow = work.pop(EXPERTS[experts])
     passes = batches * (3 if run.gradient_checkpointing else 2)
     trained = [x for x in model.parameters() if x.requires_grad]
     coefficient = config.router_aux_loss_coef if run.router_aux_loss_coef is None else run.router_aux_loss_coef
