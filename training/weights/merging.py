@@ -1,5 +1,6 @@
 """An adapter merged into the weights in float32, and how many routes and likeliest tokens that changed."""
 
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from torch import nn
 from hf_moe.routers import captured, find_routers, routed_experts, token_mask
 
 from ..balance.selection_bias import SelectionBias, base_model
+from ..host_trl import LoraLayer, adapted_name
 from .quantized import dequantize
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -48,6 +50,18 @@ def choices(model: nn.Module, batches: Iterable[dict]) -> tuple[torch.Tensor, to
     return torch.cat(chosen, dim=1), torch.cat(likeliest)
 
 
+@torch.no_grad()
+def merge_one_by_one(model: nn.Module, dtype: torch.dtype) -> None:
+    """Each adapted weight in float32 for as long as its change is added: the whole model is never that large."""
+    for layer in [x for x in model.modules() if isinstance(x, LoraLayer)]:
+        weight = getattr(layer.get_base_layer(), adapted_name(layer))
+        weight.data = weight.data.float()
+        for factors in (layer.lora_A, layer.lora_B):
+            factors.float()
+        layer.merge(safe_merge=True)
+        weight.data = weight.data.to(dtype)
+
+
 def merge_adapter(model: nn.Module, dtype: torch.dtype, batches: list[dict]) -> tuple[nn.Module, Changes]:
     """The base of a PEFT model with its adapter added in float32 and rounded once to `dtype`; `model` is used up. Of
     weights in 4 bits these are the values that the adapter was trained beside.
@@ -57,7 +71,10 @@ def merge_adapter(model: nn.Module, dtype: torch.dtype, batches: list[dict]) -> 
     before, tokens = choices(model, batches)
     dequantize(model)
     bias = SelectionBias(find_routers(base_model(model)))
-    merged = model.float().merge_and_unload(safe_merge=True).to(dtype)
+    merge_one_by_one(model, dtype)
+    with warnings.catch_warnings():  # rows of new tokens are still to be merged
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        merged = model.merge_and_unload(safe_merge=True).to(dtype)
     bias.restore()
     after, tokens_after = choices(merged, batches)
     routes = (before != after).any(dim=-1).sum().item(), before[..., 0].numel()
