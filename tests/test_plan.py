@@ -208,7 +208,7 @@ def test_a_recipe_says_what_it_says():
     run = run_of_recipe(stages.arguments_of("olmoe-1b-7b/dense_only"), gpus=4)
     assert (run.trainable, run.dtype, run.bf16, run.stage, run.gpus) == ("dense_only", "float32", True, "sft", 4)
     assert (run.per_device_train_batch_size, run.max_length, run.gradient_checkpointing) == (4, 4096, True)
-    assert run.optim == "adamw_torch" and run.lora_parts is None
+    assert run.optim == "adamw_torch_fused" and run.lora_parts is None
     config = tiny_config()
     assert plan(config, run_of_recipe({"stage": "distil"}, **SMALL))["not_counted"] == "the teacher"
     assert "logits" not in plan(config, run_of_recipe({"stage": "sft"}, **SMALL))["memory_per_gpu"]

@@ -7,6 +7,8 @@ import pytest
 import yaml
 from hf_moe.training.recipes.files import shipped_recipes
 
+from tests.recipes import recipes
+
 
 def test_list_has_a_line_per_recipe(command):
     code, out, _ = command("train", "--list")
@@ -26,7 +28,7 @@ def test_help_after_a_recipe_names_its_arguments(command):
     assert "--router_bias_update_speed" in out and "router_only" in out and "31.6%, then 10%" in " ".join(out.split())
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", recipes())
 def test_check_of_a_shipped_recipe(command, name):
     code, out, _ = command("train", "--check", name)
     count = len(yaml.safe_load(shipped_recipes()[name].read_text(encoding="utf-8")))

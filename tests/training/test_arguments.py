@@ -7,12 +7,14 @@ from hf_moe.training.recipes.files import read_recipe, shipped_recipes
 from hf_moe.training.recipes.parser import REQUIRED
 from hf_moe.training.stages.names import STAGES
 
+from tests.recipes import recipes
+
 GIVEN = ["--model_name_or_path", "model", "--train_data", "rows.jsonl", "--output_dir", "out"]
 CPU = ["--bf16", "false"]
 STEPS = ("logging_steps", "eval_steps", "save_steps", "warmup_steps")
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", recipes())
 def test_every_argument_of_a_shipped_recipe_arrives(name):
     arguments = {}
     for part in parse([name, *GIVEN, *CPU]):
@@ -203,7 +205,7 @@ def test_no_recipe_at_all():
         parse([])
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", recipes())
 def test_every_shipped_recipe_is_valid_and_says_what_it_does(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert check_recipe(name) == len(read_recipe(name))

@@ -52,7 +52,7 @@ def resumed(places, output, *extra, run="full"):
         (["--lr_scheduler_type=cosine"], r"lr_scheduler_type linear \(now cosine\)"),
         (["--warmup_steps=0"], r"warmup_steps 0.1 \(now 0\)"),
         (["--weight_decay=0.1", "--adam_beta2=0.9"], r"weight_decay 0 \(now 0.1\), adam_beta2 0.999 \(now 0.9\)"),
-        (["--optim=sgd"], r"optim adamw_torch \(now sgd\)"),
+        (["--optim=sgd"], r"optim adamw_torch_fused \(now sgd\)"),
         (["--seed=3"], r"seed 0 \(now 3\)"),
         (["--per_device_train_batch_size=4"], r"rows a step 2 \(now 4; per_device"),
         (["--gradient_accumulation_steps=2"], r"rows a step 2 \(now 4; per_device"),
