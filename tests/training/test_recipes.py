@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from hf_moe.sizes.presets import preset_config
 
 from .conftest import tiny_tokenizer
-from .models import LATENT, hf_moe, mixtral, olmoe
+from .models import LATENT, hf_moe, mixtral, olmoe, qwen3_moe
 
 BYTES = {"vocab_size": 259, "max_position_embeddings": 256}
 MLA = {name: size for name, size in LATENT.items() if name != "q_lora_rank"} | {"num_key_value_heads": 4}
@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "smollm2-135m": lambda: hf_moe(**BYTES, router_type="topk_softmax", tie_word_embeddings=True),
     "olmoe-1b-7b": lambda: olmoe(**BYTES),
     "mixtral-8x7b": lambda: mixtral(**BYTES),
+    "qwen3-30b-a3b": lambda: qwen3_moe(**BYTES),
     "deepseek-v2-lite": lambda: hf_moe(
         **BYTES, **MLA, attention_type="mla", mlp_layer_types=["dense", "sparse"], n_shared_experts=2
     ),
@@ -59,6 +60,8 @@ def test_recipe_runs_and_trains_its_parts(name, data_folder, text_folder, tmp_pa
         given |= {"from_scratch": kind == "pretrain"}
     elif kind == "sft_bf16":  # whose rounding is torchao's, and moves norms by small steps, too
         given |= {"optim": "adamw_torch_fused", "optim_args": "null", "learning_rate": 1e-2}
+    elif architecture == "qwen3-30b-a3b":
+        given |= {"chat_template_path": "plain"}  # this tokenizer has none of its own
     elif stage == "distil":
         given |= {"teacher_model_name_or_path": tmp_path / "model"}
     metrics = main([name, *(f"--{key}={value}" for key, value in given.items())])
