@@ -26,6 +26,7 @@ HOST_TESTS = (
         "tests/telemetry/test_report.py",
         "tests/test_routers.py",
         "tests/graft/test_model.py",
+        "tests/graft/test_pictures.py",
         "tests/graft/test_training.py",
     ),
 )

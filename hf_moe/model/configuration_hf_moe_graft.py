@@ -176,6 +176,19 @@ class HfMoeGraftConfig(PreTrainedConfig):
         return said
 
     @property
+    def _attn_implementation(self) -> str | None:
+        """The backbone's, whose parts may have others."""
+        return self.__dict__.get("_attn_implementation_internal")
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None) -> None:
+        backbone = self.__dict__.get("backbone")
+        if isinstance(backbone, PreTrainedConfig):
+            backbone._attn_implementation = value
+            value = backbone._attn_implementation
+        self._attn_implementation_internal = value
+
+    @property
     def _experts_implementation(self) -> str | None:
         """Of the experts here: the backbone has none, and its classes refuse to be told."""
         return self.__dict__.get("_experts_implementation_internal")

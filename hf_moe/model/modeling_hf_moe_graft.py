@@ -201,6 +201,15 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeH
         told.keywords = getattr(gradient_checkpointing_func, "keywords", {})
         super()._set_gradient_checkpointing(enable, told, **kwargs)
 
+    def set_attn_implementation(self, *args, **kwargs):
+        """As the host: a dict names its parts, which the config of a graft has within."""
+        grafted, self.config = self.config, self.config.backbone
+        try:
+            super().set_attn_implementation(*args, **kwargs)
+        finally:
+            self.config = grafted
+        grafted._attn_implementation_internal = grafted.backbone._attn_implementation
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # the host remembers its own class's answer, which this one would inherit

@@ -161,15 +161,24 @@ def test_the_plan_and_the_files_that_go_along(tmp_path):
     assert graft("gemma3").config.processor_class == "Gemma3Processor"
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa"])
-def test_attention_is_the_hosts(name, tmp_path):
+@pytest.mark.parametrize("said", ["eager", "sdpa", {"text_config": "eager", "vision_config": "sdpa"}], ids=str)
+def test_attention_is_the_hosts(said, tmp_path):
     model, inputs = graft("gemma3"), read("gemma3")
-    model.set_attn_implementation(name)
-    model.save_pretrained(tmp_path)
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation=name).eval()
-    for x in (model.model.language_model.layers[0], again.model.vision_tower.encoder.layers[0]):
-        assert x.self_attn.config._attn_implementation == name == again.config._attn_implementation
-    torch.testing.assert_close(again(**inputs).logits, graft("gemma3")(**inputs).logits)
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path / "moe")
+    tiny("gemma3").save_pretrained(tmp_path / "dense")
+    model.set_attn_implementation(said)
+    loaded = [
+        AutoModelForImageTextToText.from_pretrained(tmp_path / name, attn_implementation=said).eval()
+        for name in ("dense", "moe")
+    ]
+    dense, again = loaded
+    for part in ("model.language_model.layers.0.self_attn", "model.vision_tower.encoder.layers.0.self_attn", "model"):
+        name = dense.get_submodule(part).config._attn_implementation
+        assert [x.get_submodule(part).config._attn_implementation for x in (model, again)] == [name, name]
+    assert model.config._attn_implementation == again.config._attn_implementation == dense.config._attn_implementation
+    for x in (model, again):
+        torch.testing.assert_close(x(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "gemma4", "qwen2_5_vl"])
