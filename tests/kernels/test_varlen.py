@@ -12,6 +12,7 @@ from transformers import (
     Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    masking_utils,
 )
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
@@ -53,6 +54,7 @@ MODELS = {
         )
     ),
 }
+CHUNKS_OF_DOCUMENTS = hasattr(masking_utils, "remap_positions_for_packed_sequence")  # Transformers 5.23
 LENGTHS = [5, 1, 8, 3]
 NOT_READ = {"seq_idx": torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))[None].int()}
 
@@ -108,6 +110,8 @@ def results(model, batches):
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("kernel", [True, False])
 def test_documents_in_a_pack_see_only_themselves(make, kernel, monkeypatch):
+    if not kernel and make in (MODELS["chunks"], MODELS["Llama 4"]) and not CHUNKS_OF_DOCUMENTS:
+        pytest.skip("this host's masks count chunks from the row's beginning")
     torch.manual_seed(0)
     model = make()
     documents = [torch.randint(0, 37, (length,)) for length in LENGTHS]
