@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from hf_moe.conversion import upcycle
+from hf_moe.conversion.files import writer
 from hf_moe.training.weights.groups import parts_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -195,3 +196,26 @@ def test_refused_in_one_line():
         HfMoeGraftForImageTextToText(config)
     with pytest.raises(ValueError, match="A florence2 is no decoder that writes text"):
         HfMoeGraftForImageTextToText(HfMoeGraftConfig(backbone={"model_type": "florence2"}))
+
+
+def test_an_interrupted_conversion_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    tiny("qwen3_5").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    given = {"experts": 3, "top_k": 2, "graft": True, "progress": False, "verify": False, "max_shard_size": "20KB"}
+    upcycle(tmp_path / "dense", tmp_path / "whole", **given)
+    written, write = [], writer.write_shard
+
+    def full(folder, shard, advance):
+        if len(written) == 4:
+            raise OSError("No space left on device")
+        written.append(shard.file)
+        write(folder, shard, advance)
+
+    monkeypatch.setattr(writer, "write_shard", full)
+    with pytest.raises(OSError, match="No space left"):
+        upcycle(tmp_path / "dense", tmp_path / "moe", **given)
+    monkeypatch.undo()
+    upcycle(tmp_path / "dense", tmp_path / "moe", **given, resume=True)
+    shards = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
+    assert len(shards) > 5
+    for name in shards:
+        assert (tmp_path / "moe" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
