@@ -46,11 +46,15 @@ def varlen_attention_forward(
     """softmax(q k^T * scaling + mask) v within each document: [B, S, H, d_v] from query [B, H, S, d].
 
     `cu_seq_lens_q` [N + 1] are the documents' ends in the row, from 0; `max_length_q` is at least the longest. Raises
-    ValueError for sinks and soft-caps, which it does not have.
+    ValueError for sinks and soft-caps, which it does not have, and for documents that see their future.
     """
     for name in ("s_aux", "softcap"):
         if kwargs.get(name) is not None:
             raise ValueError(f'The attention implementation "varlen" has no {name}: take flex_attention.')
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if cu_seq_lens_q is not None and not causal:
+        raise ValueError('The attention implementation "varlen" is causal: take flash_attention_2 or flex_attention.')
     dtype = compute_dtype(query)
     if cu_seq_lens_q is None or dropout or unusable(query.device, dtype, max(query.shape[-1], value.shape[-1])):
         mask = attention_mask.mask if isinstance(attention_mask, LateMask) else attention_mask

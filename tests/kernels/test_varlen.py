@@ -168,6 +168,17 @@ def test_what_it_does_not_have_is_refused(fields):
         model(torch.arange(5)[None])
 
 
+def test_documents_that_see_their_future_are_refused():
+    module, heads = torch.nn.Identity(), torch.randn(1, 2, 5, 8)
+    output, _ = varlen.varlen_attention_forward(module, heads, heads, heads, None, is_causal=False)
+    expected = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2)
+    torch.testing.assert_close(output, expected)
+    with pytest.raises(ValueError, match=r'"varlen" is causal'):
+        varlen.varlen_attention_forward(
+            module, heads, heads, heads, None, is_causal=False, cu_seq_lens_q=torch.tensor([0, 5]), max_length_q=5
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["heads", "grouped, a window", "chunks", "latent"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -94,8 +94,7 @@ def test_an_installed_flash_attention_is_taken(monkeypatch):
 
 def test_a_recipe_and_a_command_line_choose():
     places = ["--model_name_or_path", "m", "--train_data", "d", "--output_dir", "o"]
-    *_, given = [
-        part for part in parse(["tiny/sft", *places, "--use_liger_kernel", "false"]) if hasattr(part, "chosen")
-    ]
+    words = ["--use_liger_kernel", "false", "--attn_implementation", "null"]
+    (given,) = (part for part in parse(["tiny/sft", *places, *words]) if hasattr(part, "chosen"))
     assert {"use_liger_kernel", "optim", "max_length"} <= given.chosen
     assert not {"experts_implementation", "attn_implementation"} & given.chosen

@@ -81,7 +81,8 @@ class RecipeParser(TrlParser):
                 part.facts = describe(vars(namespace))
                 part.said = dict(vars(namespace))
                 part.given = self.names_in(overrides)
-                part.chosen = part.given | self.of_recipe
+                named = part.given | self.of_recipe
+                part.chosen = frozenset(name for name in named if getattr(namespace, name) is not None)
         return parsed
 
     def take_overrides(self, words: list[str]) -> argparse.Namespace:

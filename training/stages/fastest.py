@@ -23,11 +23,7 @@ def take_fastest(model: PreTrainedModel, args: TrainingArguments, named: frozens
     """Set it on model and arguments, but for the arguments `named`; returns what was taken, in words, or None."""
     if args.device.type != "cuda":
         return None
-    said = [
-        choose(model, args)
-        for name, choose in CHOICES.items()
-        if name not in named and not (name == "use_liger_kernel" and args.use_liger_kernel)
-    ]
+    said = [choose(model, args) for name, choose in CHOICES.items() if name not in named]
     return f"on this GPU: {'; '.join(said)}" if said else None
 
 
