@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .inspect import TrustRemoteCode
 from .output import hide_loading_bars, messages_on_stderr, print_report
 
 # The largest difference between two logits, in float32, at which two models count as equal.
@@ -21,9 +22,6 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be writt
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run has written.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not compare the logits with the source's.")]
 DropMtp = Annotated[bool, typer.Option("--drop-mtp", help="Leave out the layers for multi-token prediction.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .choose import likeliest, most_common
+from .inspect import TrustRemoteCode
 from .output import hide_loading_bars, messages_on_stderr, print_report
 
 if TYPE_CHECKING:
@@ -42,9 +43,7 @@ def generate(
     use_mtp: Annotated[
         bool, typer.Option("--use-mtp", help="Draft with the model's modules for multi-token prediction.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Write text with any causal language model of Transformers; greedy unless a temperature is given."""

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from hf_moe import HfMoeConfig, HfMoeGraftConfig
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
 
 
 def inspect(
@@ -26,6 +29,7 @@ def inspect(
             min=1, help="Tokens attended to, for the FLOPs; unless given 4096, or all that a model with fewer takes."
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Say how large a model is and what it costs to run, from its config alone."""
@@ -34,7 +38,7 @@ def inspect(
 
         from hf_moe.sizes.counts import cache_alternatives, sizes
 
-        config, about = find_config(model)
+        config, about = find_config(model, trust_remote_code)
         grafted = config.model_type == "hf_moe_graft"
         report = {"model": model, **about, **(graft_summary if grafted else summary)(config), **sizes(config, context)}
         if not grafted:

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .inspect import Json, compact, print_columns, readable_bytes
+from .inspect import Json, TrustRemoteCode, compact, print_columns, readable_bytes
 from .output import messages_on_stderr, print_report
 
 
@@ -43,6 +43,7 @@ def plan(
     flops: Annotated[
         float | None, typer.Option(help="A compute budget: the best model, data, batch and learning rate for it.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Say what a training run takes: memory by part, and time; or what a compute budget is best spent on."""
@@ -61,7 +62,7 @@ def plan(
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         if flops is None:
-            report = run_plan(model, recipe, rate, gpus=gpus, sharding=sharding, **chosen)
+            report = run_plan(model, recipe, rate, trust_remote_code, gpus=gpus, sharding=sharding, **chosen)
         elif model or recipe or chosen or sharding != "none":
             raise ValueError("--flops plans without a model: only --gpus, --tflops or --mfu, and --json go with it.")
         else:
@@ -101,7 +102,7 @@ def spend(flops: float, gpus: int, rate) -> dict[str, Any]:
     return {**report, "gpus": gpus, "gpu_days": gpu_days, "days": gpu_days / gpus, **speed}
 
 
-def run_plan(model: str | None, recipe: str | None, rate, **given) -> dict[str, Any]:
+def run_plan(model: str | None, recipe: str | None, rate, trust_remote_code: bool, **given) -> dict[str, Any]:
     """Raises ValueError where no model is named."""
     from hf_moe.conversion.known_config import find_config
 
@@ -118,7 +119,7 @@ def run_plan(model: str | None, recipe: str | None, rate, **given) -> dict[str, 
             "Name a model: the folder of a saved one, or a preset from `hf-moe presets`; or give --flops."
         )
     run = run_of_recipe(arguments, **given) if recipe else Run(**given)
-    config, _ = find_config(model)
+    config, _ = find_config(model, trust_remote_code)
     return {"model": model, "recipe": recipe, **plan(config, run, rate)}
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .inspect import TrustRemoteCode
 from .output import hide_loading_bars, messages_on_stderr, print_report
 
 
@@ -32,9 +33,7 @@ def trace(
             show_default="a quarter of those that are traced",
         ),
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Look inside a mixture of experts: run text through it and write a report on what its routers do."""

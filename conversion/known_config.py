@@ -13,14 +13,17 @@ from .files.source import is_hub_id, locate
 from .files.text_part import TEXT_PARTS, text_config
 
 
-def find_config(model: str) -> tuple[HfMoeConfig | HfMoeGraftConfig, dict[str, Any]]:
+def find_config(model: str, trust_remote_code: bool = False) -> tuple[HfMoeConfig | HfMoeGraftConfig, dict[str, Any]]:
     """The config of a saved model, here or on the Hub, or of a preset, and what is known about it.
+
+    trust_remote_code: run the code of a graft's host that lies beside it.
 
     Raises FileNotFoundError or ValueError, in one line, where there is none.
     """
     folder = Path(model).expanduser()
     if folder.is_dir() or is_hub_id(model):
-        config = folder_config(locate(model, ("config.json",)).folder)
+        folder = locate(model, ("config.json", "*.py") if trust_remote_code else ("config.json",)).folder
+        config = folder_config(folder, trust_remote_code)
         return config, {"provenance": config.provenance} if config.provenance else {}
     if model not in PRESETS and (folder.exists() or "/" in model):
         raise FileNotFoundError(
@@ -30,7 +33,7 @@ def find_config(model: str) -> tuple[HfMoeConfig | HfMoeGraftConfig, dict[str, A
     return preset_config(model), {key: entry[key] for key in ("title", "source", "differs", "published")}
 
 
-def folder_config(folder: Path) -> HfMoeConfig | HfMoeGraftConfig:
+def folder_config(folder: Path, trust_remote_code: bool = False) -> HfMoeConfig | HfMoeGraftConfig:
     """The config in a folder: hf_moe's own, or the hf_moe config of the same model in a family that hf_moe reads."""
     said = read_config(folder)
     model_type, families = said.get("model_type"), {**DENSE_FAMILIES, **IMPORTED}
@@ -46,7 +49,10 @@ def folder_config(folder: Path) -> HfMoeConfig | HfMoeGraftConfig:
         )
     invalid = f"{folder / 'config.json'} is no valid {model_type} config"
     if model_type in ours:
-        return built(ours[model_type].from_pretrained, invalid, folder)
+        config = built(ours[model_type].from_pretrained, invalid, folder)
+        if trust_remote_code and model_type == HfMoeGraftConfig.model_type:
+            built(config.run_code, invalid, folder)
+        return config
     original = built(families[model_type].read_config, invalid, folder)
     if is_part:
         original = text_config(original, said)

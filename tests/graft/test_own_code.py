@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_moe.conversion import upcycle, verify
+from hf_moe_cli import main
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -146,7 +147,18 @@ def modules_of_its_own(tmp_path, monkeypatch):
     """Where Transformers puts code that it runs."""
     for name in ("transformers.dynamic_module_utils", "transformers.utils.hub"):
         monkeypatch.setattr(f"{name}.HF_MODULES_CACHE", str(tmp_path / "modules"), raising=False)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "modules").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    before = taken_modules()
+    yield
+    taken_modules()
+    sys.modules.update(before)
+
+
+def taken_modules() -> dict:
+    """What Python knows of such code, which it then forgets."""
+    names = [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 @pytest.fixture
@@ -222,15 +234,23 @@ def test_a_graft_carries_the_code_and_loads_anywhere(dense, tmp_path):
             assert (len(text[0]), imported) == (7, bool(other))
 
 
-def test_a_graft_runs_its_hosts_code_by_consent_alone(dense, tmp_path, monkeypatch):
+def test_a_graft_runs_its_hosts_code_by_consent_alone(dense, tmp_path, monkeypatch, capfd):
     upcycle(dense, tmp_path / "moe", trust_remote_code=True, **GIVEN)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "others"))
-    for load in (AutoModelForCausalLM.from_pretrained, load_model):
-        with pytest.raises(ValueError, match="plain_decoder is made by code that comes with it"):
-            load(tmp_path / "moe")
-    report = push(tmp_path / "moe", "someone/moe", dry_run=True)
-    assert {*FILES} <= set(report["files"])
-    assert not (tmp_path / "others").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "others"))
+        for load in (AutoModelForCausalLM.from_pretrained, load_model):
+            with pytest.raises(ValueError, match="plain_decoder is made by code that comes with it"):
+                load(tmp_path / "moe")
+        assert main(["inspect", str(tmp_path / "moe")]) == main(["plan", str(tmp_path / "moe")]) == 2
+        assert capfd.readouterr().err.count("look at that, and load the model with trust_remote_code=True") == 2
+        report = push(tmp_path / "moe", "someone/moe", dry_run=True)
+        assert {*FILES} <= set(report["files"])
+        assert not (tmp_path / "others").exists()
+    assert main(["inspect", str(tmp_path / "moe"), "--trust-remote-code"]) == 0
+    said = capfd.readouterr().out
+    assert "grafted onto a plain_decoder (PlainForCausalLM)" in said and "its host, plain_decoder, shows none" in said
+    assert main(["plan", str(tmp_path / "moe"), "--trust-remote-code", "--length", "16"]) == 0
+    assert "activations" in capfd.readouterr().out
 
 
 def test_a_model_that_transformers_knows_is_its_own_class_whatever_its_config_names(dense, tmp_path):
