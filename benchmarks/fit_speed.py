@@ -60,12 +60,11 @@ TUNED = {
 
 @dataclass(frozen=True)
 class Point:
-    """A measured optimizer step on one GPU; `table` has it rounded into a claim that predictions are held to."""
+    """A measured optimizer step on one GPU."""
 
     name: str
     work: Work
     seconds: float
-    table: bool = True
 
     def speed(self, costs: Costs = COSTS) -> float:
         """Measured tokens a second over predicted ones."""
