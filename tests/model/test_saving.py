@@ -14,7 +14,8 @@ import hf_moe
 from tests.conftest import tiny_config, tiny_model, tokens
 
 MODEL_FILES = {path.name for path in Path(hf_moe.__file__).with_name("model").glob("*.py")} - {"__init__.py"}
-MODEL_FILES -= {"modeling_hf_moe_graft.py", "configuration_hf_moe_graft.py", "feed_forward.py"}  # of grafts alone
+OF_GRAFTS = {"modeling_hf_moe_graft.py", "configuration_hf_moe_graft.py", "feed_forward.py", "host_code.py"}
+MODEL_FILES -= OF_GRAFTS
 
 # Runs where hf_moe cannot be imported; prints the logits of two Auto classes, saves again, loads what it saved.
 WITHOUT_HF_MOE = """
