@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -191,6 +192,18 @@ def adapted_weights(model: PeftModel) -> dict[str, LoraLayer]:
         for name, layer in model.get_base_model().named_modules()
         if isinstance(layer, LoraLayer)
     }
+
+
+@torch.no_grad()
+def merge_one_by_one(model: nn.Module, dtype: torch.dtype) -> None:
+    """Each adapted weight in float32 for as long as its change is added: the whole model is never that large."""
+    for layer in [x for x in model.modules() if isinstance(x, LoraLayer)]:
+        weight = getattr(layer.get_base_layer(), adapted_name(layer))
+        weight.data = weight.data.float()
+        for factors in (layer.lora_A, layer.lora_B):
+            factors.float()
+        layer.merge(safe_merge=True)
+        weight.data = weight.data.to(dtype)
 
 
 def check_coverage(model: PeftModel, targets: dict[str, str], parts: list[str]) -> str:

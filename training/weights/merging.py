@@ -10,7 +10,6 @@ from torch import nn
 from hf_moe.routers import captured, find_routers, routed_experts, token_mask
 
 from ..balance.selection_bias import SelectionBias, base_model
-from ..host_trl import LoraLayer, adapted_name
 from .quantized import dequantize
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -50,24 +49,14 @@ def choices(model: nn.Module, batches: Iterable[dict]) -> tuple[torch.Tensor, to
     return torch.cat(chosen, dim=1), torch.cat(likeliest)
 
 
-@torch.no_grad()
-def merge_one_by_one(model: nn.Module, dtype: torch.dtype) -> None:
-    """Each adapted weight in float32 for as long as its change is added: the whole model is never that large."""
-    for layer in [x for x in model.modules() if isinstance(x, LoraLayer)]:
-        weight = getattr(layer.get_base_layer(), adapted_name(layer))
-        weight.data = weight.data.float()
-        for factors in (layer.lora_A, layer.lora_B):
-            factors.float()
-        layer.merge(safe_merge=True)
-        weight.data = weight.data.to(dtype)
-
-
 def merge_adapter(model: nn.Module, dtype: torch.dtype, batches: list[dict]) -> tuple[nn.Module, Changes]:
     """The base of a PEFT model with its adapter added in float32 and rounded once to `dtype`; `model` is used up. Of
     weights in 4 bits these are the values that the adapter was trained beside.
 
     Also what that changed in `batches`, beside the adapter at the side of the weights. Selection biases stay float32.
     """
+    from .adapters import merge_one_by_one  # with PEFT, which MoeTrainer does without
+
     before, tokens = choices(model, batches)
     dequantize(model)
     bias = SelectionBias(find_routers(base_model(model)))
