@@ -6,9 +6,8 @@
 Random weights in the shape of the recipe's model, stored in bf16, and conversations of random words whose lengths are
 log-normal, as those of instruction sets are: half of them are below 160 tokens. Nothing of a recipe is touched, unless
 --rows and --accumulation make a step smaller; the peer's steps are short. Seconds are those between two lines of the
-command's log. Memory is
-what nvidia-smi shows at the most, read five times a second. The peer has its best settings: fused AdamW, grouped_mm,
-padding-free packs, flash attention where that is installed, Liger's kernels.
+command's log. Memory is what nvidia-smi shows at the most, read five times a second. The peer has its best settings:
+fused AdamW, grouped_mm, padding-free packs, flash attention where that is installed, Liger's kernels.
 """
 
 import argparse
@@ -33,7 +32,7 @@ HF_MOE = [sys.executable, "-m", "hf_moe_cli"]
 TRAIN = [*HF_MOE, "train"]
 PEER, SHORT = [sys.executable, __file__, "peer"], ["--gradient_accumulation_steps", "2"]
 OLMOE = "olmoe-1b-7b"
-# Name -> the command, by the model that it trains
+# Name -> the model that it trains, on how many GPUs, the command.
 RUNS = {
     "sft": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft"]),
     "sft_bf16": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft_bf16"]),
@@ -102,25 +101,25 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
     return args.work / RUNS[name][0].replace(", Transformers' own", "-transformers")
 
 
-def of_step(args: argparse.Namespace) -> dict[str, int]:
-    sizes = {"per_device_train_batch_size": args.rows, "gradient_accumulation_steps": args.accumulation}
-    return {name: size for name, size in sizes.items() if size is not None}
+def words_of(name: str, steps: int, args: argparse.Namespace) -> list[str]:
+    """The command line of a run of so many steps."""
+    given = {
+        "model_name_or_path": folder_of(name, args),
+        "train_data": args.work / "chats.jsonl",
+        "output_dir": args.work / "output",
+        "max_steps": steps,
+        "save_strategy": "no",
+        "per_device_train_batch_size": args.rows,
+        "gradient_accumulation_steps": args.accumulation,
+    }
+    said = (str(word) for key, value in given.items() if value is not None for word in (f"--{key}", value))
+    return [*RUNS[name][2], *said, *args.further]
 
 
 def run(name: str, args: argparse.Namespace) -> dict:
     """Run the command; what it took."""
-    _, gpus, command = RUNS[name]
-    output = args.work / "output"
+    gpus, output, words = RUNS[name][1], args.work / "output", words_of(name, args.steps, args)
     shutil.rmtree(output, ignore_errors=True)
-    given = {
-        "model_name_or_path": folder_of(name, args),
-        "train_data": args.work / "chats.jsonl",
-        "output_dir": output,
-        "max_steps": args.steps,
-        "save_strategy": "no",
-        **of_step(args),
-    }
-    words = [*command, *(str(word) for key, value in given.items() for word in (f"--{key}", value)), *args.further]
     peaks, done = [0], threading.Event()
 
     def watch() -> None:
@@ -165,7 +164,6 @@ def profiled(name: str, args: argparse.Namespace) -> dict:
     from torch.profiler import ProfilerActivity, profile
     from transformers import Trainer, TrainerCallback
 
-    *_, command = RUNS[name]
     found = {}
 
     class Profile(TrainerCallback):
@@ -193,12 +191,8 @@ def profiled(name: str, args: argparse.Namespace) -> dict:
     try:
         from hf_moe_cli import main
 
-        output = args.work / "output"
-        shutil.rmtree(output, ignore_errors=True)
-        given = f"--model_name_or_path {folder_of(name, args)} --train_data {args.work / 'chats.jsonl'}"
-        given += f" --output_dir {output} --max_steps {args.skip + 3} --save_strategy no"
-        given += "".join(f" --{key} {value}" for key, value in of_step(args).items())
-        main([*command[len(HF_MOE) :], *given.split(), *args.further])
+        shutil.rmtree(args.work / "output", ignore_errors=True)
+        main(words_of(name, args.skip + 3, args)[len(HF_MOE) :])
     finally:
         Trainer.__init__ = begin
         shutil.rmtree(args.work / "output", ignore_errors=True)
@@ -206,7 +200,7 @@ def profiled(name: str, args: argparse.Namespace) -> dict:
 
 
 def shares(profile, wall: float) -> dict:
-    """Of two steps: milliseconds a step by part, of kernels on the card; and the ten that take the most."""
+    """Of two steps: milliseconds a step by part, of kernels on the card; and those that take the most."""
     parts, kernels = dict.fromkeys([*PARTS, "rest"], 0.0), {}
     for event in profile.events():
         if event.device_type.name != "CUDA" or event.name.startswith(("ProfilerStep", "Optimizer", "##")):

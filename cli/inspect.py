@@ -100,14 +100,15 @@ def graft_summary(config: "HfMoeGraftConfig") -> dict[str, Any]:
 
     with torch.device("meta"):
         model = HfMoeGraftForCausalLM(config)
-    widths = {x.layer.experts.intermediate_dim for x in find_routers(model).values()}
+    routers = find_routers(model).values()
+    widths = {x.layer.experts.intermediate_dim for x in routers}
     text = config.backbone.get_text_config()
     return {
         "host": config.backbone.model_type,
         "host_class": model.host_class.__name__,
         "layers": getattr(text, "num_hidden_layers", None),
         "layer_types": dict(Counter(getattr(text, "layer_types", None) or ())),
-        "sparse_layers": len(find_routers(model)),
+        "sparse_layers": len(routers),
         "num_attention_heads": getattr(text, "num_attention_heads", None),
         "num_key_value_heads": getattr(text, "num_key_value_heads", None),
         "num_experts": config.num_experts,

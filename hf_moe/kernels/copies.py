@@ -5,11 +5,17 @@ step's first micro-batch until the optimizer moves, one copy serves them all. Wh
 """
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
+
+
+def copied(model: nn.Module, accumulation: int, checkpointing: bool) -> list[nn.Parameter]:
+    """The experts' weights in float32 that a step of `model` computes with more than once."""
+    if accumulation == 1 and not checkpointing:
+        return []
+    return [x for x in model.parameters() if type(x) is nn.Parameter and x.dim() == 3 and x.dtype == torch.float32]
 
 
 class Copies:
@@ -66,7 +72,7 @@ class Copy(torch.autograd.Function):
 
 def add(total: torch.Tensor, part: torch.Tensor) -> None:
     """total += part, of two types: in one pass at the speed of memory, which PyTorch's kernel has half of."""
-    if total.device.type == "cuda" and total.is_contiguous() and part.is_contiguous() and find_spec("triton"):
+    if total.device.type == "cuda" and total.is_contiguous() and part.is_contiguous():
         from .sums import add_to
 
         add_to(total, part)

@@ -12,6 +12,7 @@ from .copies import cast
 from .formula import formula, unseen
 from .low_rank import given, lowered, widened
 from .operators import experts as experts_operator
+from .precision import computed_in
 
 logger = logging.get_logger(__name__)
 
@@ -52,8 +53,7 @@ def hf_moe_experts_forward(
 
 def compute_dtype(experts: nn.Module, hidden_states: torch.Tensor) -> torch.dtype:
     """Autocast's where that is on, else the experts' own."""
-    device = hidden_states.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else experts.down_proj.dtype
+    return computed_in(hidden_states, experts.down_proj.dtype)
 
 
 def adds_low_rank(experts: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from .bias_gradient import bias_gradient
 from .formula import Formula
 from .grouped_product import product
 from .layer import Experts
+from .low_rank import places
 from .routing_metadata import Routing, empty_routing, route
 from .token_rows import combine, gather
 from .up_projection import up_projection
@@ -109,23 +110,18 @@ def backward(
         if need_up_bias:
             grad_up_bias = bias_gradient(grad_hidden, experts, routing)
         if need_widen:
-            chosen = low.gather(1, experts_of(index, low)).flatten(0, 1)
+            chosen = low.gather(1, places(index, low)).flatten(0, 1)
             grad_widen = weight_gradient(grad_hidden, rows_of(chosen, grad_hidden, routing), experts, routing)
         if need_low:
             slots = slots_of(product(grad_hidden, widen, None, False, experts, routing, kernel="narrow"), routing)
             grad_low = torch.zeros_like(low)
-            grad_low.scatter_add_(1, experts_of(index, low), slots.view(*index.shape, -1))
+            grad_low.scatter_add_(1, places(index, low), slots.view(*index.shape, -1))
         if need_x:
             rows = product(grad_hidden, up, None, formula.transposed, experts, routing)
             grad_x = combine(rows, None, experts, routing)
     gradients = (grad_x, grad_weights, grad_up, grad_down, grad_up_bias, grad_down_bias)
     gradients += (grad_low, grad_widen, grad_narrow)
     return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
-
-
-def experts_of(index: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """The chosen experts as places in `low` [T, E, r]; what is no expert has a slot without a row, which is 0."""
-    return index.clamp(0, low.shape[1] - 1).unsqueeze(-1).expand(-1, -1, low.shape[2])
 
 
 def slots_of(rows: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -53,6 +53,11 @@ def lowered(x: torch.Tensor, factors: Factors) -> torch.Tensor:
 def widened(narrowed: torch.Tensor, index: torch.Tensor, factors: Factors) -> torch.Tensor:
     """[T, D]: sum_k B_{index_{t,k}} narrowed_{t,k}, of narrowed [T, K, r]."""
     experts, size, rank = factors.b.shape
-    places = index.clamp(0, experts - 1).unsqueeze(-1).expand(-1, -1, rank)  # what is no expert is 0
-    every = narrowed.new_zeros(len(index), experts, rank).scatter_add(1, places, narrowed)
+    every = narrowed.new_zeros(len(index), experts, rank)
+    every = every.scatter_add(1, places(index, every), narrowed)
     return every.flatten(1) @ factors.b.to(narrowed.dtype).mT.reshape(experts * rank, size)
+
+
+def places(index: torch.Tensor, every: torch.Tensor) -> torch.Tensor:
+    """Where the chosen experts [T, K] are in `every` [T, E, r]; what is no expert has no row, and so adds 0."""
+    return index.clamp(0, every.shape[1] - 1).unsqueeze(-1).expand(-1, -1, every.shape[2])

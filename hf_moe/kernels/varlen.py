@@ -15,6 +15,8 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .precision import computed_in
+
 LARGEST_HEAD = 256
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -55,7 +57,7 @@ def varlen_attention_forward(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if cu_seq_lens_q is not None and not causal:
         raise ValueError('The attention implementation "varlen" is causal: take flash_attention_2 or flex_attention.')
-    dtype = compute_dtype(query)
+    dtype = computed_in(query, query.dtype)
     if cu_seq_lens_q is None or dropout or unusable(query.device, dtype, max(query.shape[-1], value.shape[-1])):
         mask = attention_mask.mask if isinstance(attention_mask, LateMask) else attention_mask
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -93,12 +95,6 @@ def attended(
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     output = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=window, **options)
     return output[..., :size]
-
-
-def compute_dtype(query: torch.Tensor) -> torch.dtype:
-    """Autocast's where that is on, as it is for sdpa, else the query's own."""
-    device = query.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 @cache

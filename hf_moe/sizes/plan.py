@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..kernels.copies import copied
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ..training.weights.groups import train_group
@@ -238,10 +239,9 @@ def state_memory(model: nn.Module, config: Config, run: Run) -> dict[str, int]:
         "gradients": gradients,
         "optimizer": round(sum(states(x.element_size()) * x.numel() + (4 if adam else 0) for x in trained)),
     }
-    often = run.gradient_accumulation_steps > 1 or run.gradient_checkpointing
-    if run.bf16 and often and run.lora_base is None and (run.gpus == 1 or run.sharding == "none"):
-        fused = [x for x in model.parameters() if x.dim() == 3 and x.dtype == torch.float32]
-        parts |= {"copies": sum(2 * x.numel() for x in fused)} if fused else {}
+    if run.bf16 and run.lora_base is None and (run.gpus == 1 or run.sharding == "none"):
+        weights = copied(model, run.gradient_accumulation_steps, run.gradient_checkpointing)
+        parts |= {"copies": sum(2 * x.numel() for x in weights)} if weights else {}
     if run.lora_base == "nf4":
         from ..training.weights.adapters import matrices
 

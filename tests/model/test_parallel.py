@@ -1,11 +1,5 @@
 """Tensor, expert and data parallelism of Transformers on two CPU processes give one process's logits and gradients."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -15,6 +9,7 @@ from tests import picture_families
 from tests.conftest import tiny_model
 from tests.dense_families import FAMILIES, config_of
 from tests.picture_families import PICTURES
+from tests.processes import on_two_processes
 
 EVEN = {"vocab_size": 98, "num_experts": 6}  # what is split between two ranks must be even
 MODELS = {
@@ -86,17 +81,7 @@ def differences(tmp_path_factory):
         tiny_model(**EVEN, **changes).save_pretrained(folder / name)
     for name, fields in GRAFTS.items():
         graft(name, **fields).save_pretrained(folder / name)
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, str(root / "tests/model/parallel_worker.py"), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return on_two_processes("model/parallel_worker.py", str(folder))
 
 
 @pytest.mark.parametrize("layout", ["tensor-parallel", "tensor-and-expert-parallel", "expert-parallel", "fsdp"])

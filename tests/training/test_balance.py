@@ -1,10 +1,7 @@
 """The balance losses over a whole step: their gradient, their routes, and what must not touch either."""
 
-import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +9,7 @@ from hf_moe.training.trainers.label_smoothing import ShiftedLabelSmoother
 from transformers import TrainingArguments
 
 from hf_moe import MoeSFTConfig, MoeSFTTrainer, MoeTrainer, MoeTrainingArguments
+from tests.processes import on_two_processes
 
 from .balance_worker import (
     COEFFICIENTS,
@@ -56,17 +54,7 @@ def test_balance_over_micro_batches_is_another_gradient():
 
 @pytest.fixture(scope="module")
 def two_processes():
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, str(root / "tests/training/balance_worker.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return on_two_processes("training/balance_worker.py")
 
 
 @pytest.mark.parametrize("loss", LOSSES)

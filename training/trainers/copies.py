@@ -4,7 +4,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from hf_moe.kernels.copies import Copies
+from hf_moe.kernels.copies import Copies, copied
 
 PLAIN = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # others move weights about
 ROOM = 0.5  # of what weights, gradients and Adam's moments leave of the card: the rest is for activations
@@ -14,10 +14,9 @@ def copies_of(trainer) -> Copies | None:
     """Of the trainer's experts, or None where a step uses each weight once, or there is no room for copies."""
     args, model = trainer.args, trainer.model
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    often = args.gradient_accumulation_steps > 1 or args.gradient_checkpointing
-    if dtype is None or not often or trainer.accelerator.distributed_type not in PLAIN:
+    if dtype is None or trainer.accelerator.distributed_type not in PLAIN:
         return None
-    weights = [x for x in model.parameters() if type(x) is nn.Parameter and x.dim() == 3 and x.dtype == torch.float32]
+    weights = copied(model, args.gradient_accumulation_steps, args.gradient_checkpointing)
     alone = trainer.accelerator.distributed_type == DistributedType.NO
     return Copies(weights, dtype, sums=alone) if weights and fit(weights, model, args.device, dtype) else None
 
