@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hf_moe.training.launch import find_launch_file
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "liger-kernel", "flash-attn", "hf_moe")
 MEDIAN, SPREAD, SHORTEST, LONGEST = 160, 0.8, 16, 4096  # tokens of a conversation
@@ -91,9 +92,17 @@ def write_data(path: Path, rows: int, tokenizer) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def used_memory() -> list[int]:
-    """MiB of each card."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+def devices(gpus: int) -> dict[str, str]:
+    """The first so many of the cards that this process may use, for the environment of another."""
+    if not torch.cuda.is_available():
+        return {}
+    given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(given.split(",")[:gpus])}
+
+
+def used_memory(cards: str) -> list[int]:
+    """MiB of each of the cards."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id", cards]
     return [int(line) for line in subprocess.run(command, capture_output=True, text=True).stdout.split()]
 
 
@@ -119,21 +128,19 @@ def words_of(name: str, steps: int, args: argparse.Namespace) -> list[str]:
 def run(name: str, args: argparse.Namespace) -> dict:
     """Run the command; what it took."""
     gpus, output, words = RUNS[name][1], args.work / "output", words_of(name, args.steps, args)
+    environment = {**os.environ, **devices(gpus)}
     shutil.rmtree(output, ignore_errors=True)
     peaks, done = [0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.2):
-            peaks.append(max(used_memory(), default=0))
+            peaks.append(max(used_memory(environment["CUDA_VISIBLE_DEVICES"]), default=0))
 
     watching = threading.Thread(target=watch, daemon=True)
     if torch.cuda.is_available():
         watching.start()
-    devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))} if torch.cuda.is_available() else {}
     start, times, said = time.perf_counter(), [], []
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **devices}
-    )
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     for line in process.stdout:
         said.append(line.rstrip())
         if STEP.search(line):
@@ -160,26 +167,47 @@ def run(name: str, args: argparse.Namespace) -> dict:
 
 
 def profiled(name: str, args: argparse.Namespace) -> dict:
-    """The command again, in this process, with a profile of two steps: milliseconds of the card by part, a step."""
-    from torch.profiler import ProfilerActivity, profile
-    from transformers import Trainer, TrainerCallback
+    """The command again with a profile of two steps: milliseconds of the first card by part, a step."""
+    gpus, found = RUNS[name][1], args.work / "profile.json"
+    words = words_of(name, args.skip + 3, args)[len(TRAIN) :]
+    command = [sys.executable]
+    if "--accelerate" in words:
+        at = words.index("--accelerate")
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(find_launch_file(words[at + 1]))]
+        command += ["--num_processes", str(gpus)]
+        del words[at : at + 2]
+    shutil.rmtree(args.work / "output", ignore_errors=True)
+    command += [__file__, "profile", str(found), str(args.skip), *words]
+    subprocess.run(command, check=True, env={**os.environ, **devices(gpus)}, stdout=subprocess.DEVNULL)
+    shutil.rmtree(args.work / "output", ignore_errors=True)
+    return json.loads(found.read_text())
 
-    found = {}
+
+def profile(out: str, skip: str, *words: str) -> None:
+    """`hf-moe train` with these words, and two steps after `skip` under a profiler, into the file `out`."""
+    from hf_moe_cli import main
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiling
+    from transformers import Trainer, TrainerCallback
 
     class Profile(TrainerCallback):
         def on_step_begin(self, arguments, state, control, **kwargs):
-            if state.global_step == args.skip:
+            if state.global_step == int(skip):
                 torch.cuda.synchronize()
-                self.profile = profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU])
+                self.profile = profiling(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU])
                 self.profile.__enter__()
                 self.start = time.perf_counter()
 
         def on_step_end(self, arguments, state, control, **kwargs):
-            if state.global_step == args.skip + 2:
+            if state.global_step == int(skip) + 2:
                 torch.cuda.synchronize()
                 wall = time.perf_counter() - self.start
                 self.profile.__exit__(None, None, None)
-                found.update(shares(self.profile, wall))
+                if state.is_world_process_zero:
+                    Path(out).write_text(json.dumps(shares(self.profile, wall)))
+                if torch.distributed.is_initialized():
+                    torch.distributed.barrier()
+                os._exit(0)  # saves no model
 
     begin = Trainer.__init__
 
@@ -188,32 +216,38 @@ def profiled(name: str, args: argparse.Namespace) -> dict:
         self.add_callback(Profile())
 
     Trainer.__init__ = with_profile
-    try:
-        from hf_moe_cli import main
+    main(["train", *words])
 
-        shutil.rmtree(args.work / "output", ignore_errors=True)
-        main(words_of(name, args.skip + 3, args)[len(HF_MOE) :])
-    finally:
-        Trainer.__init__ = begin
-        shutil.rmtree(args.work / "output", ignore_errors=True)
-    return found
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """How long at least one of the spans of time lasts."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def shares(profile, wall: float) -> dict:
     """Of two steps: milliseconds a step by part, of kernels on the card; and those that take the most."""
-    parts, kernels = dict.fromkeys([*PARTS, "rest"], 0.0), {}
+    parts, spans, kernels = dict.fromkeys([*PARTS, "rest"], 0.0), {name: [] for name in [*PARTS, "rest"]}, {}
     for event in profile.events():
-        if event.device_type.name != "CUDA" or event.name.startswith(("ProfilerStep", "Optimizer", "##")):
+        if event.device_type.name != "CUDA" or event.name.startswith(
+            ("ProfilerStep", "Optimizer", "##", "FSDP", "nccl:")
+        ):
             continue
         took = event.time_range.elapsed_us() / 2000
         part = next((part for part, names in PARTS.items() if re.search(names, event.name)), "rest")
         parts[part] += took
+        spans[part].append((event.time_range.start / 2000, event.time_range.end / 2000))
         kernels[event.name[:80]] = kernels.get(event.name[:80], 0.0) + took
-    busy = sum(parts.values())
+    computing = covered([span for part, found in spans.items() if part != "communication" for span in found])
+    busy = covered([span for found in spans.values() for span in found])
+    alone = {"communication alone": busy - computing, "idle": wall * 500 - busy}
     most = sorted(kernels.items(), key=lambda item: -item[1])[:25]
     syncs = [e for e in profile.key_averages() if e.key in ("cudaStreamSynchronize", "cudaDeviceSynchronize")]
     return {
-        "milliseconds": {name: round(x, 1) for name, x in parts.items()} | {"idle": round(wall * 500 - busy, 1)},
+        "milliseconds": {name: round(x, 1) for name, x in (parts | alone).items()},
         "step_milliseconds": round(wall * 500, 1),
         "synchronisations": sum(e.count for e in syncs) / 2,
         "longest_kernels": {name: round(x, 1) for name, x in most},
@@ -311,7 +345,7 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, help="micro-batches of a step, default the recipe's")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--skip", type=int, default=3, help="first steps that are not counted")
-    parser.add_argument("--profile", action="store_true", help="of runs on one GPU, two steps again under a profiler")
+    parser.add_argument("--profile", action="store_true", help="of our runs, two steps again under a profiler")
     parser.add_argument("--further", nargs=argparse.REMAINDER, default=[], help="further words of hf-moe train")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -338,7 +372,7 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, "build", RUNS[name][0], folder], check=True)
         said["runs"][name] = run(name, args)
         print(json.dumps({name: said["runs"][name]}, indent=1), flush=True)
-        if args.profile and RUNS[name][1] == 1 and RUNS[name][2][:4] == TRAIN[:4]:
+        if args.profile and RUNS[name][2][: len(TRAIN)] == TRAIN:
             said["runs"][name]["profile"] = profiled(name, args)
             print(json.dumps(said["runs"][name]["profile"], indent=1), flush=True)
         if args.out:
@@ -348,5 +382,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["build"]:
         build(sys.argv[2], Path(sys.argv[3]))
+    elif sys.argv[1:2] == ["profile"]:
+        profile(*sys.argv[2:])
     else:
         main()

@@ -117,6 +117,9 @@ def save(trainer: Trainer) -> None:
         for path in sorted(aside.iterdir(), key=lambda path: path.name in LAST):
             path.replace(output / path.name)
         aside.rmdir()
+    # Under FSDP2 the others send their shards and do not wait until the first has them: one that ended here would
+    # leave it waiting for good.
+    trainer.accelerator.wait_for_everyone()
 
 
 def publish(trainer: Trainer) -> None:
