@@ -60,9 +60,21 @@ def adds_low_rank(experts: nn.Module) -> bool:
     """Whether these kernels compute the experts where they are, and can add what an adapter gives."""
     if not hasattr(experts, "has_gate"):
         return False
-    weight, name = experts.down_proj, experts.config._experts_implementation
-    dtype = compute_dtype(experts, weight)
-    return name in ("hf_moe", "auto") and obstacle(experts, dtype) is None and unusable(weight.device.type) is None
+    weight = experts.down_proj
+    return computes(experts, compute_dtype(experts, weight), weight.device.type)
+
+
+def computes(experts: nn.Module, dtype: torch.dtype, device: str) -> bool:
+    """Whether these kernels are what computes the experts on this kind of device."""
+    named = experts.config._experts_implementation in ("hf_moe", "auto")
+    return named and obstacle(experts, dtype) is None and unusable(device) is None
+
+
+def autocasts(experts: nn.Module, dtype: torch.dtype, device: str) -> bool:
+    """Whether autocast to `dtype` casts the experts' weights; Transformers' grouped_mm computes in what they are."""
+    if not hasattr(experts, "has_gate"):
+        return False
+    return experts.config._experts_implementation in ("eager", "batched_mm") or computes(experts, dtype, device)
 
 
 def obstacle(experts: nn.Module, dtype: torch.dtype) -> str | None:

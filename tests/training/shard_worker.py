@@ -6,6 +6,9 @@ Run by `accelerate launch` it writes what each case in argv[2:] finds to the fol
 import json
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from hf_moe.training.weights.adapters import AdapterArguments, add_adapter
 from hf_moe.training.weights.esft import split_experts
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from transformers.distributed import DistributedConfig
 
 from hf_moe.kernels import experts
@@ -51,6 +55,12 @@ def idle():
     return model
 
 
+def eager():
+    model = hf_moe_biased()
+    model.set_experts_implementation("eager")  # which autocasts, as the kernels do
+    return model
+
+
 def with_kernels():
     """Only for a process of its own, in which nothing falls back any more."""
     model = hf_moe_biased()
@@ -68,7 +78,11 @@ CASES = {
     "biased": (hf_moe_biased, BIASED, "model.safetensors"),
     "adapter": (adapted, BIASED, "adapter_model.safetensors"),
     "esft": (some_experts, BIASED, "expert_rows.safetensors"),
-    "bf16": (hf_moe_biased, BIASED | {"bf16": True, "save_strategy": "no"}, "model.safetensors"),
+    "bf16": (
+        eager,
+        BIASED | {"bf16": True, "save_strategy": "no", "gradient_checkpointing": True},
+        "model.safetensors",
+    ),
     "kernels": (with_kernels, BIASED | {"save_strategy": "no"}, "model.safetensors"),
     "idle": (idle, {"router_aux_loss_coef": 0.0, "accumulation": 16, "save_strategy": "no"}, "model.safetensors"),
 }
@@ -125,13 +139,30 @@ def write(folder: Path, *results: dict) -> None:
         folder.with_suffix(".json").write_text(json.dumps([*every, *results[1:]]))
 
 
+@contextmanager
+def counted_gathers() -> Iterator[Counter]:
+    """How often weights are gathered, by the type that they travel in."""
+    found, gather = Counter(), _fsdp_param_group.foreach_all_gather
+
+    def counting(params, *args, **kwargs):
+        found[str(params[0].param_dtype or params[0].orig_dtype)] += 1
+        return gather(params, *args, **kwargs)
+
+    _fsdp_param_group.foreach_all_gather = counting
+    try:
+        yield found
+    finally:
+        _fsdp_param_group.foreach_all_gather = gather
+
+
 def main(folder: str, *names: str):
     on_cpu()
     folder = Path(folder)
     for name in names:
-        trainer = run(name, folder / name, processes=2)
+        with counted_gathers() as gathers:
+            trainer = run(name, folder / name, processes=2)
         assert trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        results = [found(trainer)]
+        results = [found(trainer) | {"gathers": gathers}]
         if name in RESUMED:
             resumed = run(name, folder / f"{name}-resumed", 2, resume=str(folder / name / "checkpoint-1"))
             results.append(found(resumed))

@@ -83,6 +83,13 @@ def test_sharded_run_in_bf16_begins_as_that_of_one_process(sharded, one_process)
         assert result["history"][0] == pytest.approx(expected["history"][0], rel=1e-4)
 
 
+@pytest.mark.parametrize("sharded", ["fsdp2"], indirect=True)
+def test_weights_are_gathered_once_a_step(sharded):
+    """In two steps of two micro-batches, whose layers are computed twice: the experts of both layers in bf16."""
+    for result in json.loads((sharded / "bf16.json").read_text()):
+        assert result["gathers"] == {"torch.bfloat16": 2 * 2, "torch.float32": 2 * 4}
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("bf16", "kernels")])
 def test_sharded_run_is_that_of_one_process(sharded, one_process, name, request):
     """Losses, gradient norms, counts to 1e-5 and biases exactly, on each process; saved weights to 1e-4 of their norm.

@@ -39,6 +39,7 @@ from .multi_step import multi_step_schedule
 from .precision import keep_precision
 from .refusals import check_arguments, check_best_metric, check_checkpointing, check_finite, check_rows
 from .rehearsal import check_schedule, schedule_arguments
+from .sharded import gathered, shard_experts
 
 LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
 
@@ -61,7 +62,7 @@ class MoeTrainerMixin(PublishingMixin):
         if self.args.use_liger_kernel:
             liger.register()
         self.args.logging_nan_inf_filter = False  # such a loss stops training here; asking each costs time
-        keep_precision(self.accelerator, self.model)
+        self.casts_under_fsdp2 = keep_precision(self.accelerator, self.model)
         self.balance_over = moe_argument(self.args, "balance_over")
         self.step = Step([])
         self.logged = []  # the rows of each optimizer step since the last log
@@ -75,6 +76,7 @@ class MoeTrainerMixin(PublishingMixin):
         self.tried = False  # to save
         self.mixing = []  # hooks of the dense mixer, while training
         self.copies = None  # of the experts' weights, while training
+        self.gathered = None  # what FSDP2 keeps whole for a step, while training
         decay = moe_argument(self.args, "ema_decay")
         self.average = None if decay is None else WeightAverage(decay)
         self.find_routing()
@@ -113,8 +115,9 @@ class MoeTrainerMixin(PublishingMixin):
     def get_batch_samples(self, *args, **kwargs):
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self.step = Step(batches)
-        if self.copies is not None:
-            self.copies.begin()
+        for held in (self.copies, self.gathered):
+            if held is not None:
+                held.begin()
         coefficient = mtp_coefficient(self.args, self.state.global_step / self.state.max_steps)
         if coefficient is not None:
             self.balance.config.mtp_loss_coef = coefficient
@@ -122,6 +125,8 @@ class MoeTrainerMixin(PublishingMixin):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         training = self.model.training
+        if training and self.gathered is not None and self.accelerator.sync_gradients:
+            self.gathered.last()
         self.selection_bias.restore()
         if self.balances_step:
             self.count_step(model)
@@ -229,6 +234,11 @@ class MoeTrainerMixin(PublishingMixin):
             self.model_accepts_loss_kwargs and num_items_in_batch is not None
         )
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.casts_under_fsdp2 and self.optimizer is None:
+            shard_experts(self)  # which Accelerate leaves as they are, when it shards the rest
+        return super().create_optimizer(model)
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         milestones = moe_argument(self.args, "lr_milestones")
         if milestones and self.lr_scheduler is None:
@@ -253,8 +263,8 @@ class MoeTrainerMixin(PublishingMixin):
         finally:
             while self.mixing:
                 self.mixing.pop().remove()
-            self.leave_copies()
-            self.copies = None
+            self.leave_held()
+            self.copies = self.gathered = None
 
     def begin_routing(self) -> None:
         """Called when training begins."""
@@ -270,16 +280,17 @@ class MoeTrainerMixin(PublishingMixin):
         check_checkpointing(self.moe, self.balance.coefficients)
         if moe_argument(self.args, "densemixer"):
             self.mixing += add_dense_mixer(self.routers)
-        self.copies = copies_of(self)
+        self.copies, self.gathered = copies_of(self), gathered(self)
 
     def end_sums(self) -> None:
         """Called when a step's gradients are summed, before the optimizer moves the weights."""
         check_finite(self.step.losses, self.state.global_step)
-        self.leave_copies()
+        self.leave_held()
 
-    def leave_copies(self) -> None:
-        if self.copies is not None:
-            self.copies.end()
+    def leave_held(self) -> None:
+        for held in (self.copies, self.gathered):
+            if held is not None:
+                held.end()
 
     def end_routing_step(self) -> None:
         """Move the selection biases and keep the step's metrics; called after the optimizer moved."""
