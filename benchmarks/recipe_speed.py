@@ -21,18 +21,33 @@ import sys
 import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from hf_moe.training.launch import find_launch_file
 
+TEMPLATES = Path(find_spec("hf_moe.training").origin).parent / "data" / "templates"
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "liger-kernel", "flash-attn", "hf_moe")
 MEDIAN, SPREAD, SHORTEST, LONGEST = 160, 0.8, 16, 4096  # tokens of a conversation
 HF_MOE = [sys.executable, "-m", "hf_moe_cli"]
 TRAIN = [*HF_MOE, "train"]
 PEER, SHORT = [sys.executable, __file__, "peer"], ["--gradient_accumulation_steps", "2"]
-OLMOE = "olmoe-1b-7b"
+OLMOE, QWEN = "olmoe-1b-7b", "qwen3-30b-a3b, Transformers' own"
+QWEN3 = {  # https://huggingface.co/Qwen/Qwen3-30B-A3B
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
 # Name -> the model that it trains, on how many GPUs, the command.
 RUNS = {
     "sft": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft"]),
@@ -44,6 +59,8 @@ RUNS = {
         [*TRAIN, "olmoe-1b-7b/sft", "--accelerate", "expert_parallel", "--expert_parallel_size", "2"],
     ),
     "lora_experts": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/lora_experts"]),
+    "Qwen3-30B, sft, fsdp2": (QWEN, 2, [*TRAIN, "qwen3-30b-a3b/sft", "--accelerate", "fsdp2"]),
+    "Qwen3-30B, lora_experts": (QWEN, 1, [*TRAIN, "qwen3-30b-a3b/lora_experts"]),
     # In float32 four packs at a time do not fit the card beside its gradients.
     "TRL": (f"{OLMOE}, Transformers' own", 1, [*PEER, *["--per_device_train_batch_size", "2"], *SHORT]),
     "TRL, LoRA": (f"{OLMOE}, Transformers' own", 1, [*PEER, "--lora", *SHORT]),
@@ -63,18 +80,21 @@ PARTS = {
 
 def build(model: str, folder: Path) -> None:
     """A checkpoint of random weights in bf16, of the shape of `model`, with the demo's tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, Qwen3MoeConfig
 
     from hf_moe import HfMoeConfig
     from hf_moe.demo import DEMO_MODEL
 
     torch.manual_seed(0)
     name, _, own = model.partition(", ")
-    config = OlmoeConfig() if own else HfMoeConfig.from_preset(name)
+    hosts = {OLMOE: OlmoeConfig(), "qwen3-30b-a3b": Qwen3MoeConfig(**QWEN3)}
+    config = hosts[name] if own else HfMoeConfig.from_preset(name)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     made.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.chat_template = (TEMPLATES / "olmoe.jinja").read_text()
+    tokenizer.save_pretrained(folder)
 
 
 def write_data(path: Path, rows: int, tokenizer) -> None:

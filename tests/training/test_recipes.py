@@ -9,6 +9,7 @@ from hf_moe.training.weights.groups import GROUPS, part_of
 from transformers import AutoModelForCausalLM
 
 from hf_moe.sizes.presets import preset_config
+from tests.recipes import NEED_TORCHAO
 
 from .conftest import tiny_tokenizer
 from .models import LATENT, hf_moe, mixtral, olmoe, qwen3_moe
@@ -58,11 +59,13 @@ def test_recipe_runs_and_trains_its_parts(name, data_folder, text_folder, tmp_pa
     if stage == "pretrain":
         given |= PRETRAIN | {"train_data": text_folder, "eval_data": text_folder}
         given |= {"from_scratch": kind == "pretrain"}
-    elif kind == "sft_bf16":  # whose rounding is torchao's, and moves norms by small steps, too
+    if (
+        read_recipe(name).get("optim") in NEED_TORCHAO
+    ):  # whose rounding is its own, and moves norms by small steps, too
         given |= {"optim": "adamw_torch_fused", "optim_args": "null", "learning_rate": 1e-2}
-    elif architecture == "qwen3-30b-a3b":
+    if architecture == "qwen3-30b-a3b":
         given |= {"chat_template_path": "plain"}  # this tokenizer has none of its own
-    elif stage == "distil":
+    if stage == "distil":
         given |= {"teacher_model_name_or_path": tmp_path / "model"}
     metrics = main([name, *(f"--{key}={value}" for key, value in given.items())])
     losses = [name for name in metrics if f"{name}_before" in metrics]  # of each source, where the recipe says so
