@@ -141,7 +141,11 @@ def test_sharding_cuts_what_it_says():
     third = {name: -(-whole[name] // 3) for name in ("weights", "gradients", "optimizer")}
     assert zero1 == whole | {"optimizer": third["optimizer"]}
     assert zero2 == whole | {"optimizer": third["optimizer"], "gradients": third["gradients"]}
-    assert {name: zero3[name] for name in third} == third and zero3["gathered_layers"] > 0
+    model = model_to_train(tiny_config(), Run(**SMALL))
+    experts = sum(x.numel() for name, x in model.named_parameters() if ".experts." in name)
+    assert zero3 == third | {"gathered": sum(x.nbytes for x in model.parameters()) - 2 * experts}
+    steps = memory(gpus=3, sharding="zero3", gradient_accumulation_steps=2)
+    assert steps["whole_gradients"] == whole["gradients"]
 
 
 def test_time_from_a_rate():

@@ -228,8 +228,9 @@ def state_memory(model: nn.Module, config: Config, run: Run) -> dict[str, int]:
     """What does not depend on the batch: part -> bytes on each GPU.
 
     copies: of experts in bfloat16, one a step (training/trainers/copies.py), where the card has room for them.
-    gradient_buckets: DistributedDataParallel's copy of the gradients. gathered_layers: with zero3 the layer at work
-    and the next are whole.
+    gradient_buckets: DistributedDataParallel's copy of the gradients. With zero3, gathered: what FSDP2 keeps whole for
+    a step (training/trainers/sharded.py), where there is room, or the layer at work and the next, where weights are
+    not cast; whole_gradients: of micro-batches before the last.
     """
     trained = [x for x in model.parameters() if x.requires_grad]
     gradients, states = sum(x.nbytes for x in trained), STATES[run.optim]
@@ -253,15 +254,24 @@ def state_memory(model: nn.Module, config: Config, run: Run) -> dict[str, int]:
     if run.gpus > 1 and run.sharding == "none":
         parts["gradient_buckets"] = gradients
     if run.gpus > 1 and run.sharding == "zero3":
-        parts["gathered_layers"] = 2 * largest_layer(model) * (2 if run.bf16 else 4)
+        cast = run.bf16 and run.lora_base is None
+        parts["gathered"] = travelling(model) if cast else 2 * largest_layer(model)
+        if run.gradient_accumulation_steps > 1:
+            parts["whole_gradients"] = gradients
     return parts
 
 
+def travelling(model: nn.Module) -> int:
+    """Bytes of the model's weights as FSDP2 sends them under autocast: trained experts in bfloat16."""
+    experts = [x for x in model.parameters() if x.dim() == 3 and x.requires_grad]
+    return sum(x.nbytes for x in model.parameters()) - sum(x.nbytes - 2 * x.numel() for x in experts)
+
+
 def largest_layer(model: nn.Module) -> int:
-    """Parameters of the largest module that FSDP gathers: all, of a host that names none."""
+    """Bytes of the largest module that FSDP gathers: all, of a host that names none."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = [x for x in base.modules() if type(x).__name__ in (base._no_split_modules or ())] or [base]
-    return max(sum(x.numel() for x in layer.parameters()) for layer in layers)
+    return max(sum(x.nbytes for x in layer.parameters()) for layer in layers)
 
 
 def flops_per_token(model: nn.Module, config: Config, run: Run) -> dict[str, float] | None:
