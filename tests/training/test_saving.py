@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hf_moe.training.balance.moe_arguments import MoeTrainingArguments
 from hf_moe.training.main import main
 from hf_moe.training.output import saving
@@ -201,3 +202,11 @@ def test_from_python_flags_are_mended(tmp_path):
     made.save_model()
     said = json.loads((tmp_path / "generation_config.json").read_text())
     assert not {"temperature", "top_p"} & said.keys()
+
+
+def test_every_process_waits_until_the_model_is_saved(run, base, tmp_path, monkeypatch):
+    """One that ended while the first still gathers its shards would leave that waiting for good."""
+    there = []
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda self: there.append(files(tmp_path / "out")))
+    run(base())
+    assert any("model.safetensors" in names and "config.json" in names for names in there)
