@@ -3,7 +3,8 @@
 As hf_moe/model/host.py does for the model; what is TRL's and PEFT's is in host_trl.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from inspect import signature
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import accelerate.utils
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, Trainer
+from transformers.distributed import fsdp
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -221,6 +224,21 @@ def autocast_forward(accelerator: Accelerator, model: nn.Module) -> None:
     )
     model._original_forward = model.forward
     model.forward = autocast(model.forward)
+
+
+@contextmanager
+def sharding(policy: Callable[[nn.Module], MixedPrecisionPolicy | None]) -> Iterator[None]:
+    """While Transformers loads a model in shards: those modules for which `policy` has one are sharded with that."""
+
+    def fully_shard(module, **kwargs):
+        found = policy(module) if isinstance(module, nn.Module) else None
+        return shard(module, **kwargs | ({} if found is None else {"mp_policy": found}))
+
+    shard, fsdp.fully_shard = fsdp.fully_shard, fully_shard
+    try:
+        yield
+    finally:
+        fsdp.fully_shard = shard
 
 
 def can_choose_experts(model: PreTrainedModel) -> bool:

@@ -3,17 +3,21 @@
 Run by `accelerate launch` it writes what each case in argv[2:] finds to the folder argv[1].
 """
 
+import gc
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from hf_moe.training.host import sharding
+from hf_moe.training.trainers.sharded import policy_of
 from hf_moe.training.weights.adapters import AdapterArguments, add_adapter
 from hf_moe.training.weights.esft import split_experts
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
@@ -116,19 +120,24 @@ def on_cpu() -> None:
     PartialState.__init__ = begin_as_gpu
 
 
-def train_expert_parallel(folder: Path) -> None:
+def train_expert_parallel(folder: Path, in_bf16: bool = False) -> None:
     """The experts split over the processes as Transformers loads the model, everything else sharded by FSDP2."""
-    del os.environ["ACCELERATE_USE_FSDP"]
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     if PartialState().is_main_process:
         hf_moe_biased().save_pretrained(folder / "start")
     PartialState().wait_for_everyone()
     layout = DistributedConfig(fsdp_size=2, ep_size=2)
-    model = whole_model(str(folder / "start"), distributed_config=layout)
+    with sharding(partial(policy_of, device="cpu")) if in_bf16 else nullcontext():
+        model = whole_model(str(folder / "start"), distributed_config=layout, experts_implementation="eager")
     arguments = RUN | BIASED | {"keep_folder": folder, "save_strategy": "no"}
+    arguments |= CASES["bf16"][1] if in_bf16 else {}
     _, trainer = train_one_step(model, 2, 2, **arguments)
-    assert model.model.layers[0].mlp.experts.num_experts == 3
+    experts = model.model.layers[0].mlp.experts
+    assert experts.num_experts == 3 and experts.down_proj.dtype == torch.float32
     trainer.save_model(str(folder / "final"))
-    write(folder, found(trainer))
+    of_experts = _fsdp_param_group.FSDPParamGroup
+    seen = [x for x in gc.get_objects() if isinstance(x, of_experts) and experts in x.modules]
+    write(folder, found(trainer) | {"sent": [str(x.mp_policy.param_dtype) for x in seen]})
 
 
 def write(folder: Path, *results: dict) -> None:
@@ -169,6 +178,7 @@ def main(folder: str, *names: str):
         write(folder / name, *results)
     if trainer.is_fsdp_enabled:
         train_expert_parallel(folder / "expert_parallel")
+        train_expert_parallel(folder / "expert_parallel_bf16", in_bf16=True)
     leave()
 
 

@@ -128,3 +128,12 @@ def test_expert_parallel_run_is_that_of_one_process(sharded, one_process):
     expected, final = one_process("biased")
     assert_same_run(json.loads((sharded / "expert_parallel.json").read_text()), expected)
     assert_close(sharded / "expert_parallel" / "final", final, "model.safetensors")
+
+
+@since(23, "the gradient norm of expert parallelism leaves some out, and recipes refuse it")
+@pytest.mark.parametrize("sharded", ["fsdp2"], indirect=True)
+def test_expert_parallel_run_in_bf16_begins_as_that_of_one_process(sharded, one_process):
+    expected, _ = one_process("bf16")
+    for result in json.loads((sharded / "expert_parallel_bf16.json").read_text()):
+        assert result["history"][0] == pytest.approx(expected["history"][0], rel=1e-4)
+        assert result["sent"] == ["torch.bfloat16"]

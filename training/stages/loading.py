@@ -3,7 +3,9 @@
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -14,9 +16,10 @@ from hf_moe.generation_settings import check_generation_config, mended_config
 from hf_moe.loading import base_of
 from hf_moe.reading import auto_tokenizer, whole_model
 
-from ..host import CLIPS_EXPERT_PARALLEL, is_adapter
+from ..host import CLIPS_EXPERT_PARALLEL, is_adapter, sharding
 from ..output.saved_dtype import DTYPES
 from ..trainers.refusals import leave_out_routing
+from ..trainers.sharded import policy_of
 from ..weights.alignment import align
 from ..weights.float8 import check_float8, compute_in_float8
 from ..weights.groups import GROUPS, train_group
@@ -119,8 +122,12 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
     for name in sorted(given.keys() & further.keys()):
         option = {"revision": "model_revision", "distributed_config": "expert_parallel_size"}.get(name, name)
         raise ValueError(f"model_init_kwargs holds {name}, for which there is --{option}: say it there alone.")
+    if model_args.expert_parallel_size > 1 and args.device.type == "cuda" and "experts_implementation" not in further:
+        given.setdefault("experts_implementation", "auto")  # as `choose_fastest` will: experts are sharded by it
+    in_bf16 = sharding(partial(policy_of, device=args.device.type)) if args.bf16 else nullcontext()
     try:
-        model = whole_model(source, **right_config(source, model_args, args), **given, **further)
+        with in_bf16:
+            model = whole_model(source, **right_config(source, model_args, args), **given, **further)
     except ImportError as error:  # of attn_implementation and the like
         raise ValueError(" ".join(str(error).split())) from error
     if is_adapter(model):  # saving would write the adapter alone, and lose what its base has learnt

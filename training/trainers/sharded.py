@@ -16,13 +16,12 @@ def shard_experts(trainer) -> None:
     For float32 experts in training that autocast casts in each forward. Numbers are the same; half as much is sent,
     and no forward casts.
     """
-    plugin = trainer.accelerator.state.fsdp_plugin
+    plugin, device = trainer.accelerator.state.fsdp_plugin, trainer.args.device.type
     if moe_argument(trainer.args, "densemixer") or plugin.cpu_ram_efficient_loading:
         return  # the one reads weights elsewhere, the other has none yet
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for router in trainer.routers.values():
         experts = getattr(router.layer, "experts", None)
-        if experts is not None and whole(experts) and autocasts(experts, torch.bfloat16, trainer.args.device.type):
+        if experts is not None and (policy := policy_of(experts, device)) is not None:
             fully_shard(
                 experts,
                 mp_policy=policy,
@@ -31,11 +30,13 @@ def shard_experts(trainer) -> None:
             )
 
 
-def whole(experts: nn.Module) -> bool:
-    """Whether these experts hold matrices in float32 and nothing else, and all of them are trained."""
-    held, own = list(experts.parameters()), list(experts.parameters(recurse=False))
-    plain = all(type(x) is nn.Parameter and x.dim() == 3 and x.dtype == torch.float32 and x.requires_grad for x in own)
-    return plain and 0 < len(held) == len(own)
+def policy_of(module: nn.Module, device: str) -> MixedPrecisionPolicy | None:
+    """Of a module that holds matrices of experts in float32 and nothing else, all trained, which autocast casts."""
+    held, own = list(module.parameters()), list(module.parameters(recurse=False))
+    plain = all(x.dim() == 3 and x.dtype == torch.float32 and x.requires_grad for x in own)
+    if not plain or not 0 < len(held) == len(own) or not autocasts(module, torch.bfloat16, device):
+        return None
+    return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
 
 class Gathered:
