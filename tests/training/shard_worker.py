@@ -17,11 +17,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from hf_moe.training.host import sharding
+from hf_moe.training.stages.loading import expert_parallel
 from hf_moe.training.trainers.sharded import policy_of
 from hf_moe.training.weights.adapters import AdapterArguments, add_adapter
 from hf_moe.training.weights.esft import split_experts
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
-from transformers.distributed import DistributedConfig
 
 from hf_moe.kernels import experts
 from hf_moe.reading import whole_model
@@ -126,9 +126,8 @@ def train_expert_parallel(folder: Path, in_bf16: bool = False) -> None:
     if PartialState().is_main_process:
         hf_moe_biased().save_pretrained(folder / "start")
     PartialState().wait_for_everyone()
-    layout = DistributedConfig(fsdp_size=2, ep_size=2)
     with sharding(partial(policy_of, device="cpu")) if in_bf16 else nullcontext():
-        model = whole_model(str(folder / "start"), distributed_config=layout, experts_implementation="eager")
+        model = whole_model(str(folder / "start"), **expert_parallel(2), experts_implementation="eager")
     arguments = RUN | BIASED | {"keep_folder": folder, "save_strategy": "no"}
     arguments |= CASES["bf16"][1] if in_bf16 else {}
     _, trainer = train_one_step(model, 2, 2, **arguments)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hf_moe.training.main import parse
 from hf_moe.training.stages import fastest
+from transformers.distributed import DistributedConfig
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 
@@ -39,6 +40,12 @@ def test_transformers_own_model():
     said = fastest.take_fastest(model, given, frozenset())
     assert said.startswith("on this GPU: experts auto; attention varlen; norms of Transformers")
     assert model.config._attn_implementation == "varlen" and not given.use_liger_kernel
+
+
+def test_experts_that_are_split_over_processes():
+    model = tiny_hf_moe()
+    model.config.distributed_config = DistributedConfig(fsdp_size=4, ep_size=2)
+    assert fastest.experts(model, args()) == "experts auto of 2 processes"
 
 
 def test_what_is_named_stays():

@@ -12,6 +12,8 @@ from hf_moe.training.stages.trained import check_choices
 from hf_moe.training.weights.adapters import AdapterArguments
 from hf_moe.training.weights.esft import EsftArguments
 
+from tests.conftest import since
+
 KINDS = {
     "fsdp2": DistributedType.FSDP,
     "zero2": DistributedType.DEEPSPEED,
@@ -54,12 +56,16 @@ def test_experts_are_split_over_processes_that_divide(monkeypatch):
     monkeypatch.setattr("hf_moe.training.stages.loading.CLIPS_EXPERT_PARALLEL", False)  # as on an older host
     with pytest.raises(ValueError, match=r"expert_parallel_size is 4, which needs Transformers 5\.23"):
         expert_parallel(4)
-    monkeypatch.setattr("hf_moe.training.stages.loading.CLIPS_EXPERT_PARALLEL", True)
-    spread = expert_parallel(4)["distributed_config"]
-    assert (spread.fsdp_size, spread.ep_size) == (8, 4)
     for size in (0, 3, 16):
         with pytest.raises(ValueError, match=f"expert_parallel_size is {size}, which does not divide the 8 processes"):
             expert_parallel(size)
+
+
+@since(23, "expert parallelism is refused")
+def test_experts_are_split_and_tokens_gathered(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    spread = expert_parallel(4)["distributed_config"]
+    assert (spread.fsdp_size, spread.ep_size, spread.ep_implementation) == (8, 4, "hf_moe")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,11 @@ def experts(model: PreTrainedModel, args: TrainingArguments) -> str:
     if not can_choose_experts(model):
         return "no experts whose computation can be chosen"
     model.set_experts_implementation("auto")
-    return "experts auto" if find_spec("triton") else f"experts of Transformers, for there is no Triton ({INSTALL})"
+    spread = getattr(model.config, "distributed_config", None)
+    over = "" if spread is None else f" of {spread.ep_size} processes"
+    if find_spec("triton"):
+        return f"experts auto{over}"
+    return f"experts of Transformers{over}, for there is no Triton ({INSTALL})"
 
 
 def attention(model: PreTrainedModel, args: TrainingArguments) -> str:

@@ -208,7 +208,9 @@ def expert_parallel(size: int) -> dict[str, DistributedConfig]:
             f"expert_parallel_size is {size}, which needs Transformers 5.23: before, the norm that gradients are "
             "clipped by leaves some of them out. Upgrade, or shard with --accelerate fsdp2."
         )
-    return {"distributed_config": DistributedConfig(fsdp_size=processes, ep_size=size)} if size > 1 else {}
+    if size == 1:
+        return {}
+    return {"distributed_config": DistributedConfig(fsdp_size=processes, ep_size=size, ep_implementation="hf_moe")}
 
 
 def choose_trained(model: PreTrainedModel, group: str, args: TrainingArguments, says: bool = True) -> None:
