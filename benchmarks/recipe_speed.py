@@ -165,6 +165,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
         said.append(line.rstrip())
         if STEP.search(line):
             times.append(time.perf_counter())
+            print(f"{name}: {said[-1].split(chr(13))[-1].strip()}", file=sys.stderr, flush=True)
     code = process.wait()
     done.set()
     if code or len(times) < 3:
@@ -172,6 +173,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
     logs = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     tokens = [entry["num_tokens"] for entry in logs if "loss" in entry and "num_tokens" in entry]
     seconds = np.diff(times)
+    ran = next((entry["train_runtime"] for entry in logs if "train_runtime" in entry), None)
     shutil.rmtree(output, ignore_errors=True)
     later = args.skip  # steps that warm up
     return {
@@ -180,6 +182,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
         "took": next((line for line in said if line.startswith("on this GPU")), None),
         "tokens_per_second": round((tokens[-1] - tokens[later]) / float(seconds[later:].sum())),
         "step_seconds": [round(float(x), 3) for x in seconds],
+        "first_step_seconds": None if ran is None else round(ran - float(seconds.sum()), 1),
         "until_first_step_seconds": round(times[0] - start, 1),
         "peak_gib": round(max(peaks) / 1024, 1),
         "tokens_per_step": round(statistics.mean(np.diff(tokens))),

@@ -1,0 +1,27 @@
+"""The benchmark of recipes measures a run of the command, here a small one."""
+
+import shutil
+from argparse import Namespace
+
+from transformers import AutoTokenizer
+
+from benchmarks import recipe_speed
+from hf_moe.demo import DEMO_MODEL
+
+
+def test_a_run_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(recipe_speed.RUNS, "small", ("storyteller", 1, [*recipe_speed.TRAIN, "tiny/sft"]))
+    shutil.copytree(DEMO_MODEL, tmp_path / "storyteller")
+    recipe_speed.write_data(tmp_path / "chats.jsonl", 64, AutoTokenizer.from_pretrained(DEMO_MODEL))
+    further = ["--chat_template_path", "plain", "--use_cpu", "true", "--max_length", "64", "--logging_steps", "1"]
+    args = Namespace(work=tmp_path, steps=5, skip=1, rows=2, accumulation=1, further=further)
+    found = recipe_speed.run("small", args)
+    assert "failed" not in found, found
+    assert len(found["step_seconds"]) == 4 and found["tokens_per_second"] > 0
+    assert 0 < found["first_step_seconds"] < found["until_first_step_seconds"]
+    assert found["command"].startswith("hf_moe_cli train tiny/sft --model_name_or_path DIR/storyteller")
+    assert not (tmp_path / "output").exists()
+
+
+def test_time_that_spans_cover_is_counted_once():
+    assert recipe_speed.covered([(5, 6), (0, 2), (1, 3)]) == 4
