@@ -48,7 +48,7 @@ QWEN3 = {  # https://huggingface.co/Qwen/Qwen3-30B-A3B
     "norm_topk_prob": True,
     "tie_word_embeddings": False,
 }
-# Name -> the model that it trains, on how many GPUs, the command.
+# Name -> the model that it trains, on how many GPUs (of several, --gpus may say more), the command.
 RUNS = {
     "sft": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft"]),
     "sft_bf16": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft_bf16"]),
@@ -56,7 +56,7 @@ RUNS = {
     "sft, expert parallel": (
         OLMOE,
         2,
-        [*TRAIN, "olmoe-1b-7b/sft", "--accelerate", "expert_parallel", "--expert_parallel_size", "2"],
+        [*TRAIN, "olmoe-1b-7b/sft", "--accelerate", "expert_parallel", "--expert_parallel_size", "GPUS"],
     ),
     "lora_experts": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/lora_experts"]),
     "Qwen3-30B, sft, fsdp2": (QWEN, 2, [*TRAIN, "qwen3-30b-a3b/sft", "--accelerate", "fsdp2"]),
@@ -130,6 +130,10 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
     return args.work / RUNS[name][0].replace(", Transformers' own", "-transformers")
 
 
+def gpus_of(name: str, args: argparse.Namespace) -> int:
+    return args.gpus if args.gpus is not None and RUNS[name][1] > 1 else RUNS[name][1]
+
+
 def words_of(name: str, steps: int, args: argparse.Namespace) -> list[str]:
     """The command line of a run of so many steps."""
     given = {
@@ -142,12 +146,13 @@ def words_of(name: str, steps: int, args: argparse.Namespace) -> list[str]:
         "gradient_accumulation_steps": args.accumulation,
     }
     said = (str(word) for key, value in given.items() if value is not None for word in (f"--{key}", value))
-    return [*RUNS[name][2], *said, *args.further]
+    command = [str(gpus_of(name, args)) if word == "GPUS" else word for word in RUNS[name][2]]
+    return [*command, *said, *args.further]
 
 
 def run(name: str, args: argparse.Namespace) -> dict:
     """Run the command; what it took."""
-    gpus, output, words = RUNS[name][1], args.work / "output", words_of(name, args.steps, args)
+    gpus, output, words = gpus_of(name, args), args.work / "output", words_of(name, args.steps, args)
     environment = {**os.environ, **devices(gpus)}
     shutil.rmtree(output, ignore_errors=True)
     peaks, done = [0], threading.Event()
@@ -191,7 +196,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
 
 def profiled(name: str, args: argparse.Namespace) -> dict:
     """The command again with a profile of two steps: milliseconds of the first card by part, a step."""
-    gpus, found = RUNS[name][1], args.work / "profile.json"
+    gpus, found = gpus_of(name, args), args.work / "profile.json"
     words = words_of(name, args.skip + 3, args)[len(TRAIN) :]
     command = [sys.executable]
     if "--accelerate" in words:
@@ -366,6 +371,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=["sft", "TRL"])
     parser.add_argument("--rows", type=int, help="packs of a micro-batch, default the recipe's")
     parser.add_argument("--accumulation", type=int, help="micro-batches of a step, default the recipe's")
+    parser.add_argument("--gpus", type=int, help="of runs on several, default two")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--skip", type=int, default=3, help="first steps that are not counted")
     parser.add_argument("--profile", action="store_true", help="of our runs, two steps again under a profiler")
@@ -377,7 +383,7 @@ def main() -> None:
 
         from hf_moe.demo import DEMO_MODEL
 
-        packs = (args.rows or 4) * (args.accumulation or 8) * (args.steps + 1) * 2  # of two processes
+        packs = (args.rows or 4) * (args.accumulation or 8) * (args.steps + 1) * (args.gpus or 2)
         write_data(args.work / "chats.jsonl", 20 * packs, AutoTokenizer.from_pretrained(DEMO_MODEL))
     said = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

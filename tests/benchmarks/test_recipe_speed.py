@@ -14,7 +14,7 @@ def test_a_run_is_measured(tmp_path, monkeypatch):
     shutil.copytree(DEMO_MODEL, tmp_path / "storyteller")
     recipe_speed.write_data(tmp_path / "chats.jsonl", 64, AutoTokenizer.from_pretrained(DEMO_MODEL))
     further = ["--chat_template_path", "plain", "--use_cpu", "true", "--max_length", "64", "--logging_steps", "1"]
-    args = Namespace(work=tmp_path, steps=5, skip=1, rows=2, accumulation=1, further=further)
+    args = Namespace(work=tmp_path, steps=5, skip=1, rows=2, accumulation=1, gpus=None, further=further)
     found = recipe_speed.run("small", args)
     assert "failed" not in found, found
     assert len(found["step_seconds"]) == 4 and found["tokens_per_second"] > 0
@@ -25,3 +25,10 @@ def test_a_run_is_measured(tmp_path, monkeypatch):
 
 def test_time_that_spans_cover_is_counted_once():
     assert recipe_speed.covered([(5, 6), (0, 2), (1, 3)]) == 4
+
+
+def test_more_gpus_split_the_experts_further(tmp_path):
+    args = Namespace(work=tmp_path, rows=None, accumulation=None, gpus=4, further=["--expert_parallel_size", "2"])
+    words = recipe_speed.words_of("sft, expert parallel", 3, args)
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--expert_parallel_size"] == ["4", "2"]
+    assert recipe_speed.gpus_of("sft", args) == 1
