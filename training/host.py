@@ -10,6 +10,7 @@ from inspect import signature
 from typing import Any
 
 import accelerate.utils
+import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -57,6 +58,11 @@ PRIVATE = {
             "self, checkpoint",
             "an optimizer of other weights or of another kind must be an error before the first step",
         ),
+        "_save_optimizer_and_scheduler": (
+            "self, output_dir",
+            "the host saves none of a model that it loaded in shards",
+        ),
+        "_save_rng_state": ("self, output_dir", "a checkpoint is complete when every process has written its part"),
         "_load_best_model": ("self", "as _load_from_checkpoint, which it does not call"),
         "_push_from_checkpoint": (
             "self, checkpoint_folder",
@@ -239,6 +245,40 @@ def sharding(policy: Callable[[nn.Module], MixedPrecisionPolicy | None]) -> Iter
         yield
     finally:
         fsdp.fully_shard = shard
+
+
+@contextmanager
+def taking_shards(trainer: Trainer, begin: Callable, *given: Any, **named: Any) -> Iterator[None]:
+    """While a trainer begins with these arguments: the host's takes no model that it loaded in shards if it is to
+    write checkpoints, whose optimizer it would not save. hf_moe's trainers do (output/spread.py).
+    """
+    values = signature(begin).bind_partial(*given, **named).arguments
+    args = values.get("args")
+    if args is None or not getattr(values.get("model"), "is_distributed_loading_by_transformers", False):
+        yield
+        return
+    said, args.save_only_model = args.save_only_model, True
+    try:
+        yield
+    finally:
+        for held in (args, getattr(trainer, "args", args)):  # TRL makes its own of Transformers' arguments
+            held.save_only_model = said
+
+
+@contextmanager
+def gathering_as(model: PreTrainedModel, change: Callable[[dict], dict]) -> Iterator[None]:
+    """While a model that the host loaded in shards is saved: what it gathers, whatever it is given, is changed."""
+    gather = model.gather_sharded_state_dict_for_save
+    model.gather_sharded_state_dict_for_save = lambda *given, **named: change(gather(*given, **named))
+    try:
+        yield
+    finally:
+        del model.gather_sharded_state_dict_for_save
+
+
+def bare_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
+    """Without what Accelerate puts around it, which takes no step between two micro-batches."""
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
 
 
 def can_choose_experts(model: PreTrainedModel) -> bool:

@@ -15,6 +15,9 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 
 from .experts import adds_low_rank, compute_dtype
 
+# The name of old, of which newer releases of torch warn.
+all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
 
 class GatheredTokens(EPImplementation):
     """sum_k weight_{t,k} FFN_{index_{t,k}}(x_t) of this rank's tokens, whose experts are spread over the ranks.
@@ -50,7 +53,8 @@ class GatheredTokens(EPImplementation):
         # here with weights of 0.
         index[:1].clamp_(max=count - 1)
         output = self.experts_forward(tokens, index, weights.masked_fill(elsewhere, 0.0))
-        return Summed.apply(output, dtype, self.group)[:own]
+        output = Summed.apply(output, dtype, self.group)
+        return output if own == length else output[:own].clone()  # FSDP2 warns of views
 
 
 class Gathered(torch.autograd.Function):
@@ -82,7 +86,7 @@ class Summed(torch.autograd.Function):
 def gathered(x: torch.Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> torch.Tensor:
     """The rows of all ranks, one rank's after another's: [R T, D] of [T, D], as `dtype`."""
     rows = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:], dtype=dtype)
-    dist.all_gather_into_tensor(rows, x.to(dtype).contiguous(), group)
+    all_gather(rows, x.to(dtype).contiguous(), group)
     return rows
 
 

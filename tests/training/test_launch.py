@@ -83,3 +83,19 @@ def test_what_needs_whole_weights_is_refused_where_they_are_sharded(monkeypatch,
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=message):
         check_choices(*choices)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "esft", "message"),
+    [
+        ({"lora_parts": ["attention", "routed_experts"]}, {}, "lora_parts is .*, which trains parts of experts, and"),
+        ({}, {"esft_p": 0.2}, "esft_p is 0.2, which trains parts of experts, and expert_parallel_size is 2"),
+        ({"lora_parts": ["attention"], "lora_merge": "float32"}, {}, "lora_merge is float32, which needs whole"),
+    ],
+    ids=["adapter", "esft", "merge"],
+)
+def test_what_needs_whole_experts_is_refused_where_they_are_split(adapter, esft, message):
+    choices = (AdapterArguments(**adapter), EsftArguments(**esft))
+    check_choices(ModelArguments(), *choices)
+    with pytest.raises(ValueError, match=message):
+        check_choices(ModelArguments(expert_parallel_size=2), *choices)

@@ -78,7 +78,7 @@ class ModelArguments:
         default=1,
         metadata={
             "help": "Over how many processes the experts of a layer are split; all else is sharded over all of them. "
-            "Start with --accelerate expert_parallel, and with save_strategy no: Transformers does not resume it."
+            "Start with --accelerate expert_parallel."
         },
     )
 

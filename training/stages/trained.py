@@ -28,9 +28,17 @@ def check_choices(model_args: ModelArguments, adapter_args: AdapterArguments, es
     if adapter_args.lora_parts is not None:
         given["lora_parts"] = adapter_args.lora_parts
     check_esft_arguments(esft_args, given)
+    split = model_args.expert_parallel_size > 1
+    on_experts = {"lora_parts": adapter_args.lora_parts} if "routed_experts" in (adapter_args.lora_parts or ()) else {}
+    for name, value in (on_experts | {"esft_p": esft_args.esft_p}).items():
+        if split and value is not None:
+            raise ValueError(
+                f"{name} is {value}, which trains parts of experts, and expert_parallel_size is "
+                f"{model_args.expert_parallel_size}: leave one of them out, or shard with --accelerate fsdp2."
+            )
     whole = {"lora_merge": adapter_args.lora_merge, "lora_base": adapter_args.lora_base}
     for name, value in (whole | {"esft_merge": esft_args.esft_merge}).items():
-        if value and (os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_deepspeed_zero3_enabled()):
+        if value and (split or os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_deepspeed_zero3_enabled()):
             raise ValueError(
                 f"{name} is {value}, which needs whole weights on each process: leave it out, or use zero2."
             )

@@ -1,5 +1,8 @@
 """Trainers for mixture-of-experts models, hf_moe's and Transformers' own."""
 
+import gc
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from ..balance.multi_token import looking_ahead, mtp_coefficient
 from ..balance.selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
 from ..balance.step import Step
 from ..balance.zero3 import gather_experts_whole
-from ..host import own_scheduler, prepared_inputs, shifts_labels
+from ..host import gathering_as, own_scheduler, prepared_inputs, shifts_labels, taking_shards
 from ..output.checkpoints import check_adapter, check_optimizer
 from ..output.log_files import LogFiles
 from ..output.publishing import PublishingMixin
@@ -30,6 +33,7 @@ from ..output.record import facts_of
 from ..output.resuming import check_same_arguments, check_same_step, say_differences, write_arguments
 from ..output.saved_dtype import cast, name_dtype
 from ..output.saving import keep_weights, mend, try_saving
+from ..output.spread import check_spread, leave_out_empty_groups, load_state, save_state
 from ..weights.average import WeightAverage
 from ..weights.esft import chosen_experts, load_rows, save_rows
 from .callbacks import RoutingCallback
@@ -57,7 +61,7 @@ class MoeTrainerMixin(PublishingMixin):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with plain_template_errors():
+        with plain_template_errors(), taking_shards(self, super().__init__, *args, **kwargs):
             super().__init__(*args, **kwargs)
         if self.args.use_liger_kernel:
             liger.register()
@@ -237,7 +241,10 @@ class MoeTrainerMixin(PublishingMixin):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.casts_under_fsdp2 and self.optimizer is None:
             shard_experts(self)  # which Accelerate leaves as they are, when it shards the rest
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if self.spread:
+            leave_out_empty_groups(optimizer)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         milestones = moe_argument(self.args, "lr_milestones")
@@ -367,7 +374,8 @@ class MoeTrainerMixin(PublishingMixin):
         self.selection_bias.restore()
         rows_alone = bool(chosen_experts(self.moe))
         if not rows_alone:
-            super()._save(folder, self.state_to_save(state_dict))
+            with self.saving_cast():
+                super()._save(folder, self.state_to_save(state_dict))
             if self.casts and self.args.should_save:
                 name_dtype(folder, self.saved_dtype)
         elif self.args.should_save:
@@ -387,27 +395,37 @@ class MoeTrainerMixin(PublishingMixin):
     def save_without_weights(self, folder: str | Path) -> None:
         """The same without a weight, before there is anything to lose."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        spread = getattr(self.moe.config, "distributed_config", None) is not None  # gathered by all processes at once
         rows_alone = bool(chosen_experts(self.moe))
-        if spread:
+        if self.spread:  # gathered by all processes at once
             self.moe.config.save_pretrained(folder)
             self.moe.generation_config.save_pretrained(folder)
         elif not rows_alone:
             names = [name for name, x in self.model.named_parameters() if x.requires_grad]
             adapter = self.model is not self.moe
             super()._save(str(folder), {name: torch.zeros(0) for name in names} if adapter else {})
-        if (spread or rows_alone) and self.processing_class is not None:
+        if (self.spread or rows_alone) and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         self.save_record(folder)
         write_arguments(self.args, folder)
+
+    @property
+    def spread(self) -> bool:
+        """Whether Transformers loaded the model in shards, as expert parallelism has it."""
+        return getattr(self.moe.config, "distributed_config", None) is not None
 
     @property
     def casts(self) -> bool:
         """Whether what is saved has another type than what trains: of an adapter, never."""
         return self.saved_dtype is not None and self.model is self.moe
 
+    def saving_cast(self) -> AbstractContextManager[None]:
+        """Where the host gathers the weights while it saves them, they are cast then."""
+        if not (self.casts and self.spread):
+            return nullcontext()
+        return gathering_as(self.moe, partial(cast, dtype=self.saved_dtype))
+
     def state_to_save(self, state_dict: dict | None) -> dict | None:
-        if not self.casts:
+        if not self.casts or self.spread:
             return state_dict
         return cast(self.model.state_dict() if state_dict is None else state_dict, self.saved_dtype)
 
@@ -437,13 +455,26 @@ class MoeTrainerMixin(PublishingMixin):
             if self.selection_bias.biases:
                 load_router_bias(model, resume_from_checkpoint)
         elif isinstance(model, PreTrainedModel):
-            saved = whole_model(resume_from_checkpoint, type(model), config=model.config, dtype=model.dtype)
+            shards = {"distributed_config": model.config.distributed_config} if self.spread else {}
+            saved = whole_model(resume_from_checkpoint, type(model), config=model.config, dtype=model.dtype, **shards)
             model.load_state_dict(saved.state_dict())
+            del saved
+            gc.collect()  # one in shards refers to itself, and would keep its memory
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.selection_bias.remember()
         if self.average is not None:
             self.average.load(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.spread:
+            save_state(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # or the first says that the checkpoint is complete before it is
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Raises ValueError where the checkpoint's optimizer has other weights, or is of another kind.
@@ -455,11 +486,15 @@ class MoeTrainerMixin(PublishingMixin):
             check_optimizer(checkpoint)
             check_same_arguments(checkpoint, self.args)
             check_same_step(checkpoint, self.args)
+            check_spread(checkpoint, self.spread)
             if self.is_world_process_zero():
                 say_differences(checkpoint, self.args)
         needed = [set(group) for group in self.optimizer.param_groups]
         try:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if self.spread and checkpoint is not None:
+                load_state(self, checkpoint)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:
             raise ValueError(
                 f"{checkpoint} is of a run that trained other weights ({error}): choose what trains as it was, or "

@@ -78,5 +78,7 @@ def check_average(decay: float, trainer) -> None:
     """Raises ValueError for a decay that averages nothing, or weights that no process has whole."""
     if not 0 < decay < 1:
         raise ValueError(f"ema_decay is {decay}; it must be between 0 and 1, as 0.999.")
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError("ema_decay needs every weight in one process: leave it out under FSDP and DeepSpeed.")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.spread:
+        raise ValueError(
+            "ema_decay needs every weight in one process: leave it out under FSDP, DeepSpeed and expert parallelism."
+        )
