@@ -21,6 +21,7 @@ from hf_moe import HfMoeConfig, HfMoeForCausalLM, MoeTrainer, MoeTrainingArgumen
 from hf_moe.version import __version__
 
 OFF = {"router_aux_loss_coef": 0.0}
+CHECKPOINTED = {"gradient_checkpointing": True}
 # name -> trainer, micro-batches a step, arguments
 RUNS = {
     "Trainer, no balance loss": (Trainer, 1, OFF),
@@ -35,6 +36,8 @@ RUNS = {
         4,
         OFF | {"router_z_loss_coef": 1e-3, "seq_aux_loss_coef": 1e-4},
     ),
+    "4 checkpointed: metrics alone": (MoeTrainer, 4, OFF | CHECKPOINTED),
+    "4 checkpointed: balanced together": (MoeTrainer, 4, CHECKPOINTED | {"router_aux_loss_coef": 0.01}),
 }
 
 

@@ -170,6 +170,19 @@ def test_default_rate_of_a_budget_is_the_measured_one():
     assert MEASURED.flops == measured["forward_backward_tflops"] * 1e12
 
 
+def test_a_forward_that_counts_is_planned_where_there_is_one():
+    def planned(**changes):
+        return plan(tiny_config(), Run(**SMALL | {"router_aux_loss_coef": 0.1} | changes), Rate(1e9, "mine"))
+
+    forward = sizes(tiny_config(), 24)["flops_per_token"]
+    counted = planned(gradient_accumulation_steps=2)
+    assert counted["flops_per_token"]["counting"] == forward
+    assert counted["tokens_per_second"] == pytest.approx(1e9 / (4 * forward))
+    held = planned(gradient_accumulation_steps=2, gradient_checkpointing=True)
+    without = planned(gradient_accumulation_steps=2, router_aux_loss_coef=0.0)
+    assert [x["flops_per_token"]["counting"] for x in (planned(), held, without)] == [0, 0, 0]
+
+
 def fit_speed():
     path = Path(__file__).resolve().parents[1] / "benchmarks" / "fit_speed.py"
     spec = importlib.util.spec_from_file_location("fit_speed", path)

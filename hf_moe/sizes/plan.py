@@ -103,6 +103,7 @@ def plan(config: Config, run: Run, rate: Rate | None = None) -> dict[str, Any]:
     Without a `rate` the time is that of `hf_moe.speed`, with the range in which measured runs lay around it; of a
     graft, whose host's layers were not measured, it is left out, and time_unknown says so.
 
+    Micro-batches that a balance loss has run ahead are held where there is room, and count nowhere.
     memory_per_gpu_total is the sum of all parts. That is the peak where gradients outlive a micro-batch, as in
     accumulation; without it they come as activations go. Raises ValueError for what contradicts itself.
     """
@@ -150,7 +151,7 @@ def time(
 
 
 def time_at(rate: Rate, run: Run, flops: dict[str, float]) -> dict[str, Any]:
-    done = flops["forward"] + flops["backward"] + (flops["recomputation"] if rate.counts_recomputation else 0)
+    done = sum(flops.values()) - (0 if rate.counts_recomputation else flops["recomputation"])
     return {
         "flops_per_second": rate.flops,
         "flops_per_second_from": rate.source,
@@ -275,7 +276,8 @@ def largest_layer(model: nn.Module) -> int:
 
 
 def flops_per_token(model: nn.Module, config: Config, run: Run) -> dict[str, float] | None:
-    """Of a forward, of a backward, and of what checkpointing computes again; None where the data decide.
+    """Of a forward, of a backward, of what checkpointing computes again, and of a forward that only counts; None where
+    the data decide.
 
     A backward is two forwards, less the gradients of frozen weights: 6 a parameter become 4.
     """
@@ -288,4 +290,12 @@ def flops_per_token(model: nn.Module, config: Config, run: Run) -> dict[str, flo
         counts = {x: active_part(name, x, config) for name, x in model.named_parameters()}
     trained = sum(count for x, count in counts.items() if x.requires_grad) / sum(counts.values())
     again = forward if run.gradient_checkpointing else 0
-    return {"forward": forward, "backward": forward * (1 + trained), "recomputation": again}
+    counting = forward if counts_ahead(config, run) else 0
+    return {"forward": forward, "backward": forward * (1 + trained), "recomputation": again, "counting": counting}
+
+
+def counts_ahead(config: Config, run: Run) -> bool:
+    """Whether a balance loss over a step has its micro-batches run once more: not with checkpointing, where they are
+    held (training/trainers/holding.py)."""
+    coefficient = config.router_aux_loss_coef if run.router_aux_loss_coef is None else run.router_aux_loss_coef
+    return bool(coefficient) and run.gradient_accumulation_steps > 1 and not run.gradient_checkpointing

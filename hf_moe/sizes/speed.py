@@ -25,7 +25,7 @@ class Costs(NamedTuple):
     float32_flop: float  # seconds a FLOP, where weights in float32 are multiplied as they are
     layer: float  # seconds of the host a layer and pass: launches
     adapter: float  # the same a matrix with an adapter
-    balance: float  # the same a layer with a balance loss
+    balance: float  # the same a layer with a balance loss, its launches of a forward that counts among them
     batch: float  # seconds of the host that a trainer takes for a micro-batch: collation, metrics
     trained_byte: float  # seconds a byte of trained weights in float32: sums, clipping, optimizer, casts
     length: float  # seconds of a padded length that attention has no plan for yet

@@ -7,10 +7,12 @@ import json
 import tempfile
 from contextlib import nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_moe import MoeTrainer, MoeTrainingArguments
 from tests.processes import leave
@@ -25,6 +27,7 @@ COEFFICIENTS = {
     "seq_aux_loss_coef": 3.0,
     "router_z_loss_coef": 0.3,
 }
+HELD = COEFFICIENTS | {"gradient_checkpointing": True, "max_steps": 3, "log_each_router": True}
 NONE = dict.fromkeys(COEFFICIENTS, 0.0)
 MODELS = {"hf_moe": hf_moe, "olmoe": lambda: olmoe(n_group=3, topk_group=2), "deepseek_v3": deepseek_v3}
 
@@ -143,15 +146,34 @@ def step_difference(model: str, loss: str, accumulation: int, processes: int = 1
     return difference(gradient, one_large_batch(model)[loss])
 
 
+def forwards_of(train, *args, **kwargs) -> tuple[Any, int]:
+    """What `train` returns, and how many micro-batches its decoder saw, counted or trained on."""
+    decoders = []
+
+    def see(module, args):
+        if isinstance(module, PreTrainedModel) and module.base_model is module:
+            decoders.append(module)
+
+    handle = register_module_forward_pre_hook(see)
+    try:
+        return train(*args, **kwargs), len(decoders)
+    finally:
+        handle.remove()
+
+
 def main():
     found = {}
     for model, accumulations in {"hf_moe": [1, 4, 16], "olmoe": [4], "deepseek_v3": [4]}.items():
         for loss in COEFFICIENTS:
             for accumulation in accumulations:
                 found[f"{model}/{loss}/{accumulation}"] = step_difference(model, loss, accumulation, processes=2)
+            held = forwards_of(step_difference, model, loss, 4, processes=2, gradient_checkpointing=True)
+            found[f"{model}/{loss}/4/held"], found[f"forwards/{model}/{loss}"] = held
     _, trainer = train_one_step(deepseek_v3(), 4, processes=2, router_bias_update_speed=1e-3, log_each_router=True)
     found["biases"] = {name: bias.tolist() for name, bias in trainer.selection_bias.biases.items()}
     found["logged"] = trainer.state.log_history[0]
+    _, trainer = train_one_step(deepseek_v3(), 4, processes=2, **HELD)
+    found["held"] = trainer.state.log_history[:-1]
     if torch.distributed.get_rank() == 0:
         print(json.dumps(found))
     leave()

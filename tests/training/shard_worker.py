@@ -27,7 +27,7 @@ from hf_moe.kernels import experts
 from hf_moe.reading import whole_model
 from hf_moe.routers import find_routers
 from tests.processes import leave
-from tests.training.balance_worker import COEFFICIENTS, train_one_step
+from tests.training.balance_worker import COEFFICIENTS, forwards_of, train_one_step
 from tests.training.models import hf_moe, hf_moe_biased
 
 RUN = {
@@ -39,6 +39,7 @@ RUN = {
     "lr_scheduler_type": "constant",
 }
 BIASED = {**COEFFICIENTS, "router_bias_update_speed": 1e-2}
+HELD = {"gradient_checkpointing": True, "accumulation": 4, "save_strategy": "no"}
 
 
 def adapted():
@@ -88,6 +89,7 @@ CASES = {
         "model.safetensors",
     ),
     "kernels": (with_kernels, BIASED | {"save_strategy": "no"}, "model.safetensors"),
+    "held": (hf_moe_biased, BIASED | HELD, "model.safetensors"),
     "idle": (idle, {"router_aux_loss_coef": 0.0, "accumulation": 16, "save_strategy": "no"}, "model.safetensors"),
 }
 RESUMED = ("biased", "adapter")
@@ -96,7 +98,10 @@ RESUMED = ("biased", "adapter")
 def run(name: str, folder: Path, processes: int, resume: str | None = None):
     build, arguments, _ = CASES[name]
     arguments = RUN | arguments | {"keep_folder": folder, "resume_from_checkpoint": resume}
-    _, trainer = train_one_step(build(), arguments.pop("accumulation", 2), processes, **arguments)
+    accumulation = arguments.pop("accumulation", 2)
+    (_, trainer), forwards = forwards_of(train_one_step, build(), accumulation, processes, **arguments)
+    held = name == "held" and not trainer.is_deepspeed_enabled
+    assert not held or forwards == RUN["max_steps"] * accumulation, f"{forwards} forwards"
     trainer.save_model(str(folder / "final"))
     return trainer
 
@@ -120,17 +125,16 @@ def on_cpu() -> None:
     PartialState.__init__ = begin_as_gpu
 
 
-def train_expert_parallel(folder: Path, in_bf16: bool = False) -> None:
+def train_expert_parallel(folder: Path, case: str) -> None:
     """The experts split over the processes as Transformers loads the model, everything else sharded by FSDP2."""
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     if PartialState().is_main_process:
         hf_moe_biased().save_pretrained(folder / "start")
     PartialState().wait_for_everyone()
-    with sharding(partial(policy_of, device="cpu")) if in_bf16 else nullcontext():
+    with sharding(partial(policy_of, device="cpu")) if case == "bf16" else nullcontext():
         model = whole_model(str(folder / "start"), **expert_parallel(2), experts_implementation="eager")
-    arguments = RUN | BIASED | {"keep_folder": folder, "save_strategy": "no"}
-    arguments |= CASES["bf16"][1] if in_bf16 else {}
-    _, trainer = train_one_step(model, 2, 2, **arguments)
+    arguments = RUN | CASES[case][1] | {"keep_folder": folder, "save_strategy": "no"}
+    _, trainer = train_one_step(model, arguments.pop("accumulation", 2), 2, **arguments)
     experts = model.model.layers[0].mlp.experts
     assert experts.num_experts == 3 and experts.down_proj.dtype == torch.float32
     trainer.save_model(str(folder / "final"))
@@ -176,8 +180,8 @@ def main(folder: str, *names: str):
             results.append(found(resumed))
         write(folder / name, *results)
     if trainer.is_fsdp_enabled:
-        train_expert_parallel(folder / "expert_parallel")
-        train_expert_parallel(folder / "expert_parallel_bf16", in_bf16=True)
+        for case in ("biased", "bf16", "held"):
+            train_expert_parallel(folder / f"expert_parallel_{case}", case)
     leave()
 
 

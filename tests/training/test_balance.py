@@ -13,6 +13,7 @@ from tests.processes import on_two_processes
 
 from .balance_worker import (
     COEFFICIENTS,
+    HELD,
     MODELS,
     NONE,
     ROWS,
@@ -69,6 +70,19 @@ def test_two_processes_move_the_bias_and_count_as_one(two_processes):
     assert two_processes["biases"] == {name: x.tolist() for name, x in trainer.selection_bias.biases.items()}
     logged = trainer.state.log_history[0]
     assert two_processes["logged"] == pytest.approx(logged, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("model", MODELS)
+def test_two_processes_run_held_micro_batches_once(two_processes, model, loss):
+    assert two_processes[f"forwards/{model}/{LOSSES[loss]}"] == 4
+
+
+def test_steps_of_two_processes_with_held_micro_batches_are_those_of_one(two_processes):
+    _, trainer = train_one_step(deepseek_v3(), 4, **HELD | {"gradient_checkpointing": False})
+    for entry, expected in zip(two_processes["held"], trainer.state.log_history, strict=False):
+        assert entry == pytest.approx(expected, rel=1e-4)
+    assert len(two_processes["held"]) == 3
 
 
 EXPLORATION = {"router_args": {"jitter": 0.5, "dropout": 0.3}, "attention_dropout": 0.3}

@@ -58,7 +58,7 @@ def test_a_run_with_copies_is_bitwise_the_run_without(tmp_path, by_name, monkeyp
         copies.Copies, "of", lambda self, weight: made.append(id(weight) in self.fresh) or of(self, weight)
     )
     once = train(tmp_path / "once", by_name)
-    # 3 steps of 2 micro-batches, each computed and recomputed, and counted ahead: a cast a weight and step is new.
+    # 3 steps of 2 micro-batches, each computed and recomputed: a cast a weight and step is new.
     assert made.count(False) == 3 * 4 and made.count(True) > 3 * 4
     assert once.copies is None and not copies.HOLDERS
     monkeypatch.setattr("hf_moe.training.trainers.trainer.copies_of", lambda trainer: None)

@@ -59,9 +59,10 @@ def expected_gradient(model, reference, rows: list[dict], beta: float, coefficie
         ("hf_moe", {}, {"gradient_accumulation_steps": 2}),
         ("olmoe", {}, {"pad_to_multiple_of": 32}),
         ("hf_moe", {"router_aux_loss_coef": 3.0}, {"gradient_accumulation_steps": 2}),
+        ("hf_moe", {"router_aux_loss_coef": 3.0}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
         ("hf_moe", {"router_aux_loss_coef": 3.0, "router_z_loss_coef": 0.3}, {"pad_to_multiple_of": 32}),
     ],
-    ids=["off", "off-olmoe", "on-accumulated", "on-padded"],
+    ids=["off", "off-olmoe", "on-accumulated", "on-checkpointed", "on-padded"],
 )
 def test_gradient_is_that_of_preferences_and_of_what_was_asked_for(name, coefficients, arguments, tmp_path):
     """Whatever the configuration says; chosen and rejected texts count alike, padding does not."""
@@ -72,7 +73,7 @@ def test_gradient_is_that_of_preferences_and_of_what_was_asked_for(name, coeffic
     trainer = MoeDPOTrainer(
         model=MODELS[name](0),
         ref_model=MODELS[name](1).eval(),
-        args=MoeDPOConfig(output_dir=str(tmp_path), **args, **arguments, **coefficients),
+        args=MoeDPOConfig(output_dir=str(tmp_path), **args | arguments, **coefficients),
         train_dataset=Dataset.from_list(rows),
         processing_class=tiny_tokenizer(),
         callbacks=[gradient],

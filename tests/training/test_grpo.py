@@ -52,10 +52,12 @@ def test_nothing_but_rewards_gives_a_gradient(tmp_path):
     assert gradient.value and all(not x.any() for x in gradient.value.values())
 
 
-def test_balance_loss_counts_the_tokens_of_the_step_if_asked(tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_balance_loss_counts_the_tokens_of_the_step_if_asked(checkpointing, tmp_path):
     """Of prompts and completions over both micro-batches, and not of padding."""
     gradient = Gradient()
     arguments = {"router_aux_loss_coef": 3.0, "gradient_accumulation_steps": 2}
+    arguments["gradient_checkpointing"] = checkpointing
     trainer = build(tmp_path, callbacks=[gradient], **arguments)
     trainer.train()
     batches = [trainer.model_inputs(batch) for batch in trainer._buffered_inputs]

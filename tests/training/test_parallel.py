@@ -124,10 +124,11 @@ def test_saved_folder_loads(sharded):
 
 @since(23, "the gradient norm of expert parallelism leaves some out, and recipes refuse it")
 @pytest.mark.parametrize("sharded", ["fsdp2"], indirect=True)
-def test_expert_parallel_run_is_that_of_one_process(sharded, one_process):
-    expected, final = one_process("biased")
-    assert_same_run(json.loads((sharded / "expert_parallel.json").read_text()), expected)
-    assert_close(sharded / "expert_parallel" / "final", final, "model.safetensors")
+@pytest.mark.parametrize("name", ["biased", "held"])
+def test_expert_parallel_run_is_that_of_one_process(sharded, one_process, name):
+    expected, final = one_process(name)
+    assert_same_run(json.loads((sharded / f"expert_parallel_{name}.json").read_text()), expected)
+    assert_close(sharded / f"expert_parallel_{name}" / "final", final, "model.safetensors")
 
 
 @since(23, "the gradient norm of expert parallelism leaves some out, and recipes refuse it")

@@ -18,7 +18,8 @@ class MoeArguments:
         default="step",
         metadata={
             "help": "What the balance losses balance: all tokens of an optimizer step, or each micro-batch by itself. "
-            "A step with several micro-batches takes one more forward, without gradient, to count its tokens.",
+            "Of a step with several micro-batches all go forward before the first goes back: held, with activation "
+            "checkpointing and where there is memory, else once more, without gradient, to count its tokens.",
             "choices": BALANCE_OVER,
         },
     )

@@ -79,5 +79,9 @@ def fits(model: nn.Module, device: torch.device) -> bool:
     held = sum(x.numel() * (16 if x.requires_grad else x.element_size()) for x in shards)
     gradients = sum(4 * x.numel() for x in model.parameters() if x.requires_grad)
     left = torch.cuda.get_device_properties(device).total_memory - held - gradients
-    whole = sum(x.numel() * (2 if x.dim() == 3 else x.element_size()) for x in model.parameters())
-    return whole <= ROOM * left
+    return whole(model) <= ROOM * left
+
+
+def whole(model: nn.Module) -> int:
+    """Bytes of the weights as they travel."""
+    return sum(x.numel() * (2 if x.dim() == 3 else x.element_size()) for x in model.parameters())

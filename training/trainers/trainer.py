@@ -1,6 +1,7 @@
 """Trainers for mixture-of-experts models, hf_moe's and Transformers' own."""
 
 import gc
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
@@ -23,7 +24,7 @@ from ..balance.metrics import FIRST_LOSS, rows, split, summarize
 from ..balance.moe_arguments import moe_argument
 from ..balance.multi_token import looking_ahead, mtp_coefficient
 from ..balance.selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
-from ..balance.step import Step
+from ..balance.step import Forward, Step
 from ..balance.zero3 import gather_experts_whole
 from ..host import gathering_as, own_scheduler, prepared_inputs, shifts_labels, taking_shards
 from ..output.checkpoints import check_adapter, check_optimizer
@@ -38,6 +39,7 @@ from ..weights.average import WeightAverage
 from ..weights.esft import chosen_experts, load_rows, save_rows
 from .callbacks import RoutingCallback
 from .copies import copies_of
+from .holding import held_forwards
 from .label_smoothing import ShiftedLabelSmoother
 from .multi_step import multi_step_schedule
 from .precision import keep_precision
@@ -128,34 +130,41 @@ class MoeTrainerMixin(PublishingMixin):
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        training = self.model.training
-        if training and self.gathered is not None and self.accelerator.sync_gradients:
+        if self.model.training and self.gathered is not None and self.accelerator.sync_gradients:
             self.gathered.last()
         self.selection_bias.restore()
-        if self.balances_step:
-            self.count_step(model)
-        ahead = self.balance.multi_token if training else None
-        of_model = ahead is not None and self.takes_model_loss  # it adds the MTP loss, and gives it among its outputs
-        given = {**inputs, **self.balance.quiet}
-        watched = None if of_model else ahead
-        with captured(self.routers, self.balance.top_k) as routings, looking_ahead(watched) as decoded:
-            result = super().compute_loss(model, given, return_outputs or of_model, num_items_in_batch)
+        forward = partial(self.run_forward, model, return_outputs, num_items_in_batch)
+        held = self.count_step(model, forward) if self.balances_step else None
+        loss, outputs, routings, decoded = held or forward(inputs)
 
         losses = self.see_routing(routings, self.model_inputs(inputs))
-        if not training:
-            return result
-        loss, outputs = result if return_outputs or of_model else (result, None)
-        if losses:
-            loss = loss + (self.share_scale(num_items_in_batch) * self.balance.weighted(losses)).to(loss.device)
-        if of_model:
-            self.keep_mtp_loss(outputs.mtp_loss, num_items_in_batch)
-        elif decoded:
-            mtp_loss = self.moe.mtp_loss(decoded[0], inputs["labels"], num_items_in_batch)
-            weight = self.token_scale(num_items_in_batch) * self.balance.config.mtp_loss_coef
-            loss = loss + (weight * mtp_loss).to(loss.device)
-            self.keep_mtp_loss(mtp_loss, num_items_in_batch)
-        self.step.losses.append(loss.detach())
+        if self.model.training:
+            if losses:
+                loss = loss + (self.share_scale(num_items_in_batch) * self.balance.weighted(losses)).to(loss.device)
+            if self.model_adds_mtp_loss:
+                self.keep_mtp_loss(outputs.mtp_loss, num_items_in_batch)
+            elif decoded:
+                mtp_loss = self.moe.mtp_loss(decoded[0], inputs["labels"], num_items_in_batch)
+                weight = self.token_scale(num_items_in_batch) * self.balance.config.mtp_loss_coef
+                loss = loss + (weight * mtp_loss).to(loss.device)
+                self.keep_mtp_loss(mtp_loss, num_items_in_batch)
+            self.step.losses.append(loss.detach())
         return (loss, outputs) if return_outputs else loss
+
+    def run_forward(self, model, return_outputs, num_items_in_batch, inputs) -> Forward:
+        """The host's own `compute_loss`, watched."""
+        of_model = self.model_adds_mtp_loss
+        watched = self.balance.multi_token if self.model.training and not of_model else None
+        return_outputs, given = return_outputs or of_model, {**inputs, **self.balance.quiet}
+        with captured(self.routers, self.balance.top_k) as routings, looking_ahead(watched) as decoded:
+            result = super().compute_loss(model, given, return_outputs, num_items_in_batch)
+        loss, outputs = result if return_outputs else (result, None)
+        return Forward(loss, outputs, routings, decoded)
+
+    @property
+    def model_adds_mtp_loss(self) -> bool:
+        """Whether the model itself does, and gives it among its outputs."""
+        return self.model.training and self.balance.multi_token is not None and self.takes_model_loss
 
     def share_scale(self, num_items_in_batch) -> int:
         """By what a micro-batch's share of a loss over the whole step is multiplied, so that shares add up.
@@ -219,15 +228,25 @@ class MoeTrainerMixin(PublishingMixin):
             self.evaluated.append(row)
         return losses
 
-    def count_step(self, model: nn.Module) -> None:
-        """Before the first forward of a step, count all of it; before each, see that it takes the routes counted."""
+    def count_step(self, model: nn.Module, forward: Callable[[dict], Forward]) -> Forward | None:
+        """Before the first forward of a step, count all of it; before each, see that it takes the routes counted.
+
+        Returns the forward where that has been run.
+        """
         if self.step.counted is None:
             # Here rather than where the batches are fetched: a resumed run restores its random state in between.
-            self.step.batches = [self.model_inputs(batch) for batch in self.step_batches()]
-            self.step.look_ahead(model, self.balance)
+            batches = self.step_batches()
+            self.step.batches = [self.model_inputs(batch) for batch in batches]
+            self.step.look_ahead(model, self.balance, held_forwards(self, model, forward, batches))
             if self.step.counted is not None:
                 self.step.counted = over_processes(self.accelerator, self.step.counted)
-        self.step.begin_forward()
+        held = self.step.begin_forward()
+        if held and getattr(model, "require_backward_grad_sync", False):
+            # DistributedDataParallel decides in a forward whether its backward sums over processes; this one was run
+            # with those that don't.
+            with self.accelerator.trigger_sync_in_backward(model):
+                pass
+        return held
 
     def scales_loss(self, num_items_in_batch) -> bool:
         """Whether the Trainer takes the loss as one already divided by the whole step's tokens."""
@@ -272,6 +291,7 @@ class MoeTrainerMixin(PublishingMixin):
                 self.mixing.pop().remove()
             self.leave_held()
             self.copies = self.gathered = None
+            self.step.held.clear()  # of a step that was broken off
 
     def begin_routing(self) -> None:
         """Called when training begins."""
