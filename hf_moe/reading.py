@@ -156,6 +156,7 @@ def whole_model(path: str | Path, auto_class=AutoModelForCausalLM, **kwargs: Any
 
 def is_finite(weight: torch.Tensor) -> bool:
     """Whether all of it are numbers, as far as it is here and has a type with others."""
+    weight = weight.to_local() if hasattr(weight, "to_local") else weight  # of shards a process's own, if it has one
     if weight.is_meta or not weight.numel() or not weight.is_floating_point() or weight.itemsize == 1:
         return True
     return all(x.isfinite() for x in weight.aminmax())

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from hf_moe.demo import DEMO_MODEL
-from hf_moe.reading import whole_model
+from hf_moe.reading import is_finite, whole_model
 
 from .cli.conftest import command, upcycled  # noqa: F401  (fixtures)
 from .conversion.conftest import build
@@ -172,3 +174,9 @@ def test_a_prompt_beyond_the_models_positions(refused, upcycled, tmp_path):  # n
     words = train(upcycled, tmp_path / "rows.jsonl", tmp_path / "out", "--num_generations", "2")
     line = refused(*[*words[:1], "tiny/grpo", *words[2:]])
     assert "but the model has 512 positions for it and the answer" in line
+
+
+def test_numbers_are_looked_for_in_the_part_that_a_process_has():
+    """Six rows over four processes leave the last without any."""
+    assert is_finite(SimpleNamespace(to_local=lambda: torch.empty(0, 12)))
+    assert not is_finite(SimpleNamespace(to_local=lambda: torch.tensor([0.0, float("nan")])))
