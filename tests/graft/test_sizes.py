@@ -108,9 +108,7 @@ def test_a_part_trains_as_in_a_run():
     report = plan(config, run, Rate(1e9, "mine"))
     assert report["trained_params"] == sum(x.numel() for x in model.parameters() if x.requires_grad)
     assert report["memory_per_gpu"] | state_memory(model, config, run) == report["memory_per_gpu"]
-    assert report["memory_per_gpu"]["gathered_layers"] == 8 * sum(
-        x.numel() for x in model.model.layers[0].parameters()
-    )
+    assert report["memory_per_gpu"]["gathered"] == 8 * sum(x.numel() for x in model.model.layers[0].parameters())
     assert report["tokens_per_second"] > 0
 
 
