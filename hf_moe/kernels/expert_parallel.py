@@ -42,8 +42,8 @@ class GatheredTokens(EPImplementation):
         own, dtype = len(hidden_states), hidden_states.dtype
         length = longest(own, self.host_group)
         sent = compute_dtype(self.experts, hidden_states) if adds_low_rank(self.experts) else dtype
-        tokens = Gathered.apply(filled(hidden_states, length), sent, self.group)
-        weights = Gathered.apply(filled(top_k_weights, length), top_k_weights.dtype, self.group)
+        tokens = Exchange.apply(filled(hidden_states, length), sent, self.group, gathered, summed)
+        weights = Exchange.apply(filled(top_k_weights, length), top_k_weights.dtype, self.group, gathered, summed)
         index = gathered(filled(top_k_index, length, ranks * count), top_k_index.dtype, self.group)
 
         index = index - count * self.ep_mesh.get_local_rank()
@@ -53,34 +53,21 @@ class GatheredTokens(EPImplementation):
         # here with weights of 0.
         index[:1].clamp_(max=count - 1)
         output = self.experts_forward(tokens, index, weights.masked_fill(elsewhere, 0.0))
-        output = Summed.apply(output, dtype, self.group)
+        output = Exchange.apply(output, dtype, self.group, summed, gathered)
         return output if own == length else output[:own].clone()  # FSDP2 warns of views
 
 
-class Gathered(torch.autograd.Function):
-    """`gathered`, whose gradient is a sum."""
+class Exchange(torch.autograd.Function):
+    """`there`, one of `gathered` and `summed`, whose gradient goes `back` by the other."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.dtype, ctx.group = x.dtype, group
-        return gathered(x, dtype, group)
+    def forward(ctx, x: torch.Tensor, dtype: torch.dtype, group: dist.ProcessGroup, there, back) -> torch.Tensor:
+        ctx.dtype, ctx.group, ctx.back = x.dtype, group, back
+        return there(x, dtype, group)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return summed(gradient, ctx.dtype, ctx.group), None, None
-
-
-class Summed(torch.autograd.Function):
-    """`summed`, whose gradient is gathered."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.dtype, ctx.group = x.dtype, group
-        return summed(x, dtype, group)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gathered(gradient, ctx.dtype, ctx.group), None, None
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        return ctx.back(gradient, ctx.dtype, ctx.group), None, None, None, None
 
 
 def gathered(x: torch.Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> torch.Tensor:
