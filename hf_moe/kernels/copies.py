@@ -18,6 +18,11 @@ def copied(model: nn.Module, accumulation: int, checkpointing: bool) -> list[nn.
     return [x for x in model.parameters() if type(x) is nn.Parameter and x.dim() == 3 and x.dtype == torch.float32]
 
 
+def travelling(model: nn.Module) -> int:
+    """Bytes of the model's weights as FSDP2 sends them under autocast: trained experts in bfloat16."""
+    return sum(x.numel() * (2 if x.dim() == 3 and x.requires_grad else x.element_size()) for x in model.parameters())
+
+
 class Copies:
     """Of `weights` in `dtype`: made when first asked for between `begin` and `end`, which keeps their memory.
 

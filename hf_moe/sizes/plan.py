@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..kernels.copies import copied
+from ..kernels.copies import copied, travelling
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ..training.weights.groups import train_group
@@ -260,12 +260,6 @@ def state_memory(model: nn.Module, config: Config, run: Run) -> dict[str, int]:
         if run.gradient_accumulation_steps > 1:
             parts["whole_gradients"] = gradients
     return parts
-
-
-def travelling(model: nn.Module) -> int:
-    """Bytes of the model's weights as FSDP2 sends them under autocast: trained experts in bfloat16."""
-    experts = [x for x in model.parameters() if x.dim() == 3 and x.requires_grad]
-    return sum(x.nbytes for x in model.parameters()) - sum(x.nbytes - 2 * x.numel() for x in experts)
 
 
 def largest_layer(model: nn.Module) -> int:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_moe.kernels.copies import travelling
+
 from ..balance.step import Forward
 from .copies import PLAIN, ROOM
-from .sharded import whole
 
 
 def held_forwards(
@@ -26,7 +27,7 @@ def held_forwards(
     first = forward(batches[0])
     taken = USED[device.type](device) - before
     if trainer.gathered is not None:  # for all of them
-        taken -= whole(trainer.model)
+        taken -= travelling(trainer.model)
     yield first
     if fit(trainer, taken * sum(size(batch) for batch in batches[1:]) / size(batches[0])):
         yield from map(forward, batches[1:])

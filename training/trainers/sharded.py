@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from hf_moe.kernels.copies import travelling
 from hf_moe.kernels.experts import autocasts
 
 from ..balance.moe_arguments import moe_argument
@@ -17,6 +18,7 @@ def shard_experts(trainer) -> None:
     and no forward casts.
     """
     plugin, device = trainer.accelerator.state.fsdp_plugin, trainer.args.device.type
+    mesh, layout = trainer.accelerator.torch_device_mesh, trainer.accelerator.parallelism_config
     if moe_argument(trainer.args, "densemixer") or plugin.cpu_ram_efficient_loading:
         return  # the one reads weights elsewhere, the other has none yet
     for router in trainer.routers.values():
@@ -24,6 +26,7 @@ def shard_experts(trainer) -> None:
         if experts is not None and (policy := policy_of(experts, device)) is not None:
             fully_shard(
                 experts,
+                mesh=None if mesh is None else mesh[tuple(layout.fsdp_dim_names)],
                 mp_policy=policy,
                 reshard_after_forward=plugin.reshard_after_forward,
                 offload_policy=plugin.cpu_offload,
@@ -79,9 +82,4 @@ def fits(model: nn.Module, device: torch.device) -> bool:
     held = sum(x.numel() * (16 if x.requires_grad else x.element_size()) for x in shards)
     gradients = sum(4 * x.numel() for x in model.parameters() if x.requires_grad)
     left = torch.cuda.get_device_properties(device).total_memory - held - gradients
-    return whole(model) <= ROOM * left
-
-
-def whole(model: nn.Module) -> int:
-    """Bytes of the weights as they travel."""
-    return sum(x.numel() * (2 if x.dim() == 3 else x.element_size()) for x in model.parameters())
+    return travelling(model) <= ROOM * left
