@@ -21,33 +21,21 @@ import sys
 import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from hf_moe.training.launch import find_launch_file
 
-TEMPLATES = Path(find_spec("hf_moe.training").origin).parent / "data" / "templates"
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "liger-kernel", "flash-attn", "hf_moe")
 MEDIAN, SPREAD, SHORTEST, LONGEST = 160, 0.8, 16, 4096  # tokens of a conversation
 HF_MOE = [sys.executable, "-m", "hf_moe_cli"]
 TRAIN = [*HF_MOE, "train"]
 PEER, SHORT = [sys.executable, __file__, "peer"], ["--gradient_accumulation_steps", "2"]
 OLMOE, QWEN = "olmoe-1b-7b", "qwen3-30b-a3b, Transformers' own"
-QWEN3 = {  # https://huggingface.co/Qwen/Qwen3-30B-A3B
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "tie_word_embeddings": False,
-}
+# Fields that Transformers' Qwen3 has of its preset here.
+SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+SHAPE += ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "tie_word_embeddings")
 # Name -> the model that it trains, on how many GPUs (of several, --gpus may say more), the command.
 RUNS = {
     "sft": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft"]),
@@ -80,6 +68,7 @@ PARTS = {
 
 def build(model: str, folder: Path) -> None:
     """A checkpoint of random weights in bf16, of the shape of `model`, with the demo's tokenizer."""
+    from hf_moe.training.data.chat_templates import find_template
     from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, Qwen3MoeConfig
 
     from hf_moe import HfMoeConfig
@@ -87,13 +76,14 @@ def build(model: str, folder: Path) -> None:
 
     torch.manual_seed(0)
     name, _, own = model.partition(", ")
-    hosts = {OLMOE: OlmoeConfig(), "qwen3-30b-a3b": Qwen3MoeConfig(**QWEN3)}
-    config = hosts[name] if own else HfMoeConfig.from_preset(name)
+    preset = HfMoeConfig.from_preset(name)
+    hosts = {OLMOE: OlmoeConfig, "qwen3-30b-a3b": lambda: Qwen3MoeConfig(**{x: getattr(preset, x) for x in SHAPE})}
+    config = hosts[name]() if own else preset
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     made.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    tokenizer.chat_template = (TEMPLATES / "olmoe.jinja").read_text()
+    tokenizer.chat_template = Path(find_template("olmoe")).read_text()
     tokenizer.save_pretrained(folder)
 
 
@@ -187,7 +177,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
         "took": next((line for line in said if line.startswith("on this GPU")), None),
         "tokens_per_second": round((tokens[-1] - tokens[later]) / float(seconds[later:].sum())),
         "step_seconds": [round(float(x), 3) for x in seconds],
-        "first_step_seconds": None if ran is None else round(ran - float(seconds.sum()), 1),
+        "first_step_seconds": None if ran is None else round(ran - float(seconds.sum()), 3),
         "until_first_step_seconds": round(times[0] - start, 1),
         "peak_gib": round(max(peaks) / 1024, 1),
         "tokens_per_step": round(statistics.mean(np.diff(tokens))),
