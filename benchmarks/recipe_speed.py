@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "lig
 MEDIAN, SPREAD, SHORTEST, LONGEST = 160, 0.8, 16, 4096  # tokens of a conversation
 HF_MOE = [sys.executable, "-m", "hf_moe_cli"]
 TRAIN = [*HF_MOE, "train"]
-PEER, SHORT = [sys.executable, __file__, "peer"], ["--gradient_accumulation_steps", "2"]
+PEER = [sys.executable, __file__, "peer"]
 OLMOE, QWEN = "olmoe-1b-7b", "qwen3-30b-a3b, Transformers' own"
 # Fields that Transformers' Qwen3 has of its preset here.
 SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -49,15 +50,19 @@ RUNS = {
     "lora_experts": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/lora_experts"]),
     "Qwen3-30B, sft, fsdp2": (QWEN, 2, [*TRAIN, "qwen3-30b-a3b/sft", "--accelerate", "fsdp2"]),
     "Qwen3-30B, lora_experts": (QWEN, 1, [*TRAIN, "qwen3-30b-a3b/lora_experts"]),
-    # In float32 four packs at a time do not fit the card beside its gradients.
-    "TRL": (f"{OLMOE}, Transformers' own", 1, [*PEER, *["--per_device_train_batch_size", "2"], *SHORT]),
-    "TRL, LoRA": (f"{OLMOE}, Transformers' own", 1, [*PEER, "--lora", *SHORT]),
+    # In float32 two packs at a time do not fit the card beside Adam's moments and what autocast keeps of the weights.
+    "TRL": (
+        f"{OLMOE}, Transformers' own",
+        1,
+        [*PEER, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"],
+    ),
+    "TRL, LoRA": (f"{OLMOE}, Transformers' own", 1, [*PEER, "--lora", "--gradient_accumulation_steps", "2"]),
 }
-STEP = re.compile(r"step +(\d+)/(\d+): loss")
+STEP, TRAINED = re.compile(r"step +(\d+)/(\d+): loss"), re.compile(r"step +\d+/\d+: trained for")
 # Part of a step -> kernels by name, the first that matches.
 PARTS = {
-    "experts": r"product|up_projection|weight_gradient|combine|bias_gradient|activation_backward|routing|grouped_mm|"
-    r"GroupedGemm|token_rows|count_|place_",
+    "experts": r"^(product|up|weight_gradient|combine|bias_gradient|activation_backward|count|place|gather|add)_kernel"
+    r"$|grouped_mm|GroupedGemm",
     "attention": r"flash|fmha|sdpa|attention|cudnn_generated",
     "optimizer": r"[Aa]dam|multi_tensor|lpnorm|LpNorm",
     "communication": r"nccl",
@@ -155,13 +160,20 @@ def run(name: str, args: argparse.Namespace) -> dict:
     if torch.cuda.is_available():
         watching.start()
     start, times, said = time.perf_counter(), [], []
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
     for line in process.stdout:
         said.append(line.rstrip())
         if STEP.search(line):
             times.append(time.perf_counter())
-            print(f"{name}: {said[-1].split(chr(13))[-1].strip()}", file=sys.stderr, flush=True)
-    code = process.wait()
+            took = f"{times[-1] - (times[-2:-1] or [start])[0]:.2f} s"
+            print(f"{name}: {said[-1].split(chr(13))[-1].strip()} ({took})", file=sys.stderr, flush=True)
+        if args.unsaved and TRAINED.search(line):
+            time.sleep(1)  # its last line of the log
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    code = process.wait() if not args.unsaved else 0
     done.set()
     if code or len(times) < 3:
         return {"failed": "\n".join(said[-5:])[-800:]}
@@ -181,6 +193,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
         "until_first_step_seconds": round(times[0] - start, 1),
         "peak_gib": round(max(peaks) / 1024, 1),
         "tokens_per_step": round(statistics.mean(np.diff(tokens))),
+        "last_losses": [entry["loss"] for entry in logs if "loss" in entry][-20:],
     }
 
 
@@ -364,6 +377,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, help="of runs on several, default two")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--skip", type=int, default=3, help="first steps that are not counted")
+    parser.add_argument("--unsaved", action="store_true", help="end runs after the last step, before they save")
     parser.add_argument("--profile", action="store_true", help="of our runs, two steps again under a profiler")
     parser.add_argument("--further", nargs=argparse.REMAINDER, default=[], help="further words of hf-moe train")
     args = parser.parse_args()

@@ -207,11 +207,17 @@ def routed_experts(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 @contextmanager
-def captured(routers: dict[str, Router], top_k: int) -> Iterator[dict[str, Routing]]:
-    """Collect what each router does in the first forward inside the context, with its gradient.
+def captured(
+    routers: dict[str, Router],
+    top_k: int,
+    model: nn.Module | None = None,
+    see: Callable[[dict[str, Routing]], None] = lambda routings: None,
+) -> Iterator[dict[str, Routing]]:
+    """Collect what each router does in the first forward inside the context, with its gradient, and `see` it once.
 
-    A forward that checkpointing repeats in the backward pass comes after the context and is not seen. Nothing is
-    computed here: tensors made inside a checkpointed layer would be missing when it is repeated.
+    At the end of the context, or of the forward of `model`: what its caller does with its output may wait for the
+    device, which then has this to do. A forward that checkpointing repeats in the backward pass comes after the
+    context and is not seen. Nothing is computed in a layer: a checkpointed one would miss it when it is repeated.
     """
     calls, routings = {}, {}
 
@@ -221,10 +227,17 @@ def captured(routers: dict[str, Router], top_k: int) -> Iterator[dict[str, Routi
 
         return hook
 
+    def read(*_) -> None:
+        if calls and not routings:
+            routings.update({name: routers[name].read(*calls[name], top_k) for name in routers if name in calls})
+            see(routings)
+
     handles = [router.module.register_forward_hook(keep(name)) for name, router in routers.items()]
+    if model is not None:
+        handles.append(model.register_forward_hook(read))
     try:
         yield routings
     finally:
         for handle in handles:
             handle.remove()
-    routings.update({name: routers[name].read(*calls[name], top_k) for name in routers if name in calls})
+    read()

@@ -1,20 +1,27 @@
 """The benchmark of recipes measures a run of the command, here a small one."""
 
+import re
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
+import pytest
 from transformers import AutoTokenizer
 
 from benchmarks import recipe_speed
+from hf_moe import kernels
 from hf_moe.demo import DEMO_MODEL
 
 
-def test_a_run_is_measured(tmp_path, monkeypatch):
+@pytest.mark.parametrize("unsaved", [False, True])
+def test_a_run_is_measured(tmp_path, monkeypatch, unsaved):
     monkeypatch.setitem(recipe_speed.RUNS, "small", ("storyteller", 1, [*recipe_speed.TRAIN, "tiny/sft"]))
     shutil.copytree(DEMO_MODEL, tmp_path / "storyteller")
     recipe_speed.write_data(tmp_path / "chats.jsonl", 64, AutoTokenizer.from_pretrained(DEMO_MODEL))
     further = ["--chat_template_path", "plain", "--use_cpu", "true", "--max_length", "64", "--logging_steps", "1"]
-    args = Namespace(work=tmp_path, steps=5, skip=1, rows=2, accumulation=1, gpus=None, further=further)
+    args = Namespace(
+        work=tmp_path, steps=5, skip=1, rows=2, accumulation=1, gpus=None, further=further, unsaved=unsaved
+    )
     found = recipe_speed.run("small", args)
     assert "failed" not in found, found
     assert len(found["step_seconds"]) == 4 and found["tokens_per_second"] > 0
@@ -32,3 +39,11 @@ def test_more_gpus_split_the_experts_further(tmp_path):
     words = recipe_speed.words_of("sft, expert parallel", 3, args)
     assert [words[i + 1] for i, word in enumerate(words) if word == "--expert_parallel_size"] == ["4", "2"]
     assert recipe_speed.gpus_of("sft", args) == 1
+
+
+def test_every_kernel_of_training_counts_as_experts():
+    sources = "".join(path.read_text() for path in Path(kernels.__file__).parent.glob("*.py"))
+    names = re.findall(r"^def (\w+_kernel)\(", sources, re.M)
+    assert len(names) > 8
+    for name in names:
+        assert next(part for part, known in recipe_speed.PARTS.items() if re.search(known, name)) == "experts", name

@@ -28,12 +28,14 @@ class RandomState:
 
 class Forward(NamedTuple):
     """A micro-batch's forward for training, with its graph: what the trainer was given, what the routers did, and what
-    the decoder gave where the trainer computes the loss of its MTP modules."""
+    the decoder gave where the trainer computes the loss of its MTP modules. `losses` are the micro-batch's share of
+    each balance loss, router by router; None of a forward that was run before the step was counted."""
 
     loss: torch.Tensor
     outputs: Any
     routings: dict[str, Routing]
     decoded: list
+    losses: dict[str, torch.Tensor] | None
 
 
 class Step:

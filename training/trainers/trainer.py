@@ -134,10 +134,11 @@ class MoeTrainerMixin(PublishingMixin):
             self.gathered.last()
         self.selection_bias.restore()
         forward = partial(self.run_forward, model, return_outputs, num_items_in_batch)
-        held = self.count_step(model, forward) if self.balances_step else None
-        loss, outputs, routings, decoded = held or forward(inputs)
+        held = self.count_step(model, partial(forward, ahead=True)) if self.balances_step else None
+        loss, outputs, routings, decoded, losses = held or forward(inputs)
 
-        losses = self.see_routing(routings, self.model_inputs(inputs))
+        if losses is None:
+            losses = self.see_routing(routings, self.model_inputs(inputs))
         if self.model.training:
             if losses:
                 loss = loss + (self.share_scale(num_items_in_batch) * self.balance.weighted(losses)).to(loss.device)
@@ -151,15 +152,23 @@ class MoeTrainerMixin(PublishingMixin):
             self.step.losses.append(loss.detach())
         return (loss, outputs) if return_outputs else loss
 
-    def run_forward(self, model, return_outputs, num_items_in_batch, inputs) -> Forward:
-        """The host's own `compute_loss`, watched."""
+    def run_forward(self, model, return_outputs, num_items_in_batch, inputs, ahead: bool = False) -> Forward:
+        """The host's own `compute_loss`, watched. `ahead` is before the step has been counted."""
         of_model = self.model_adds_mtp_loss
         watched = self.balance.multi_token if self.model.training and not of_model else None
         return_outputs, given = return_outputs or of_model, {**inputs, **self.balance.quiet}
-        with captured(self.routers, self.balance.top_k) as routings, looking_ahead(watched) as decoded:
+        losses = []
+
+        def see(routings: dict[str, Routing]) -> None:
+            if not ahead:
+                losses.append(self.see_routing(routings, self.model_inputs(inputs)))
+
+        # A compiled forward would take what looks on into its graph.
+        end = None if self.args.torch_compile else model
+        with captured(self.routers, self.balance.top_k, end, see) as routings, looking_ahead(watched) as decoded:
             result = super().compute_loss(model, given, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
-        return Forward(loss, outputs, routings, decoded)
+        return Forward(loss, outputs, routings, decoded, losses[0] if losses else None)
 
     @property
     def model_adds_mtp_loss(self) -> bool:
