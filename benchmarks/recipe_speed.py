@@ -3,7 +3,8 @@
     python benchmarks/recipe_speed.py --work DIR --out benchmarks/results/recipe_speed.json
     python benchmarks/recipe_speed.py --work DIR --runs "sft" "sft, fsdp2" --profile
 
-Random weights in the shape of the recipe's model, stored in bf16, and conversations of random words whose lengths are
+Random weights in the shape of the recipe's model, stored in bf16, with routers that spread tokens as trained ones do,
+and conversations of random words whose lengths are
 log-normal, as those of instruction sets are: half of them are below 160 tokens. Nothing of a recipe is touched, unless
 --rows and --accumulation make a step smaller; the peer's steps are short. Seconds are those between two lines of the
 command's log. Memory is what nvidia-smi shows at the most, read five times a second. The peer has its best settings:
@@ -30,6 +31,7 @@ from hf_moe.training.launch import find_launch_file
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "liger-kernel", "flash-attn", "hf_moe")
 MEDIAN, SPREAD, SHORTEST, LONGEST = 160, 0.8, 16, 4096  # tokens of a conversation
+WORDS = ("the", "dog", "cat", "hat", "village", "warm", "kite", "bush", "glue", "brave")
 HF_MOE = [sys.executable, "-m", "hf_moe_cli"]
 TRAIN = [*HF_MOE, "train"]
 PEER = [sys.executable, __file__, "peer"]
@@ -59,6 +61,7 @@ RUNS = {
     "TRL, LoRA": (f"{OLMOE}, Transformers' own", 1, [*PEER, "--lora", "--gradient_accumulation_steps", "2"]),
 }
 STEP, TRAINED = re.compile(r"step +(\d+)/(\d+): loss"), re.compile(r"step +\d+/\d+: trained for")
+FAILED = re.compile(r"(\[rank\d+\]: ?)?([\w.]+(Error|Exception)|hf-moe):? ")  # the line that says why
 # Part of a step -> kernels by name, the first that matches.
 PARTS = {
     "experts": r"^(product|up|weight_gradient|combine|bias_gradient|activation_backward|count|place|gather|add)_kernel"
@@ -84,23 +87,50 @@ def build(model: str, folder: Path) -> None:
     preset = HfMoeConfig.from_preset(name)
     hosts = {OLMOE: OlmoeConfig, "qwen3-30b-a3b": lambda: Qwen3MoeConfig(**{x: getattr(preset, x) for x in SHAPE})}
     config = hosts[name]() if own else preset
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        even_routers(made, some_tokens(tokenizer))
     made.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     tokenizer.chat_template = Path(find_template("olmoe")).read_text()
     tokenizer.save_pretrained(folder)
+
+
+def some_tokens(tokenizer, rows: int = 16, length: int = 512) -> torch.Tensor:
+    """Tokens of random words, [rows, length]."""
+    draw = np.random.default_rng(1)
+    text = [" ".join(draw.choice(WORDS, length)) for _ in range(rows)]
+    return torch.tensor([ids[:length] for ids in tokenizer(text)["input_ids"]])
+
+
+@torch.no_grad()
+def even_routers(model, ids: torch.Tensor) -> None:
+    """Make routers of random weights spread tokens as trained ones do, of which a balance loss took care.
+
+    Hidden states of random weights are nearly one vector, so that nearly all tokens would go to the same K experts of
+    a layer, which on several GPUs may all be one's. Each router loses what it says of its tokens' mean.
+    """
+    from hf_moe.routers import find_routers
+
+    def centre(module, arguments) -> None:
+        mean = arguments[0].flatten(0, -2).float().mean(0)
+        mean, weight = mean / mean.norm(), module.weight.float()
+        module.weight.copy_(weight - torch.outer(weight @ mean, mean))
+
+    hooks = [router.module.register_forward_pre_hook(centre) for router in find_routers(model).values()]
+    model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
 
 
 def write_data(path: Path, rows: int, tokenizer) -> None:
     """Conversations of random words, of random lengths."""
     draw = np.random.default_rng(0)
-    words = ["the", "dog", "cat", "hat", "village", "warm", "kite", "bush", "glue", "brave"]
-    tokens = len(tokenizer(" ".join(words))["input_ids"]) / len(words)
+    tokens = len(tokenizer(" ".join(WORDS))["input_ids"]) / len(WORDS)
     lengths = np.exp(draw.normal(np.log(MEDIAN), SPREAD, rows)).clip(SHORTEST, LONGEST) / tokens
     with path.open("w", encoding="utf-8") as file:
         for length in lengths.astype(int):
-            said = [" ".join(draw.choice(words, max(2, int(length * share)))) for share in (0.3, 0.7)]
+            said = [" ".join(draw.choice(WORDS, max(2, int(length * share)))) for share in (0.3, 0.7)]
             messages = [
                 {"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)
             ]
@@ -176,7 +206,8 @@ def run(name: str, args: argparse.Namespace) -> dict:
     code = process.wait() if not args.unsaved else 0
     done.set()
     if code or len(times) < 3:
-        return {"failed": "\n".join(said[-5:])[-800:]}
+        print("\n".join(said[-80:]), file=sys.stderr, flush=True)
+        return {"failed": next((line for line in said if FAILED.match(line)), "\n".join(said[-5:]))[-800:]}
     logs = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     tokens = [entry["num_tokens"] for entry in logs if "loss" in entry and "num_tokens" in entry]
     seconds = np.diff(times)

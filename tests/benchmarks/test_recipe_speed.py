@@ -6,11 +6,13 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import recipe_speed
-from hf_moe import kernels
+from hf_moe import HfMoeConfig, kernels
 from hf_moe.demo import DEMO_MODEL
+from hf_moe.routers import captured, find_routers
 
 
 @pytest.mark.parametrize("unsaved", [False, True])
@@ -47,3 +49,33 @@ def test_every_kernel_of_training_counts_as_experts():
     assert len(names) > 8
     for name in names:
         assert next(part for part, known in recipe_speed.PARTS.items() if re.search(known, name)) == "experts", name
+
+
+def test_routers_of_random_weights_spread_tokens_of_other_texts():
+    torch.manual_seed(0)
+    config = HfMoeConfig.from_preset("olmoe-1b-7b")
+    config.num_hidden_layers, config.hidden_size, config.moe_intermediate_size = 3, 256, 64
+    config.num_attention_heads = config.num_key_value_heads = 4
+    config.head_dim = 64
+    model = AutoModelForCausalLM.from_config(config)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+
+    def busiest(ids: torch.Tensor) -> float:
+        """Load of each layer's busiest expert beside the mean load: 8 of 64 at most."""
+        routers = find_routers(model)
+        with torch.no_grad(), captured(routers, 8) as routings:
+            model(input_ids=ids)
+        loads = [routing.index_SK.flatten().bincount(minlength=64).float() for routing in routings.values()]
+        return max((load.max() / load.mean()).item() for load in loads)
+
+    ids = recipe_speed.some_tokens(tokenizer, rows=8, length=128)
+    other = ids[:, torch.randperm(128)]
+    before = busiest(other)
+    recipe_speed.even_routers(model, ids)
+    assert busiest(other) < 0.8 * before
+
+
+def test_the_line_that_says_why_a_run_failed_is_found():
+    assert recipe_speed.FAILED.match("[rank1]: torch.OutOfMemoryError: CUDA out of memory.")
+    assert recipe_speed.FAILED.match("hf-moe: --accelerate fsdp2 starts a process for each GPU, and there is none.")
+    assert not recipe_speed.FAILED.match("[rank1]:   File x.py, line 3, in main")
