@@ -10,6 +10,7 @@ them, the others in the same process find attention's plans made.
 
 import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,6 +49,14 @@ SHARDED = {
 }
 WIDE = {"hidden_size": 4096, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32}
 WIDE |= {"num_key_value_heads": 8, "num_experts": 16, "n_shared_experts": 16}
+# Runs of benchmarks/recipe_speed.py -> their recipe, and what else decides about their time and memory.
+RECIPES = {
+    "sft": ("sft", {}),
+    "sft_bf16": ("sft", {"dtype": "bfloat16", "optim": "adamw_torch_8bit"}),  # itself it needs torchao
+    "lora_experts": ("lora_experts", {}),
+    "sft, fsdp2": ("sft", {"gpus": 2, "sharding": "zero3"}),
+    "sft, expert parallel": ("sft", {"gpus": 2, "sharding": "expert_parallel"}),
+}
 AVERAGE, PADDED, NEW_LENGTHS = 150, 420, 75 / 53
 TUNED = {
     "full": {},
@@ -60,7 +69,7 @@ TUNED = {
 
 @dataclass(frozen=True)
 class Point:
-    """A measured optimizer step on one GPU."""
+    """A measured optimizer step."""
 
     name: str
     work: Work
@@ -108,16 +117,22 @@ def points() -> list[Point]:
     step = work(OLMOE, bare=True, dtype="bfloat16", max_length=2048, gradient_checkpointing=True, **adapter)
     found.append(Point("OLMoE, adapters", step, read("qlora_gpu.json")["runs"][0]["seconds_a_step"]))
 
-    runs = read("recipe_speed.json")["runs"]
-    for name in ("sft", "sft_bf16", "lora_experts"):
-        if "step_seconds" in runs.get(name, {}):
-            run = run_of_recipe(arguments_of(f"olmoe-1b-7b/{name}"), experts_implementation="hf_moe")
-            step = work(OLMOE, **vars(run))
-            found.append(Point(f"OLMoE, {name}", step, statistics.median(runs[name]["step_seconds"][2:])))
+    for name, run, measured in recipe_runs():
+        found.append(
+            Point(f"OLMoE, {name}", work(OLMOE, **vars(run)), statistics.median(measured["step_seconds"][2:]))
+        )
     return found
 
 
-FIRST = Costs(1 / 40e12, 2e-3, 5e-4, 1e-3, 0.1, 1 / 60e9, 0.3)
+def recipe_runs() -> Iterator[tuple[str, Run, dict]]:
+    """Name, what `hf-moe plan` is told, and what was measured."""
+    runs = read("recipe_speed_two_gpus.json")["runs"] | read("recipe_speed.json")["runs"]
+    for name, (recipe, settings) in RECIPES.items():
+        arguments = arguments_of(f"olmoe-1b-7b/{recipe}")
+        yield name, run_of_recipe(arguments, experts_implementation="hf_moe", **settings), runs[name]
+
+
+FIRST = Costs(1 / 40e12, 2e-3, 5e-4, 1e-3, 0.1, 1 / 60e9, 0.3, 1 / 80e9)
 
 
 def fit(measured: list[Point], first: Costs = FIRST, steps: int = 3000) -> Costs:

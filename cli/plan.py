@@ -17,7 +17,7 @@ def plan(
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the run.")] = 1,
     sharding: Annotated[
-        str, typer.Option(help="none, zero1, zero2 or zero3 (FSDP2): what is cut into a share for each GPU.")
+        str, typer.Option(help="none, zero1, zero2, zero3 (FSDP2) or expert_parallel: what is cut up for each GPU.")
     ] = "none",
     trainable: Annotated[str | None, typer.Option(help="Parameter group, as in recipes.")] = None,
     lora_parts: Annotated[list[str] | None, typer.Option(help="A part that gets an adapter; may be repeated.")] = None,
@@ -150,7 +150,7 @@ def time_rows(report: dict[str, Any]):
     if "tokens_per_second_range" in report:
         low, high = report["tokens_per_second_range"]
         yield "", f"{low:,.0f} to {high:,.0f}: as far off were measured runs that the others predicted"
-        sends = "; what GPUs send each other is not counted" if report["gpus"] > 1 else ""
+        sends = "; GPUs send each other as much a second as two of one host did" if report["gpus"] > 1 else ""
         yield "a step", f"{report['seconds_per_step']:,.3g} seconds{sends}"
     if "days" in report:
         tokens = f"{compact(report['train_tokens'])} tokens: {report['days']:,.3g} days"

@@ -18,9 +18,14 @@ def copied(model: nn.Module, accumulation: int, checkpointing: bool) -> list[nn.
     return [x for x in model.parameters() if type(x) is nn.Parameter and x.dim() == 3 and x.dtype == torch.float32]
 
 
+def sent(weight: torch.Tensor) -> int:
+    """Bytes of a weight as FSDP2 sends it under autocast: trained experts in bfloat16."""
+    return weight.numel() * (2 if weight.dim() == 3 and weight.requires_grad else weight.element_size())
+
+
 def travelling(model: nn.Module) -> int:
-    """Bytes of the model's weights as FSDP2 sends them under autocast: trained experts in bfloat16."""
-    return sum(x.numel() * (2 if x.dim() == 3 and x.requires_grad else x.element_size()) for x in model.parameters())
+    """Bytes of the model's weights as FSDP2 sends them."""
+    return sum(map(sent, model.parameters()))
 
 
 class Copies:

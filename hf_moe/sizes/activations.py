@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +19,14 @@ UNMASKED = "hf_moe_unmasked"  # sdpa; Transformers makes no mask for an attentio
 AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 
 
-def activation_bytes(model: nn.Module, rows: int, length: int, bf16: bool, checkpointing: bool) -> int | None:
+class Activations(NamedTuple):
+    """Bytes that a forward keeps, and those of them that are the largest layer's."""
+
+    kept: int
+    of_layer: int
+
+
+def activation_bytes(model: nn.Module, rows: int, length: int, bf16: bool, checkpointing: bool) -> Activations | None:
     """Bytes that the decoder of `model` keeps of a micro-batch [rows, length], without the head's logits.
 
     `model` is on the meta device, frozen where it will be, and made fake. The tensors that autograd saves are added
@@ -72,9 +80,9 @@ def activation_bytes(model: nn.Module, rows: int, length: int, bf16: bool, check
             return None
     bytes_of = {place: sum(storage.nbytes() for storage in kept.values()) for place, kept in saved.items()}
     outside = bytes_of.pop(OUTSIDE, 0)
-    if checkpointing:
-        return outside + sum(inputs) + max(bytes_of.values(), default=0)
-    return outside + sum(bytes_of.values())
+    largest = max(bytes_of.values(), default=0)
+    layers = sum(inputs) + largest if checkpointing else sum(bytes_of.values())
+    return Activations(outside + layers, largest)
 
 
 def make_fake(model: nn.Module) -> None:

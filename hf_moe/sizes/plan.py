@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..kernels.copies import copied, travelling
+from ..kernels.copies import copied, sent
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ..training.weights.groups import train_group
@@ -20,12 +20,13 @@ from .activations import activation_bytes
 from .counts import OURS, active_part, sizes
 from .speed import RANGE, count, seconds
 
-# What is cut into a share for each GPU; zero3 is FSDP2's full sharding.
+# What is cut into a share for each GPU; zero3 is FSDP2's full sharding, expert_parallel that of all but the experts.
 SHARDING = {
     "none": (),
     "zero1": ("optimizer",),
     "zero2": ("gradients", "optimizer"),
     "zero3": ("weights", "gradients", "optimizer"),
+    "expert_parallel": ("weights", "gradients", "optimizer"),
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Bytes of state of a number that has `size` bytes; torch's AdamW keeps a 4-byte step a tensor, too. torchao's 8-bit
@@ -160,7 +161,7 @@ def time_at(rate: Rate, run: Run, flops: dict[str, float]) -> dict[str, Any]:
 
 
 def measured_time(model: nn.Module, config: HfMoeConfig, run: Run, flops: dict[str, float]) -> dict[str, Any]:
-    """Padding counts as tokens; what GPUs send each other is not counted."""
+    """Padding counts as tokens; what GPUs send each other takes what it took two of one host."""
     step = seconds(count(model, config, run, flops))
     tokens = run.gpus * run.gradient_accumulation_steps * run.per_device_train_batch_size * run.max_length
     return {
@@ -196,11 +197,13 @@ def model_to_train(config: Config, run: Run) -> nn.Module:
     model = meta_model(config, run.dtype)
     with torch.device("meta"):
         if run.lora_parts is not None:
+            from ..training.host_trl import quiet
             from ..training.weights.adapters import AdapterArguments, add_adapter, check_adapter_arguments
 
             args = AdapterArguments(lora_parts=run.lora_parts, lora_r=run.lora_r)
             check_adapter_arguments(args, run.trainable)
-            return add_adapter(model, args)[0]
+            with quiet():
+                return add_adapter(model, args)[0]
         if run.esft_p is not None:
             from ..routers import find_routers
             from ..training.weights.esft import split_experts
@@ -216,22 +219,28 @@ def model_to_train(config: Config, run: Run) -> nn.Module:
 def memory(model: nn.Module, config: Config, run: Run) -> dict[str, int | None]:
     """Part -> bytes on each GPU; None for activations that cannot be counted. The model's tensors become fake.
 
-    logits: in float32, and their gradient; TRL's heads, of all stages but distil, make them in tiles.
+    logits: in float32, and their gradient; TRL's heads, of all stages but distil, make them in tiles. backward: the
+    gradients of what the largest layer keeps, as much again. Under expert parallelism a layer's experts see the tokens
+    of all GPUs, and its buffers are made for them.
     """
     rows, length = run.per_device_train_batch_size, run.max_length
     parts: dict[str, int | None] = dict(state_memory(model, config, run))
     if run.stage in (None, "distil"):
         parts["logits"] = rows * length * config.vocab_size * 4 * 2
-    return parts | {"activations": activation_bytes(model, rows, length, run.bf16, run.gradient_checkpointing)}
+    found = activation_bytes(model, rows, length, run.bf16, run.gradient_checkpointing)
+    if found is None:
+        return parts | {"activations": None}
+    seen = run.gpus if run.sharding == "expert_parallel" else 1
+    return parts | {"activations": found.kept + (seen - 1) * found.of_layer, "backward": seen * found.of_layer}
 
 
 def state_memory(model: nn.Module, config: Config, run: Run) -> dict[str, int]:
     """What does not depend on the batch: part -> bytes on each GPU.
 
     copies: of experts in bfloat16, one a step (training/trainers/copies.py), where the card has room for them.
-    gradient_buckets: DistributedDataParallel's copy of the gradients. With zero3, gathered: what FSDP2 keeps whole for
-    a step (training/trainers/sharded.py), where there is room, or the layer at work and the next, where weights are
-    not cast; whole_gradients: of micro-batches before the last.
+    gradient_buckets: DistributedDataParallel's copy of the gradients. With zero3 and expert_parallel, gathered: what
+    FSDP2 keeps whole for a step (training/trainers/sharded.py), where there is room, or the layer at work and the
+    next, where weights are not cast; whole_gradients: of micro-batches before the last.
     """
     trained = [x for x in model.parameters() if x.requires_grad]
     gradients, states = sum(x.nbytes for x in trained), STATES[run.optim]
@@ -254,11 +263,17 @@ def state_memory(model: nn.Module, config: Config, run: Run) -> dict[str, int]:
         parts[name] = math.ceil(parts[name] / run.gpus)
     if run.gpus > 1 and run.sharding == "none":
         parts["gradient_buckets"] = gradients
-    if run.gpus > 1 and run.sharding == "zero3":
+    if run.gpus > 1 and "weights" in SHARDING[run.sharding]:
+
+        def held(x: torch.Tensor) -> float:
+            """The part of a weight that is whole on a GPU: of its own experts under expert parallelism."""
+            return 1 / run.gpus if run.sharding == "expert_parallel" and x.dim() == 3 else 1
+
         cast = run.bf16 and run.lora_base is None
-        parts["gathered"] = travelling(model) if cast else 2 * largest_layer(model)
+        whole = round(sum(held(x) * sent(x) for x in model.parameters()))
+        parts["gathered"] = whole if cast else 2 * largest_layer(model)
         if run.gradient_accumulation_steps > 1:
-            parts["whole_gradients"] = gradients
+            parts["whole_gradients"] = round(sum(held(x) * x.nbytes for x in trained))
     return parts
 
 

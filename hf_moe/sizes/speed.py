@@ -1,7 +1,8 @@
 """How long an optimizer step takes on one H100 or H200: a few terms, whose costs are fitted on measured runs.
 
 The GPU's products and the host's launches overlap, so the slower of them counts; what comes after the last backward
-pass is added. `benchmarks/fit_speed.py` fits COSTS and finds RANGE from the tables in benchmarks/results.
+pass is added, and what GPUs send each other, as if nothing else went on. COSTS and RANGE are from the tables in
+benchmarks/results, by `benchmarks/fit_speed.py`.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..kernels.copies import sent
 from ..model.configuration_hf_moe import HfMoeConfig
 from .counts import expert_flops
 
@@ -29,19 +31,21 @@ class Costs(NamedTuple):
     batch: float  # seconds of the host that a trainer takes for a micro-batch: collation, metrics
     trained_byte: float  # seconds a byte of trained weights in float32: sums, clipping, optimizer, casts
     length: float  # seconds of a padded length that attention has no plan for yet
+    sent_byte: float  # seconds a byte that a GPU gets from the others of its host
 
 
 COSTS = Costs(
-    float32_flop=1.6e-14,
-    layer=0.00117,
-    adapter=0.000799,
-    balance=0.000404,
-    batch=0.223,
-    trained_byte=1.96e-12,
-    length=0.329,
+    float32_flop=3.38e-14,
+    layer=0.00109,
+    adapter=0.000812,
+    balance=0.000345,
+    batch=0.229,
+    trained_byte=2.32e-13,
+    length=0.334,
+    sent_byte=1.66e-11,
 )
 # Measured tokens a second over predicted, where a run was left out of the fit: the lowest and the highest.
-RANGE = (0.83, 1.24)
+RANGE = (0.84, 1.24)
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,15 @@ class Work:
     batches: int
     trained_bytes: int
     lengths: float = 0.0
+    sent_bytes: float = 0.0
 
 
 def seconds(work: Work, costs: Costs = COSTS):
     gpu = work.products + work.float32_flops * costs.float32_flop
     host = work.layers * costs.layer + work.adapters * costs.adapter
     host = host + work.balance * costs.balance + work.batches * costs.batch
-    return slower(gpu, host) + work.trained_bytes * costs.trained_byte + work.lengths * costs.length
+    after = work.trained_bytes * costs.trained_byte + work.sent_bytes * costs.sent_byte
+    return slower(gpu, host) + after + work.lengths * costs.length
 
 
 def slower(gpu, host):
@@ -96,4 +102,30 @@ def count(model: nn.Module, config: HfMoeConfig, run, flops_per_token: dict[str,
         balance=batches * config.mlp_layer_types.count("sparse") * bool(coefficient),
         batches=batches,
         trained_bytes=4 * sum(x.numel() for x in trained),
+        sent_bytes=received(model, config, run, passes) if run.gpus > 1 else 0.0,
     )
+
+
+def received(model: nn.Module, config: HfMoeConfig, run, passes: int) -> float:
+    """Bytes that a GPU gets from the others in a step, over so many passes through a layer.
+
+    With zero3 each weight once, where it stays whole for a step, or in each forward and each backward, and the sum of
+    its gradients once; under expert parallelism of the experts neither, but in each pass the other GPUs' tokens and
+    what their experts add to this one's (kernels/expert_parallel.py). Else gradients are summed and given to all.
+    """
+    others = (run.gpus - 1) / run.gpus
+    if run.sharding not in ("zero3", "expert_parallel"):
+        return 2 * others * sum(x.nbytes for x in model.parameters() if x.requires_grad)
+    split = run.sharding == "expert_parallel"
+    held = [x for x in model.parameters() if not (split and x.dim() == 3)]
+    if run.bf16 and run.lora_base is None:
+        weights = sum(map(sent, held))
+    else:
+        weights = 2 * run.gradient_accumulation_steps * sum(x.nbytes for x in held)
+    gradients = sum(x.numel() * (4 if run.bf16 else x.element_size()) for x in held if x.requires_grad)
+    sharded = others * (weights + gradients)
+    if not split:
+        return sharded
+    tokens = run.per_device_train_batch_size * run.max_length * (run.gpus - 1)
+    layers = config.mlp_layer_types.count("sparse")
+    return sharded + passes * layers * 2 * tokens * config.hidden_size * (2 if run.bf16 else 4)

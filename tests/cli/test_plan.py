@@ -26,7 +26,7 @@ def test_table_and_json_say_the_same(command, folder):
     assert f"{report['tokens_per_second']:,.0f}, padding included" in table and "of each of 2 GPUs" in table
     for end in report["tokens_per_second_range"]:
         assert f"{end:,.0f}" in table
-    assert "what GPUs send each other is not counted" in table
+    assert "as two of one host did" in table
     given = command(*arguments, "--tflops", "300")[1]
     assert "300 TFLOP/s" in given and "padding included" in given and "measured runs" not in given
 
