@@ -1,6 +1,7 @@
 """The `hf-moe` command. Only typer is imported before a command runs, so that `--help` answers at once."""
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -24,6 +25,26 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def before(
+    plugin: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE",
+            default_factory=list,
+            help="Run this Python file first: it registers routers and the like of your own. Goes behind the command, "
+            "too; may be repeated. In recipes it is `plugins`.",
+        ),
+    ],
+) -> None:
+    for file in plugin:
+        from hf_moe.plugins import load_plugin
+
+        load_plugin(file)
+
+
 app.command()(demo)
 app.command()(upcycle)
 app.command("import")(import_)
@@ -45,7 +66,7 @@ app.command()(plan)
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 a check failed, 2 the user's mistake, 130 interrupted."""
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments = plugins_first(sys.argv[1:] if argv is None else argv)
     try:
         # Outside standalone mode typer returns the code of typer.Exit, and raises what it would have printed.
         return (
@@ -63,3 +84,20 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"hf-moe: {message}", file=sys.stderr)
         return 2
+
+
+def plugins_first(words: list[str]) -> list[str]:
+    """`--plugin FILE` before the command, where it is read, wherever it was; of `train`, which may start further
+    processes that need it, as `plugins` of the recipe."""
+    plugins, rest = [], []
+    left = iter(words)
+    for word in left:
+        if word == "--plugin":
+            plugins.append(next(left, ""))
+        elif word.startswith("--plugin="):
+            plugins.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    if plugins and rest[:1] == ["train"]:
+        return [*rest, "--plugins", *plugins]
+    return [option for plugin in plugins for option in ("--plugin", plugin)] + rest

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hf_moe.plugins import load_plugin
+
 from .recipes.files import read_recipe
 from .stages.names import STAGES
 
@@ -57,6 +59,8 @@ def main(argv: list[str]) -> dict[str, float]:
         with quiet():
             parsed = parser_of(stage).parse(argv)
             (output,) = (Path(part.output_dir) for part in parsed if isinstance(part, TrainingArguments))
+            for plugin in next(part.plugins for part in parsed if hasattr(part, "plugins")) or []:
+                load_plugin(plugin)
             with nothing_left(output):
                 return stage.run(*parsed)
     except PackageNotFoundError as error:  # said by Transformers of DeepSpeed and the like

@@ -35,6 +35,10 @@ class ModelArguments:
         default="sft",
         metadata={"help": "What kind of training this is; each has its own arguments.", "choices": list(STAGES)},
     )
+    plugins: list[str] | None = field(
+        default=None,
+        metadata={"help": "Python files of yours that are run first: they register routers and the like."},
+    )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder of a checkpoint, or its Hub id."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub checkpoint."})
     dtype: str = field(
