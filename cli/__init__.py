@@ -34,6 +34,7 @@ def before(
         typer.Option(
             metavar="FILE",
             default_factory=list,
+            show_default=False,
             help="Run this Python file first: it registers routers and the like of your own. Goes behind the command, "
             "too; may be repeated. In recipes it is `plugins`.",
         ),
