@@ -40,7 +40,9 @@ class GatheredTokens(EPImplementation):
         if self.tp_mesh.size() > 1 or ranks > 2 * top_k_index.shape[1]:
             return self.auto(hidden_states, top_k_index, top_k_weights)
         own, dtype = len(hidden_states), hidden_states.dtype
-        length = longest(own, self.host_group)
+        length = LENGTHS.agreed or longest(own, self.host_group)
+        if own > length:
+            raise ValueError(f"A layer's experts got {own} tokens, more than the {length} that all ranks agreed on.")
         sent = compute_dtype(self.experts, hidden_states) if adds_low_rank(self.experts) else dtype
         tokens = Exchange.apply(filled(hidden_states, length), sent, self.group, gathered, summed)
         weights = Exchange.apply(filled(top_k_weights, length), top_k_weights.dtype, self.group, gathered, summed)
@@ -90,6 +92,31 @@ def summed(x: torch.Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> tor
 def filled(x: torch.Tensor, length: int, value: int = 0) -> torch.Tensor:
     """[T, D] made as long as the group's longest."""
     return x if len(x) == length else nn.functional.pad(x, (0, 0, 0, length - len(x)), value=value)
+
+
+class Lengths:
+    """What ranks fill their tokens up to in the forwards of a step, if they have agreed; else each layer asks.
+
+    To ask is to wait for the other ranks' hosts, in each layer, so that none runs ahead of its device.
+    """
+
+    NEAR = 0.9  # of the longest: where some are shorter, each layer's filling would cost more than asking
+
+    def __init__(self):
+        self.agreed: int | None = None
+
+    def agree(self, tokens: list[int]) -> None:
+        """On the longest of all ranks' forwards, of which this one's have so many tokens. All ranks call it."""
+        ends = torch.tensor([max(tokens, default=0), -min(tokens, default=0)], device="cpu")
+        dist.all_reduce(ends, dist.ReduceOp.MAX, on_hosts(*range(dist.get_world_size())))
+        most, least = ends[0].item(), -ends[1].item()
+        self.agreed = most if 0 < self.NEAR * most <= least else None
+
+    def forget(self) -> None:
+        self.agreed = None
+
+
+LENGTHS = Lengths()
 
 
 def longest(length: int, group: dist.ProcessGroup) -> int:

@@ -131,16 +131,22 @@ def train_expert_parallel(folder: Path, case: str) -> None:
     if PartialState().is_main_process:
         hf_moe_biased().save_pretrained(folder / "start")
     PartialState().wait_for_everyone()
+    from hf_moe.kernels import expert_parallel as expert_parallel_kernels
+
     with sharding(partial(policy_of, device="cpu")) if case == "bf16" else nullcontext():
         model = whole_model(str(folder / "start"), **expert_parallel(2), experts_implementation="eager")
     arguments = RUN | CASES[case][1] | {"keep_folder": folder, "save_strategy": "no"}
+    asked, ask = [], expert_parallel_kernels.longest
+    expert_parallel_kernels.longest = lambda *given: asked.append(ask(*given)) or asked[-1]
     _, trainer = train_one_step(model, arguments.pop("accumulation", 2), 2, **arguments)
+    expert_parallel_kernels.longest = ask
     experts = model.model.layers[0].mlp.experts
     assert experts.num_experts == 3 and experts.down_proj.dtype == torch.float32
     trainer.save_model(str(folder / "final"))
     of_experts = _fsdp_param_group.FSDPParamGroup
     seen = [x for x in gc.get_objects() if isinstance(x, of_experts) and experts in x.modules]
-    write(folder, found(trainer) | {"sent": [str(x.mp_policy.param_dtype) for x in seen]})
+    sent = [str(x.mp_policy.param_dtype) for x in seen]
+    write(folder, found(trainer) | {"sent": sent, "asked": len(asked)})
 
 
 def write(folder: Path, *results: dict) -> None:

@@ -138,3 +138,4 @@ def test_expert_parallel_run_in_bf16_begins_as_that_of_one_process(sharded, one_
     for result in json.loads((sharded / "expert_parallel_bf16.json").read_text()):
         assert result["history"][0] == pytest.approx(expected["history"][0], rel=1e-4)
         assert result["sent"] == ["torch.bfloat16"]
+        assert result["asked"] == 0  # how long the others' tokens are: rows are of one length

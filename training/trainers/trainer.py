@@ -124,6 +124,7 @@ class MoeTrainerMixin(PublishingMixin):
         for held in (self.copies, self.gathered):
             if held is not None:
                 held.begin()
+        self.agree_on_lengths()
         coefficient = mtp_coefficient(self.args, self.state.global_step / self.state.max_steps)
         if coefficient is not None:
             self.balance.config.mtp_loss_coef = coefficient
@@ -327,6 +328,18 @@ class MoeTrainerMixin(PublishingMixin):
         for held in (self.copies, self.gathered):
             if held is not None:
                 held.end()
+        if self.spread:
+            from hf_moe.kernels.expert_parallel import LENGTHS  # which Transformers 5.21 has no place for
+
+            LENGTHS.forget()
+
+    def agree_on_lengths(self) -> None:
+        """Under expert parallelism, once for the step whose layers see each token of a batch once."""
+        batches = self.step.batches
+        if self.spread and self.balance.multi_token is None and all("input_ids" in batch for batch in batches):
+            from hf_moe.kernels.expert_parallel import LENGTHS
+
+            LENGTHS.agree([batch["input_ids"].numel() for batch in batches])
 
     def end_routing_step(self) -> None:
         """Move the selection biases and keep the step's metrics; called after the optimizer moved."""
