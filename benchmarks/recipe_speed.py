@@ -206,7 +206,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
     code = process.wait() if not args.unsaved else 0
     done.set()
     if code or len(times) < 3:
-        print("\n".join(said[-80:]), file=sys.stderr, flush=True)
+        print("\n".join(said[-250:]), file=sys.stderr, flush=True)
         return {"failed": next((line for line in said if FAILED.match(line)), "\n".join(said[-5:]))[-800:]}
     logs = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     tokens = [entry["num_tokens"] for entry in logs if "loss" in entry and "num_tokens" in entry]
