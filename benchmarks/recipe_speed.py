@@ -3,12 +3,12 @@
     python benchmarks/recipe_speed.py --work DIR --out benchmarks/results/recipe_speed.json
     python benchmarks/recipe_speed.py --work DIR --runs "sft" "sft, fsdp2" --profile
 
-Random weights in the shape of the recipe's model, stored in bf16, with routers that spread tokens as trained ones do,
-and conversations of random words whose lengths are
-log-normal, as those of instruction sets are: half of them are below 160 tokens. Nothing of a recipe is touched, unless
---rows and --accumulation make a step smaller; the peer's steps are short. Seconds are those between two lines of the
-command's log. Memory is what nvidia-smi shows at the most, read five times a second. The peer has its best settings:
-fused AdamW, grouped_mm, padding-free packs, flash attention where that is installed, Liger's kernels.
+Random weights in the shape of the recipe's model, stored in bf16, with routers that spread tokens as trained ones do.
+Conversations of random words whose lengths are log-normal, as those of instruction sets are: half of them are below
+160 tokens. Nothing of a recipe is touched, unless --rows and --accumulation make a step smaller; the peer's steps are
+short. Seconds are those between two lines of the command's log. Memory is what nvidia-smi shows at the most, read five
+times a second. The peer has its best settings: fused AdamW, grouped_mm, padding-free packs, flash attention where that
+is installed, Liger's kernels.
 """
 
 import argparse
@@ -193,6 +193,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
+    ended = False
     for line in process.stdout:
         said.append(line.rstrip())
         if STEP.search(line):
@@ -202,10 +203,11 @@ def run(name: str, args: argparse.Namespace) -> dict:
         if args.unsaved and TRAINED.search(line):
             time.sleep(1)  # its last line of the log
             os.killpg(process.pid, signal.SIGKILL)
+            ended = True
             break
-    code = process.wait() if not args.unsaved else 0
+    code = process.wait()
     done.set()
-    if code or len(times) < 3:
+    if (code and not ended) or len(times) < 3:
         print("\n".join(said[-250:]), file=sys.stderr, flush=True)
         return {"failed": next((line for line in said if FAILED.match(line)), "\n".join(said[-5:]))[-800:]}
     logs = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
