@@ -40,10 +40,11 @@ def before(
         ),
     ],
 ) -> None:
-    for file in plugin:
+    if plugin:
         from hf_moe.plugins import load_plugin
 
-        load_plugin(file)
+        for file in plugin:
+            load_plugin(file)
 
 
 app.command()(demo)

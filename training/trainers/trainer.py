@@ -1,21 +1,17 @@
 """Trainers for mixture-of-experts models, hf_moe's and Transformers' own."""
 
-import gc
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import IntervalStrategy, PreTrainedModel, Trainer
+from transformers import IntervalStrategy, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_moe.chat import plain_template_errors, write_plain_templates
+from hf_moe.chat import plain_template_errors
 from hf_moe.kernels import liger
-from hf_moe.reading import whole_model
 from hf_moe.routers import Routing, captured, find_routers
 
 from ..balance.counts import Balance, over_processes
@@ -23,24 +19,22 @@ from ..balance.dense_mixer import add_dense_mixer, check_dense_mixer
 from ..balance.metrics import FIRST_LOSS, rows, split, summarize
 from ..balance.moe_arguments import moe_argument
 from ..balance.multi_token import looking_ahead, mtp_coefficient
-from ..balance.selection_bias import SelectionBias, base_model, load_router_bias, save_router_bias
+from ..balance.selection_bias import SelectionBias, base_model
 from ..balance.step import Forward, Step
 from ..balance.zero3 import gather_experts_whole
-from ..host import gathering_as, own_scheduler, prepared_inputs, shifts_labels, taking_shards
-from ..output.checkpoints import check_adapter, check_optimizer
+from ..host import own_scheduler, prepared_inputs, shifts_labels, taking_shards
 from ..output.log_files import LogFiles
 from ..output.publishing import PublishingMixin
 from ..output.record import facts_of
-from ..output.resuming import check_same_arguments, check_same_step, say_differences, write_arguments
-from ..output.saved_dtype import cast, name_dtype
-from ..output.saving import keep_weights, mend, try_saving
-from ..output.spread import check_spread, leave_out_empty_groups, load_state, save_state
+from ..output.saving import try_saving
+from ..output.spread import leave_out_empty_groups
 from ..weights.average import WeightAverage
-from ..weights.esft import chosen_experts, load_rows, save_rows
 from .callbacks import RoutingCallback
+from .checkpointing import CheckpointMixin
 from .copies import copies_of
 from .holding import held_forwards
 from .label_smoothing import ShiftedLabelSmoother
+from .lengths import lengths_of
 from .multi_step import multi_step_schedule
 from .precision import keep_precision
 from .refusals import check_arguments, check_best_metric, check_checkpointing, check_finite, check_rows
@@ -50,7 +44,7 @@ from .sharded import gathered, shard_experts
 LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
 
 
-class MoeTrainerMixin(PublishingMixin):
+class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
     """Makes the routing of a Transformers Trainer's model right: put it before the trainer class.
 
     The balance losses are per layer and count the tokens of a whole optimizer step, over micro-batches and processes,
@@ -83,6 +77,7 @@ class MoeTrainerMixin(PublishingMixin):
         self.mixing = []  # hooks of the dense mixer, while training
         self.copies = None  # of the experts' weights, while training
         self.gathered = None  # what FSDP2 keeps whole for a step, while training
+        self.lengths = None  # that processes agree on for a step, while training
         decay = moe_argument(self.args, "ema_decay")
         self.average = None if decay is None else WeightAverage(decay)
         self.find_routing()
@@ -121,10 +116,8 @@ class MoeTrainerMixin(PublishingMixin):
     def get_batch_samples(self, *args, **kwargs):
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self.step = Step(batches)
-        for held in (self.copies, self.gathered):
-            if held is not None:
-                held.begin()
-        self.agree_on_lengths()
+        for standing in self.standing_for_step:
+            standing.begin()
         coefficient = mtp_coefficient(self.args, self.state.global_step / self.state.max_steps)
         if coefficient is not None:
             self.balance.config.mtp_loss_coef = coefficient
@@ -300,7 +293,7 @@ class MoeTrainerMixin(PublishingMixin):
             while self.mixing:
                 self.mixing.pop().remove()
             self.leave_held()
-            self.copies = self.gathered = None
+            self.copies = self.gathered = self.lengths = None
             self.step.held.clear()  # of a step that was broken off
 
     def begin_routing(self) -> None:
@@ -317,29 +310,21 @@ class MoeTrainerMixin(PublishingMixin):
         check_checkpointing(self.moe, self.balance.coefficients)
         if moe_argument(self.args, "densemixer"):
             self.mixing += add_dense_mixer(self.routers)
-        self.copies, self.gathered = copies_of(self), gathered(self)
+        self.copies, self.gathered, self.lengths = copies_of(self), gathered(self), lengths_of(self)
 
     def end_sums(self) -> None:
         """Called when a step's gradients are summed, before the optimizer moves the weights."""
         check_finite(self.step.losses, self.state.global_step)
         self.leave_held()
 
+    @property
+    def standing_for_step(self) -> list:
+        """What holds from a step's begin until its weights move."""
+        return [x for x in (self.copies, self.gathered, self.lengths) if x is not None]
+
     def leave_held(self) -> None:
-        for held in (self.copies, self.gathered):
-            if held is not None:
-                held.end()
-        if self.spread:
-            from hf_moe.kernels.expert_parallel import LENGTHS  # which Transformers 5.21 has no place for
-
-            LENGTHS.forget()
-
-    def agree_on_lengths(self) -> None:
-        """Under expert parallelism, once for the step whose layers see each token of a batch once."""
-        batches = self.step.batches
-        if self.spread and self.balance.multi_token is None and all("input_ids" in batch for batch in batches):
-            from hf_moe.kernels.expert_parallel import LENGTHS
-
-            LENGTHS.agree([batch["input_ids"].numel() for batch in batches])
+        for standing in self.standing_for_step:
+            standing.end()
 
     def end_routing_step(self) -> None:
         """Move the selection biases and keep the step's metrics; called after the optimizer moved."""
@@ -363,6 +348,11 @@ class MoeTrainerMixin(PublishingMixin):
             counts = {name: counts for name, (_, counts) in zip(experts, table, strict=True)}
             self.selection_bias.update(counts, speed)
         self.step = Step([])
+
+    def _run_epoch(self, *args, **kwargs):
+        # The Trainer would take one more step with a run that was cut short between its last step and its end.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     # ---- logging ----
 
@@ -398,162 +388,6 @@ class MoeTrainerMixin(PublishingMixin):
         if metric_key_prefix == "eval":  # else of one source of several
             check_best_metric(self.args, metrics)
         return metrics
-
-    # ---- saving and restoring ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = self.args.output_dir if output_dir is None else output_dir
-        try:
-            mend(self.moe)
-            self.save_all(folder, state_dict)
-        except Exception as error:
-            if not self.args.should_save:
-                raise
-            keep_weights(self, folder, state_dict, error)
-
-    def save_all(self, folder: str, state_dict: dict | None) -> None:
-        """The weights, what goes with them, and a record of the run, to `folder`."""
-        self.selection_bias.restore()
-        rows_alone = bool(chosen_experts(self.moe))
-        if not rows_alone:
-            with self.saving_cast():
-                super()._save(folder, self.state_to_save(state_dict))
-            if self.casts and self.args.should_save:
-                name_dtype(folder, self.saved_dtype)
-        elif self.args.should_save:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            save_rows(self.moe, folder, state_dict)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-        if self.args.should_save and (rows_alone or self.model is not self.moe):
-            save_router_bias(self.model, folder)
-        if self.args.should_save and self.average is not None:
-            self.average.save(folder)
-        if self.args.should_save:
-            write_plain_templates(Path(folder))
-            self.save_record(folder)
-            write_arguments(self.args, folder)
-
-    def save_without_weights(self, folder: str | Path) -> None:
-        """The same without a weight, before there is anything to lose."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        rows_alone = bool(chosen_experts(self.moe))
-        if self.spread:  # gathered by all processes at once
-            self.moe.config.save_pretrained(folder)
-            self.moe.generation_config.save_pretrained(folder)
-        elif not rows_alone:
-            names = [name for name, x in self.model.named_parameters() if x.requires_grad]
-            adapter = self.model is not self.moe
-            super()._save(str(folder), {name: torch.zeros(0) for name in names} if adapter else {})
-        if (self.spread or rows_alone) and self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        self.save_record(folder)
-        write_arguments(self.args, folder)
-
-    @property
-    def spread(self) -> bool:
-        """Whether Transformers loaded the model in shards, as expert parallelism has it."""
-        return getattr(self.moe.config, "distributed_config", None) is not None
-
-    @property
-    def casts(self) -> bool:
-        """Whether what is saved has another type than what trains: of an adapter, never."""
-        return self.saved_dtype is not None and self.model is self.moe
-
-    def saving_cast(self) -> AbstractContextManager[None]:
-        """Where the host gathers the weights while it saves them, they are cast then."""
-        if not (self.casts and self.spread):
-            return nullcontext()
-        return gathering_as(self.moe, partial(cast, dtype=self.saved_dtype))
-
-    def state_to_save(self, state_dict: dict | None) -> dict | None:
-        if not self.casts or self.spread:
-            return state_dict
-        return cast(self.model.state_dict() if state_dict is None else state_dict, self.saved_dtype)
-
-    def _run_epoch(self, *args, **kwargs):
-        # The Trainer would take one more step with a run that was cut short between its last step and its end.
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Restore every weight of the checkpoint; raises ValueError if one is missing, or the folder is.
-
-        The Trainer's own way leaves experts that Transformers stores one by one as they are, with a warning
-        (https://github.com/huggingface/transformers/issues/48805).
-        """
-        if not Path(resume_from_checkpoint).is_dir():  # a name that Transformers would look for on the Hub
-            raise ValueError(f"resume_from_checkpoint: there is no folder {resume_from_checkpoint}.")
-        model = self.model if model is None else model
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif model is not base_model(model):
-            check_adapter(resume_from_checkpoint, model)
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if self.selection_bias.biases:
-                load_router_bias(model, resume_from_checkpoint)
-        elif chosen_experts(model):
-            load_rows(model, resume_from_checkpoint)
-            if self.selection_bias.biases:
-                load_router_bias(model, resume_from_checkpoint)
-        elif isinstance(model, PreTrainedModel):
-            shards = {"distributed_config": model.config.distributed_config} if self.spread else {}
-            saved = whole_model(resume_from_checkpoint, type(model), config=model.config, dtype=model.dtype, **shards)
-            model.load_state_dict(saved.state_dict())
-            del saved
-            gc.collect()  # one in shards refers to itself, and would keep its memory
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.selection_bias.remember()
-        if self.average is not None:
-            self.average.load(resume_from_checkpoint, model)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.spread:
-            save_state(self, output_dir)
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # or the first says that the checkpoint is complete before it is
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Raises ValueError where the checkpoint's optimizer has other weights, or is of another kind.
-
-        Over the second, only a step would stumble. Also where the run was told what the checkpoint's state will not
-        do, as `check_same_arguments`; what it was told beside that is said.
-        """
-        if checkpoint is not None:
-            check_optimizer(checkpoint)
-            check_same_arguments(checkpoint, self.args)
-            check_same_step(checkpoint, self.args)
-            check_spread(checkpoint, self.spread)
-            if self.is_world_process_zero():
-                say_differences(checkpoint, self.args)
-        needed = [set(group) for group in self.optimizer.param_groups]
-        try:
-            if self.spread and checkpoint is not None:
-                load_state(self, checkpoint)
-            else:
-                super()._load_optimizer_and_scheduler(checkpoint)
-        except ValueError as error:
-            raise ValueError(
-                f"{checkpoint} is of a run that trained other weights ({error}): choose what trains as it was, or "
-                "start a new run from its weights."
-            ) from error
-        for names, group in zip(needed, self.optimizer.param_groups, strict=True):
-            if lacking := sorted(names - group.keys()):
-                raise ValueError(
-                    f"{checkpoint} is of a run with another optimizer, which has no {lacking[0]}: give --optim as it "
-                    "was, or start a new run from its weights."
-                )
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class MoeTrainer(MoeTrainerMixin, Trainer):
