@@ -2,10 +2,11 @@
 
     python benchmarks/fit_speed.py
 
-Least squares of the logarithm of predicted over measured seconds. Each run is also predicted by the others alone: the
-range that `hf-moe plan` prints. Of the fine-tuning table the lengths are estimates: GSM8K's rows have 150 tokens on
-average, the longest of 64 about 420, and 75 of its 106 micro-batches have a length of their own; its first run meets
-them, the others in the same process find attention's plans made.
+Least fourth powers of the logarithm of predicted over measured seconds, as the plan says how far off the worst is.
+Each run is also predicted by the others alone: the range that `hf-moe plan` prints. Of the fine-tuning table the
+lengths are estimates: GSM8K's rows have 150 tokens on average, the longest of 64 about 420, and 75 of its 106
+micro-batches have a length of their own; its first run meets them, the others in the same process find attention's
+plans made.
 """
 
 import json
@@ -143,7 +144,7 @@ def fit(measured: list[Point], first: Costs = FIRST, steps: int = 3000) -> Costs
         optimizer.zero_grad()
         costs = Costs(*logs.exp())
         errors = torch.stack([(seconds(x.work, costs) / x.seconds).log() for x in measured])
-        errors.square().sum().backward()
+        errors.pow(4).sum().backward()
         optimizer.step()
         schedule.step()
     return Costs(*(float(f"{x:.3g}") for x in logs.exp().tolist()))

@@ -87,6 +87,15 @@ class Run:
     gpus: int = 1
     sharding: str = "none"
 
+    @property
+    def casts(self) -> bool:
+        """Whether autocast casts weights, of which copies are made, or FSDP2 sends them so and keeps them whole."""
+        return self.bf16 and self.lora_base is None
+
+    @property
+    def splits_experts(self) -> bool:
+        return self.sharding == "expert_parallel"
+
 
 def run_of_recipe(recipe: dict[str, Any], **given) -> Run:
     """The run that a recipe's arguments describe; `given` wins, and Run's default where an argument is None."""
@@ -230,7 +239,7 @@ def memory(model: nn.Module, config: Config, run: Run) -> dict[str, int | None]:
     found = activation_bytes(model, rows, length, run.bf16, run.gradient_checkpointing)
     if found is None:
         return parts | {"activations": None}
-    seen = run.gpus if run.sharding == "expert_parallel" else 1
+    seen = run.gpus if run.splits_experts else 1
     return parts | {"activations": found.kept + (seen - 1) * found.of_layer, "backward": seen * found.of_layer}
 
 
@@ -250,7 +259,7 @@ def state_memory(model: nn.Module, config: Config, run: Run) -> dict[str, int]:
         "gradients": gradients,
         "optimizer": round(sum(states(x.element_size()) * x.numel() + (4 if adam else 0) for x in trained)),
     }
-    if run.bf16 and run.lora_base is None and (run.gpus == 1 or run.sharding == "none"):
+    if run.casts and (run.gpus == 1 or run.sharding == "none"):
         weights = copied(model, run.gradient_accumulation_steps, run.gradient_checkpointing)
         parts |= {"copies": sum(2 * x.numel() for x in weights)} if weights else {}
     if run.lora_base == "nf4":
@@ -267,11 +276,12 @@ def state_memory(model: nn.Module, config: Config, run: Run) -> dict[str, int]:
 
         def held(x: torch.Tensor) -> float:
             """The part of a weight that is whole on a GPU: of its own experts under expert parallelism."""
-            return 1 / run.gpus if run.sharding == "expert_parallel" and x.dim() == 3 else 1
+            return 1 / run.gpus if run.splits_experts and x.dim() == 3 else 1
 
-        cast = run.bf16 and run.lora_base is None
-        whole = round(sum(held(x) * sent(x) for x in model.parameters()))
-        parts["gathered"] = whole if cast else 2 * largest_layer(model)
+        if run.casts:
+            parts["gathered"] = round(sum(held(x) * sent(x) for x in model.parameters()))
+        else:
+            parts["gathered"] = 2 * largest_layer(model)
         if run.gradient_accumulation_steps > 1:
             parts["whole_gradients"] = round(sum(held(x) * x.nbytes for x in trained))
     return parts
