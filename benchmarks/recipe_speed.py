@@ -6,9 +6,10 @@
 Random weights in the shape of the recipe's model, stored in bf16, with routers that spread tokens as trained ones do.
 Conversations of random words whose lengths are log-normal, as those of instruction sets are: half of them are below
 160 tokens. Nothing of a recipe is touched, unless --rows and --accumulation make a step smaller; the peer's steps are
-short. Seconds are those between two lines of the command's log. Memory is what nvidia-smi shows at the most, read five
-times a second. The peer has its best settings: fused AdamW, grouped_mm, padding-free packs, flash attention where that
-is installed, Liger's kernels.
+short. With --unsaved a run is the beginning of one of a thousand steps, whose rate has yet to rise. Seconds are those
+between two lines of the command's log. Memory is what nvidia-smi shows at the most, read five times a second. The peer
+has its best settings: fused AdamW, grouped_mm, padding-free packs, flash attention where that is installed, Liger's
+kernels.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -26,6 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from hf_moe.training.launch import find_launch_file
 
@@ -36,9 +37,17 @@ HF_MOE = [sys.executable, "-m", "hf_moe_cli"]
 TRAIN = [*HF_MOE, "train"]
 PEER = [sys.executable, __file__, "peer"]
 OLMOE, QWEN = "olmoe-1b-7b", "qwen3-30b-a3b, Transformers' own"
-# Fields that Transformers' Qwen3 has of its preset here.
-SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-SHAPE += ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "tie_word_embeddings")
+# Fields of a preset that Transformers' own configuration has by the same name; what it calls the experts' width.
+SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts")
+SHAPE += ("num_experts_per_tok", "norm_topk_prob", "tie_word_embeddings")
+HOSTS = {
+    "olmoe-1b-7b": lambda preset: {"model_type": "olmoe", "intermediate_size": preset.moe_intermediate_size},
+    "qwen3-30b-a3b": lambda preset: {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": preset.moe_intermediate_size,
+        "head_dim": preset.head_dim,
+    },
+}
 # Name -> the model that it trains, on how many GPUs (of several, --gpus may say more), the command.
 RUNS = {
     "sft": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft"]),
@@ -52,15 +61,15 @@ RUNS = {
     "lora_experts": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/lora_experts"]),
     "Qwen3-30B, sft, fsdp2": (QWEN, 2, [*TRAIN, "qwen3-30b-a3b/sft", "--accelerate", "fsdp2"]),
     "Qwen3-30B, lora_experts": (QWEN, 1, [*TRAIN, "qwen3-30b-a3b/lora_experts"]),
-    # In float32 two packs at a time do not fit the card beside Adam's moments and what autocast keeps of the weights.
     "TRL": (
         f"{OLMOE}, Transformers' own",
         1,
-        [*PEER, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"],
+        [*PEER, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"],
     ),
     "TRL, LoRA": (f"{OLMOE}, Transformers' own", 1, [*PEER, "--lora", "--gradient_accumulation_steps", "2"]),
 }
-STEP, TRAINED = re.compile(r"step +(\d+)/(\d+): loss"), re.compile(r"step +\d+/\d+: trained for")
+STEP = re.compile(r"step +(\d+)/(\d+): loss")
+WHOLE = 1000  # steps of the run of which --unsaved takes the beginning: rate and routers move as in one of that length
 FAILED = re.compile(r"(\[rank\d+\]: ?)?([\w.]+(Error|Exception)|hf-moe):? ")  # the line that says why
 # Part of a step -> kernels by name, the first that matches.
 PARTS = {
@@ -74,19 +83,28 @@ PARTS = {
 }
 
 
+def shape(model: str):
+    """The configuration of `model`: hf_moe's preset, or Transformers' own of the same shape."""
+    from transformers import AutoConfig
+
+    from hf_moe import HfMoeConfig
+
+    name, _, own = model.partition(", ")
+    preset = HfMoeConfig.from_preset(name)
+    if not own:
+        return preset
+    return AutoConfig.for_model(**{x: getattr(preset, x) for x in SHAPE}, **HOSTS[name](preset))
+
+
 def build(model: str, folder: Path) -> None:
     """A checkpoint of random weights in bf16, of the shape of `model`, with the demo's tokenizer."""
     from hf_moe.training.data.chat_templates import find_template
-    from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, Qwen3MoeConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_moe import HfMoeConfig
     from hf_moe.demo import DEMO_MODEL
 
     torch.manual_seed(0)
-    name, _, own = model.partition(", ")
-    preset = HfMoeConfig.from_preset(name)
-    hosts = {OLMOE: OlmoeConfig, "qwen3-30b-a3b": lambda: Qwen3MoeConfig(**{x: getattr(preset, x) for x in SHAPE})}
-    config = hosts[name]() if own else preset
+    config = shape(model)
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -175,9 +193,18 @@ def words_of(name: str, steps: int, args: argparse.Namespace) -> list[str]:
     return [*command, *said, *args.further]
 
 
+def end(pid: int) -> None:
+    """Kill a process and all that it started, and theirs: the processes of several GPUs are no group of one."""
+    processes = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=60)
+
+
 def run(name: str, args: argparse.Namespace) -> dict:
     """Run the command; what it took."""
-    gpus, output, words = gpus_of(name, args), args.work / "output", words_of(name, args.steps, args)
+    gpus, output = gpus_of(name, args), args.work / "output"
+    words = words_of(name, WHOLE if args.unsaved else args.steps, args)
     environment = {**os.environ, **devices(gpus)}
     shutil.rmtree(output, ignore_errors=True)
     peaks, done = [0], threading.Event()
@@ -200,9 +227,9 @@ def run(name: str, args: argparse.Namespace) -> dict:
             times.append(time.perf_counter())
             took = f"{times[-1] - (times[-2:-1] or [start])[0]:.2f} s"
             print(f"{name}: {said[-1].split(chr(13))[-1].strip()} ({took})", file=sys.stderr, flush=True)
-        if args.unsaved and TRAINED.search(line):
+        if args.unsaved and len(times) == args.steps:
             time.sleep(1)  # its last line of the log
-            os.killpg(process.pid, signal.SIGKILL)
+            end(process.pid)
             ended = True
             break
     code = process.wait()
@@ -410,7 +437,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, help="of runs on several, default two")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--skip", type=int, default=3, help="first steps that are not counted")
-    parser.add_argument("--unsaved", action="store_true", help="end runs after the last step, before they save")
+    parser.add_argument("--unsaved", action="store_true", help="end after --steps what begins as a longer run")
     parser.add_argument("--profile", action="store_true", help="of our runs, two steps again under a profiler")
     parser.add_argument("--further", nargs=argparse.REMAINDER, default=[], help="further words of hf-moe train")
     args = parser.parse_args()

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, Trainer
+from transformers import trainer as trainer_module
 from transformers.distributed import fsdp
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -79,6 +80,16 @@ PRIVATE = {
     },
     chat_template_utils: {
         "_compile_jinja_template": ("chat_template", "its environment, to which a faster {% generation %} is added"),
+    },
+    trainer_module: {
+        "save_fsdp_optimizer": (
+            "fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index, use_dcp",
+            "makes whole moments of all shards, which torchao's of 8 bits survive in no file",
+        ),
+        "load_fsdp_optimizer": (
+            "fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, adapter_only, use_dcp",
+            "spreads whole moments, which torchao's of 8 bits cannot be",
+        ),
     },
     accelerate.utils: {
         "get_mixed_precision_context_manager": ("native_amp, autocast_kwargs", "the accelerator's own autocast"),
@@ -266,6 +277,18 @@ def taking_shards(trainer: Trainer, begin: Callable, *given: Any, **named: Any) 
 
 
 @contextmanager
+def sharded_optimizer(save: Callable[[str], None], load: Callable[[str], None]) -> Iterator[None]:
+    """While the host saves or loads a model under FSDP: its optimizer by these two, to and from a folder."""
+    was = trainer_module.save_fsdp_optimizer, trainer_module.load_fsdp_optimizer
+    trainer_module.save_fsdp_optimizer = lambda plugin, accelerator, optimizer, model, folder: save(folder)
+    trainer_module.load_fsdp_optimizer = lambda plugin, accelerator, optimizer, model, folder, **kwargs: load(folder)
+    try:
+        yield
+    finally:
+        trainer_module.save_fsdp_optimizer, trainer_module.load_fsdp_optimizer = was
+
+
+@contextmanager
 def gathering_as(model: PreTrainedModel, change: Callable[[dict], dict]) -> Iterator[None]:
     """While a model that the host loaded in shards is saved: what it gathers, whatever it is given, is changed."""
     gather = model.gather_sharded_state_dict_for_save
@@ -290,3 +313,15 @@ def flash_attention() -> str | None:
     """Of the flash attentions that Transformers calls and somebody installed, one faster than torch's own."""
     installed = {"flash_attention_4": is_flash_attn_4_available(), "flash_attention_3": is_flash_attn_3_available()}
     return next((name for name, there in installed.items() if there), None)
+
+
+def keep_dtype_in_views() -> None:
+    """Mend torchao's 8-bit states, whose views, as DTensor makes one of each shard, forget that they stand for
+    bfloat16: then torch compiles no step with them (https://github.com/pytorch/ao/pull/4216).
+    """
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    @OptimState8bit.implements(torch.ops.aten.view.default)
+    def view(function, types, args, kwargs):
+        state, shape = args
+        return OptimState8bit(state.codes.view(shape), state.scale, state.qmap, state.signed, dtype=state.dtype)

@@ -27,9 +27,21 @@ def test_a_run_is_measured(tmp_path, monkeypatch, unsaved):
     found = recipe_speed.run("small", args)
     assert "failed" not in found, found
     assert len(found["step_seconds"]) == 4 and found["tokens_per_second"] > 0
-    assert 0 < found["first_step_seconds"] < found["until_first_step_seconds"]
+    first = found["first_step_seconds"]  # of a run that ended by itself
+    assert first is None if unsaved else 0 < first < found["until_first_step_seconds"]
     assert found["command"].startswith("hf_moe_cli train tiny/sft --model_name_or_path DIR/storyteller")
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("name", ["olmoe-1b-7b", "qwen3-30b-a3b"])
+def test_the_peer_has_the_same_weights(name):
+    with torch.device("meta"):
+        ours, peers = (
+            AutoModelForCausalLM.from_config(recipe_speed.shape(model))
+            for model in (name, f"{name}, Transformers' own")
+        )
+    assert sum(x.numel() for x in ours.parameters()) == sum(x.numel() for x in peers.parameters())
+    assert max(x.numel() for x in ours.parameters()) == max(x.numel() for x in peers.parameters())
 
 
 def test_time_that_spans_cover_is_counted_once():

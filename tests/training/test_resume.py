@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from hf_moe.training.output.resuming import FILE
-from hf_moe.training.output.spread import FOLDER, check_spread
+from hf_moe.training.output.spread import FOLDER, check_parts
 from hf_moe.training.weights.groups import train_group
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
@@ -134,11 +134,11 @@ def test_checkpoint_of_other_trained_weights_is_an_error(unbroken, tmp_path):
         train_one_step(model, 4, keep_folder=tmp_path, resume_from_checkpoint=str(folder / "checkpoint-4"))
 
 
-def test_optimizer_in_parts_is_of_expert_parallelism_alone(tmp_path):
-    check_spread(str(tmp_path), False)
-    with pytest.raises(ValueError, match="is of a run without expert parallelism, and this is one with it: give"):
-        check_spread(str(tmp_path), True)
+def test_optimizer_is_read_as_it_was_written(tmp_path):
+    check_parts(str(tmp_path), False)
+    with pytest.raises(ValueError, match="has its optimizer whole, and this run would read it in parts: give"):
+        check_parts(str(tmp_path), True)
     (tmp_path / FOLDER).mkdir()
-    check_spread(str(tmp_path), True)
-    with pytest.raises(ValueError, match="is of a run with expert parallelism, and this is one without it"):
-        check_spread(str(tmp_path), False)
+    check_parts(str(tmp_path), True)
+    with pytest.raises(ValueError, match="has its optimizer in parts, and this run would read it whole: give"):
+        check_parts(str(tmp_path), False)

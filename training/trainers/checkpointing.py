@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.training_args import OptimizerNames
 
 from hf_moe.chat import write_plain_templates
 from hf_moe.reading import whole_model
 
 from ..balance.selection_bias import base_model, load_router_bias, save_router_bias
-from ..host import gathering_as
+from ..host import gathering_as, sharded_optimizer
 from ..output.checkpoints import check_adapter, check_optimizer
 from ..output.resuming import check_same_arguments, check_same_step, say_differences, write_arguments
 from ..output.saved_dtype import cast, name_dtype
 from ..output.saving import keep_weights, mend
-from ..output.spread import check_spread, load_state, save_state
+from ..output.spread import check_parts, load_optimizer, load_state, save_optimizer, save_state
 from ..weights.esft import chosen_experts, load_rows, save_rows
 
 
@@ -80,6 +81,22 @@ class CheckpointMixin:
         return getattr(self.moe.config, "distributed_config", None) is not None
 
     @property
+    def in_8_bits(self) -> bool:
+        """Whether the optimizer is torchao's, whose moments have 8 bits."""
+        return self.args.optim == OptimizerNames.ADAMW_TORCH_8BIT
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether each process writes its part of the optimizer: of moments in 8 bits FSDP2 restores no others."""
+        return self.spread or (self.is_fsdp_enabled and self.in_8_bits)
+
+    def optimizer_in_parts(self) -> AbstractContextManager[None]:
+        """While the host saves or loads the rest of a checkpoint."""
+        if not self.in_parts:
+            return nullcontext()
+        return sharded_optimizer(partial(save_optimizer, self), partial(load_optimizer, self))
+
+    @property
     def casts(self) -> bool:
         """Whether what is saved has another type than what trains: of an adapter, never."""
         return self.saved_dtype is not None and self.model is self.moe
@@ -130,7 +147,8 @@ class CheckpointMixin:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.spread:
             save_state(self, output_dir)
-        else:
+            return
+        with self.optimizer_in_parts():
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -147,7 +165,7 @@ class CheckpointMixin:
             check_optimizer(checkpoint)
             check_same_arguments(checkpoint, self.args)
             check_same_step(checkpoint, self.args)
-            check_spread(checkpoint, self.spread)
+            check_parts(checkpoint, self.in_parts)
             if self.is_world_process_zero():
                 say_differences(checkpoint, self.args)
         needed = [set(group) for group in self.optimizer.param_groups]
@@ -155,7 +173,8 @@ class CheckpointMixin:
             if self.spread and checkpoint is not None:
                 load_state(self, checkpoint)
             else:
-                super()._load_optimizer_and_scheduler(checkpoint)
+                with self.optimizer_in_parts():
+                    super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:
             raise ValueError(
                 f"{checkpoint} is of a run that trained other weights ({error}): choose what trains as it was, or "

@@ -22,7 +22,7 @@ from ..balance.multi_token import looking_ahead, mtp_coefficient
 from ..balance.selection_bias import SelectionBias, base_model
 from ..balance.step import Forward, Step
 from ..balance.zero3 import gather_experts_whole
-from ..host import own_scheduler, prepared_inputs, shifts_labels, taking_shards
+from ..host import keep_dtype_in_views, own_scheduler, prepared_inputs, shifts_labels, taking_shards
 from ..output.log_files import LogFiles
 from ..output.publishing import PublishingMixin
 from ..output.record import facts_of
@@ -264,6 +264,8 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
         if self.casts_under_fsdp2 and self.optimizer is None:
             shard_experts(self)  # which Accelerate leaves as they are, when it shards the rest
         optimizer = super().create_optimizer(model)
+        if self.in_8_bits:
+            keep_dtype_in_views()
         if self.spread:
             leave_out_empty_groups(optimizer)
         return optimizer
