@@ -38,7 +38,7 @@ def test_hf_moes_own_model():
 def test_transformers_own_model():
     model, given = tiny_olmoe(), args()
     said = fastest.take_fastest(model, given, frozenset())
-    assert said.startswith("on this GPU: experts auto; attention varlen; norms of Transformers")
+    assert said == "on this GPU: experts auto; attention varlen; norms by Liger"
     assert model.config._attn_implementation == "varlen" and not given.use_liger_kernel
 
 

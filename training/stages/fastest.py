@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
+from hf_moe.kernels.host_norms import fuse_norms
 from hf_moe.kernels.varlen import unusable
 from hf_moe.model.configuration_hf_moe import HfMoeConfig
 
@@ -78,12 +79,14 @@ def head_size(config) -> int:
 
 
 def liger(model: PreTrainedModel, args: TrainingArguments) -> str:
-    if model.config.model_type != HfMoeConfig.model_type:
-        return f"norms of Transformers, for Liger's are chosen for {HfMoeConfig.model_type} alone"
     if find_spec("liger_kernel") is None:
-        return f"norms and RoPE without Liger, which is not installed ({INSTALL})"
-    args.use_liger_kernel = True
-    return "norms and RoPE by Liger"
+        return f"norms without Liger, which is not installed ({INSTALL})"
+    if model.config.model_type == HfMoeConfig.model_type:
+        args.use_liger_kernel = True
+        return "norms and RoPE by Liger"
+    # Liger's own switch for a family is no choice: it replaces experts by slower ones, and functions of a module that
+    # other models use.
+    return "norms by Liger" if fuse_norms(model) else "norms of Transformers, for Liger's compute others"
 
 
 # Argument -> what it means where nobody named it.
