@@ -66,6 +66,12 @@ def eager():
     return model
 
 
+def in_bfloat16():
+    """For torchao's Adam, which compiles a step for each shape: here none is."""
+    torch.compiler.set_stance("force_eager")
+    return hf_moe_biased(num_experts=12).to(torch.bfloat16)
+
+
 def with_kernels():
     """Only for a process of its own, in which nothing falls back any more."""
     model = hf_moe_biased()
@@ -90,9 +96,10 @@ CASES = {
     ),
     "kernels": (with_kernels, BIASED | {"save_strategy": "no"}, "model.safetensors"),
     "held": (hf_moe_biased, BIASED | HELD, "model.safetensors"),
+    "8 bits": (in_bfloat16, BIASED | {"optim": "adamw_torch_8bit"}, "model.safetensors"),
     "idle": (idle, {"router_aux_loss_coef": 0.0, "accumulation": 16, "save_strategy": "no"}, "model.safetensors"),
 }
-RESUMED = ("biased", "adapter")
+RESUMED = ("biased", "adapter", "8 bits")
 
 
 def run(name: str, folder: Path, processes: int, resume: str | None = None):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import since
+from tests.processes import on_two_processes
 
 from .shard_worker import CASES, RESUMED, found, run
 
@@ -25,7 +26,7 @@ ON_A_CPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}  # whatever thi
 ZERO = pytest.mark.skipif(not is_deepspeed_available(), reason="needs deepspeed")
 LAYOUTS = ["fsdp2", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)]
 # ESFT by `specialise`; DeepSpeed has a precision of its own.
-REFUSED = {("zero3", "esft"), ("zero2", "bf16"), ("zero3", "bf16")}
+REFUSED = {("zero3", "esft"), *((zero, name) for zero in ("zero2", "zero3") for name in ("bf16", "8 bits"))}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -90,7 +91,7 @@ def test_weights_are_gathered_once_a_step(sharded):
         assert result["gathers"] == {"torch.bfloat16": 2 * 2, "torch.float32": 2 * 4}
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("bf16", "kernels")])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("bf16", "kernels", "8 bits")])
 def test_sharded_run_is_that_of_one_process(sharded, one_process, name, request):
     """Losses, gradient norms, counts to 1e-5 and biases exactly, on each process; saved weights to 1e-4 of their norm.
 
@@ -107,6 +108,20 @@ def test_sharded_run_is_that_of_one_process(sharded, one_process, name, request)
         whole, again = (load_file(sharded / run / "final" / CASES[name][2]) for run in (name, f"{name}-resumed"))
         assert all(torch.equal(again[key], weight) for key, weight in whole.items())
     assert not list((sharded / name / "final").glob("_fsdp*")), "the code of PyTorch beside the model"
+
+
+@pytest.mark.parametrize("sharded", ["fsdp2"], indirect=True)
+def test_moments_in_8_bits_go_on_as_they_were(sharded):
+    first, second, resumed = json.loads((sharded / "8 bits.json").read_text())
+    assert first["history"] == second["history"] and resumed["history"][-1] == first["history"][-1]
+    whole, again = (load_file(sharded / run / "final" / "model.safetensors") for run in ("8 bits", "8 bits-resumed"))
+    assert all(torch.equal(again[key], weight) for key, weight in whole.items())
+    assert (sharded / "8 bits" / "checkpoint-1" / "optimizer").is_dir()
+
+
+def test_a_step_in_8_bits_compiles():
+    """And moves shards in bfloat16 as it moves the whole weight."""
+    assert on_two_processes("training/eight_bit_worker.py") == [True, True]
 
 
 def test_kernels_in_a_sharded_run_compute_what_transformers_does_in_one_process(sharded, one_process):
