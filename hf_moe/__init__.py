@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import quiet as quiet  # isort: skip  (Transformers imports what it quietens)
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -27,7 +29,6 @@ from .model.modeling_hf_moe import (
     HfMoePreTrainedModel,
 )
 from .model.modeling_hf_moe_graft import HfMoeGraftForCausalLM, HfMoeGraftForImageTextToText
-from .quiet import quieten
 from .sizes.presets import preset_config
 from .version import __version__
 
@@ -59,7 +60,6 @@ for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
 HfMoeGraftForImageTextToText.register_for_auto_class("AutoModelForImageTextToText")
 
 SPEEDUPS.append(decoding_kernels)
-quieten()
 
 # What training needs is loaded when it is asked for: these names live in modules of hf_moe.training.
 TRAINING = {

@@ -112,12 +112,14 @@ has_generation_markers = chat_template_utils.has_generation_markers
 def quiet() -> Iterator[None]:
     """Leave out what Transformers says of names that it gave up, and TRL and PEFT still use: no user can help it.
 
-    And what TRL says of `use_liger_kernel`, which it will give up: how hf_moe's models take Liger's kernels is ours.
+    And what TRL says of `use_liger_kernel`, which it will give up: how hf_moe's models take Liger's kernels is ours;
+    and what torch asks of the author of torchao's 8-bit states.
     """
     names = ("is_gradient_checkpointing", "gradient_checkpointing_enable", "gradient_checkpointing_disable")
     with warnings.catch_warnings():
         for name in (*names, "use_liger_kernel=True"):
             warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "OptimState8bit does not implement", UserWarning)
         yield
 
 

@@ -30,7 +30,8 @@ def main():
     step(whole)
     same = [None, None]
     torch.distributed.all_gather_object(same, torch.equal(sharded.weight.full_tensor(), whole.weight))
-    print(json.dumps(same))
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(same))
     leave()
 
 

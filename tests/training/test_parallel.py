@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from .shard_worker import CASES, RESUMED, found, run
 ROOT = Path(__file__).resolve().parents[2]
 ON_A_CPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}  # whatever this machine has
 ZERO = pytest.mark.skipif(not is_deepspeed_available(), reason="needs deepspeed")
+TORCHAO = find_spec("torchao") is not None
+needs_torchao = pytest.mark.skipif(not TORCHAO, reason="needs torchao: pip install 'hf_moe[float8]'")
 LAYOUTS = ["fsdp2", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)]
 # ESFT by `specialise`; DeepSpeed has a precision of its own.
 REFUSED = {("zero3", "esft"), *((zero, name) for zero in ("zero2", "zero3") for name in ("bf16", "8 bits"))}
@@ -33,7 +36,7 @@ REFUSED = {("zero3", "esft"), *((zero, name) for zero in ("zero2", "zero3") for 
 def sharded(request, tmp_path_factory):
     """The folder with what two processes found, in every case."""
     folder = tmp_path_factory.mktemp(request.param)
-    cases = [name for name in CASES if (request.param, name) not in REFUSED]
+    cases = [name for name in CASES if (request.param, name) not in REFUSED and (TORCHAO or name != "8 bits")]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     launch += ["--config_file", str(LAUNCH_FILES / f"{request.param}.yaml")]
@@ -110,6 +113,7 @@ def test_sharded_run_is_that_of_one_process(sharded, one_process, name, request)
     assert not list((sharded / name / "final").glob("_fsdp*")), "the code of PyTorch beside the model"
 
 
+@needs_torchao
 @pytest.mark.parametrize("sharded", ["fsdp2"], indirect=True)
 def test_moments_in_8_bits_go_on_as_they_were(sharded):
     first, second, resumed = json.loads((sharded / "8 bits.json").read_text())
@@ -119,6 +123,7 @@ def test_moments_in_8_bits_go_on_as_they_were(sharded):
     assert (sharded / "8 bits" / "checkpoint-1" / "optimizer").is_dir()
 
 
+@needs_torchao
 def test_a_step_in_8_bits_compiles():
     """And moves shards in bfloat16 as it moves the whole weight."""
     assert on_two_processes("training/eight_bit_worker.py") == [True, True]

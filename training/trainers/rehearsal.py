@@ -36,7 +36,8 @@ def rehearse(args: TrainingArguments, device: torch.device | str) -> None:
         return
     name = f"optim {args.optim.value}"
     try:
-        optimizer = make_optimizer(args, nn.Linear(64, 64, device=device))
+        with torch.compiler.set_stance("force_eager"):  # some compile their step, for each shape anew
+            optimizer = make_optimizer(args, nn.Linear(64, 64, device=device))
         kwargs = schedule_arguments(args, STEPS)
         name = f"lr_scheduler_type {args.lr_scheduler_type.value} with lr_scheduler_kwargs {kwargs}"
         warmup = args.get_warmup_steps(STEPS)
