@@ -1,5 +1,6 @@
 """The experts implementation "hf_moe": what the kernels can compute they compute, Transformers the rest."""
 
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -45,9 +46,8 @@ def hf_moe_experts_forward(
     save = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, top_k_weights, *operands)
     )
-    output, narrowed, *_ = experts_operator(x, top_k_index, top_k_weights, *operands, *formula(self), save)
-    if of_down is not None:
-        output = output + widened(narrowed, top_k_index, of_down)
+    beside = None if of_down is None else partial(widened, index=top_k_index, factors=of_down)
+    output = experts_operator(x, top_k_index, top_k_weights, *operands, *formula(self), save, beside)
     return output.to(hidden_states.dtype)
 
 

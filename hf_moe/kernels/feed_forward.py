@@ -25,26 +25,42 @@ def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def forward(x, index, weights, up, down, up_bias, down_bias, low, widen, narrow, formula: Formula, save):
-    """Output [T, D], the narrowed activations [T, K, r], the up-projection [S, U] (no rows unless `save`) and the
-    routing's four tensors."""
+def plain(index: torch.Tensor, down: torch.Tensor, transposed: bool) -> Experts:
+    """What launches share that compute no activation."""
+    return Experts.of(index, down, Formula("linear", transposed=transposed))
+
+
+def up(x, index, weights, up, up_bias, low, widen, down, formula: Formula, save):
+    """The activations in rows [R, I], the up-projection [S, U] (no rows unless `save`), and the routing's four."""
     experts = Experts.of(index, down, formula)
-    narrowed = x.new_zeros(*index.shape, 0 if narrow is None else narrow.shape[1])
     if index.numel() == 0:
-        return (
-            torch.zeros_like(x),
-            narrowed,
-            x.new_empty(0, experts.halves * experts.inner),
-            *empty_routing(index, experts.num_experts),
-        )
+        routing = empty_routing(index, experts.num_experts)
+        activated = x.new_empty(len(routing[0]), experts.inner)
+        return activated, x.new_empty(0, experts.halves * experts.inner), routing
     with on(x.device):
         routing = route(index, weights, experts.num_experts, experts.tile, skip_zero=not save)
         hidden, activated = up_projection(x, up, up_bias, low, widen, experts, routing, save)
-        if narrow is not None:
-            narrowed = slots_of(product(activated, narrow, None, True, experts, routing, kernel="narrow"), routing)
-            narrowed = (narrowed.view(*index.shape, -1) * weights.unsqueeze(-1)).to(x.dtype)
-        rows = product(activated, down, down_bias, not formula.transposed, experts, routing)
-        return combine(rows, weights, experts, routing), narrowed, hidden, *routing
+    return activated, hidden, routing
+
+
+def narrowed(activated, index, weights, narrow, down, routing, transposed: bool):
+    """[T, K, r]: the activations by `narrow`, times their weights."""
+    if index.numel() == 0:
+        return activated.new_zeros(*index.shape, narrow.shape[1])
+    routing, experts = Routing(*routing), plain(index, down, transposed)
+    with on(activated.device):
+        slots = slots_of(product(activated, narrow, None, True, experts, routing, kernel="narrow"), routing)
+    return slots.view(*index.shape, -1) * weights.unsqueeze(-1)
+
+
+def down(like, activated, index, weights, down, down_bias, routing, transposed: bool):
+    """The sum [T, D] over a token's experts of the activations by `down`, times their weights."""
+    if index.numel() == 0:
+        return like.new_zeros(like.shape)
+    routing, experts = Routing(*routing), plain(index, down, transposed)
+    with on(activated.device):
+        rows = product(activated, down, down_bias, not transposed, experts, routing)
+        return combine(rows, weights, experts, routing)
 
 
 def backward(

@@ -119,7 +119,8 @@ def up_projection(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The up-projection [S, U] (no rows unless `save`) and the activations in rows (I)."""
     hidden = x.new_empty(routing.row_of_slot.numel() if save else 0, experts.halves * experts.inner)
-    activated = experts.rows(routing, experts.inner, x)
+    # As many rows as any tile could ask for, so that the compiler knows how many without knowing the tile.
+    activated = x.new_empty(len(routing.slot_of_row), experts.inner)
     grid, w, options = experts.product("up", up, not experts.formula.transposed, experts.inner, routing)
     formula, columns, depth = experts.formula, options["COLS"], options["DEPTH"]
     joined = formula.gated and options["W_LAST"] and options["W_TMA"] and not formula.interleaved

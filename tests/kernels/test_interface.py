@@ -1,14 +1,19 @@
 """set_experts_implementation("hf_moe") on our models and on Transformers' own, beside "eager"."""
 
+from collections import Counter
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
 import triton
 from torch.utils.checkpoint import checkpoint
 
-from hf_moe.kernels import auto
+from hf_moe.kernels import auto, feed_forward
 from hf_moe.kernels import experts as implementation
 from hf_moe.kernels.formula import Formula
+from hf_moe.kernels.low_rank import beside
+from hf_moe.kernels.operators import experts_up
 from tests.conftest import tiny_model, tokens
 
 SIZES = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
@@ -100,6 +105,26 @@ def test_gradient_checkpointing(device, no_fallback):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_checkpointing_computes_again_what_was_kept_alone(device, no_fallback, monkeypatch, rank):
+    """The activations and what of them an adapter's gradients need, not the second product."""
+    calls = Counter()
+
+    def counted(name, function):
+        return lambda *given: calls.update([name]) or function(*given)
+
+    for name in ("up", "narrowed", "down"):
+        monkeypatch.setattr(feed_forward, name, counted(name, getattr(feed_forward, name)))
+    experts, (x, index, weights) = layer(device)
+    count, size, inner = experts.down_proj.shape
+    lhs, rhs = (
+        torch.randn(count, *shape, device=device, requires_grad=True) for shape in ((size, rank), (rank, inner))
+    )
+    with beside(experts, "down_proj", lhs, rhs, 1.0) if rank else nullcontext():
+        checkpoint(experts, x, index, weights, use_reentrant=False).sum().backward()
+    assert calls == {"up": 2, "down": 1} | ({"narrowed": 2} if rank else {})
+
+
 def test_same_bits_every_time(device, no_fallback):
     experts, arguments = layer(device)
     assert all(torch.equal(a, b) for a, b in zip(step(experts, arguments), step(experts, arguments), strict=True))
@@ -136,7 +161,7 @@ def test_slots_of_weight_zero_cost_nothing_without_gradients(device):
     weights = weights.detach().clone()
     weights[:, 1] = 0
     with torch.no_grad():
-        routing = implementation.experts_operator(
+        routing = experts_up(
             x,
             index,
             weights,
@@ -149,7 +174,7 @@ def test_slots_of_weight_zero_cost_nothing_without_gradients(device):
             None,
             *Formula("silu"),
             False,
-        )[5]
+        )[6]
     assert routing[0, -1] == 6
 
 
