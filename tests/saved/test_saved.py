@@ -20,11 +20,11 @@ from hf_moe.model.host import CACHE
 from tests.saved.make import VARIANTS, make
 
 FOLDERS = sorted(path.parent for path in Path(__file__).parent.glob("*/*/config.json"))
-named = pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: "-".join(path.parts[-2:]))
 
-# Prints the logits, and the text with a cache and, where there are modules for it, drafted.
+# Prints for each folder the logits, and the text with a cache and, where there are modules for it, drafted; or what
+# went wrong.
 WITHOUT_HF_MOE = """
-import json, sys
+import json, sys, traceback
 class NoHfMoe:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "hf_moe":
@@ -33,21 +33,44 @@ sys.meta_path.insert(0, NoHfMoe())
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
-said = json.loads(Path(sys.argv[1], "expected.json").read_text())
-ids = torch.tensor(said["ids"])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-assert type(model).__module__.startswith("transformers_modules.")
-options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
-options["max_new_tokens"] = len(said["text"][0]) - ids.shape[1]
-with torch.no_grad():
+@torch.no_grad()
+def read(folder):
+    said = json.loads(Path(folder, "expected.json").read_text())
+    ids = torch.tensor(said["ids"])
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules.")
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    options["max_new_tokens"] = len(said["text"][0]) - ids.shape[1]
     texts = [model.generate(ids, **options)] + ([model.generate(ids, use_mtp=True, **options)] if said["mtp"] else [])
-    print(json.dumps({"logits": model(ids).logits.tolist(), "texts": [text.tolist() for text in texts]}))
+    return {"logits": model(ids).logits.tolist(), "texts": [text.tolist() for text in texts]}
+found = {}
+for folder in sys.argv[1:]:
+    try:
+        found[Path(folder).name] = read(folder)
+    except Exception:
+        found[Path(folder).name] = traceback.format_exc()
+print(json.dumps(found))
 """
 
 
-def run_without_hf_moe(folder: Path, cache: Path) -> dict:
-    env = {**os.environ, "HF_MODULES_CACHE": str(cache), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", WITHOUT_HF_MOE, str(folder)]
+def name_of(folder: Path) -> str:
+    return "-".join(folder.parts[-2:])
+
+
+named = pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
+
+
+@pytest.fixture(scope="module")
+def without_hf_moe(tmp_path_factory) -> dict[str, dict | str]:
+    """What a process finds that cannot import hf_moe, of each folder."""
+    cache = tmp_path_factory.mktemp("modules")
+    folders = [cache / name_of(folder) for folder in FOLDERS]
+    for folder, source in zip(folders, FOLDERS, strict=True):
+        shutil.copytree(source, folder)
+        if code_version(folder) == "0.1.0" and CACHE != "past_key_values":  # it decodes without its cache there
+            renew(folder)
+    env = {**os.environ, "HF_MODULES_CACHE": str(cache / "modules"), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", WITHOUT_HF_MOE, *map(str, folders)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=cache)
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -79,11 +102,10 @@ def test_with_hf_moe(folder, trust_remote_code):
 
 
 @named
-def test_without_hf_moe_as_it_is_or_renewed(folder, tmp_path):
-    if code_version(folder) == "0.1.0" and CACHE != "past_key_values":  # it decodes without its cache there
-        folder = shutil.copytree(folder, tmp_path / "model")
-        renew(folder)
-    check(run_without_hf_moe(folder, tmp_path), folder)
+def test_without_hf_moe_as_it_is_or_renewed(folder, without_hf_moe):
+    said = without_hf_moe[name_of(folder)]
+    assert isinstance(said, dict), said
+    check(said, folder)
 
 
 def test_renewing_changes_the_code_alone(tmp_path, capsys):
