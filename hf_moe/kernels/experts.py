@@ -47,7 +47,7 @@ def hf_moe_experts_forward(
         tensor is not None and tensor.requires_grad for tensor in (x, top_k_weights, *operands)
     )
     beside = None if of_down is None else partial(widened, index=top_k_index, factors=of_down)
-    output = experts_operator(x, top_k_index, top_k_weights, *operands, *formula(self), save, beside)
+    output = experts_operator(x, top_k_index, top_k_weights, *operands, *formula(self), save, beside=beside)
     return output.to(hidden_states.dtype)
 
 

@@ -138,20 +138,11 @@ def experts(
     down: torch.Tensor,
     up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
-    low: torch.Tensor | None,
-    widen: torch.Tensor | None,
-    narrow: torch.Tensor | None,
-    activation: str,
-    gated: bool,
-    transposed: bool,
-    interleaved: bool,
-    limit: float | None,
-    shift: float,
-    save: bool,
+    *low_rank_formula_and_save,
     beside: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """sum_k weights[t, k] FFN_{index[t, k]}(x[t]) [T, D] of a `Formula`, and what `beside` makes of the weighted
-    activations narrowed.
+    activations narrowed. The arguments are those of `experts_up`.
 
     x [T, D]; index (int64) and weights [T, K]; up [E, U, D] and down [E, D, I], or [E, D, U] and [E, I, D] if
     `transposed`, U = 2I if `gated`, else I; x and the experts of one dtype. An index outside
@@ -160,10 +151,10 @@ def experts(
     Of low ranks (low_rank.py): low [T, E, r] and widen [E, U, r] add widen_e low[t, e] to the up-projection; narrow
     [E, r, I] makes [T, K, r] of the activations times their weights, for `beside`.
     """
+    _, _, narrow, _, _, transposed, *_ = low_rank_formula_and_save
     place, place_narrow, activated, _, *routing = experts_up(
-        x, index, weights, up, down, up_bias, down_bias, low, widen, narrow,
-        activation, gated, transposed, interleaved, limit, shift, save,
-    )  # fmt: skip
+        x, index, weights, up, down, up_bias, down_bias, *low_rank_formula_and_save
+    )
     added = None
     if narrow is not None:  # before the large product, so that what it keeps is kept by then
         added = beside(experts_narrow(place_narrow, activated, index, weights, down, narrow, routing, transposed))

@@ -24,7 +24,7 @@ def ours(x, index, weights, up, down, a1, b1, a2, b2, formula):
     of_up, of_down = Factors(a1, b1), Factors(a2, b2)
     low = None if a1 is None else lowered(x, of_up)
     beside = None if a2 is None else partial(widened, index=index, factors=of_down)
-    return operator(x, index, weights, up, down, None, None, low, b1, a2, *formula, True, beside)
+    return operator(x, index, weights, up, down, None, None, low, b1, a2, *formula, True, beside=beside)
 
 
 def dense(x, index, weights, up, down, a1, b1, a2, b2, formula):
