@@ -1,5 +1,7 @@
 """Routers found by what model classes say of themselves: which, and what is read of them."""
 
+import weakref
+
 import pytest
 import torch
 from hf_moe.training.balance.selection_bias import base_model
@@ -91,6 +93,21 @@ def test_gradients_flow_through_what_is_captured():
     assert {name: id(x.logits_TE) for name, x in routings.items()} == routed  # not those of the second forward
     assert all(router.module.weight.grad.abs().max() > 0 for router in routers.values())
     assert [len(router.module._forward_hooks) for router in routers.values()] == hooks
+
+
+@pytest.mark.parametrize("make", [hf_moe, lambda: host("qwen3_moe")], ids=["hf_moe", "qwen3_moe"])
+def test_tokens_that_checkpointing_frees_are_not_held(make):
+    model, ids, given = make().train(), torch.arange(3, 25).view(2, 11), []
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    routers = find_routers(model)
+    for router in routers.values():
+        router.module.register_forward_pre_hook(lambda module, args: given.append(weakref.ref(args[0])))
+    with captured(routers, 2) as routings:
+        loss = model(ids, labels=ids).loss
+        assert len(given) == len(routers)
+        assert all(tokens() is None for tokens in given)
+    assert len(routings) == len(routers)
+    assert loss.requires_grad
 
 
 def test_a_dense_model_has_none():

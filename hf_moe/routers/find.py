@@ -104,10 +104,13 @@ class Router(NamedTuple):
         said = 1 if self.own is not None or self.config is None else routed_experts(self.config)[0]
         return min(said, logits) if said > 1 else logits
 
-    def read(self, args: tuple, output, top_k: int) -> Routing:
-        """The routing in what forward was given, (tokens, mask if it has one), and returned.
+    def mask(self, args: tuple) -> torch.Tensor | None:
+        """Which tokens count, in what forward was given: hf_moe's routers are told, which differs between those of
+        multi-token prediction."""
+        return args[1] if hasattr(self.module, "router") and len(args) > 1 else None
 
-        That is (logits, weights, indices, rows' tokens if given).
+    def read(self, mask: torch.Tensor | None, output, top_k: int) -> Routing:
+        """The routing in what forward returned, (logits, weights, indices, rows' tokens if given), and its `mask`.
 
         Where it holds no indices, the layer around the router takes the K largest logits (DBRX, Llama 4, JetMoE).
         """
@@ -122,8 +125,6 @@ class Router(NamedTuple):
             weights = weights if weights.shape == index.shape else torch.ones_like(index)
             if experts < logits.shape[-1]:  # ZAYA names its first expert, with a weight of 0, where it chose none
                 index = index.masked_fill(weights == 0, experts)
-            # hf_moe's routers are told which tokens count, which differs between those of multi-token prediction.
-            mask = args[1] if hasattr(self.module, "router") and len(args) > 1 else None
             return Routing(logits, weights, index, experts, token, mask)
         index = logits.detach().topk(top_k, dim=-1).indices
         if self.found.affinity is None:
@@ -223,7 +224,8 @@ def captured(
 
     def keep(name):
         def hook(module, args, output):
-            calls.setdefault(name, (args, output))
+            # Not the tokens: of all layers they are as large as what checkpointing keeps.
+            calls.setdefault(name, (routers[name].mask(args), output))
 
         return hook
 

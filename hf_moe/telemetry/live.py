@@ -83,7 +83,7 @@ class RoutingFigures(TrainerCallback):
         def hook(module, args, output):
             if module.training:
                 with torch.no_grad():
-                    self.count(name, router.read(args, output, self.top_k))
+                    self.count(name, router.read(router.mask(args), output, self.top_k))
 
         return hook
 
