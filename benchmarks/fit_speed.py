@@ -50,13 +50,23 @@ SHARDED = {
 }
 WIDE = {"hidden_size": 4096, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32}
 WIDE |= {"num_key_value_heads": 8, "num_experts": 16, "n_shared_experts": 16}
-# Runs of benchmarks/recipe_speed.py -> their recipe, and what else decides about their time and memory.
+# Runs of benchmarks/recipe_speed.py -> their model and recipe, and what else decides about their time and memory.
+# Recipes with torchao's optimizer need torchao themselves: others stand for them.
+IN_8_BITS = {"dtype": "bfloat16", "optim": "adamw_torch_8bit"}
+ON_TWO = {"gpus": 2, "sharding": "zero3"}
 RECIPES = {
-    "sft": ("sft", {}),
-    "sft_bf16": ("sft", {"dtype": "bfloat16", "optim": "adamw_torch_8bit"}),  # itself it needs torchao
-    "lora_experts": ("lora_experts", {}),
-    "sft, fsdp2": ("sft", {"gpus": 2, "sharding": "zero3"}),
-    "sft, expert parallel": ("sft", {"gpus": 2, "sharding": "expert_parallel"}),
+    "sft": ("olmoe-1b-7b/sft", {}),
+    "sft_bf16": ("olmoe-1b-7b/sft", IN_8_BITS),
+    "lora_experts": ("olmoe-1b-7b/lora_experts", {}),
+    "sft, fsdp2": ("olmoe-1b-7b/sft", ON_TWO),
+    "sft, expert parallel": ("olmoe-1b-7b/sft", {"gpus": 2, "sharding": "expert_parallel"}),
+    "Qwen3-30B, lora_experts": ("qwen3-30b-a3b/lora_experts", {}),
+    "Qwen3-30B, sft, fsdp2": (
+        "qwen3-30b-a3b/lora_experts",
+        IN_8_BITS
+        | ON_TWO
+        | {"lora_parts": None, "bf16": False, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
+    ),
 }
 AVERAGE, PADDED, NEW_LENGTHS = 150, 420, 75 / 53
 TUNED = {
@@ -118,19 +128,18 @@ def points() -> list[Point]:
     step = work(OLMOE, bare=True, dtype="bfloat16", max_length=2048, gradient_checkpointing=True, **adapter)
     found.append(Point("OLMoE, adapters", step, read("qlora_gpu.json")["runs"][0]["seconds_a_step"]))
 
-    for name, run, measured in recipe_runs():
-        found.append(
-            Point(f"OLMoE, {name}", work(OLMOE, **vars(run)), statistics.median(measured["step_seconds"][2:]))
-        )
+    for name, config, run, measured in recipe_runs():
+        found.append(Point(name, work(config, **vars(run)), statistics.median(measured["step_seconds"][2:])))
     return found
 
 
-def recipe_runs() -> Iterator[tuple[str, Run, dict]]:
+def recipe_runs() -> Iterator[tuple[str, HfMoeConfig, Run, dict]]:
     """Name, what `hf-moe plan` is told, and what was measured."""
-    runs = read("recipe_speed_two_gpus.json")["runs"] | read("recipe_speed.json")["runs"]
+    files = ("recipe_speed_qwen3.json", "recipe_speed_two_gpus.json", "recipe_speed.json")
+    runs = {name: run for file in files for name, run in read(file)["runs"].items()}
     for name, (recipe, settings) in RECIPES.items():
-        arguments = arguments_of(f"olmoe-1b-7b/{recipe}")
-        yield name, run_of_recipe(arguments, experts_implementation="hf_moe", **settings), runs[name]
+        run = run_of_recipe(arguments_of(recipe), experts_implementation="hf_moe", **settings)
+        yield name, HfMoeConfig.from_preset(recipe.partition("/")[0]), run, runs[name]
 
 
 FIRST = Costs(1 / 40e12, 2e-3, 5e-4, 1e-3, 0.1, 1 / 60e9, 0.3, 1 / 80e9)

@@ -121,10 +121,10 @@ def test_a_choice_of_no_expert_counts_nowhere(tmp_path):
     inputs = {"input_ids": ids(model)}
     with captured(routers, 1) as routings, torch.no_grad():
         model(**inputs, use_cache=False)
-    batches = balance.read(routings, inputs)
-    counted = balance.count(batches)
-    losses = balance.losses(batches, counted)["router_aux_loss_coef"]
-    sums = split(rows(routings, batches, counted, {}, torch.device("cpu")), [EXPERTS] * len(routers), 0)
+    layers = balance.read(routings, inputs)
+    counted = balance.count(layers)
+    losses = balance.losses(layers, counted)["router_aux_loss_coef"]
+    sums = split(rows(layers, counted, {}, torch.device("cpu")), [EXPERTS] * len(routers), 0)
     none = 0
     for (name, routing), loss, (numbers, _) in zip(routings.items(), losses, sums, strict=True):
         scores = torch.stack([row.exp() / row.exp().sum() for row in routing.logits_TE])

@@ -12,6 +12,9 @@ from transformers.integrations import moe
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..kernels import experts as kernels
+from ..kernels.copies import Copies
+from ..kernels.formula import formula
 from ..model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
 
 OUTSIDE = -1  # of all layers
@@ -26,23 +29,33 @@ class Activations(NamedTuple):
     of_layer: int
 
 
-def activation_bytes(model: nn.Module, rows: int, length: int, bf16: bool, checkpointing: bool) -> Activations | None:
+def activation_bytes(
+    model: nn.Module, rows: int, length: int, bf16: bool, checkpointing: bool, experts: str, copies: bool = False
+) -> Activations | None:
     """Bytes that the decoder of `model` keeps of a micro-batch [rows, length], without the head's logits.
 
     `model` is on the meta device, frozen where it will be, and made fake. The tensors that autograd saves are added
-    up, weights apart, storage by storage; copies of weights that autocast makes count. With checkpointing, the input
-    of every layer and all of the largest layer. Experts are Transformers' grouped_mm, attention is causal, with no
-    mask in memory. None where the routing decides about sizes, so that they cannot be counted.
+    up, weights apart, storage by storage; copies of weights that autocast makes count, of the experts' where none are
+    held for the step (`copies`). With checkpointing, the input of every layer and all of the largest layer. `experts`
+    are computed by hf_moe's kernels or Transformers' grouped_mm; attention is causal, with no mask in memory. None
+    where the routing decides about sizes, so that they cannot be counted.
     """
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder, is_graft = whole.base_model, isinstance(whole, HfMoeGraftForCausalLM)
     if is_graft and whole.config._attn_implementation == "sdpa":
         whole.set_attn_implementation(UNMASKED)
+    for part in decoder.modules():
+        if hasattr(part, "has_gate"):
+            formula(part)  # found out by values, which fake tensors have none of
     saved: dict[int, dict[int, torch.UntypedStorage]] = {}  # layer -> what it saved first
     inputs: list[int] = []
-    with FakeTensorMode(), fake_grouped_mm():
+    with FakeTensorMode(), fake_grouped_mm(), kernels_anywhere():
         make_fake(model)
         own = {x.untyped_storage()._cdata for x in model.parameters()}
+        if copies:
+            held = Copies([x for x in model.parameters() if x.dim() == 3 and x.dtype == torch.float32], torch.bfloat16)
+            held.begin()
+            own |= {held.of(x).untyped_storage()._cdata for x in held.made}
         seen = set(own)
         place = [OUTSIDE]
 
@@ -65,7 +78,7 @@ def activation_bytes(model: nn.Module, rows: int, length: int, bf16: bool, check
                 layer.register_forward_pre_hook(enter)
                 layer.register_forward_hook(leave)
         decoder.train()
-        whole.config._experts_implementation = "grouped_mm"
+        whole.config._experts_implementation = experts
         ids = torch.zeros(rows, length, dtype=torch.long)
         # Told that there is nothing to mask; asked, Transformers makes masks of fake tensors that it would leave out.
         no_masks = {} if is_graft else {"attention_mask": dict.fromkeys(decoder.config.layer_types)}
@@ -99,6 +112,16 @@ def make_fake(model: nn.Module) -> None:
                         nn.Parameter(fake, tensor.requires_grad) if table is module._parameters else fake
                     )
                 table[name] = made[id(tensor)]
+
+
+@contextmanager
+def kernels_anywhere() -> Iterator[None]:
+    """hf_moe's kernels take these experts though there is no GPU: what they compute has shapes, and no values."""
+    real, kernels.unusable = kernels.unusable, lambda device: None
+    try:
+        yield
+    finally:
+        kernels.unusable = real
 
 
 @contextmanager

@@ -116,11 +116,11 @@ def active_part(name: str, parameter: torch.Tensor, config: HfMoeConfig | HfMoeG
     return parameter[0].numel() * experts_per_token(config)
 
 
-def expert_flops(config: HfMoeConfig) -> int:
-    """Forward FLOPs of a token in the routed experts of the layers."""
+def expert_flops(config: HfMoeConfig, of: str = "") -> int:
+    """Forward FLOPs of a token in the routed experts of the layers; only those of weights `of` that name."""
     with torch.device("meta"):
         parameters = HfMoeForCausalLM(config).named_parameters()
-    matrices = [(name, x) for name, x in parameters if ".mlp.experts." in name and not name.endswith("bias")]
+    matrices = [(name, x) for name, x in parameters if f".mlp.experts.{of}" in name and not name.endswith("bias")]
     return 2 * sum(active_part(name, x, config) for name, x in matrices)
 
 

@@ -17,8 +17,8 @@ from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ..training.weights.groups import train_group
 from .activations import activation_bytes
-from .counts import OURS, active_part, sizes
-from .speed import RANGE, count, seconds
+from .counts import OURS, active_part, expert_flops, sizes
+from .speed import RANGE, TAKEN, count, seconds
 
 # What is cut into a share for each GPU; zero3 is FSDP2's full sharding, expert_parallel that of all but the experts.
 SHARDING = {
@@ -236,7 +236,9 @@ def memory(model: nn.Module, config: Config, run: Run) -> dict[str, int | None]:
     parts: dict[str, int | None] = dict(state_memory(model, config, run))
     if run.stage in (None, "distil"):
         parts["logits"] = rows * length * config.vocab_size * 4 * 2
-    found = activation_bytes(model, rows, length, run.bf16, run.gradient_checkpointing)
+    experts = TAKEN if by_kernels(run) else "grouped_mm"
+    copies = "copies" in parts or (run.casts and "gathered" in parts)
+    found = activation_bytes(model, rows, length, run.bf16, run.gradient_checkpointing, experts, copies)
     if found is None:
         return parts | {"activations": None}
     seen = run.gpus if run.splits_experts else 1
@@ -298,7 +300,8 @@ def flops_per_token(model: nn.Module, config: Config, run: Run) -> dict[str, flo
     """Of a forward, of a backward, of what checkpointing computes again, and of a forward that only counts; None where
     the data decide.
 
-    A backward is two forwards, less the gradients of frozen weights: 6 a parameter become 4.
+    A backward is two forwards, less the gradients of frozen weights: 6 a parameter become 4. The kernels' experts keep
+    nothing of their second product, which is not computed again (kernels/operators.py).
     """
     forward = sizes(config, run.max_length)["flops_per_token"]
     if forward is None:
@@ -308,9 +311,19 @@ def flops_per_token(model: nn.Module, config: Config, run: Run) -> dict[str, flo
     else:
         counts = {x: active_part(name, x, config) for name, x in model.named_parameters()}
     trained = sum(count for x, count in counts.items() if x.requires_grad) / sum(counts.values())
-    again = forward if run.gradient_checkpointing else 0
+    again = forward - spared(config, run) if run.gradient_checkpointing else 0
     counting = forward if counts_ahead(config, run) else 0
     return {"forward": forward, "backward": forward * (1 + trained), "recomputation": again, "counting": counting}
+
+
+def by_kernels(run: Run) -> bool:
+    """Whether hf_moe's kernels compute the experts, as a recipe on a GPU takes them."""
+    return run.experts_implementation in (None, "auto", TAKEN)
+
+
+def spared(config: Config, run: Run) -> int:
+    """FLOPs of a token that a forward does, and checkpointing does not do again."""
+    return expert_flops(config, "down_proj") if by_kernels(run) and isinstance(config, HfMoeConfig) else 0
 
 
 def counts_ahead(config: Config, run: Run) -> bool:

@@ -4,7 +4,9 @@ Shapes: B sequences, T tokens, E routed experts.
 """
 
 import inspect
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +21,29 @@ from .multi_token import mtp_coefficient, multi_token_decoder
 
 # The losses that weigh scores by who was chosen; the others need the number of tokens or sequences only.
 NEED_LOADS = ("router_aux_loss_coef", "device_aux_loss_coef", "comm_aux_loss_coef")
+MOST = 2**26  # logits that are looked at in one launch: what is made of them is several times as large
+
+
+class Layers(NamedTuple):
+    """Routers of which one launch counts all: what they did, and what losses look at, with a first dimension L."""
+
+    names: list[str]
+    routing: Routing
+    batch: Routed
+
+
+def stacked(routings: dict[str, Routing], kinds: dict[str, object]) -> Iterator[tuple[list[str], Routing]]:
+    """Routers of one kind, shape and device as one routing with a first dimension L."""
+    groups: dict[tuple, list[str]] = {}
+    for name, routing in routings.items():
+        seen = tuple((x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else x for x in routing)
+        groups.setdefault((kinds[name], seen), []).append(name)
+    for names in groups.values():
+        size = max(1, MOST // max(1, routings[names[0]].logits_TE.numel()))
+        for start in range(0, len(names), size):
+            part = names[start : start + size]
+            fields = zip(*(routings[name] for name in part), strict=True)
+            yield part, Routing(*(torch.stack(x) if isinstance(x[0], torch.Tensor) else x[0] for x in fields))
 
 
 class Balance:
@@ -62,35 +87,47 @@ class Balance:
         """Whether only a forward tells what the losses need to know of a step."""
         return any(name in self.coefficients for name in NEED_LOADS) or self.multi_token is not None
 
-    def read(self, routings: dict[str, Routing], inputs: dict) -> dict[str, Routed]:
-        """What the losses look at, router by router, of a batch with these inputs."""
+    def read(self, routings: dict[str, Routing], inputs: dict) -> list[Layers]:
+        """What the losses look at of a batch with these inputs."""
         mask_BS = token_mask(inputs)
-        batches = {}
-        for name, routing in routings.items():
-            affinity_TE = self.routers[name].affinity(routing.logits_TE.float())[..., : routing.experts]
-            if len(affinity_TE) != mask_BS.numel():
+        layers = []
+        affinities = {name: self.routers[name].affinity for name in routings}
+        for names, routing in stacked(routings, affinities):
+            affinity = affinities[names[0]](routing.logits_TE.float())[..., : routing.experts]
+            if affinity.shape[-2] != mask_BS.numel():
                 raise ValueError(
-                    f"{name} routed {len(affinity_TE)} tokens of a batch of {mask_BS.numel()}: virtual tokens (prompt "
-                    "tuning) and padding-free batches with an attention mask cannot be counted; train them with "
-                    "Transformers' or TRL's own trainer."
+                    f"{names[0]} routed {affinity.shape[-2]} tokens of a batch of {mask_BS.numel()}: virtual tokens "
+                    "(prompt tuning) and padding-free batches with an attention mask cannot be counted; train them "
+                    "with Transformers' or TRL's own trainer."
                 )
-            mask_T = mask_BS.reshape(-1) if routing.mask_T is None else routing.mask_T
+            mask = mask_BS.reshape(-1).expand(len(names), -1) if routing.mask_T is None else routing.mask_T
             batch = routed(
-                routing.logits_TE, affinity_TE, routing.index_SK, mask_T, routing.token_S, sequences=len(mask_BS)
+                routing.logits_TE, affinity, routing.index_SK, mask, routing.token_S, sequences=len(mask_BS)
             )
-            batches[name] = batch._replace(chosen_TE=batch.chosen_TE[..., : routing.experts])
-        return batches
+            layers.append(Layers(names, routing, batch._replace(chosen_TE=batch.chosen_TE[..., : routing.experts])))
+        return layers
 
-    def count(self, batches: dict[str, Routed]) -> dict[str, Statistics]:
+    def count(self, layers: list[Layers]) -> dict[str, Statistics]:
         """Router by router."""
-        return {name: statistics(batch, self.n_group) for name, batch in batches.items()}
+        counted = {}
+        for names, _, batch in layers:
+            parts = zip(*statistics(batch, self.n_group), strict=True)
+            counted |= {name: Statistics(*part) for name, part in zip(names, parts, strict=True)}
+        return {name: counted[name] for name in self.routers if name in counted}
 
-    def losses(self, batches: dict[str, Routed], counted: dict[str, Statistics]) -> dict[str, torch.Tensor]:
+    def losses(self, layers: list[Layers], counted: dict[str, Statistics]) -> dict[str, torch.Tensor]:
         """Coefficient -> each router's loss [routers], not weighted: this batch's share of the loss of all counted."""
+        counts = []
+        for names, _, batch in layers:
+            parts = zip(*(counted[name] for name in names), strict=True)
+            counts.append(Statistics(*(torch.stack(part).to(batch.mask_T.device) for part in parts)))
 
         def loss(name: str) -> torch.Tensor:
-            values = [LOSSES[name](batch, counted[router], self.groups) for router, batch in batches.items()]
-            return torch.stack([value.to(values[0].device) for value in values])  # layers may live on several devices
+            values = {}
+            for (names, _, batch), part in zip(layers, counts, strict=True):
+                values |= dict(zip(names, LOSSES[name](batch, part, self.groups), strict=True))
+            device = next(iter(values.values())).device  # layers may live on several
+            return torch.stack([values[router].to(device) for router in counted])
 
         return {name: loss(name) for name in self.coefficients}
 

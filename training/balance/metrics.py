@@ -10,32 +10,29 @@ from typing import NamedTuple
 
 import torch
 
-from hf_moe.model.balancing import Routed, Statistics, expert_load
-from hf_moe.routers import Routing
+from hf_moe.model.balancing import Statistics, expert_load
+
+from .counts import Layers
 
 TOKENS, SQUARED, DROPPED, FIRST_LOSS = range(4)
 
 
 @torch.no_grad()
 def rows(
-    routings: dict[str, Routing],
-    batches: dict[str, Routed],
-    counted: dict[str, Statistics],
-    losses: dict[str, torch.Tensor],
-    device: torch.device,
+    layers: list[Layers], counted: dict[str, Statistics], losses: dict[str, torch.Tensor], device: torch.device
 ) -> torch.Tensor:
     """The rows of one batch, one after the other in one vector. `counted` is this batch alone."""
-    parts = []
-    for i, (name, batch) in enumerate(batches.items()):
-        routing = routings[name]
-        mask_S = batch.mask_T if routing.token_S is None else batch.mask_T[routing.token_S]
-        squared = (batch.logits_TE.logsumexp(dim=-1).square() * batch.mask_T).sum()
+    found, order = {}, {name: i for i, name in enumerate(counted)}
+    for names, routing, batch in layers:
+        mask_S = batch.mask_T if routing.token_S is None else batch.mask_T.gather(-1, routing.token_S)
+        squared = (batch.logits_TE.logsumexp(dim=-1).square() * batch.mask_T).sum(dim=-1)
         dropped = ((routing.weights_SK == 0) & (routing.index_SK < routing.experts)) * mask_S.unsqueeze(-1)
-        sums = torch.stack(
-            [counted[name].tokens, squared, dropped.sum(), *(value[i].to(squared) for value in losses.values())]
-        )
-        parts += [sums.to(device), counted[name].counts_E.to(device)]
-    return torch.cat(parts)
+        tokens, counts_E = (torch.stack([getattr(counted[x], part) for x in names]) for part in ("tokens", "counts_E"))
+        places = [order[name] for name in names]
+        shares = (torch.stack([value[i] for i in places]).to(squared) for value in losses.values())
+        sums = torch.stack([tokens, squared, dropped.sum(dim=(-1, -2)), *shares], dim=-1)
+        found |= dict(zip(names, torch.cat([sums, counts_E], dim=-1).to(device), strict=True))
+    return torch.cat([found[name] for name in counted])
 
 
 def split(flat: torch.Tensor, experts: list[int], losses: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

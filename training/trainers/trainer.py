@@ -215,16 +215,16 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
         """Keep what the metrics need of a batch; returns its share of each loss, router by router, not weighted."""
         if not routings:
             return {}
-        batches = self.balance.read(routings, inputs)
-        counted = whole = self.balance.count(batches)
+        layers = self.balance.read(routings, inputs)
+        counted = whole = self.balance.count(layers)
         if self.balances_step:
             whole = self.step.counted or over_processes(self.accelerator, counted)
-        losses = self.balance.losses(batches, whole)
+        losses = self.balance.losses(layers, whole)
         if self.model.training and not self.balances_step:  # the mean over micro-batches
             parts = self.accelerator.num_processes * (len(self.step.batches) or 1)
             losses = {name: value / parts for name, value in losses.items()}
         self.experts[self.model.training] = {name: len(counts.counts_E) for name, counts in counted.items()}
-        row = rows(routings, batches, counted, losses, self.args.device)
+        row = rows(layers, counted, losses, self.args.device)
         if self.model.training:
             self.step.rows = row if self.step.rows is None else self.step.rows + row
         else:
