@@ -86,7 +86,7 @@ def attended(
     size = value.shape[-1]
     # The kernel has one size for all, a multiple of 8; a latent attention's values are smaller than its keys.
     wide = -(-max(query.shape[-1], size) // 8) * 8
-    query, key, value = (widened(x, wide) for x in (query, key, value))
+    query, key, value = (filled_up(x, wide) for x in (query, key, value))
     options = {}
     if key.shape[1] != query.shape[1]:
         if "enable_gqa" in signature(varlen_attn).parameters:
@@ -97,7 +97,7 @@ def attended(
     return output[..., :size]
 
 
-def widened(x: torch.Tensor, size: int) -> torch.Tensor:
+def filled_up(x: torch.Tensor, size: int) -> torch.Tensor:
     """[T, H, size] of [T, H, d]; `pad` would copy what has that size."""
     return x if x.shape[-1] == size else nn.functional.pad(x, (0, size - x.shape[-1]))
 

@@ -46,6 +46,12 @@ def stacked(routings: dict[str, Routing], kinds: dict[str, object]) -> Iterator[
             yield part, Routing(*(torch.stack(x) if isinstance(x[0], torch.Tensor) else x[0] for x in fields))
 
 
+def together(counted: dict[str, Statistics], names: list[str], device: torch.device) -> Statistics:
+    """Counts of these routers with a first dimension L."""
+    parts = zip(*(counted[name] for name in names), strict=True)
+    return Statistics(*(torch.stack(part).to(device) for part in parts))
+
+
 class Balance:
     """What the router losses of one model are, and how much each weighs.
 
@@ -117,10 +123,7 @@ class Balance:
 
     def losses(self, layers: list[Layers], counted: dict[str, Statistics]) -> dict[str, torch.Tensor]:
         """Coefficient -> each router's loss [routers], not weighted: this batch's share of the loss of all counted."""
-        counts = []
-        for names, _, batch in layers:
-            parts = zip(*(counted[name] for name in names), strict=True)
-            counts.append(Statistics(*(torch.stack(part).to(batch.mask_T.device) for part in parts)))
+        counts = [together(counted, names, batch.mask_T.device) for names, _, batch in layers]
 
         def loss(name: str) -> torch.Tensor:
             values = {}

@@ -12,7 +12,7 @@ import torch
 
 from hf_moe.model.balancing import Statistics, expert_load
 
-from .counts import Layers
+from .counts import Layers, together
 
 TOKENS, SQUARED, DROPPED, FIRST_LOSS = range(4)
 
@@ -27,11 +27,11 @@ def rows(
         mask_S = batch.mask_T if routing.token_S is None else batch.mask_T.gather(-1, routing.token_S)
         squared = (batch.logits_TE.logsumexp(dim=-1).square() * batch.mask_T).sum(dim=-1)
         dropped = ((routing.weights_SK == 0) & (routing.index_SK < routing.experts)) * mask_S.unsqueeze(-1)
-        tokens, counts_E = (torch.stack([getattr(counted[x], part) for x in names]) for part in ("tokens", "counts_E"))
+        counts = together(counted, names, squared.device)
         places = [order[name] for name in names]
         shares = (torch.stack([value[i] for i in places]).to(squared) for value in losses.values())
-        sums = torch.stack([tokens, squared, dropped.sum(dim=(-1, -2)), *shares], dim=-1)
-        found |= dict(zip(names, torch.cat([sums, counts_E], dim=-1).to(device), strict=True))
+        sums = torch.stack([counts.tokens, squared, dropped.sum(dim=(-1, -2)), *shares], dim=-1)
+        found |= dict(zip(names, torch.cat([sums, counts.counts_E], dim=-1).to(device), strict=True))
     return torch.cat([found[name] for name in counted])
 
 
