@@ -12,6 +12,7 @@ import torch
 from hf_moe.training.weights.groups import GROUPS, train_group
 
 from hf_moe import HfMoeForCausalLM
+from hf_moe.kernels.copies import HOLDERS
 from hf_moe.routers import find_routers
 from hf_moe.sizes import scaling_laws
 from hf_moe.sizes.counts import sizes
@@ -138,6 +139,11 @@ def test_checkpointing_keeps_the_input_of_each_layer():
 
     assert activations(3) - activations(2) == 2 * 24 * 48 * 4
     assert activations(3, False) > 2 * activations(3)
+
+
+def test_copies_are_held_for_the_count_alone():
+    report = plan(tiny_config(), Run(**SMALL | {"bf16": True, "gradient_accumulation_steps": 2}))
+    assert report["memory_per_gpu"]["copies"] and not HOLDERS
 
 
 def test_what_the_data_decide_is_not_guessed():

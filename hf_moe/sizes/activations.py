@@ -52,10 +52,9 @@ def activation_bytes(
     with FakeTensorMode(), fake_grouped_mm(), kernels_anywhere():
         make_fake(model)
         own = {x.untyped_storage()._cdata for x in model.parameters()}
-        if copies:
-            held = Copies([x for x in model.parameters() if x.dim() == 3 and x.dtype == torch.float32], torch.bfloat16)
-            held.begin()
-            own |= {held.of(x).untyped_storage()._cdata for x in held.made}
+        weights = [x for x in model.parameters() if x.dim() == 3 and x.dtype == torch.float32]
+        held = Copies(weights if copies else [], torch.bfloat16)
+        own |= {held.of(x).untyped_storage()._cdata for x in held.made}
         seen = set(own)
         place = [OUTSIDE]
 
@@ -82,6 +81,7 @@ def activation_bytes(
         ids = torch.zeros(rows, length, dtype=torch.long)
         # Told that there is nothing to mask; asked, Transformers makes masks of fake tensors that it would leave out.
         no_masks = {} if is_graft else {"attention_mask": dict.fromkeys(decoder.config.layer_types)}
+        held.begin()
         try:
             with (
                 whole.text.read(None, ids, None) if is_graft else nullcontext(),
@@ -91,6 +91,8 @@ def activation_bytes(
                 decoder(input_ids=ids, use_cache=False, **no_masks)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return None
+        finally:
+            held.end()
     bytes_of = {place: sum(storage.nbytes() for storage in kept.values()) for place, kept in saved.items()}
     outside = bytes_of.pop(OUTSIDE, 0)
     largest = max(bytes_of.values(), default=0)
