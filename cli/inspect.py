@@ -36,13 +36,18 @@ def inspect(
     with messages_on_stderr():
         from hf_moe.conversion.known_config import find_config
 
+        from hf_moe.hub.folder import measured_k, read_log
         from hf_moe.sizes.counts import cache_alternatives, sizes
 
         config, about = find_config(model, trust_remote_code)
+        measured = None if config.fills_slots else measured_k(read_log(Path(model).expanduser()))
         grafted = config.model_type == "hf_moe_graft"
         report = {"model": model, **about, **(graft_summary if grafted else summary)(config), **sizes(config, context)}
         if not grafted:
             report["kv_cache_alternatives"] = cache_alternatives(config)
+        if measured:
+            report["measured_experts_per_tok"], report["measured_experts_per_tok_spread"] = measured
+            report["measured_active_params"] = sizes(config, context, measured[0])["active_params"]
     if json:
         print_report(report, as_json=True)
     else:
@@ -182,6 +187,13 @@ def parameter_rows(report: dict[str, Any], published: dict[str, Any]):
     yield "total parameters", f"{total:,} ({compact(total)})"
     yield from published_rows(published, report, "total")
     yield "active per token", f"{active:,} ({compact(active)}), {active / total:.1%}"
+    if "measured_experts_per_tok" in report:
+        mean, spread = report["measured_experts_per_tok"], report["measured_experts_per_tok_spread"]
+        measured = report["measured_active_params"]
+        yield (
+            "as measured",
+            f"{measured:,} ({compact(measured)}): {mean:.2f} experts a token, standard deviation {spread:.2f}",
+        )
     yield from published_rows(published, report, "active")
 
 

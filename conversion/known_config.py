@@ -16,7 +16,7 @@ from .files.text_part import TEXT_PARTS, text_config
 def find_config(model: str, trust_remote_code: bool = False) -> tuple[HfMoeConfig | HfMoeGraftConfig, dict[str, Any]]:
     """The config of a saved model, here or on the Hub, or of a preset, and what is known about it.
 
-    trust_remote_code: run the code of a graft's host that lies beside it.
+    trust_remote_code: run the code of a graft's host, or of a router, that lies beside it.
 
     Raises FileNotFoundError or ValueError, in one line, where there is none.
     """
@@ -52,6 +52,8 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> HfMoeConfig 
         config = built(ours[model_type].from_pretrained, invalid, folder)
         if trust_remote_code and model_type == HfMoeGraftConfig.model_type:
             built(config.run_code, invalid, folder)
+        if trust_remote_code:
+            built(config.run_router_code, invalid, folder)
         return config
     original = built(families[model_type].read_config, invalid, folder)
     if is_part:

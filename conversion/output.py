@@ -156,9 +156,9 @@ def write_config(config: PreTrainedConfig, folder: Path, provenance: dict[str, A
         config.provenance = provenance
         kind = ours.of(config) if type(config) is HfMoeGraftConfig else ours  # with pictures, or text alone
         config.architectures = [kind.__name__]
-    config.save_pretrained(folder)
     if ours is not None:
         custom_object_save(ours, folder)  # its module and what that imports
+    config.save_pretrained(folder)
 
 
 def plan_of(

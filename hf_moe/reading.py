@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from .model.configuration_hf_moe_graft import HfMoeGraftConfig, has_parts
+from .model.router_code import HfMoeRouterCode
 
 # Beside the weights of a model that reads pictures.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -62,8 +63,11 @@ def auto_config(model: str | Path, **kwargs: Any) -> PreTrainedConfig:
     """`AutoConfig.from_pretrained`. Raises OSError or a ValueError of one line."""
     where = str(Path(model) / "config.json" if Path(model).is_dir() else f"the config of {model}")
     config = built(AutoConfig.from_pretrained, where, model, **kwargs)
-    if isinstance(config, HfMoeGraftConfig) and kwargs.get("trust_remote_code"):
-        built(config.run_code, where, model)
+    if kwargs.get("trust_remote_code"):
+        if isinstance(config, HfMoeGraftConfig):
+            built(config.run_code, where, model)
+        if isinstance(config, HfMoeRouterCode):
+            built(config.run_router_code, where, model)
     text = built(config.get_text_config, where)  # of any field with one of some names
     if not isinstance(text, PreTrainedConfig):
         name = next(name for name, value in vars(config).items() if value is text)

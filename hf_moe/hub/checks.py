@@ -123,9 +123,10 @@ def check_loads(saved: SavedModel) -> None:
                 f"{saved.folder / CONFIG} has no auto_map, so nobody without hf_moe can load the model; load it and "
                 "save it again with save_pretrained."
             )
-        if getattr(saved.config, "needs_code", False):  # which is not run here
+        needs_code = getattr(saved.config, "needs_code", False)
+        if needs_code:
             check_code(saved.folder, CONFIG, saved.config.backbone.to_dict())
-        else:
+        if not (needs_code or saved.config.needs_router_code):  # which is not run here
             check_weights(saved)
 
 

@@ -97,8 +97,9 @@ class SavedModel:
     @cached_property
     def parameters(self) -> tuple[int, int]:
         """Total parameters, and how many of them one token meets: K of the E routed experts, and all the rest."""
-        if self.is_hf_moe and self.config.architectures == ["HfMoeForCausalLM"]:
-            said = sizes(self.config)
+        computed = self.is_hf_moe and self.config.architectures == ["HfMoeForCausalLM"]
+        if computed and not self.config.needs_router_code:
+            said = sizes(self.config, experts=self.measured_k and self.measured_k[0])
             return said["total_params"], said["active_params"]
         counts = {name: math.prod(shape) for name, shape in self.tensors.items()}
         total = sum(counts.values())
@@ -106,7 +107,14 @@ class SavedModel:
             return total, total
         routed = sum(count for name, count in counts.items() if ROUTED.search(name))
         experts, top_k = routed_experts(self.config)
-        return total, total - routed + routed * top_k // experts
+        if self.measured_k:
+            top_k = self.measured_k[0]
+        return total, total - routed + int(routed * top_k / experts)
+
+    @cached_property
+    def measured_k(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of a token's number of experts, if its router varies that and it was trained."""
+        return None if getattr(self.config, "fills_slots", True) else measured_k(self.log_history)
 
 
 def read_folder(folder: str | Path, provenance: dict[str, Any] | None = None) -> SavedModel:
@@ -206,6 +214,16 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     )
     states = (path / STATE for path in (folder, *reversed(checkpoints)))
     return read_json(next((state for state in states if state.is_file()), folder / STATE)).get("log_history", [])
+
+
+def measured_k(log: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """What the Trainer logged of it last: on held-out text, or else in training."""
+    for prefix in ("eval_", ""):
+        names = [f"{prefix}router_experts_per_token", f"{prefix}router_experts_per_token_spread"]
+        found = [entry for entry in log if names[0] in entry]
+        if found:
+            return tuple(found[-1][name] for name in names)
+    return None
 
 
 def card_of(folder: Path) -> ModelCard | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ..model.configuration_hf_moe import HfMoeConfig
+from ..model.router_code import importing
 from ..version import __version__
 from .folder import CODE, CONFIG, read_json
 
@@ -26,10 +27,16 @@ def with_imports(folder: Path, modules: list[str]) -> list[str]:
     return found
 
 
-def todays_code(model_type: str = HfMoeConfig.model_type) -> dict[str, bytes]:
-    """The files that go along with every saved model of this type: name and contents."""
+def todays_code(model_type: str = HfMoeConfig.model_type, router_code: str | None = None) -> dict[str, bytes]:
+    """The files that go along with every saved model of this type: name and contents.
+
+    router_code: the file of a router of its own, which stays as it is.
+    """
     folder, module = Path(CODE[model_type].__file__).parent, CODE[model_type].__name__.rpartition(".")[2]
-    return {name: (folder / name).read_bytes() for name in with_imports(folder, [module])}
+    code = {name: (folder / name).read_bytes() for name in with_imports(folder, [module])}
+    if router_code is not None:
+        code["routing.py"] += importing(router_code).encode()
+    return code
 
 
 def code_in(folder: Path, config: dict) -> list[str]:
@@ -78,13 +85,14 @@ def renew(folder: str | Path) -> dict[str, object]:
         raise ValueError(
             f"{folder / CONFIG} has no auto_map, so no code belongs to it: load the model with hf_moe and save it."
         )
-    before, code, old = code_version(folder), todays_code(said["model_type"]), code_in(folder, said)
+    before, kept = code_version(folder), said.get("router_code")
+    code, old = todays_code(said["model_type"], kept), code_in(folder, said)
     written = [name for name, text in code.items() if not same(folder / name, text)]
     for name in sorted(written, key=lambda name: name == VERSION_FILE):  # the release is said when all of it is there
         aside = folder / f".{name}.{secrets.token_hex(4)}"
         aside.write_bytes(code[name])
         os.replace(aside, folder / name)
-    removed = sorted(set(old) - set(code))
+    removed = sorted(set(old) - set(code) - {kept})
     for name in removed:
         (folder / name).unlink()
     return {

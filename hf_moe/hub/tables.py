@@ -102,6 +102,10 @@ def architecture_rows(saved: SavedModel, total: int, active: int) -> list[tuple[
         f"{count}{words}" for count, words in zip(said.values(), ("", " for keys and values"), strict=True) if count
     )
     experts, top_k = routed_experts(config)
+    per_token = f"{top_k} per token"
+    if saved.measured_k:
+        mean, spread = saved.measured_k
+        per_token = f"{mean:.2f} per token as measured (standard deviation {spread:.2f}), {top_k} slots"
     width = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
     layers = getattr(config, "num_hidden_layers", None)
     shared = getattr(config, "n_shared_experts", None)
@@ -113,7 +117,7 @@ def architecture_rows(saved: SavedModel, total: int, active: int) -> list[tuple[
         "Layers": f"{layers}, {saved.sparse_layers} of them with experts" if sparse and layers else layers,
         "Hidden size": number(getattr(config, "hidden_size", None)),
         "Attention heads": heads or None,
-        "Routed experts": f"{experts:,}, {top_k} per token" if sparse else None,
+        "Routed experts": f"{experts:,}, {per_token}" if sparse else None,
         "Expert width": number(width) if sparse else None,
         "Shared experts": f"{shared} of width {shared_width:,}" if shared and shared_width else shared or None,
         "Router": f"`{config.router_type}`" if saved.is_hf_moe else None,

@@ -52,9 +52,11 @@ def routed(
     if mask_T is None:
         mask_T = torch.ones_like(logits_TE[..., 0])
     rows_T = torch.arange(index_TK.shape[-2], device=index_TK.device) if token_S is None else token_S
-    chosen_TE = torch.zeros(logits_TE.shape, dtype=torch.bool, device=logits_TE.device)
-    places_TK = rows_T.unsqueeze(-1) * logits_TE.shape[-1] + index_TK
+    *shape, experts = logits_TE.shape
+    chosen_TE = torch.zeros(*shape, experts + 1, dtype=torch.bool, device=logits_TE.device)  # the last: an empty slot
+    places_TK = rows_T.unsqueeze(-1) * (experts + 1) + index_TK
     chosen_TE.flatten(-2).scatter_(-1, places_TK.flatten(-2), True)  # a view
+    chosen_TE = chosen_TE[..., :experts]
     affinity_TE = affinity_TE.float() / affinity_TE.float().sum(dim=-1, keepdim=True)
     return Routed(logits_TE.float(), affinity_TE, chosen_TE, mask_T.to(logits_TE.device).float(), sequences)
 

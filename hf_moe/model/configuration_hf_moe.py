@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .parallel_plans import block_ep_plan, block_tp_plan, mlp_tp_plan, within
+from .router_code import SAVED, HfMoeRouterCode
 from .routing import ROUTERS, Range
 
 # Which class answers to which Auto class when the files travel with a checkpoint.
@@ -36,7 +37,7 @@ CAPS = ("clip_qkv", "attn_logit_softcapping", "final_logit_softcapping")
 
 
 @strict
-class HfMoeConfig(PreTrainedConfig):
+class HfMoeConfig(HfMoeRouterCode, PreTrainedConfig):
     r"""Configuration of an [`HfMoeModel`]. Every field has one meaning, whatever the others are.
 
     Sizes
@@ -110,8 +111,9 @@ class HfMoeConfig(PreTrainedConfig):
         (return router logits and `aux_loss` outside training too), attention_dropout, classifier_dropout (token
         classification), initializer_range.
 
-    `provenance` records where a converted checkpoint came from. Raises on construction where fields contradict each
-    other, with the numbers.
+    `router_code` names the file of a router that comes with its model, and is set when one is saved; `provenance`
+    records where a converted checkpoint came from. Raises on construction where fields contradict each other, with the
+    numbers.
     """
 
     model_type = "hf_moe"
@@ -198,6 +200,7 @@ class HfMoeConfig(PreTrainedConfig):
     router_bias_update_speed: float | int = 0.0
     expert_capacity_factor: float | int | None = None
     output_router_logits: bool = False
+    router_code: str | None = None
 
     classifier_dropout: float | int = 0.1
     initializer_range: float = 0.02
@@ -408,9 +411,9 @@ class HfMoeConfig(PreTrainedConfig):
                 f"({self.num_key_value_heads}) times {active} ({getattr(self, active)}) with attention_type 'moa': "
                 "the query heads that a token uses."
             )
-        if self.router_type == "expert_choice":
+        if self.router_type == "expert_choice" or not self.fills_slots:
             raise ValueError(
-                "router_type 'expert_choice' gives a token any number of experts, attention_type 'moa' needs "
+                f"router_type {self.router_type!r} gives a token any number of experts, attention_type 'moa' needs "
                 f"{self.num_experts_per_tok} of them: use another router or attention_type 'gqa'."
             )
         for name in ("attention_bias", "qk_norm", "attention_sinks", "attn_temperature_tuning"):
@@ -445,6 +448,10 @@ class HfMoeConfig(PreTrainedConfig):
                 )
 
     def validate_router(self) -> None:
+        if self.needs_router_code:
+            if not SAVED.fullmatch(self.router_code):
+                raise ValueError(f"router_code is {self.router_code!r}; it is the name of a file, plugin_NAME.py.")
+            return
         if self.router_type not in ROUTERS:
             raise ValueError(f"router_type {self.router_type!r} is unknown; the routers are {sorted(ROUTERS)}.")
         known = ROUTERS[self.router_type].args
@@ -478,7 +485,9 @@ class HfMoeConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         # A folder saved from a Hub checkpoint must not point back to that checkpoint's code.
         self.auto_map = dict(AUTO_MAP)
+        self.name_router_code()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.save_router_code(save_directory)
 
 
 __all__ = ["HfMoeConfig"]

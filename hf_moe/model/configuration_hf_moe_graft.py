@@ -12,6 +12,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from .configuration_hf_moe import COEFFICIENTS, HfMoeConfig
 from .host_code import UnreadConfig, brings_code, is_own, save_code, unread, with_code
+from .router_code import HfMoeRouterCode
 
 # Which class answers to which Auto class when the files travel with a checkpoint.
 AUTO_MAP = {
@@ -52,7 +53,7 @@ def has_parts(backbone: PreTrainedConfig) -> bool:
 
 
 @strict
-class HfMoeGraftConfig(PreTrainedConfig):
+class HfMoeGraftConfig(HfMoeRouterCode, PreTrainedConfig):
     r"""Configuration of an [`HfMoeGraftForCausalLM`]: any decoder of Transformers with experts in it.
 
     backbone
@@ -106,6 +107,7 @@ class HfMoeGraftConfig(PreTrainedConfig):
     device_aux_loss_coef: float | int = 0.0
     comm_aux_loss_coef: float | int = 0.0
     output_router_logits: bool = False
+    router_code: str | None = None
     provenance: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
@@ -215,7 +217,9 @@ class HfMoeGraftConfig(PreTrainedConfig):
         self.auto_map = AUTO_MAP | (WITH_PICTURES if has_parts(self.backbone) else {})
         os.makedirs(save_directory, exist_ok=True)
         save_code(self.backbone, save_directory)
+        self.name_router_code()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.save_router_code(save_directory)
 
 
 __all__ = ["HfMoeGraftConfig"]

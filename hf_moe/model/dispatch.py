@@ -59,6 +59,7 @@ class HfMoeDispatch:
             "experts_swiglu_limit": experts and config.experts_swiglu_limit is not None,
             "expert_input_scaling": experts and config.expert_input_scaling,
             "router_type 'dense'": experts and config.router_type == "dense",
+            f"empty slots, which router_type {config.router_type!r} may leave": experts and not config.fills_slots,
             "eval_capacity_factor": experts and config.limits_experts,
         }
         if any(unknown.values()):

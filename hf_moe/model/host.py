@@ -162,6 +162,19 @@ def check_version(version: str) -> None:
 check_version(transformers.__version__)
 
 
+def knows_empty_slots(experts) -> None:
+    """Have the host's implementations of these experts pass over an index of E, as they do under expert parallelism.
+
+    Raises RuntimeError where the host has no such switch.
+    """
+    if not hasattr(experts, "_is_expert_parallel"):
+        raise RuntimeError(
+            f"Transformers {transformers.__version__} no longer says how its experts pass over empty slots, which "
+            "this router leaves: install the newest hf_moe."
+        )
+    experts._is_expert_parallel = True
+
+
 def host_arguments(*recorded: str) -> Callable:
     """A decorator of a public `forward` that has an argument `past_key_values`, and passes its `kwargs` on.
 

@@ -15,7 +15,7 @@ from .grouped import takes_rows
 from .host import grouped_product
 from .norms import make_norm
 from .rotary import rotate
-from .router import HfMoeRouter
+from .routing import make_router
 
 
 def looped_linear(rows: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ class HfMoeMixtureOfHeads(HfMoeHeads):
     def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__(config, layer_idx)  # num_key_value_groups is K
         size = config.num_key_value_heads * config.head_dim
-        self.gate = HfMoeRouter(config, layer_idx + config.num_hidden_layers)  # hashes unlike any MLP's
+        self.gate = make_router(config, layer_idx + config.num_hidden_layers)  # hashes unlike any MLP's
         self.q_experts = nn.Parameter(torch.empty(config.num_experts, size, config.hidden_size))
         self.k_proj = nn.Linear(config.hidden_size, size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, size, bias=False)

@@ -25,7 +25,8 @@ from .attention import MASKS, HfMoeAttention
 from .configuration_hf_moe import HfMoeConfig
 from .decoding import HfMoeDecoding
 from .dispatch import HfMoeDispatch
-from .host import CACHE, host_arguments
+from .hashing import HfMoeHashTables
+from .host import CACHE, host_arguments, knows_empty_slots
 from .latent_attention import HfMoeLatentAttention
 from .long_rope import HfMoeLongRope
 from .losses import asked_parts, recorded_for, with_parts
@@ -37,8 +38,9 @@ from .outputs import HfMoeCausalLMOutput, HfMoeModelOutput
 from .padding import as_attention_reads, check_mask, valid_tokens
 from .recomputation import HfMoeCheckpointing
 from .rotary import HfMoeRotaryEmbedding, HfMoeRotaryEmbeddings, position_embeddings
-from .router import HfMoeHashTables, HfMoeRouter
+from .router import HfMoeRouter, HfMoeRouters
 from .router_losses import HfMoeRouterLosses
+from .routing import make_router
 from .unquantized import HfMoeUnquantized
 
 ATTENTIONS = {"gqa": HfMoeAttention, "mla": HfMoeLatentAttention, "moa": HfMoeMixtureOfHeads}
@@ -71,7 +73,7 @@ class HfMoeExperts(nn.Module):
     ) -> torch.Tensor:
         """sum_k weight_{t,k} FFN_{index_{t,k}}(x_t): [T, D] from hidden_states [T, D], index and weights [T, K].
 
-        An index of E means "an expert on another rank" (expert parallelism) and adds nothing.
+        An index of E, an empty slot or an expert on another rank (expert parallelism), adds nothing.
         """
         dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
         output = torch.zeros_like(hidden_states, dtype=dtype)
@@ -105,8 +107,10 @@ class HfMoeSparseMoeBlock(nn.Module):
 
     def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
-        self.gate = HfMoeRouter(config, layer_idx)
+        self.gate = make_router(config, layer_idx)
         self.experts = self.make_experts(config)
+        if not self.gate.router.fills:
+            knows_empty_slots(self.experts)
         # The decorator sets one value per class; ours is per configuration.
         self.experts.has_gate, self.experts.has_bias = config.gated_mlp, config.mlp_bias
         self.scales_input = config.expert_input_scaling
@@ -199,16 +203,15 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
 
 @torch.no_grad()
 def draw(module: nn.Module, std: float) -> None:
-    """First weights of experts and routers: N(0, std), biases and what moves a choice 0, hash tables their own."""
+    """First weights of experts and routers: N(0, std), biases 0; a router knows what else it has."""
+    if isinstance(module, HfMoeRouter):
+        module.draw(std)
+        return
     for name, parameter in module.named_parameters(recurse=False):
-        if name.endswith("bias") or name in ("noise_weight", "baseline_weight"):
+        if name.endswith("bias"):
             init.zeros_(parameter)
         else:
             init.normal_(parameter, mean=0.0, std=std)
-    if getattr(module, "e_score_correction_bias", None) is not None:
-        init.zeros_(module.e_score_correction_bias)
-    if getattr(module, "hash_table", None) is not None:
-        init.copy_(module.hash_table, module.first_hash_table())
 
 
 # What `output_...` may ask the decoder for. Of its own layers: those in `mtp_layers` are not recorded.
@@ -222,7 +225,9 @@ RECORDERS = {
 }
 
 
-class HfMoePreTrainedModel(HfMoeCheckpointing, HfMoeUnquantized, HfMoeDispatch, HfMoeHashTables, PreTrainedModel):
+class HfMoePreTrainedModel(
+    HfMoeCheckpointing, HfMoeUnquantized, HfMoeDispatch, HfMoeHashTables, HfMoeRouters, PreTrainedModel
+):
     """What Transformers needs to know of the family: initialisation, what it supports, what it can record."""
 
     config_class = HfMoeConfig
@@ -230,7 +235,6 @@ class HfMoePreTrainedModel(HfMoeCheckpointing, HfMoeUnquantized, HfMoeDispatch, 
     supports_gradient_checkpointing = True
     _no_split_modules = ["HfMoeDecoderLayer"]  # FSDP refuses classes that the model has no module of
     _skip_keys_device_placement = ["past_key_values", CACHE]
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _keys_to_ignore_on_load_unexpected = [r"\bmtp_layers\."]  # only a causal language model has them
     _supports_flash_attn = True
     _supports_sdpa = True

@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_hf_moe_graft import HfMoeGraftConfig, has_parts
 from .feed_forward import FeedForward, find_feed_forwards, narrowed
+from .hashing import HfMoeHashTables
 from .host import CACHE, OF_GENERATE, PASSED_ON
 from .losses import asked_parts, with_parts
 from .modeling_hf_moe import HfMoeExperts, HfMoeSparseMoeBlock, draw
@@ -31,7 +32,7 @@ from .outputs import HfMoeModelOutput, with_fields_of
 from .padding import valid_tokens
 from .parallel_plans import block_ep_plan, block_tp_plan, in_all_layers, standing, within
 from .recomputation import HfMoeCheckpointing
-from .router import HfMoeHashTables, HfMoeRouter
+from .router import HfMoeRouter, HfMoeRouters
 from .router_losses import HfMoeRouterLosses
 from .unquantized import HfMoeUnquantized
 
@@ -134,7 +135,7 @@ class HfMoeGraftedBlock(HfMoeSparseMoeBlock):
         return routing
 
 
-class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeHashTables):
+class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeHashTables, HfMoeRouters):
     """What a graft adds to the host's class: its blocks, and the losses of their routers."""
 
     config_class = HfMoeGraftConfig
@@ -375,6 +376,7 @@ class HfMoeGraftForCausalLM(HfMoeGraft, PreTrainedModel, GenerationMixin):
             config = HfMoeGraftConfig.from_pretrained(config or pretrained_model_name_or_path, **places)
         if kwargs.get("trust_remote_code"):
             config.run_code(pretrained_model_name_or_path, **places)
+            config.run_router_code(pretrained_model_name_or_path, **places)
         if "host_class" not in vars(cls):
             return cls.of(config).from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
@@ -422,7 +424,6 @@ def grafted(ours: type, host: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__module__": ours.__module__,
         "__doc__": f"A {host.__name__} with experts in it.",
         "_can_record_outputs": {**(host._can_record_outputs or {}), "router_logits": OutputRecorder(HfMoeRouter)},
-        "_keep_in_fp32_modules_strict": [*(host._keep_in_fp32_modules_strict or ()), "e_score_correction_bias"],
     }
     return type(ours.__name__, (ours, host), body)
 

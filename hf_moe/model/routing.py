@@ -3,9 +3,9 @@
 `ROUTERS` at the end names them all.
 
 Shape suffixes: T tokens, E routed experts, K experts per token, G expert groups, C expert capacity, V vocabulary.
-Logits come in float32. A router owns no parameters and keeps no state: the layer does. In training some draw random
-numbers or look at other tokens; outside training each gives a token the same experts whatever stands beside or after
-it.
+Logits come in float32. A router owns no parameters and keeps no state: its module does (`router.py`). In training
+some draw random numbers or look at other tokens; outside training each gives a token the same experts whatever stands
+beside or after it.
 """
 
 import math
@@ -16,29 +16,27 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
+from .assignment import Assignment, RouterState, leave_empty, replayed, weights_of
 from .balanced_assignment import auction, sinkhorn
+from .hashing import HASHES, HfMoeHashRouter
+from .router import HfMoePolicyRouter, HfMoeRouter
 
-
-class Assignment(NamedTuple):
-    """Which tokens go to which experts, and with what weight; a weight of 0 is a slot that was dropped.
-
-    Token choice: row t belongs to token t. Otherwise `token_S` names each row's token, and there may be any number of
-    rows a token.
-    """
-
-    weights_TK: torch.Tensor  # float32
-    index_TK: torch.Tensor  # int64, in [0, E)
-    token_S: torch.Tensor | None = None
-
-
-class RouterState(NamedTuple):
-    """What a router may look at beside the logits."""
-
-    training: bool = False
-    mask_T: torch.Tensor | None = None  # 1 where a token counts, 0 on padding
-    bias_E: torch.Tensor | None = None  # moves the choice, never the weights
-    hashed_TK: torch.Tensor | None = None  # the experts that a token's id is hashed to
-    replayed_TK: torch.Tensor | None = None  # experts to take again, whatever their scores; -1: the router's own
+__all__ = [  # what routers elsewhere are made of
+    "ROUTERS",
+    "Assignment",
+    "HfMoeRouter",
+    "Range",
+    "Router",
+    "RouterState",
+    "choose",
+    "drop_overflow",
+    "leave_empty",
+    "normalized",
+    "replayed",
+    "sigmoid_affinity",
+    "softmax_affinity",
+    "weights_of",
+]
 
 
 # ---- scores ----
@@ -85,8 +83,7 @@ def limit_to_groups(
 
 def take_best(choice_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> torch.Tensor:
     """Each token's K best experts, or those that it took before, where they are replayed: [T, K]."""
-    index_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
-    return index_TK if state.replayed_TK is None else torch.where(state.replayed_TK < 0, index_TK, state.replayed_TK)
+    return replayed(choice_TE.topk(config.num_experts_per_tok, dim=-1).indices, state)
 
 
 def choose(scores_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> torch.Tensor:
@@ -249,44 +246,11 @@ def drop_overflow(assignment: Assignment, config: PreTrainedConfig, state: Route
         served_S = weights_TK.detach().T.reshape(-1).argsort(descending=True, stable=True)
     expert_S = index_TK.T.reshape(-1)[served_S]
     counted_S = mask_T.repeat(top_k)[served_S]
-    taken_SE = torch.nn.functional.one_hot(expert_S, config.num_experts) * counted_S.unsqueeze(-1)
+    # The last column is that of empty slots, whose weights are 0.
+    taken_SE = torch.nn.functional.one_hot(expert_S, config.num_experts + 1) * counted_S.unsqueeze(-1)
     place_S = taken_SE.cumsum(dim=0).gather(-1, expert_S.unsqueeze(-1)).squeeze(-1)
     fits_S = torch.zeros_like(place_S).scatter(0, served_S, (place_S <= capacity).to(place_S))
     return Assignment(weights_TK * fits_S.view(top_k, tokens).T, index_TK)
-
-
-# ---- hashes ----
-
-
-def spread(first_V: torch.Tensor, top_k: int, num_experts: int) -> torch.Tensor:
-    """K different experts a token from its first one: [V, K]."""
-    steps_K = torch.arange(top_k, device=first_V.device) * (num_experts // top_k)
-    return (first_V.unsqueeze(-1) + steps_K) % num_experts
-
-
-def modulo_hash(vocab_size: int, num_experts: int, seed: int) -> torch.Tensor:
-    """Expert id mod E: [V]."""
-    return torch.arange(vocab_size, device="cpu") % num_experts
-
-
-def random_hash(vocab_size: int, num_experts: int, seed: int) -> torch.Tensor:
-    """A random expert a token, every expert the same number of tokens (within one): [V]."""
-    order = torch.randperm(vocab_size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-    return (torch.arange(vocab_size, device="cpu") % num_experts)[order]
-
-
-def frequency_hash(counts_V: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Frequent tokens first, each to the expert with the least text so far (Hash Layers, 3.2, balanced): [V]."""
-    load, experts = [0.0] * num_experts, [0] * len(counts_V)
-    for token in counts_V.argsort(descending=True, stable=True).tolist():
-        experts[token] = load.index(min(load))
-        load[experts[token]] += float(counts_V[token])
-    return torch.tensor(experts, device="cpu")
-
-
-# "frequency" starts as the random table, until the model is told the counts (`balance_hash_tables`).
-HASHES = {"random": random_hash, "modulo": modulo_hash, "frequency": random_hash}
-SOLVERS = {"sinkhorn": sinkhorn, "auction": auction}
 
 
 # ---- registry ----
@@ -314,6 +278,8 @@ class Router(NamedTuple):
     learned: bool = True  # has router weights
     hashed: bool = False  # looks at token ids
     policy: bool = False  # trained by the token's loss
+    fills: bool = False  # never leaves a slot empty, which some implementations of experts need not look for then
+    module: type[HfMoeRouter] = HfMoeRouter  # its parameters and buffers
 
 
 CAPACITY = {"capacity_priority": ("position", "score"), "eval_capacity_factor": Range(0.0, math.inf)}
@@ -324,28 +290,38 @@ EXPLORATION = {"noise": (False, True), "jitter": Range(0.0, 1.0), "dropout": Ran
 BIASES = {"selection_bias": (False, True), "router_bias": (False, True)}
 TOKEN_CHOICE = {**BIASES, "group_score": tuple(GROUP_SCORES), **EXPLORATION, **CAPACITY}
 
+SOLVERS = {"sinkhorn": sinkhorn, "auction": auction}
+HASHED = {"hash": tuple(HASHES), "seed": Range(0, 2**31), **CAPACITY}
+POLICY = {"policy_coef": Range(0.0, math.inf), "baseline_coef": Range(0.0, math.inf), **CAPACITY}
+
+softmax_topk = partial(token_choice, affinity=softmax_affinity)
+sigmoid_topk = partial(token_choice, affinity=sigmoid_affinity)
+
 ROUTERS: dict[str, Router] = {
     # softmax, then top-k: Switch, Grok, Qwen-MoE, OLMoE, DeepSeek V1 and V2
-    "softmax_topk": Router(softmax_affinity, partial(token_choice, affinity=softmax_affinity), TOKEN_CHOICE),
+    "softmax_topk": Router(softmax_affinity, softmax_topk, TOKEN_CHOICE, fills=True),
     # top-k, then softmax: Mixtral, DBRX; with noise: Shazeer (https://arxiv.org/abs/1701.06538)
-    "topk_softmax": Router(softmax_affinity, softmax_of_chosen, TOKEN_CHOICE),
+    "topk_softmax": Router(softmax_affinity, softmax_of_chosen, TOKEN_CHOICE, fills=True),
     # sigmoid, then top-k: DeepSeek-V3, Llama 4
-    "sigmoid_topk": Router(sigmoid_affinity, partial(token_choice, affinity=sigmoid_affinity), TOKEN_CHOICE),
-    "gshard": Router(softmax_affinity, gshard, TOKEN_CHOICE),
-    "expert_choice": Router(softmax_affinity, expert_choice, EXPLORATION),
-    "hash": Router(
-        softmax_affinity,
-        hashed,
-        {"hash": tuple(HASHES), "seed": Range(0, 2**31), **CAPACITY},
-        learned=False,
-        hashed=True,
-    ),
-    "base": Router(sigmoid_affinity, balanced, {"solver": tuple(SOLVERS), **EXPLORATION, **CAPACITY}),
-    "reinforce": Router(
-        softmax_affinity,
-        sampled,
-        {"policy_coef": Range(0.0, math.inf), "baseline_coef": Range(0.0, math.inf), **CAPACITY},
-        policy=True,
-    ),
-    "dense": Router(softmax_affinity, every_expert, EXPLORATION),
+    "sigmoid_topk": Router(sigmoid_affinity, sigmoid_topk, TOKEN_CHOICE, fills=True),
+    "gshard": Router(softmax_affinity, gshard, TOKEN_CHOICE, fills=True),
+    "expert_choice": Router(softmax_affinity, expert_choice, EXPLORATION, fills=True),
+    "hash": Router(softmax_affinity, hashed, HASHED, learned=False, hashed=True, fills=True, module=HfMoeHashRouter),
+    "base": Router(sigmoid_affinity, balanced, {"solver": tuple(SOLVERS), **EXPLORATION, **CAPACITY}, fills=True),
+    "reinforce": Router(softmax_affinity, sampled, POLICY, policy=True, fills=True, module=HfMoePolicyRouter),
+    "dense": Router(softmax_affinity, every_expert, EXPLORATION, fills=True),
 }
+
+
+def make_router(config: PreTrainedConfig, layer_idx: int) -> HfMoeRouter:
+    """The router of a layer, as `router_type` names it.
+
+    Raises ValueError where that is in code which came with the model and was not run.
+    """
+    if config.router_type not in ROUTERS:
+        raise ValueError(
+            f"router_type {config.router_type!r} is code that comes with the model, {config.router_code}: look at "
+            "that, and load the model with trust_remote_code=True (--trust-remote-code), or name the file (--plugin)."
+        )
+    router = ROUTERS[config.router_type]
+    return router.module(router, config, layer_idx)

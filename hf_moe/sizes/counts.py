@@ -19,7 +19,7 @@ CACHE_DTYPE = "bfloat16"
 CONTEXT = 4096
 
 
-def sizes(config: HfMoeConfig | HfMoeGraftConfig, context: int | None = None) -> dict:
+def sizes(config: HfMoeConfig | HfMoeGraftConfig, context: int | None = None, experts: float | None = None) -> dict:
     """Sizes of HfMoeForCausalLM(config), as a dict that can be written as JSON; of a graft, see `graft_sizes`.
 
     total_params; active_params, those that work on one token: K of the E routed experts in each sparse layer and all
@@ -36,14 +36,16 @@ def sizes(config: HfMoeConfig | HfMoeGraftConfig, context: int | None = None) ->
 
     kv_cache_bytes_per_token, in bfloat16, and kv_cache_bytes_per_token_by_dtype; beyond the window a token adds only
     kv_cache_bytes_per_token_beyond_window. weight_bytes by dtype.
+
+    experts: K as it was measured, where a router gives tokens different numbers of experts.
     """
     if isinstance(config, HfMoeGraftConfig):
-        return graft_sizes(config, context)
+        return graft_sizes(config, context, experts)
     context = context or min(CONTEXT, config.max_position_embeddings)
     with torch.device("meta"):
         model = HfMoeForCausalLM(config)
     parameters = dict(model.named_parameters())
-    active = {name: active_part(name, parameter, config) for name, parameter in parameters.items()}
+    active = {name: active_part(name, parameter, config, experts) for name, parameter in parameters.items()}
     embedding = model.get_input_embeddings().weight.numel()
     tied = config.tie_word_embeddings
     total = sum(parameter.numel() for parameter in parameters.values())
@@ -68,7 +70,7 @@ def sizes(config: HfMoeConfig | HfMoeGraftConfig, context: int | None = None) ->
     }
 
 
-def graft_sizes(config: HfMoeGraftConfig, context: int | None = None) -> dict:
+def graft_sizes(config: HfMoeGraftConfig, context: int | None = None, experts: float | None = None) -> dict:
     """Sizes of HfMoeGraftForCausalLM(config), by what its host's own code does in a forward of `context` tokens.
 
     As `sizes`, but the FLOPs are those of all matrix products that are made, windows or not, without what state spaces
@@ -79,7 +81,7 @@ def graft_sizes(config: HfMoeGraftConfig, context: int | None = None) -> dict:
     context = context or positions(config, CONTEXT)
     with torch.device("meta"):
         model = HfMoeGraftForCausalLM(deepcopy(config)).to(torch.bfloat16)  # which is told how to compute
-    said = graft_params(model)
+    said = graft_params(model, experts)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     flops, cached = counted(model, context) or (None, None)
     by_token = None if flops is None else flops // context
@@ -98,14 +100,16 @@ def graft_sizes(config: HfMoeGraftConfig, context: int | None = None) -> dict:
     }
 
 
-def graft_params(model: HfMoeGraftForCausalLM) -> dict[str, int]:
+def graft_params(model: HfMoeGraftForCausalLM, experts: float | None = None) -> dict[str, int]:
     """total_params and active_params."""
-    counts = {name: (x.numel(), active_part(name, x, model.config)) for name, x in model.named_parameters()}
+    counts = {name: (x.numel(), active_part(name, x, model.config, experts)) for name, x in model.named_parameters()}
     total, active = map(sum, zip(*counts.values(), strict=True))
     return {"total_params": total, "active_params": active}
 
 
-def active_part(name: str, parameter: torch.Tensor, config: HfMoeConfig | HfMoeGraftConfig) -> int:
+def active_part(
+    name: str, parameter: torch.Tensor, config: HfMoeConfig | HfMoeGraftConfig, experts: float | None = None
+) -> int:
     """How many of a parameter's elements work on one token."""
     if ".mtp_layers." in name:
         return 0
@@ -113,7 +117,7 @@ def active_part(name: str, parameter: torch.Tensor, config: HfMoeConfig | HfMoeG
     if not module.endswith(".experts") and not own.endswith("_experts"):  # the latter: a mixture of attention heads
         return parameter.numel()
     assert parameter.shape[0] == config.num_experts, f"{name} {tuple(parameter.shape)}"
-    return parameter[0].numel() * experts_per_token(config)
+    return round(parameter[0].numel() * (experts_per_token(config) if experts is None else experts))
 
 
 def expert_flops(config: HfMoeConfig, of: str = "") -> int:

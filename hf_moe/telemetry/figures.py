@@ -133,6 +133,11 @@ def entropy(numbers: dict) -> Iterator[tuple[str, Figure]]:
     yield "", lines(labels(numbers), series, "entropy, of the largest")
 
 
+def fair_share(layer: dict) -> float:
+    """The share of a layer's tokens that each expert would have at balance."""
+    return layer["experts_per_token"]["mean"] / layer["experts"]
+
+
 def coactivation(numbers: dict) -> Iterator[tuple[str, Figure]]:
     """The experts that are most often together, as OLMoE shows them: at most 16."""
     for place in chosen_layers(numbers, "coactivation"):
@@ -155,7 +160,7 @@ def domains(numbers: dict) -> Iterator[tuple[str, Figure]]:
         return
     for place in chosen_layers(numbers, "domains"):
         layer = numbers["layers"][place]
-        values, fair = np.array(layer["domain_specialization"]), layer["top_k"] / layer["experts"]
+        values, fair = np.array(layer["domain_specialization"]), fair_share(layer)
         norm = TwoSlopeNorm(fair, 0, max(2 * fair, values.max(), 1e-9))
         x = numbered(values.shape[1])
         figure = heat_map(values, x, names, "expert", "", "share", norm, AROUND, "{x:.0%}")
@@ -175,7 +180,7 @@ def saturation(numbers: dict) -> Iterator[tuple[str, Figure]]:
     if not numbers["saturation"]:
         return
     series = {entry["checkpoint"].rstrip("/").split("/")[-1]: entry["layers"] for entry in numbers["saturation"]}
-    series[CHANCE] = [layer["top_k"] / layer["experts"] for layer in numbers["layers"]]
+    series[CHANCE] = [fair_share(layer) for layer in numbers["layers"]]
     yield "", lines(labels(numbers), series, "experts in common")
 
 

@@ -146,7 +146,7 @@ def domains(numbers: dict) -> list[Finding]:
         return [Finding(PLAIN, text, "domains", layer["label"])]
     text = (
         f"Expert {expert} of layer {layer['label']} gets {percent(own)} of the tokens of {names[best]}, "
-        f"{percent(other)} of the others'; chance is {percent(layer['top_k'] / layer['experts'])}."
+        f"{percent(other)} of the others'; chance is {percent(layer['experts_per_token']['mean'] / layer['experts'])}."
     )
     return [Finding(PLAIN, text, "domains", layer["label"])]
 
@@ -168,8 +168,9 @@ def pairs(numbers: dict) -> list[Finding]:
     """The two experts that travel together most, beyond what their loads alone make likely."""
     best = (0.0, 0.0, None)
     for layer in numbers["layers"]:
-        idle = NEARLY_DEAD * layer["top_k"] / layer["experts"]  # chance alone makes pairs of those
-        share = [count / max(sum(layer["tokens"]) / max(layer["top_k"], 1), 1) for count in layer["tokens"]]
+        mean = layer["experts_per_token"]["mean"]
+        idle = NEARLY_DEAD * mean / layer["experts"]  # chance alone makes pairs of those
+        share = [count / max(sum(layer["tokens"]) / (mean or 1), 1) for count in layer["tokens"]]
         for i, row in enumerate(layer["coactivation"]):
             for j, value in enumerate(row):
                 # of the tokens of the busier one, so that a pair needs both

@@ -90,8 +90,6 @@ class RoutingFigures(TrainerCallback):
     def count(self, name: str, routing: Routing) -> None:
         """Checkpointing runs a forward twice: every token then counts twice, which changes no share."""
         tokens = len(routing.logits_TE)
-        if routing.token_S is not None:
-            raise ValueError("Experts that choose their tokens have an even load: leave RoutingFigures out.")
         if name not in self.counts:
             self.counts[name] = RouterCounts(routing.experts, 1, 0, routing.logits_TE.device)
         mask = self.mask if self.mask is not None and self.mask.numel() == tokens else torch.ones(tokens)

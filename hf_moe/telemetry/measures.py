@@ -75,6 +75,7 @@ def router_numbers(counts: RouterCounts, rare: int) -> dict:
     return {
         "experts": experts,
         "top_k": counts.top_k,
+        "experts_per_token": {"mean": counts.mean_k, "spread": counts.spread_k},
         "tokens": chosen_E.tolist(),
         "load": load(chosen_E).tolist(),
         "first_choice": share_E.tolist(),

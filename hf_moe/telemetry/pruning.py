@@ -46,18 +46,25 @@ class _Closed(TorchFunctionMode):
 @contextmanager
 def without_expert(router: Router, expert: int, experts: int) -> Iterator[Callable[[], bool]]:
     """Inside, the router runs as it is but cannot choose `expert`; the value tells whether it had logits to close."""
-    module, own = router.module, vars(router.module).get("forward")
-    forward, closed = module.forward, []
+    module, closed = router.module, []
+    name = "logits" if hasattr(module, "assigned") and not router.own.hashed else "forward"  # of hf_moe's, or another
+    own, method = vars(module).get(name), getattr(module, name)
+
+    def shut(*args, **kwargs):
+        output = method(*args, **kwargs).clone()
+        output[..., expert] = torch.finfo(output.dtype).min
+        closed.append(True)
+        return output
 
     def masked(*args, **kwargs):
         with _Closed(expert, experts) as mode:
-            output = forward(*args, **kwargs)
+            output = method(*args, **kwargs)
         closed.append(mode.closed)
         return output
 
     bias = None if router.bias is None else router.bias.view(-1)  # Ernie 4.5 has [1, E]
     before = None if bias is None else bias[expert].clone()
-    module.forward = masked
+    setattr(module, name, shut if name == "logits" else masked)
     if bias is not None:  # it moves the choice, and a score of 0 with the largest bias might win
         bias[expert] = bias.min() - 1
     try:
@@ -66,9 +73,9 @@ def without_expert(router: Router, expert: int, experts: int) -> Iterator[Callab
         if bias is not None:
             bias[expert] = before
         if own is None:
-            del module.forward
+            delattr(module, name)
         else:
-            module.forward = own
+            setattr(module, name, own)
 
 
 @torch.no_grad()

@@ -88,6 +88,15 @@ def draw_all(folder: Path, numbers: dict[str, Any]) -> dict[str, list[dict]]:
     return panels
 
 
+def experts_per_token(layers: list[dict[str, Any]]) -> str:
+    """How many experts the routers choose for a token, in words."""
+    slots = sorted({layer["top_k"] for layer in layers})
+    if all(layer["experts_per_token"]["mean"] == layer["top_k"] for layer in layers):
+        return " or ".join(map(str, slots))
+    mean, spread = (sum(layer["experts_per_token"][x] for layer in layers) / len(layers) for x in ("mean", "spread"))
+    return f"{mean:.2f} on average (standard deviation {spread:.2f}, at most {' or '.join(map(str, slots))})"
+
+
 def render(numbers: dict[str, Any], found: list[Finding], panels: dict[str, list[dict]]) -> str:
     """The page. Everything that comes from data is escaped, but for the figures, which are ours."""
     from .sections import LINE_END, SECTIONS
@@ -111,6 +120,6 @@ def render(numbers: dict[str, Any], found: list[Finding], panels: dict[str, list
         tints=TINTS,
         layer_labels=[layer["label"] for layer in numbers["layers"]],
         experts=[layer["experts"] for layer in numbers["layers"]],
-        top_k=sorted({layer["top_k"] for layer in numbers["layers"]}),
+        experts_per_token=experts_per_token(numbers["layers"]),
         passages=numbers["passages"],
     )

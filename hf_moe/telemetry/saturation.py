@@ -9,10 +9,12 @@ from ..routers import captured, find_routers
 from .texts import Batch
 
 
-def overlap(index_TK: torch.Tensor, other_TK: torch.Tensor) -> torch.Tensor:
-    """|E_t ∩ E'_t| / K of each token, [T] float64: the share of its experts that both choose."""
-    same_T = (index_TK.unsqueeze(-1) == other_TK.unsqueeze(-2)).any(dim=-1).sum(dim=-1)
-    return same_T.double() / index_TK.shape[-1]
+def overlap(index_TK: torch.Tensor, other_TK: torch.Tensor, experts: int) -> torch.Tensor:
+    """|E_t ∩ E'_t| / |E_t| of each token, [T] float64: the share of its experts that both choose; 1 without any."""
+    chosen_TK = index_TK < experts
+    same_TK = (index_TK.unsqueeze(-1) == other_TK.unsqueeze(-2)).any(dim=-1) & chosen_TK
+    own_T = chosen_TK.sum(dim=-1).double()
+    return torch.where(own_T > 0, same_TK.sum(dim=-1) / own_T.clamp_min(1), 1.0)
 
 
 @torch.no_grad()
@@ -49,6 +51,6 @@ def saturation(
                 (top_k, experts), (other_k, others) = sizes[name], other_sizes[name]
                 raise ValueError(f"{name} chooses {top_k} of {experts} experts, the other's {other_k} of {others}")
         for name, index_TK in mine.items():
-            sums[name] = sums.get(name, 0.0) + overlap(index_TK, theirs[name]).sum().item()
+            sums[name] = sums.get(name, 0.0) + overlap(index_TK, theirs[name], sizes[name][1]).sum().item()
         progress(int(batch.mask.sum()))
     return {name: total / tokens for name, total in sums.items()}

@@ -118,7 +118,7 @@ def coactivation(numbers: dict) -> Iterator[Table]:
     for layer in numbers["layers"]:
         cells = [(value, i, j) for i, row in enumerate(layer["coactivation"]) for j, value in enumerate(row)]
         best = sorted(cells, reverse=True)[:3]
-        chance = (layer["top_k"] - 1) / max(layer["experts"] - 1, 1)
+        chance = max(layer["experts_per_token"]["mean"] - 1, 0) / max(layer["experts"] - 1, 1)
         pairs = ", ".join(f"{i} with {j}: {percent(value)}" for value, i, j in best if value) or "none"
         rows.append([layer["label"], percent(chance), pairs])
     yield Table(
@@ -132,7 +132,7 @@ def saturation(numbers: dict) -> Iterator[Table]:
         [
             layer["label"],
             *(percent(entry["layers"][place]) for entry in numbers["saturation"]),
-            percent(layer["top_k"] / layer["experts"]),
+            percent(layer["experts_per_token"]["mean"] / layer["experts"]),
         ]
         for place, layer in enumerate(numbers["layers"])
     ]

@@ -260,7 +260,7 @@ class Run:
         chosen = {
             name: counts.chosen_NE.sum(dim=0).cpu()
             for name, counts in self.counts.items()
-            if counts.top_k < experts[name]  # where every expert is chosen nothing can take its place
+            if counts.mean_k < experts[name]  # where every expert is chosen nothing can take its place
         }
         if not chosen or not budget:
             return

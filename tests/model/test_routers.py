@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_moe.model.balanced_assignment import auction, sinkhorn
-from hf_moe.model.router import HfMoeRouter
-from hf_moe.model.routing import HASHES, ROUTERS, RouterState, drop_overflow, frequency_hash, spread
+from hf_moe.model.hashing import HASHES, frequency_hash, spread
+from hf_moe.model.routing import ROUTERS, RouterState, drop_overflow, make_router
 from tests.conftest import tiny_config, tiny_model, tokens
 from tests.model.test_routing import route
 
@@ -43,7 +43,7 @@ def test_gshard_keeps_both_outside_training():
 
 def router(training=True, hidden=40, **fields):
     config = tiny_config(hidden_size=hidden, num_attention_heads=4, num_key_value_heads=4, head_dim=10, **fields)
-    module = HfMoeRouter(config, layer_idx=0)
+    module = make_router(config, layer_idx=0)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return module.train(training)

@@ -104,6 +104,7 @@ def numbers_by_hand() -> dict:
         "label": "0",
         "experts": 4,
         "top_k": 2,
+        "experts_per_token": {"mean": 2.0, "spread": 0.0},
         "tokens": [100, 90, 10, 0],
         "load": [2.0, 1.8, 0.2, 0.0],
         "first_choice": [0.5, 0.45, 0.05, 0.0],

@@ -37,12 +37,14 @@ def by_hand(model) -> dict[str, dict[str, float]]:
     found = {}
     for name, (logits, weights, index, *rest) in outputs.items():
         tokens = rest[0].tolist() if rest and rest[0] is not None else range(len(index))
-        load, dropped = [0] * logits.shape[1], 0
+        load, dropped, of_token = [0] * logits.shape[1], 0, [0] * len(counts)
         for token, experts, gates in zip(tokens, index.tolist(), weights.tolist(), strict=True):
             for expert, gate in zip(experts, gates, strict=True):
                 load[expert] += counts[token]
                 dropped += counts[token] * (gate == 0)
-        mean = sum(load) / len(load)
+                of_token[token] += counts[token]
+        mean, experts = sum(load) / len(load), sum(load) / sum(counts)
+        spread = sum(count * (own - experts) ** 2 for count, own in zip(counts, of_token, strict=True)) / sum(counts)
         squares = [math.log(sum(math.exp(min(x, 80)) for x in row)) ** 2 for row in logits.tolist()]
         found[name] = {
             "router_load_max": max(load) / mean,
@@ -50,6 +52,8 @@ def by_hand(model) -> dict[str, dict[str, float]]:
             "router_load_entropy": -sum(x / sum(load) * math.log(x / sum(load), len(load)) for x in load if x),
             "router_dead_experts": load.count(0),
             "router_dropped_fraction": dropped / sum(load),
+            "router_experts_per_token": experts,
+            "router_experts_per_token_spread": spread**0.5,
             "z_loss": sum(x for x, counted in zip(squares, counts, strict=True) if counted) / sum(counts),
         }
         bias = getattr(model.get_submodule(name), "e_score_correction_bias", None)

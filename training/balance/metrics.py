@@ -1,7 +1,8 @@
 """Routing metrics: counts that stay on the device while training, and what is logged of them.
 
 Shapes: N steps, L routers, E routed experts. What one router did is a row of sums: tokens, sum of squared logsumexp,
-dropped slots, each loss, tokens of each expert. Rows add up over batches and processes.
+dropped slots, sum of squared numbers of experts, each loss, tokens of each expert. Rows add up over batches and
+processes.
 """
 
 import math
@@ -14,7 +15,7 @@ from hf_moe.model.balancing import Statistics, expert_load
 
 from .counts import Layers, together
 
-TOKENS, SQUARED, DROPPED, FIRST_LOSS = range(4)
+TOKENS, SQUARED, DROPPED, SQUARED_K, FIRST_LOSS = range(5)
 
 
 @torch.no_grad()
@@ -30,20 +31,21 @@ def rows(
         counts = together(counted, names, squared.device)
         places = [order[name] for name in names]
         shares = (torch.stack([value[i] for i in places]).to(squared) for value in losses.values())
-        sums = torch.stack([counts.tokens, squared, dropped.sum(dim=(-1, -2)), *shares], dim=-1)
+        squared_k = (batch.chosen_TE.sum(dim=-1).square() * batch.mask_T).sum(dim=-1)
+        sums = torch.stack([counts.tokens, squared, dropped.sum(dim=(-1, -2)), squared_k, *shares], dim=-1)
         found |= dict(zip(names, torch.cat([sums, counts.counts_E], dim=-1).to(device), strict=True))
     return torch.cat([found[name] for name in counted])
 
 
 def split(flat: torch.Tensor, experts: list[int], losses: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Sums [..., 3 + losses] and counts [..., E] of each router, out of rows one after the other."""
+    """Sums [..., 4 + losses] and counts [..., E] of each router, out of rows one after the other."""
     width = FIRST_LOSS + losses
     sizes = [size for number in experts for size in (width, number)]
     parts = flat.split(sizes, dim=-1)
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 
-# ---- what is logged: one number a step and router, from sums [N, 3 + losses] and counts [N, E] ----
+# ---- what is logged: one number a step and router, from sums [N, 4 + losses] and counts [N, E] ----
 
 
 def load_max(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -72,6 +74,17 @@ def dropped_fraction(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return sums[..., DROPPED] / counts.sum(dim=-1).clamp_min(1)
 
 
+def experts_per_token(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mean number of experts that a token chose: K, or less where a router leaves slots empty."""
+    return counts.sum(dim=-1) / sums[..., TOKENS].clamp_min(1)
+
+
+def experts_per_token_spread(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Its standard deviation over tokens: 0 where each has K."""
+    mean = experts_per_token(sums, counts)
+    return (sums[..., SQUARED_K] / sums[..., TOKENS].clamp_min(1) - mean.square()).clamp_min(0).sqrt()
+
+
 def z_loss(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Mean squared logsumexp of the router logits, not weighted."""
     return sums[..., SQUARED] / sums[..., TOKENS].clamp_min(1)
@@ -89,6 +102,8 @@ METRICS = {
     "router_load_entropy": Metric(load_entropy, torch.mean),
     "router_dead_experts": Metric(dead_experts, torch.sum),
     "router_dropped_fraction": Metric(dropped_fraction, torch.mean),
+    "router_experts_per_token": Metric(experts_per_token, torch.mean),
+    "router_experts_per_token_spread": Metric(experts_per_token_spread, torch.mean),
     "z_loss": Metric(z_loss, torch.mean),
 }
 

@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_moe.model.router import HfMoeRouter
-from hf_moe.model.routing import RouterState
 from hf_moe.routers import Router
 
 UNKNOWN = -1  # a position whose experts were not recorded takes the router's own
@@ -94,16 +93,31 @@ def replayed(routers: dict[str, Router], indices: Indices) -> Iterator[None]:
 def replay_in_router(router: Router, recorded_TK: torch.Tensor) -> list[RemovableHandle]:
     """hf_moe's routers assign tokens anew."""
 
+    seen = []
+
     def hook(module, args, output):
         logits_TE, *_, baseline_T = output
-        mask_T = args[1] if len(args) > 1 else None
+        hidden_TD, mask_T, ids_T = (*args, None, None)[:3]
         index_TK = recorded_TK.to(logits_TE.device, torch.long)
         # As outside training, where a token's experts depend on nothing but the token.
-        state = RouterState(False, mask_T, module.e_score_correction_bias, None, index_TK)
-        return (logits_TE, *module.router.assign(logits_TE, module.config, state), baseline_T)
+        state = module.state(hidden_TD.float(), mask_T, ids_T)._replace(training=False, replayed_TK=index_TK)
+        assignment = module.assigned(logits_TE, state)
+        if not seen:  # once: it waits for the device
+            seen.append(True)
+            check_replayed(router, index_TK, assignment.index_TK)
+        return (logits_TE, *assignment, baseline_T)
 
     hashed = router.own.hashed  # which always chooses the same
     return [] if hashed else [router.module.register_forward_hook(hook)]
+
+
+def check_replayed(router: Router, recorded_TK: torch.Tensor, index_TK: torch.Tensor) -> None:
+    """Raises ValueError for a router that chose others than those it was told."""
+    if index_TK.shape != recorded_TK.shape or ((recorded_TK != UNKNOWN) & (recorded_TK != index_TK)).any():
+        raise ValueError(
+            f"router_replay is on, but router_type {router.module.config.router_type!r} chooses anew: let it take "
+            "state.replayed_TK, as hf_moe.model.routing.choose does, or set router_replay to none."
+        )
 
 
 def replay_in_experts(router: Router, recorded_TK: torch.Tensor) -> list[RemovableHandle]:

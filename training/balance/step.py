@@ -44,8 +44,9 @@ class Step:
     `batches` are raw until it begins, and then what the model sees of them. `counted` holds the whole step's counts,
     router by router, of this process; None where one micro-batch is the step. `held` are the forwards of the first
     micro-batches, run ahead and still to go back; those of the others are counted without gradient and run again, from
-    the random `states` that they were counted with. `rows` are the sums for the metrics so far, `losses` those of
-    micro-batches, `mtp_loss` this process's share of the step's, not weighted.
+    the random `states` that they were counted with. `rows` are the sums for the metrics so far, `observed` those for
+    routers that move something themselves, `losses` those of micro-batches, `mtp_loss` this process's share of the
+    step's, not weighted.
 
     Random numbers are drawn in the order of the micro-batches, and each forward for training draws those that it would
     draw if nothing were run ahead, whether it is held or not.
@@ -57,6 +58,7 @@ class Step:
         self.held: list[Forward] = []
         self.states: list[RandomState] = []
         self.rows: torch.Tensor | None = None
+        self.observed: torch.Tensor | None = None
         self.losses: list[torch.Tensor] = []
         self.mtp_loss: torch.Tensor | float = 0.0
 

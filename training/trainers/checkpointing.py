@@ -126,11 +126,11 @@ class CheckpointMixin:
         elif model is not base_model(model):
             check_adapter(resume_from_checkpoint, model)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if self.selection_bias.biases:
+            if self.selection_bias.copies:
                 load_router_bias(model, resume_from_checkpoint)
         elif chosen_experts(model):
             load_rows(model, resume_from_checkpoint)
-            if self.selection_bias.biases:
+            if self.selection_bias.copies:
                 load_router_bias(model, resume_from_checkpoint)
         elif isinstance(model, PreTrainedModel):
             shards = {"distributed_config": model.config.distributed_config} if self.spread else {}

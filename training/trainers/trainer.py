@@ -227,6 +227,9 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
         row = rows(layers, counted, losses, self.args.device)
         if self.model.training:
             self.step.rows = row if self.step.rows is None else self.step.rows + row
+            observed = self.selection_bias.observed(layers, self.args.device)
+            if observed is not None:
+                self.step.observed = observed if self.step.observed is None else self.step.observed + observed
         else:
             self.evaluated.append(row)
         return losses
@@ -349,6 +352,8 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
             table = split(flat, list(experts.values()), len(self.balance.coefficients))
             counts = {name: counts for name, (_, counts) in zip(experts, table, strict=True)}
             self.selection_bias.update(counts, speed)
+        if self.step.observed is not None:
+            self.selection_bias.move(self.accelerator.reduce(self.step.observed, reduction="sum"))
         self.step = Step([])
 
     def _run_epoch(self, *args, **kwargs):

@@ -16,6 +16,7 @@ from ...model.mlp import HfMoeMLP
 from ...model.modeling_hf_moe import HfMoeClampedExperts, HfMoeDecoderLayer, HfMoeExperts, HfMoeSparseMoeBlock
 from ...model.norms import PLACEMENTS
 from ...model.rms_norm import HfMoeRMSNorm
+from ...model.router import HfMoeRouter
 from ..experts import hf_moe_experts_forward
 from ..formula import Formula, activation, formula
 from . import experts, grouped, latent, norms, products, rotary, routers
@@ -53,9 +54,9 @@ def mlp_forward(module: HfMoeMLP, rows: int):
 
 def router_forward(gate: nn.Module, config):
     """weights and index [T, K] as a function of x [T, D]: by the kernels where the router is a plain one."""
-    simple = config.router_type in routers.SCORES and gate.weight.numel() <= 2**20
+    plain_router = type(gate) is HfMoeRouter and config.router_type in routers.SCORES
     limited = config.topk_group < config.n_group or config.router_args.get("eval_capacity_factor")
-    if not simple or limited or config.router_args.get("router_bias"):
+    if not plain_router or gate.weight.numel() > 2**20 or limited or config.router_args.get("router_bias"):
         return None
     bias, top_k = gate.e_score_correction_bias, config.num_experts_per_tok
     settings = (top_k, config.router_type, config.norm_topk_prob, float(config.routed_scaling_factor))
