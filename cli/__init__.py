@@ -13,6 +13,7 @@ from .demo import demo
 from .errors import one_line
 from .generate import generate
 from .inspect import inspect, presets
+from .new import new
 from .plan import plan
 from .push import push
 from .renew import renew
@@ -64,6 +65,7 @@ app.command()(renew)
 app.command()(inspect)
 app.command()(presets)
 app.command()(plan)
+app.add_typer(new, name="new")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -73,6 +73,7 @@ TRAINING = {
     "MoeGRPOConfig": "trainers.grpo_trainer",
     "load_router_bias": "balance.selection_bias",
     "load_rows": "weights.esft",
+    "train": "main",
     "quantize_experts": "weights.quantized",
 }
 
@@ -80,6 +81,7 @@ TRAINING = {
 if TYPE_CHECKING:
     from .training.balance.moe_arguments import MoeTrainingArguments as MoeTrainingArguments
     from .training.balance.selection_bias import load_router_bias as load_router_bias
+    from .training.main import train as train
     from .training.trainers.dpo_trainer import MoeDPOConfig as MoeDPOConfig
     from .training.trainers.dpo_trainer import MoeDPOTrainer as MoeDPOTrainer
     from .training.trainers.grpo_trainer import MoeGRPOConfig as MoeGRPOConfig

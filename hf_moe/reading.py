@@ -6,6 +6,7 @@ RuntimeError as often as a ValueError, and the tokenizers library raises bare ex
 
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -125,8 +126,13 @@ def conversion_errors(found: list[str]) -> Iterator[None]:
         logger.removeFilter(wanted)
 
 
-def whole_model(path: str | Path, auto_class=AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
-    """`auto_class.from_pretrained(path)`; ValueError where weights are missing, unreadable, of another size or NaN."""
+def whole_model(
+    path: str | Path, auto_class=AutoModelForCausalLM, drawn: str | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """`auto_class.from_pretrained(path)`; ValueError where weights are missing, unreadable, of another size or NaN.
+
+    drawn: a regular expression; what is missing and has such a name is drawn, and its names are said.
+    """
     if auto_class is AutoModelForCausalLM and (Path(path) / "config.json").is_file():
         check_files_hold(Path(path), kwargs.get("config"), kwargs.get("trust_remote_code", False))
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -143,6 +149,10 @@ def whole_model(path: str | Path, auto_class=AutoModelForCausalLM, **kwargs: Any
     weights = dict(model.named_parameters(remove_duplicate=False))
     found = {id(weight) for name, weight in weights.items() if name not in info["missing_keys"]}
     missing = sorted(name for name in info["missing_keys"] if id(weights.get(name)) not in found)  # less what is tied
+    new = [name for name in missing if drawn and re.search(drawn, name)]
+    if new:
+        print(f"drawn, as {path} has none: {new[0]}{f' and {len(new) - 1} more' * (len(new) > 1)}", file=sys.stderr)
+        missing = sorted(set(missing) - set(new))
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of the model's weights, the first of them {missing[0]}.")
     wrong = sorted(info["mismatched_keys"])

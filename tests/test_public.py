@@ -34,6 +34,7 @@ OF_TRAINING = {
     "load_router_bias",
     "load_rows",
     "quantize_experts",
+    "train",
 }
 # Documented, in the modules where the documentation has them.
 DOCUMENTED = {
@@ -44,12 +45,18 @@ DOCUMENTED = {
     "hf_moe.model.routing": {
         "ROUTERS",
         "Assignment",
+        "HfMoeRouter",
         "Range",
         "Router",
         "RouterState",
         "choose",
+        "drop_overflow",
+        "leave_empty",
         "normalized",
+        "replayed",
+        "sigmoid_affinity",
         "softmax_affinity",
+        "weights_of",
     },
     "hf_moe.telemetry.live": {"RoutingFigures"},
     # Of earlier releases, in the cards that they wrote.

@@ -1,18 +1,22 @@
 """A run from its recipe: which stage, with which arguments. A stage's module is imported only when it is used."""
 
 import argparse
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_moe.plugins import load_plugin
 
 from .recipes.files import read_recipe
 from .stages.names import STAGES
+
+if TYPE_CHECKING:
+    from .stages.run import Trained
 
 
 def stage_module(argv: list[str]) -> ModuleType:
@@ -45,8 +49,39 @@ def parse(argv: list[str]) -> tuple:
     return parser_of(stage_module(argv)).parse(argv)
 
 
+def train(recipe: str | Path, model: str | Path | None = None, **overrides: Any) -> "Trained":
+    """Run a recipe: the trainer, with the trained model, and the metrics.
+
+    As `hf-moe train`: `recipe` is a YAML file or the name of one that comes along, `model` its model_name_or_path, a
+    folder or a Hub id, and each other keyword replaces the recipe's value of that key. Raises ValueError or OSError
+    for mistakes, as an argument that nobody knows, before anything is trained.
+    """
+    if model is not None:
+        if not isinstance(model, (str, Path)):
+            raise ValueError(
+                f"model is a {type(model).__name__}, and a recipe trains what is in a folder or on the Hub: give its "
+                "place, or train this one with MoeTrainer or MoeSFTTrainer."
+            )
+        if "model_name_or_path" in overrides:
+            raise ValueError("model and model_name_or_path say the same: give one of them.")
+        overrides = {"model_name_or_path": model, **overrides}
+    return run([str(recipe), *(word for name, value in overrides.items() for word in words(name, value))])
+
+
+def words(name: str, value: Any) -> list[str]:
+    """An argument as the command line has it."""
+    values = [json.dumps(value)] if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    spelled = {None: "null", True: "true", False: "false"}
+    return [f"--{name}", *(spelled[x] if x is None or isinstance(x, bool) else str(x) for x in values)]
+
+
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the recipe argv[0] with the arguments after it; returns the metrics.
+    """Run the recipe argv[0] with the arguments after it; returns the metrics. Raises as `run`."""
+    return run(argv).metrics
+
+
+def run(argv: list[str]) -> "Trained":
+    """Run the recipe argv[0] with the arguments after it.
 
     Raises ValueError or OSError for the user's mistakes, such as an optimizer whose package is not there.
     """

@@ -42,6 +42,9 @@ LAYER = re.compile(r"^(?!.*\.mtp_layers\.).*?\.\d+(?=\.)")  # what a name says o
 BUFFERS = ("e_score_correction_bias", ".experts")
 
 
+VARIES = 0.01  # experts a token
+
+
 @dataclass(frozen=True)
 class SavedModel:
     """A folder that `read_folder` has read. Sizes and tables are worked out from it, nothing else is looked at."""
@@ -114,7 +117,11 @@ class SavedModel:
     @cached_property
     def measured_k(self) -> tuple[float, float] | None:
         """Mean and standard deviation of a token's number of experts, if its router varies that and it was trained."""
-        return None if getattr(self.config, "fills_slots", True) else measured_k(self.log_history)
+        found = measured_k(self.log_history) if self.is_hf_moe else None
+        if found is None or (self.config.fills_slots and not self.config.needs_router_code):
+            return None
+        # Of a router that was not run, the log alone tells; rounding leaves a little of a spread of 0.
+        return found if found[1] > VARIES or abs(found[0] - self.config.num_experts_per_tok) > VARIES else None
 
 
 def read_folder(folder: str | Path, provenance: dict[str, Any] | None = None) -> SavedModel:

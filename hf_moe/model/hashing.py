@@ -47,7 +47,6 @@ class HfMoeHashRouter(HfMoeRouter):
 
     def __init__(self, router, config: PreTrainedConfig, layer_idx: int):
         super().__init__(router, config, layer_idx)
-        self.seed = int(config.router_args.get("seed", 0)) + layer_idx  # every layer hashes differently
         table = torch.zeros(config.vocab_size, config.num_experts_per_tok, dtype=torch.long)
         self.register_buffer("hash_table", table)
 
@@ -66,8 +65,9 @@ class HfMoeHashRouter(HfMoeRouter):
 
     def first_hash_table(self) -> torch.Tensor:
         """The experts [V, K] that each token is hashed to before any text is known."""
-        config = self.config
-        first = HASHES[config.router_args.get("hash", "random")](config.vocab_size, config.num_experts, self.seed)
+        config, args = self.config, self.config.router_args
+        seed = int(args.get("seed", 0)) + self.layer_idx  # every layer hashes differently
+        first = HASHES[args.get("hash", "random")](config.vocab_size, config.num_experts, seed)
         return spread(first, config.num_experts_per_tok, config.num_experts)
 
 

@@ -34,7 +34,7 @@ class HfMoeMultiTokenLayer(nn.Module):
         self.norm = make_norm(config, config.hidden_size)
         block.self_attn.layer_idx = depth - 1  # in a cache of the modules alone
         for router in routers_of(block):
-            router.seed += depth  # hashes unlike the last layer
+            router.layer_idx += depth  # hashes unlike the last layer
 
     def forward(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **kwargs) -> torch.Tensor:
         """[B, S, D] from h^{k-1} and the embeddings of the tokens k places on, both [B, S, D]."""

@@ -32,7 +32,7 @@ class HfMoeRouter(nn.Module):
 
     def __init__(self, router, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
-        self.router, self.config, args = router, config, config.router_args
+        self.router, self.config, self.layer_idx, args = router, config, layer_idx, config.router_args
         self.weight = self.bias = self.noise_weight = None
         if router.learned:
             self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))

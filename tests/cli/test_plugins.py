@@ -1,6 +1,7 @@
 """`--plugin FILE`: a router of the user's own is known to every command that is told of it, and to no other."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,39 +12,12 @@ from hf_moe import HfMoeForCausalLM
 from hf_moe.demo import DEMO_MODEL
 from hf_moe.model.routing import ROUTERS
 from hf_moe.plugins import load_plugin
-
-TOP_P = """
-from hf_moe.model.routing import ROUTERS, Assignment, Range, Router, choose, normalized, softmax_affinity
-
-
-def top_p(logits, config, state):
-    scores = softmax_affinity(logits)
-    chosen = choose(scores, config, state)
-    weights = scores.gather(-1, chosen)
-    before = weights.cumsum(dim=-1) - weights
-    return Assignment(normalized(weights * (before < config.router_args.get("p", 0.5)), config), chosen)
-
-
-ROUTERS["top_p"] = Router(softmax_affinity, top_p, {"p": Range(0.0, 1.0)})
-"""
+from tests.plugins.conftest import FOLDER, forgotten  # noqa: F401  (a fixture)
 
 
 @pytest.fixture
-def forgotten():
-    """What a plugin registered is gone afterwards."""
-    before = dict(ROUTERS)
-    yield
-    for name in [name for name in sys.modules if name.startswith("hf_moe_plugin_")]:
-        del sys.modules[name]
-    ROUTERS.clear()
-    ROUTERS.update(before)
-
-
-@pytest.fixture
-def plugin(tmp_path, forgotten):
-    file = tmp_path / "top_p.py"
-    file.write_text(TOP_P)
-    return file
+def plugin(tmp_path, forgotten):  # noqa: F811
+    return shutil.copy(FOLDER / "top_p.py", tmp_path / "top_p.py")
 
 
 @pytest.fixture
@@ -90,10 +64,10 @@ def test_another_process_knows_nothing_of_it(saved):
     """Nothing is run that the user did not name."""
     run = [sys.executable, "-m", "hf_moe_cli", "inspect", str(saved)]
     result = subprocess.run(run, capture_output=True, text=True)
-    assert result.returncode == 2 and "'top_p' is unknown" in result.stderr
+    assert result.returncode == 2 and "is code that comes with the model, plugin_top_p.py" in result.stderr
 
 
-def test_what_is_wrong_with_a_plugin_is_one_line(command, tmp_path, forgotten):
+def test_what_is_wrong_with_a_plugin_is_one_line(command, tmp_path, forgotten):  # noqa: F811
     def said(*words) -> str:
         code, out, err = command(*words)
         assert code == 2 and out == "" and err.count("\n") == 1, err

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from unittest import mock
 
 import pytest
 import torch
@@ -12,31 +11,29 @@ from hf_moe.training.recipes.files import shipped_recipes
 from hf_moe.training.recipes.parser import RecipeParser
 from hf_moe_cli import app
 
-from hf_moe.model.routing import ROUTERS
 from tests.docs.conftest import DOCS, IN_ORDER, PAGES, blocks, commands, run_page
+from tests.plugins.conftest import forgotten  # noqa: F401  (a fixture: a page adds routers of its own)
 
 ROOT = DOCS.parent
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))])
-def test_its_blocks_run(page, prepared, tmp_path, monkeypatch):
+def test_its_blocks_run(page, prepared, tmp_path, monkeypatch, forgotten):  # noqa: F811
     if page == "README.md":
         assert (prepared / "moe" / "config.json").is_file()
         return
     folder = shutil.copytree(prepared, tmp_path / "work")
     monkeypatch.chdir(folder)
     torch.set_num_threads(1)
-    with mock.patch.dict(ROUTERS):  # a page adds a router of its own
-        run_page(page)
+    run_page(page)
 
 
-def test_all_pages_run_in_order_in_one_folder(prepared, tmp_path, monkeypatch):
+def test_all_pages_run_in_order_in_one_folder(prepared, tmp_path, monkeypatch, forgotten):  # noqa: F811
     """As a reader goes through them: no page stumbles over what an earlier one has made."""
     monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "work"))
     torch.set_num_threads(1)
-    with mock.patch.dict(ROUTERS):
-        for page in IN_ORDER:
-            run_page(page)
+    for page in IN_ORDER:
+        run_page(page)
 
 
 def options_of(words: list[str]) -> set[str]:

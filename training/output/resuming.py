@@ -18,7 +18,8 @@ from hf_moe.hub import RUN_FILE as FILE
 
 # Arguments that have to be as they were, beside the learning rate and the rows of a step.
 KEPT = (
-    *("stage", "from_scratch", "model_revision", "model_init_kwargs", "trainable", "ema_decay"),
+    *("stage", "from_scratch", "model_revision", "model_init_kwargs", "router_type", "router_args", "trainable"),
+    "ema_decay",
     *("lora_parts", "lora_r", "lora_alpha", "lora_dropout", "lora_base", "esft_p", "esft_score"),
     *("optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "lr_milestones", "lr_gamma"),

@@ -22,7 +22,7 @@ from ..host_trl import log_beside_loss
 from ..trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
 from .loading import ModelArguments, choose_trained, load_tokenizer, load_trained_model, right_config
 from .new_tokens import give_rows, take_template
-from .run import checkpoint_to_resume, say_summary
+from .run import Trained, checkpoint_to_resume, say_summary
 from .trained import train_and_merge
 
 
@@ -90,8 +90,8 @@ def softened_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float
     return temperature**2 * (teacher.exp() * (teacher - student)).sum(dim=-1)
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilConfig) -> dict[str, float]:
-    """Train, evaluate before and after, save to `output_dir`; returns the metrics, with `eval_loss_before`."""
+def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilConfig) -> Trained:
+    """Train, evaluate before and after, save to `output_dir`; the metrics have `eval_loss_before`."""
     check_distil_arguments(args)
     checkpoint = checkpoint_to_resume(args)
     args.chat_template_path = find_template(args.chat_template_path)
@@ -116,7 +116,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilCon
     )
     metrics = train_and_merge(trainer, checkpoint, model_args)
     say_summary(trainer, metrics)
-    return metrics
+    return Trained(trainer, metrics)
 
 
 def check_distil_arguments(args: MoeDistilConfig) -> None:

@@ -18,7 +18,7 @@ from ..weights.adapters import AdapterArguments
 from ..weights.esft import EsftArguments, specialise
 from .loading import ModelArguments
 from .policy import load_policy, load_tokenizer_and_template
-from .run import checkpoint_to_resume, say_summary
+from .run import Trained, checkpoint_to_resume, say_summary
 from .trained import NO_ADAPTER, NO_ESFT, check_choices, train_and_merge
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeDPOConfig, AdapterArguments, EsftArguments)
@@ -32,7 +32,7 @@ def run(
     args: MoeDPOConfig,
     adapter_args: AdapterArguments = NO_ADAPTER,
     esft_args: EsftArguments = NO_ESFT,
-) -> dict[str, float]:
+) -> Trained:
     """Train on pairs of a chosen and a rejected text, evaluate before and after, save; returns the metrics."""
     check_choices(model_args, adapter_args, esft_args)
     checkpoint = checkpoint_to_resume(args)
@@ -49,7 +49,7 @@ def run(
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
     metrics = train_and_merge(trainer, checkpoint, model_args, adapter_args, esft_args)
     say_summary(trainer, metrics)
-    return metrics
+    return Trained(trainer, metrics)
 
 
 def with_prompts(rows: Dataset, name: str) -> Dataset:

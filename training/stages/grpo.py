@@ -23,7 +23,7 @@ from .loading import ModelArguments
 from .new_tokens import copy_rows
 from .policy import load_policy, load_tokenizer_and_template
 from .rewards import NEED_ANSWER, REWARDS, find_rewards, true_answer
-from .run import checkpoint_to_resume, say_saved
+from .run import Trained, checkpoint_to_resume, say_saved
 from .trained import NO_ADAPTER, NO_ESFT, check_choices, train_and_merge
 
 
@@ -47,7 +47,7 @@ def run(
     args: MoeGRPOConfig,
     adapter_args: AdapterArguments = NO_ADAPTER,
     reward_args: RewardArguments | None = None,
-) -> dict[str, float]:
+) -> Trained:
     """Train on rewarded texts that the policy writes, evaluate before and after, save; returns the metrics."""
     names = (reward_args or RewardArguments()).reward_funcs
     check_choices(model_args, adapter_args, NO_ESFT)
@@ -71,7 +71,7 @@ def run(
     trainer = build_trainer(model_args, args, adapter_args, rewards, tokenizer, train_rows, eval_rows)
     metrics = train_and_merge(trainer, checkpoint, model_args, adapter_args)
     say_reward(trainer, metrics)
-    return metrics
+    return Trained(trainer, metrics)
 
 
 def asked(row: dict) -> list[tuple[list[dict], bool]]:

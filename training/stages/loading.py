@@ -1,5 +1,6 @@
 """The model of a run and its tokenizer, loaded as the arguments say, and what of it trains."""
 
+import json
 import os
 import sys
 from collections.abc import Iterable
@@ -7,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.distributed import DistributedConfig
@@ -14,7 +16,9 @@ from transformers.distributed import DistributedConfig
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
 from hf_moe.generation_settings import check_generation_config, mended_config
 from hf_moe.loading import base_of
-from hf_moe.reading import auto_tokenizer, whole_model
+from hf_moe.model.router_code import HfMoeRouterCode
+from hf_moe.model.routing import ROUTERS
+from hf_moe.reading import auto_config, auto_tokenizer, built, whole_model
 
 from ..host import CLIPS_EXPERT_PARALLEL, is_adapter, sharding
 from ..output.saved_dtype import DTYPES
@@ -25,6 +29,8 @@ from ..weights.float8 import check_float8, compute_in_float8
 from ..weights.groups import GROUPS, train_group
 from .fastest import take_fastest
 from .names import STAGES
+
+OF_ROUTER = r"\.gate\.\w+$"
 
 
 @dataclass
@@ -63,6 +69,13 @@ class ModelArguments:
             "of a frozen router stands still, too, unless router_bias_update_speed is given.",
             "choices": list(GROUPS),
         },
+    )
+    router_type: str | None = field(
+        default=None,
+        metadata={"help": "Another router for an hf_moe model, by its name in ROUTERS; what it adds is drawn."},
+    )
+    router_args: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "The arguments of the router, as router_args in a configuration."}
     )
     attn_implementation: str | None = field(
         default=None,
@@ -131,7 +144,9 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
     in_bf16 = sharding(partial(policy_of, device=args.device.type)) if args.bf16 else nullcontext()
     try:
         with in_bf16:
-            model = whole_model(source, **right_config(source, model_args, args), **given, **further)
+            config = right_config(source, model_args, args)
+            drawn = OF_ROUTER if model_args.router_type is not None else None
+            model = whole_model(source, **config, drawn=drawn, **given, **further)
     except ImportError as error:  # of attn_implementation and the like
         raise ValueError(" ".join(str(error).split())) from error
     if is_adapter(model):  # saving would write the adapter alone, and lose what its base has learnt
@@ -164,18 +179,41 @@ def not_whole(source: str) -> ValueError:
 
 
 def right_config(source: str, model_args: ModelArguments, args: TrainingArguments) -> dict[str, PreTrainedConfig]:
-    """For `from_pretrained`: the config, where that in `source` has ids that the model has no row for; says which.
+    """For `from_pretrained`: the config, where that in `source` has ids that the model has no row for, and says which,
+    or where its router is to be another.
 
-    Raises ValueError where the generation config in a folder does not load.
+    Raises ValueError where the generation config in a folder does not load, or the router is not to be had.
     """
     check_generation_config(Path(source))
-    config, left_out = mended_config(
-        source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-    )
-    if config is None:
-        return {}
-    print(left_out, file=sys.stderr)
-    return {"config": config}
+    where = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    config, left_out = mended_config(source, **where)
+    if left_out:
+        print(left_out, file=sys.stderr)
+    if model_args.router_type is not None or model_args.router_args is not None:
+        config = with_router(config or auto_config(source, **where), source, model_args)
+    return {} if config is None else {"config": config}
+
+
+def with_router(config: PreTrainedConfig, source: str, model_args: ModelArguments) -> PreTrainedConfig:
+    """The config with the router that the arguments name. Raises ValueError where it is not to be had."""
+    if not isinstance(config, HfMoeRouterCode):
+        raise ValueError(
+            f"router_type and router_args are for models of hf_moe, and {source} is a {config.model_type}: make it "
+            "one with hf-moe import or hf-moe upcycle."
+        )
+    wanted = model_args.router_type or config.router_type
+    if wanted not in ROUTERS:
+        raise ValueError(
+            f"router_type is {wanted!r}; it can be {', '.join(ROUTERS)}, or one of yours: name its file (--plugin)."
+        )
+    given = model_args.router_args
+    if given is not None:
+        config.router_args = json.loads(given) if isinstance(given, str) else dict(given)
+    elif wanted != config.router_type:
+        config.router_args = {}
+    config.router_type = wanted
+    built(config.validate, f"router_type {wanted}")
+    return config
 
 
 def say_new_positions(model: PreTrainedModel, args: TrainingArguments) -> None:

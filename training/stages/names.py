@@ -1,7 +1,7 @@
 """The stages of training: what a recipe's `stage` names.
 
 A stage's module has `ARGUMENTS`, the dataclasses that its recipes fill, and `run`, which takes one instance of each
-and returns the metrics.
+and returns the trainer and the metrics.
 """
 
 STAGES = {

@@ -35,7 +35,7 @@ from .loading import (
 )
 from .new_tokens import give_rows
 from .rate_guard import RateGuard
-from .run import checkpoint_to_resume, say_summary
+from .run import Trained, checkpoint_to_resume, say_summary
 from .trained import train_and_merge
 
 
@@ -76,8 +76,8 @@ ARGUMENTS = (ModelArguments, DataArguments, MoePretrainConfig)
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainConfig) -> dict[str, float]:
-    """Train, evaluate before and after, save to `output_dir`; returns the metrics, with `eval_loss_before`."""
+def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainConfig) -> Trained:
+    """Train, evaluate before and after, save to `output_dir`; the metrics have `eval_loss_before`."""
     checkpoint = checkpoint_to_resume(args)
     if args.from_scratch and checkpoint is None:
         check_from_scratch(model_args.model_name_or_path, args)
@@ -113,7 +113,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainC
         trainer.add_callback(RateGuard(trainer))
     metrics = train_and_merge(trainer, checkpoint, model_args)
     say_summary(trainer, metrics)
-    return metrics
+    return Trained(trainer, metrics)
 
 
 def check_from_scratch(source: str, args: MoePretrainConfig) -> None:

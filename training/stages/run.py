@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import (
@@ -69,6 +70,13 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 def steps_done(checkpoint: str | None) -> int:
     """How many optimizer steps a checkpoint has behind it."""
     return 0 if checkpoint is None else TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}").global_step
+
+
+class Trained(NamedTuple):
+    """What a run leaves: its trainer, with the model, and what it measured."""
+
+    trainer: Trainer
+    metrics: dict[str, float]
 
 
 def train(trainer: Trainer, checkpoint: str | None, dtype: torch.dtype | None = None) -> dict[str, float]:

@@ -14,7 +14,7 @@ from ..weights.adapters import AdapterArguments, add_adapter
 from ..weights.esft import EsftArguments, specialise
 from .loading import ModelArguments, choose_trained, keep_selection_bias, load_tokenizer, load_trained_model
 from .new_tokens import give_rows, take_template, trained_tokens
-from .run import checkpoint_to_resume, say_summary
+from .run import Trained, checkpoint_to_resume, say_summary
 from .trained import NO_ADAPTER, NO_ESFT, check_choices, store_base, train_and_merge
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments)
@@ -26,8 +26,8 @@ def run(
     args: MoeSFTConfig,
     adapter_args: AdapterArguments = NO_ADAPTER,
     esft_args: EsftArguments = NO_ESFT,
-) -> dict[str, float]:
-    """Train, evaluate before and after, save to `output_dir`; returns the metrics, with `eval_loss_before`."""
+) -> Trained:
+    """Train, evaluate before and after, save to `output_dir`; the metrics have `eval_loss_before`."""
     check_choices(model_args, adapter_args, esft_args)
     checkpoint = checkpoint_to_resume(args)
     args.chat_template_path = find_template(args.chat_template_path)
@@ -59,7 +59,7 @@ def run(
         print(specialise(trainer, esft_args, checkpoint), file=sys.stderr)
     metrics = train_and_merge(trainer, checkpoint, model_args, adapter_args, esft_args)
     say_summary(trainer, metrics)
-    return metrics
+    return Trained(trainer, metrics)
 
 
 def build_trainer(
