@@ -22,15 +22,21 @@ if TYPE_CHECKING:
 def stage_module(argv: list[str]) -> ModuleType:
     """The module of the stage that [recipe, --key, value, ...] runs: `--stage` wins over the recipe's `stage`.
 
-    Raises FileNotFoundError where there is no such recipe, ValueError where there is no such stage.
+    The plugins that it names are run before, as what they register may be named by other arguments. Raises
+    FileNotFoundError where there is no such recipe or plugin, ValueError where there is no such stage.
     """
     if not argv:
         raise ValueError("Give a recipe: a YAML file, or a name that hf-moe train --list shows.")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--stage", nargs="?")
-    stage = early.parse_known_args(argv)[0].stage
-    if stage is None and not argv[0].startswith("-"):
-        stage = read_recipe(argv[0]).get("stage")
+    early.add_argument("--plugins", nargs="*")
+    said = early.parse_known_args(argv)[0]
+    recipe = {} if argv[0].startswith("-") else read_recipe(argv[0])
+    stage = recipe.get("stage") if said.stage is None else said.stage
+    plugins = recipe.get("plugins") if said.plugins is None else said.plugins
+    for plugin in [plugins] if isinstance(plugins, str) else plugins or []:
+        if plugin != "null":
+            load_plugin(plugin)
     stage = "sft" if stage in (None, "null") else stage
     if stage not in list(STAGES):  # which compares values of any type
         raise ValueError(f"recipe {argv[0]}: stage is {stage!r}; it can be {', '.join(STAGES)}.")
@@ -94,8 +100,6 @@ def run(argv: list[str]) -> "Trained":
         with quiet():
             parsed = parser_of(stage).parse(argv)
             (output,) = (Path(part.output_dir) for part in parsed if isinstance(part, TrainingArguments))
-            for plugin in next(part.plugins for part in parsed if hasattr(part, "plugins")) or []:
-                load_plugin(plugin)
             with nothing_left(output):
                 return stage.run(*parsed)
     except PackageNotFoundError as error:  # said by Transformers of DeepSpeed and the like

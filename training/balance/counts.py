@@ -16,11 +16,11 @@ from transformers import TrainingArguments
 from hf_moe.model.balancing import LOSSES, Routed, Statistics, routed, statistics
 from hf_moe.routers import Router, Routing, routed_experts, token_mask
 
-from .moe_arguments import moe_argument
+from .moe_arguments import MoeArguments, moe_argument
 from .multi_token import mtp_coefficient, multi_token_decoder
 
-# The losses that weigh scores by who was chosen; the others need the number of tokens or sequences only.
-NEED_LOADS = ("router_aux_loss_coef", "device_aux_loss_coef", "comm_aux_loss_coef")
+# The losses that need the number of tokens or sequences of a step only; the others weigh scores by who was chosen.
+COUNT_TOKENS = ("seq_aux_loss_coef", "router_z_loss_coef")
 MOST = 2**26  # logits that are looked at in one launch: what is made of them is several times as large
 
 
@@ -68,6 +68,16 @@ class Balance:
         self.groups = SimpleNamespace(topk_group=getattr(config, "topk_group", None) or 1)
         scale = {} if hasattr(model, "active_losses") else {"router_aux_loss_coef": self.top_k}
         coefficients = {}
+        unknown = [
+            name
+            for name in moe_argument(args, "loss_coefs") or {}
+            if name not in LOSSES or hasattr(MoeArguments, name)
+        ]
+        if unknown:
+            raise ValueError(
+                f"loss_coefs holds {unknown[0]}, which is no loss that a plugin has added to "
+                "hf_moe.model.balancing.LOSSES: name its file (plugins), or take its own argument if it has one."
+            )
         for name in LOSSES:
             given = moe_argument(args, name)
             if given is None:
@@ -91,7 +101,7 @@ class Balance:
     @property
     def needs_forward(self) -> bool:
         """Whether only a forward tells what the losses need to know of a step."""
-        return any(name in self.coefficients for name in NEED_LOADS) or self.multi_token is not None
+        return any(name not in COUNT_TOKENS for name in self.coefficients) or self.multi_token is not None
 
     def read(self, routings: dict[str, Routing], inputs: dict) -> list[Layers]:
         """What the losses look at of a batch with these inputs."""

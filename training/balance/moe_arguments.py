@@ -1,9 +1,12 @@
 """What a run of any stage decides beside the arguments of Transformers or TRL: routing, schedules, averages."""
 
+import json
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+
+from hf_moe.model.balancing import LOSSES
 
 from ..host import RENAMED, by_both_names
 
@@ -35,6 +38,10 @@ class MoeArguments:
     )
     comm_aux_loss_coef: float | None = field(
         default=None, metadata={"help": "Of the communication-balance loss over n_group groups of experts."}
+    )
+    loss_coefs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Coefficients of losses that a plugin has added to LOSSES, by their names there."},
     )
     router_bias_update_speed: float | None = field(
         default=None, metadata={"help": "Step of the selection bias (DeepSeek-V3: 1e-3); 0 freezes it."}
@@ -99,6 +106,8 @@ class MoeArguments:
 
     def __post_init__(self):
         vars(self).update(by_both_names(vars(self)))
+        if isinstance(self.loss_coefs, str):
+            self.loss_coefs = json.loads(self.loss_coefs)
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # memory is pinned for its way to a GPU; PyTorch warns where none is
@@ -112,5 +121,8 @@ class MoeTrainingArguments(MoeArguments, TrainingArguments):
 
 
 def moe_argument(args: TrainingArguments, name: str):
-    """A field of MoeArguments, or its default where `args` are plain TrainingArguments."""
+    """A field of MoeArguments, or its default where `args` are plain TrainingArguments; of a loss that has no field,
+    its entry in `loss_coefs`."""
+    if not hasattr(MoeArguments, name) and name in LOSSES:
+        return (moe_argument(args, "loss_coefs") or {}).get(name)
     return getattr(args, name, getattr(MoeArguments, name))

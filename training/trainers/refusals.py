@@ -9,13 +9,14 @@ from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerB
 from hf_moe.model.balancing import LOSSES
 from hf_moe.routers import find_routers, routed_experts
 
-from ..balance.moe_arguments import BALANCE_OVER, moe_argument
+from ..balance.moe_arguments import BALANCE_OVER, MoeArguments, moe_argument
 from ..host import checkpointing_function
 from ..weights.average import check_average
 from .multi_step import check_milestones
 
 # What a recipe says of routing -> what leaves it out.
-ROUTING = {**dict.fromkeys(LOSSES, 0.0), "router_bias_update_speed": None, "densemixer": False}
+ROUTING = {**{name: 0.0 for name in LOSSES if hasattr(MoeArguments, name)}, "loss_coefs": None}
+ROUTING |= {"router_bias_update_speed": None, "densemixer": False}
 
 
 def check_arguments(trainer) -> None:
