@@ -23,7 +23,8 @@ def config_of(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig
     said = read_config(folder)
     if not is_own(said):
         grafted = said.get("model_type") == HfMoeGraftConfig.model_type  # onto such a model, perhaps
-        return auto_config(folder, trust_remote_code=trust_remote_code and grafted)
+        brings_router = said.get("router_code") is not None
+        return auto_config(folder, trust_remote_code=trust_remote_code and (grafted or brings_router))
     module = said["auto_map"]["AutoModelForCausalLM"].split(".")[0]
     if not trust_remote_code:
         raise ValueError(

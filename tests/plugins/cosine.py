@@ -10,7 +10,7 @@ from hf_moe.model.routing import ROUTERS, HfMoeRouter, Router, softmax_affinity
 class CosineRouter(HfMoeRouter):
     def __init__(self, router, config, layer_idx):
         super().__init__(router, config, layer_idx)
-        self.log_temperature = nn.Parameter(torch.zeros(()))
+        self.log_temperature = nn.Parameter(torch.zeros(1))
 
     def draw(self, std):
         super().draw(std)

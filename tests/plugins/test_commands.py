@@ -92,6 +92,8 @@ def test_commands_run_its_code_where_it_is_trusted(name, trained, command, forgo
         assert name not in ROUTERS
     trusted = {verb: command(verb, folder, *further, "--trust-remote-code") for verb, further in words.items()}
     assert all(result.code == 0 for result in trusted.values()), trusted
+    code, out, err = command("verify", folder, folder, "--json", "--trust-remote-code")
+    assert code == 0 and json.loads(out)["max_abs_diff"] == 0, err
     ROUTERS.pop(name)
     forget()
     named = {

@@ -4,6 +4,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from hf_moe.model.assignment import Assignment, in_slots
 from hf_moe.model.balancing import expert_load, routed, statistics
@@ -140,11 +141,13 @@ def test_what_a_router_adds_stays_in_float32(router_type, tmp_path):
     model = own_model(router_type)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    made = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
     added = {"cosine": ["log_temperature"], "threshold": ["threshold"], "top_p": []}[router_type]
     assert loaded.model.layers[1].mlp.gate.weight.dtype == torch.bfloat16
     for name in added:
         tensor, before = (getattr(x.model.layers[1].mlp.gate, name) for x in (loaded, model))
         assert tensor.dtype == torch.float32 and torch.equal(tensor, before)
+        assert getattr(made.model.layers[1].mlp.gate, name).dtype == torch.float32
 
 
 @pytest.mark.parametrize("training", [True, False])

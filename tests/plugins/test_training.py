@@ -1,5 +1,6 @@
 """Routers of a user's own in training: resuming, what a router moves itself, adapters, and what is counted of them."""
 
+import json
 import math
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from hf_moe.training.balance.selection_bias import load_router_bias
 from hf_moe.training.weights.esft import score_experts
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
+import hf_moe
 from hf_moe.plugins import load_plugin
 from hf_moe.routers import captured, find_routers
 from hf_moe.telemetry.counts import RouterCounts
@@ -15,13 +18,17 @@ from tests.plugins.conftest import FOLDER
 from tests.plugins.moved_worker import thresholds
 from tests.processes import on_two_processes
 from tests.training.balance_worker import NONE, ROWS, train_one_step
-from tests.training.models import collate, hf_moe, rows
+from tests.training.conftest import tiny_tokenizer
+from tests.training.models import collate, rows
+from tests.training.models import hf_moe as tiny
 
 SETTINGS = {"n_group": 1, "topk_group": 1}
 
 
 def own(router_type: str, seed: int = 0, **changes):
-    return hf_moe(seed, **SETTINGS | {"router_type": router_type, "num_experts_per_tok": 3} | changes)
+    return tiny(
+        seed, **{"vocab_size": 259} | SETTINGS | {"router_type": router_type, "num_experts_per_tok": 3} | changes
+    )
 
 
 class Watched:
@@ -161,3 +168,22 @@ def test_traced_numbers_are_those_of_the_choices(router_type):
             if best:
                 first[-best[1]] += 1
         assert counts.first_NE[0].tolist() == first
+
+
+@pytest.mark.parametrize("name", ["cosine", "threshold"])
+def test_a_model_saved_in_bfloat16_keeps_it_in_float32(forgotten, name, tmp_path):
+    load_plugin(FOLDER / f"{name}.py")
+    source, added = own(name).to(torch.bfloat16), {"cosine": "log_temperature", "threshold": "threshold"}[name]
+    source.save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": "a b a c " * 4}) for _ in range(8)))
+    words = {"model": tmp_path / "source", "train_data": tmp_path / "text.jsonl", "output_dir": tmp_path / "out"}
+    words |= {"train_tokens": 400, "batch_tokens": 128, "max_length": 16, "per_device_train_batch_size": 4}
+    run = hf_moe.train("tiny/continue", **words, save_strategy="no", trainable="all")
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    tensors = {key: x for key, x in state.items() if ".gate." in key}
+    assert {key: x.dtype for key, x in tensors.items()} == {
+        key: torch.float32 if key.endswith(added) else torch.bfloat16 for key in tensors
+    }
+    trained = run.trainer.moe.state_dict()
+    assert all(torch.equal(x, trained[key]) for key, x in tensors.items() if key.endswith(added))

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import TrainingArguments
 
+from hf_moe.model.router import in_float32
 from hf_moe.reading import auto_config
 from hf_moe.routers import BIASES
 
@@ -37,14 +39,18 @@ def dtype_in_files(folder: Path) -> torch.dtype | None:
     return None
 
 
-def cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """`state` in `dtype`, but for selection biases, whose steps it could not hold; tied weights stay one tensor."""
+def cast(
+    state: dict[str, torch.Tensor], dtype: torch.dtype, model: nn.Module | None = None
+) -> dict[str, torch.Tensor]:
+    """`state` in `dtype`, but for selection biases, whose steps it could not hold, and what routers of `model` keep in
+    float32; tied weights stay one tensor."""
+    kept = (*BIASES, *(() if model is None else in_float32(model)))
     done = {}
     for x in state.values():
         if x.is_floating_point() and place(x) not in done:
             done[place(x)] = x.to(dtype)
     return {
-        name: done[place(x)] if x.is_floating_point() and not name.endswith(BIASES) else x for name, x in state.items()
+        name: done[place(x)] if x.is_floating_point() and not name.endswith(kept) else x for name, x in state.items()
     }
 
 

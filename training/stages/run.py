@@ -174,7 +174,7 @@ def write_merged(trainer: Trainer, model: PreTrainedModel, dtype: torch.dtype | 
         if dtype is None:
             model.save_pretrained(aside)
         else:
-            model.save_pretrained(aside, state_dict=cast(model.state_dict(), dtype))
+            model.save_pretrained(aside, state_dict=cast(model.state_dict(), dtype, model))
             name_dtype(aside, dtype)
         trainer.processing_class.save_pretrained(aside)
         write_plain_templates(aside)

@@ -105,12 +105,12 @@ class CheckpointMixin:
         """Where the host gathers the weights while it saves them, they are cast then."""
         if not (self.casts and self.spread):
             return nullcontext()
-        return gathering_as(self.moe, partial(cast, dtype=self.saved_dtype))
+        return gathering_as(self.moe, partial(cast, dtype=self.saved_dtype, model=self.moe))
 
     def state_to_save(self, state_dict: dict | None) -> dict | None:
         if not self.casts or self.spread:
             return state_dict
-        return cast(self.model.state_dict() if state_dict is None else state_dict, self.saved_dtype)
+        return cast(self.model.state_dict() if state_dict is None else state_dict, self.saved_dtype, self.moe)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restore every weight of the checkpoint; raises ValueError if one is missing, or the folder is.

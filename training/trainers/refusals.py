@@ -7,6 +7,7 @@ from torch import nn
 from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_moe.model.balancing import LOSSES
+from hf_moe.model.router import in_float32
 from hf_moe.routers import find_routers, routed_experts
 
 from ..balance.moe_arguments import BALANCE_OVER, MoeArguments, moe_argument
@@ -72,6 +73,20 @@ def check_groups(trainer) -> None:
             )
 
 
+def check_one_type(trainer) -> None:
+    if not trainer.is_fsdp_enabled:
+        return
+    kept = tuple(in_float32(trainer.moe))
+    trained = {name: x.dtype for name, x in trainer.moe.named_parameters() if x.requires_grad}
+    own = next((name for name in trained if kept and name.endswith(kept)), None)
+    if own is not None and len(set(trained.values())) > 1:
+        raise ValueError(
+            f"FSDP2 shards weights of one type, and {own} stays in float32 beside others in "
+            f"{', '.join(sorted({str(x).removeprefix('torch.') for x in trained.values()} - {'float32'}))}: train with "
+            "--dtype float32; bf16 then computes in bfloat16."
+        )
+
+
 def check_policies(trainer) -> None:
     if any(router.policy for router in trainer.routers.values()) and not trainer.takes_model_loss:
         raise ValueError(
@@ -98,7 +113,7 @@ def check_devices(trainer) -> None:
 
 
 CHECKS = (check_numbers, check_bias_speed, check_schedules, check_losses_can_be_read)
-CHECKS_OF_ROUTERS = (check_groups, check_policies, check_devices)
+CHECKS_OF_ROUTERS = (check_groups, check_policies, check_devices, check_one_type)
 
 
 def unread_routers(trainer) -> str | None:
