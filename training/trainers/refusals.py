@@ -12,6 +12,7 @@ from hf_moe.routers import find_routers, routed_experts
 
 from ..balance.moe_arguments import BALANCE_OVER, MoeArguments, moe_argument
 from ..host import checkpointing_function
+from ..output.saved_dtype import name_of
 from ..weights.average import check_average
 from .multi_step import check_milestones
 
@@ -79,11 +80,11 @@ def check_one_type(trainer) -> None:
     kept = tuple(in_float32(trainer.moe))
     trained = {name: x.dtype for name, x in trainer.moe.named_parameters() if x.requires_grad}
     own = next((name for name in trained if kept and name.endswith(kept)), None)
-    if own is not None and len(set(trained.values())) > 1:
+    other = next((dtype for dtype in trained.values() if dtype != torch.float32), None)
+    if own is not None and other is not None:
         raise ValueError(
-            f"FSDP2 shards weights of one type, and {own} stays in float32 beside others in "
-            f"{', '.join(sorted({str(x).removeprefix('torch.') for x in trained.values()} - {'float32'}))}: train with "
-            "--dtype float32; bf16 then computes in bfloat16."
+            f"FSDP2 shards weights of one type, and {own} stays in float32 beside others in {name_of(other)}: train "
+            "with --dtype float32; bf16 then computes in bfloat16."
         )
 
 
