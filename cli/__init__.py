@@ -17,6 +17,7 @@ from .new import new
 from .plan import plan
 from .push import push
 from .renew import renew
+from .reshape import experts, grow, prune
 from .trace import trace
 from .train import train
 
@@ -53,6 +54,9 @@ app.command()(upcycle)
 app.command("import")(import_)
 app.command()(export)
 app.command()(verify)
+app.command()(prune)
+app.command()(grow)
+app.command()(experts)
 # A recipe's keys are its own business, so train takes any option and passes it on; its --help tells of them, too.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(train)
 app.command()(compare)

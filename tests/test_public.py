@@ -17,7 +17,10 @@ PUBLIC = {
         "HfMoeModel",
         "__version__",
     },
-    "hf_moe.conversion": {"export_checkpoint", "import_checkpoint", "nearest_families", "upcycle", "verify"},
+    "hf_moe.conversion": {
+        *("exchange_experts", "export_checkpoint", "grow", "import_checkpoint", "nearest_families", "prune"),
+        *("upcycle", "verify"),
+    },
     "hf_moe.telemetry": {"trace"},
     "hf_moe.sizes": {"sizes"},
 }

@@ -170,6 +170,18 @@ class Family:
         prefixes = [mtp_prefix(config, index) for index in range(config.num_mtp_layers)]
         return {f"{prefix}{copy}": name for prefix in prefixes for copy, name in self.mtp.copies.items()}
 
+    def layout_of(
+        self, shapes: Mapping[str, tuple[int, ...]], available: "Mapping[str, Entry]", config: HfMoeConfig
+    ) -> str:
+        """The layout in which the `available` tensors have most of what `shapes` calls for: the one that was meant."""
+
+        def fit(layout: str) -> tuple[int, int]:
+            found = self.regions(shapes, layout, config).values()
+            held = {x.name: x.shape for parts in found for x in parts if x.name in available}
+            return len(held), sum(available[name].shape == shape for name, shape in held.items())
+
+        return max(self.layouts, key=fit)
+
     def match(
         self, shapes: Mapping[str, tuple[int, ...]], available: "Mapping[str, Entry]", config: HfMoeConfig
     ) -> dict[str, list[Region]]:
@@ -177,13 +189,7 @@ class Family:
 
         Raises a ValueError that names the first missing tensor.
         """
-
-        def fit(found: dict[str, list[Region]]) -> tuple[int, int]:
-            held = {x.name: x.shape for parts in found.values() for x in parts if x.name in available}
-            return len(held), sum(available[name].shape == shape for name, shape in held.items())
-
-        # The layout in which the files have most of what is called for is the one that was meant.
-        meant = max((self.regions(shapes, layout, config) for layout in self.layouts), key=fit)
+        meant = self.regions(shapes, self.layout_of(shapes, available, config), config)
         missing = dict.fromkeys(x.name for parts in meant.values() for x in parts if x.name not in available)
         if not missing:
             return meant

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,7 +154,7 @@ class Source:
             return Output(name, zeros.dtype, shape, lambda: [zeros], zeros.nbytes)
         first = regions[0].name
         dtype = self.checkpoint.entries[first].dtype
-        if dtype not in WEIGHT_DTYPES:
+        if dtype not in WEIGHT_DTYPES and not name.endswith(".hash_table"):
             raise ValueError(f"{first} is {dtype}: without a quantization_config hf_moe reads floats only.")
         for region in regions:
             entry = self.checkpoint.entries[region.name]
@@ -163,7 +164,16 @@ class Source:
                 raise ValueError(
                     f"{region.name} has shape {list(entry.shape)}, but the config calls for {list(region.shape)}."
                 )
-        return Output(name, dtype, shape, lambda: map(self._read, regions), max(map(self._held, regions)))
+        held = max(map(self._held, regions))
+        return Output(name, dtype, shape, lambda: map(self._read, regions), held, partial(self._part, regions))
+
+    def _part(self, regions: list[Region], index: int, count: int) -> torch.Tensor:
+        """Part `index` of `count` equal ones of the tensor whose rows are those of the regions: [rows]."""
+        if count >= len(regions):
+            parts = count // len(regions)
+            return self._read(regions[index // parts]).reshape(parts, -1)[index % parts]
+        each = len(regions) // count
+        return torch.cat([self._read(x).reshape(-1) for x in regions[index * each : (index + 1) * each]])
 
     def _held(self, region: Region) -> int:
         """Bytes of memory that reading a region takes: a block that is computed, and what is not as it lies in it."""

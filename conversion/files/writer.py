@@ -20,7 +20,8 @@ CHUNK_BYTES = 1 << 24  # how much is written between two looks at the clock (and
 class Output(NamedTuple):
     """One tensor to write: `pieces()` yields tensors whose values, one after the other, are its rows.
 
-    held: about how many bytes of memory a piece takes, with what it is made of; none if it is a view of a file.
+    held: about how many bytes of memory a piece takes, with what it is made of; none if it is a view of a file. read:
+    part i of n equal ones, its rows as one vector, where there is a way to have one without the others.
     """
 
     name: str
@@ -28,6 +29,13 @@ class Output(NamedTuple):
     shape: tuple[int, ...]
     pieces: Callable[[], Iterable[torch.Tensor]]
     held: int = 0
+    read: Callable[[int, int], torch.Tensor] | None = None
+
+    def part(self, index: int, count: int) -> torch.Tensor:
+        """Part `index` of `count` equal ones, its rows as one vector."""
+        if self.read is not None:
+            return self.read(index, count)
+        return torch.cat([piece.reshape(-1) for piece in self.pieces()]).view(count, -1)[index]
 
     @property
     def nbytes(self) -> int:

@@ -4,7 +4,6 @@ Shapes: T tokens, D hidden size, E experts.
 """
 
 import math
-import reprlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +12,10 @@ from typing import Any
 import torch
 import yaml
 
-from ...reading import positions
 from ..files.checkpoint import read_text
+from ..files.texts import cut, encoded, read_texts
 from ..files.tokenizer import load_tokenizer
 from .dense import GraftDense, NativeDense
-
-MAX_TOKENS = 4096  # of the calibration text
-WINDOW = 256  # tokens that are read together
-CHARACTERS = 32  # of a token at most, on average
-# Suffixes of row files, and what `datasets` calls them. Any other file is plain text.
-ROW_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 class Evidence:
@@ -38,7 +31,8 @@ class Evidence:
         self._tokenizer = load_tokenizer(folder) if needs_tokens else None
         if needs_tokens and self._tokenizer is None:
             raise ValueError(f"{folder.name} has no tokenizer to read {calibration or prompts} with.")
-        self._windows = [] if calibration is None else self._cut(read_texts(Path(calibration)))
+        texts = [] if calibration is None else read_texts(Path(calibration), self._tokenizer)
+        self._windows = [] if calibration is None else cut(texts, self._tokenizer, self._config)
         self.prompts = [] if prompts is None else read_prompts(Path(prompts))
 
     @property
@@ -103,55 +97,11 @@ class Evidence:
         return read
 
     def _encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
-        read = [self._tokenizer(text, verbose=False).input_ids for text in texts]
-        encoded = [torch.tensor(ids, dtype=torch.long, device="cpu") for ids in read]
-        for text, ids in zip(texts, encoded, strict=True):
-            if not len(ids):
-                raise ValueError(f"The prompt {text!r} has no tokens.")
-            if ids.max() >= self._config.vocab_size:
-                raise ValueError(f"The tokenizer gives token {ids.max()}, the model knows {self._config.vocab_size}.")
-        return encoded
-
-    def _cut(self, texts: Iterable[str]) -> list[torch.Tensor]:
-        """The first MAX_TOKENS tokens, in windows that do not reach over the end of a text."""
-        windows, left = [], MAX_TOKENS
-        size = positions(self._config, WINDOW)
-        for text in texts:
-            for ids in self._encode([text])[0][:left].split(size) if text.strip() else ():
-                windows.append(ids)
-                left -= len(ids)
-            if not left:
-                break
-        if not windows:
-            raise ValueError("The calibration text is empty.")
-        return windows
+        return encoded(texts, self._tokenizer, self._config)
 
 
 def in_float32(piece: torch.Tensor) -> torch.Tensor:
     return piece.float() if piece.is_floating_point() else piece
-
-
-def read_texts(path: Path) -> list[str]:
-    """The texts of a file: the column "text" of .jsonl, .json, .csv or .parquet, else the whole file as one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no calibration text {path}.")
-    if path.suffix not in ROW_FILES:
-        return [read_text(path, MAX_TOKENS * CHARACTERS)]
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        rows = load_dataset(ROW_FILES[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError, StopIteration) as error:
-        reason = str(error.__cause__ or error).splitlines() or ["it has no rows"]  # StopIteration says nothing
-        raise ValueError(f"{path} cannot be read as rows: {reason[0]}") from error
-    if "text" not in rows.column_names:
-        raise ValueError(f"{path} has the columns {', '.join(rows.column_names)}; the calibration text is in text.")
-    texts = rows[:MAX_TOKENS]["text"]
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{path}: row {index} of the column text is {reprlib.repr(text)}, which is no text.")
-    return texts
 
 
 def read_prompts(path: Path) -> list[list[str]]:

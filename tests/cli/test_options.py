@@ -4,15 +4,21 @@ import inspect
 from dataclasses import MISSING, fields
 
 import pytest
-from hf_moe.conversion import export_checkpoint, import_checkpoint, upcycle
+from hf_moe.conversion import exchange_experts, export_checkpoint, grow, import_checkpoint, prune, upcycle
 from hf_moe.conversion.options import ExportOptions, ImportOptions, UpcycleOptions
-from hf_moe_cli import convert
+from hf_moe.conversion.reshape.exchange import ExchangeOptions
+from hf_moe.conversion.reshape.grow import GrowOptions
+from hf_moe.conversion.reshape.prune import PruneOptions
+from hf_moe_cli import convert, reshape
 
 NONE = inspect.Parameter.empty
 TAKERS = {
     UpcycleOptions: (upcycle, convert.upcycle),
     ImportOptions: (import_checkpoint, convert.import_),
     ExportOptions: (export_checkpoint, convert.export),
+    PruneOptions: (prune, reshape.prune),
+    GrowOptions: (grow, reshape.grow),
+    ExchangeOptions: (exchange_experts, reshape.experts),
 }
 # Fields that a command says in another way, or leaves out; what a command has besides; what --nearest goes without.
 RENAMED = {"verify": "no_verify", "domain_texts": "domain_text"}
@@ -31,7 +37,9 @@ def test_function_and_command_take_the_same(options):
         if field.name not in OF_PYTHON:
             said = command[names[field.name]].default
             said = not said if field.name == "verify" else said
-            assert said == (None if field.name in OPTIONAL else default), field.name
+            assert said == (None if field.name in OPTIONAL else default or None if default == () else default), (
+                field.name
+            )
     assert command.keys() - OF_COMMANDS == set(names.values()) - OF_PYTHON
 
 

@@ -7,7 +7,16 @@ import signal
 import time
 
 import pytest
-from hf_moe.conversion import export_checkpoint, import_checkpoint, output, upcycle, verify
+from hf_moe.conversion import (
+    exchange_experts,
+    export_checkpoint,
+    grow,
+    import_checkpoint,
+    output,
+    prune,
+    upcycle,
+    verify,
+)
 from hf_moe.conversion.files import writer
 
 from hf_moe.staging import journal_file, staging_folder
@@ -17,7 +26,7 @@ from tests.conversion.kill_worker import convert
 # How often each of the conversions is killed; HF_MOE_KILL_POINTS=34 makes it more than 100 in all.
 KILL_POINTS = int(os.environ.get("HF_MOE_KILL_POINTS", "6"))
 FUNCTIONS = {"upcycle": upcycle, "import_checkpoint": import_checkpoint, "export_checkpoint": export_checkpoint}
-FUNCTIONS |= {"graft": upcycle}
+FUNCTIONS |= {"graft": upcycle, "prune": prune, "grow": grow, "exchange_experts": exchange_experts}
 PRELOADED = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral")]
 ARGUMENTS = {"max_shard_size": "25KB", "verify": False, "progress": False}
 
@@ -40,6 +49,9 @@ def sources(checkpoint, tmp_path_factory):
         "import_checkpoint": {"src": checkpoint("mixtral", sharded=True)},
         "export_checkpoint": {"src": moe, "to": "mixtral"},
         "graft": {"src": checkpoint("llama", sharded=True), "experts": 3, "top_k": 2, "seed": 5, "graft": True},
+        "prune": {"src": checkpoint("mixtral", sharded=True), "experts": 4, "by": "random"},
+        "grow": {"src": checkpoint("mixtral", sharded=True), "experts": 10, "top_k": 6},
+        "exchange_experts": {"src": moe, "add": [f"{moe}:0"]},
     }
 
 

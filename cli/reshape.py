@@ -1,0 +1,152 @@
+"""`hf-moe prune`, `hf-moe grow` and `hf-moe experts`: a trained mixture in another shape."""
+
+from typing import Annotated
+
+import typer
+
+from .convert import DryRun, Json, NoVerify, Output, Resume, ShardSize, Source, finish
+from .output import hide_loading_bars, messages_on_stderr
+
+EXACT = 1e-4
+
+
+def prune(
+    src: Source,
+    dst: Output,
+    experts: Annotated[int | None, typer.Option(help="Experts that each layer keeps.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Instead: the share of them that is dropped.")] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            help="What an expert is worth: reap (router weight times norm of its output), frequency, output (the norm "
+            "alone) or random."
+        ),
+    ] = "reap",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A text, or rows with a column text or messages, that the model reads, a layer in memory at a time.",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="How many of its tokens.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn (random).")] = 0,
+    max_shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    no_verify: NoVerify = False,
+    json: Json = False,
+) -> None:
+    """Drop the experts of each layer that are worth least by a text; the model stays of its family."""
+    with messages_on_stderr():
+        hide_loading_bars()
+        from hf_moe.conversion import prune
+
+        report = prune(
+            src,
+            dst,
+            experts=experts,
+            ratio=ratio,
+            by=by,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
+            seed=seed,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            resume=resume,
+            verify=not no_verify,
+        )
+    finish(report if json else without_lists(report), json)
+
+
+def grow(
+    src: Source,
+    dst: Output,
+    experts: Annotated[int, typer.Option(help="Experts of each layer: a multiple of what there are.")],
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Experts of a token: as many times more, or as many as now.", show_default="as many as now"),
+    ] = None,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            help="Added to the router's rows, beside their size, so that copies come to differ.",
+            show_default="3e-7 in float32, else 1e-2",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    max_shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    no_verify: NoVerify = False,
+    json: Json = False,
+) -> None:
+    """Give each layer several copies of its experts; at first the model computes what it computed."""
+    with messages_on_stderr():
+        hide_loading_bars()
+        from hf_moe.conversion import grow
+
+        report = grow(
+            src,
+            dst,
+            experts=experts,
+            top_k=top_k,
+            noise=noise,
+            seed=seed,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            resume=resume,
+            verify=not no_verify,
+        )
+    finish(report, json, EXACT)
+
+
+def experts(
+    src: Source,
+    dst: Output,
+    swap: Annotated[
+        list[str] | None,
+        typer.Option(metavar="I=SIBLING", help="Expert I is the sibling's from now on; SIBLING:J for another of its."),
+    ] = None,
+    remove: Annotated[list[int] | None, typer.Option(metavar="I", help="Expert I leaves.")] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIBLING", help="The sibling's last expert joins; SIBLING:J names another."),
+    ] = None,
+    max_shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    no_verify: NoVerify = False,
+    json: Json = False,
+) -> None:
+    """Add a sibling's expert to each layer, take one out, or put one in another's place; all else stays as it is."""
+    with messages_on_stderr():
+        hide_loading_bars()
+        from hf_moe.conversion import exchange_experts
+
+        report = exchange_experts(
+            src,
+            dst,
+            swap=[numbered(word) for word in swap or ()],
+            remove=remove or (),
+            add=add or (),
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            resume=resume,
+            verify=not no_verify,
+        )
+    finish(report, json)
+
+
+def numbered(word: str) -> tuple[int, str]:
+    """I=SIBLING as a pair."""
+    number, equals, sibling = word.partition("=")
+    if not (equals and number.isdigit() and sibling):
+        raise ValueError(f"--swap is {word}; write I=SIBLING, the number of an expert and a folder or a Hub id.")
+    return int(number), sibling
+
+
+def without_lists(report: dict) -> dict:
+    """For the screen each layer's kept experts on a line, and no scores."""
+    kept = {f"kept in {layer}": " ".join(map(str, numbers)) for layer, numbers in report.get("kept", {}).items()}
+    return {name: value for name, value in report.items() if name not in ("kept", "scores")} | kept

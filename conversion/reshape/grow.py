@@ -1,0 +1,137 @@
+"""`grow`: a trained mixture with more experts, each one of those that it had, which computes what it computed.
+
+Expert upcycling (https://arxiv.org/abs/2604.19835) duplicates experts and rows of the router. There the larger model
+begins near the smaller one, as copies take each other's places among the K best. Here it begins where that was: a
+token gets all copies of its experts (K grows with E), or the copies stand in groups of which a token takes one (K
+stays).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...staging import check_destination
+from ..options import ConversionOptions, takes
+from .model import Expert, Mixture, changed, open_mixture, with_experts, write
+
+NORMED = ("topk_softmax",)  # routers whose weights sum to 1 as they are
+GROWN = ("softmax_topk", "sigmoid_topk", "reinforce", *NORMED)
+NOISE = {torch.float32: 3e-7}  # of a router in this type, unless it is said
+ROUNDED = 1e-2  # in others, whose rounding would swallow less
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowOptions(ConversionOptions):
+    """ConversionOptions, and how large.
+
+    experts: of each layer, a multiple of what there are. top_k: experts of a token, as many as now, or as many times
+    more as there are experts; None: as many as now. noise: root mean square of what is added to the router's rows,
+    beside that of the rows, so that copies come to differ; None: 3e-7 in float32, in others 1e-2, which their rounding
+    does not swallow, and shows. seed: of the noise.
+    """
+
+    experts: int
+    top_k: int | None = None
+    noise: float | None = None
+    seed: int = 0
+
+
+@takes(GrowOptions)
+def grow(src: str | Path, dst: str | Path, options: GrowOptions) -> dict[str, Any]:
+    """Give each layer m times as many experts, m copies of each, so that the model computes what it computed.
+
+    src: a mixture of experts of any family that hf_moe reads, a folder or a Hub id; the result is of that family.
+    dst: a folder that does not exist or is empty. Keywords: the fields of GrowOptions. With m times as many experts a
+    token, a token is sent to all copies of its experts, which share the weight. With as many experts a token, copies
+    stand in m groups with one direction of the noise each: a token takes the group whose direction is nearest, and in
+    it the experts that it had; experts that stand in groups already cannot.
+
+    Returns `convert`'s report. Raises a ValueError or OSError of one line; then there is no output.
+    """
+    check_destination(Path(dst), options.resume)
+    mixture = open_mixture(src)
+    times = how_often(mixture, options)
+    old = mixture.config
+    top_k = old.num_experts_per_tok if options.top_k is None else options.top_k
+    fields: dict[str, Any] = {"num_experts": options.experts, "num_experts_per_tok": top_k}
+    alike = top_k == old.num_experts_per_tok
+    if alike:
+        fields |= {"n_group": times, "topk_group": 1}
+    # Scores that sum to 1 are shared by all copies; sigmoids are each copy's own.
+    sums_to_1 = old.router_type != "sigmoid_topk"
+    if alike == sums_to_1 and old.router_type not in NORMED and not old.norm_topk_prob:
+        fields["routed_scaling_factor"] = old.routed_scaling_factor * (times if alike else 1 / times)
+    config = changed(old, f"{options.experts} experts", **fields)
+    experts = {
+        layer: [Expert(mixture, i) for i in range(old.num_experts)] * times
+        if alike
+        else [Expert(mixture, i) for i in range(old.num_experts) for _ in range(times)]
+        for layer in mixture.layers
+    }
+    rows = Rows(mixture, alike, times if sums_to_1 else 1, options)
+    arguments = {"experts": options.experts, "top_k": top_k, "noise": options.noise, "seed": options.seed}
+    provenance = {"method": "grow", "arguments": arguments}
+    report = write(mixture, config, with_experts(mixture, experts, rows.of_copy), dst, options, provenance)
+    return report | {"experts": options.experts, "top_k": top_k, "equal_at_step_0": True}
+
+
+def how_often(mixture: Mixture, options: GrowOptions) -> int:
+    """How many copies of each expert. Raises ValueError where the model would not compute what it did."""
+    config = mixture.config
+    experts, top_k = config.num_experts, config.num_experts_per_tok
+    times = options.experts // experts
+    if options.experts != times * experts or times < 2:
+        raise ValueError(f"experts is {options.experts}; it must be a multiple of {experts}, as many as there are.")
+    if options.top_k not in (None, top_k, top_k * times):
+        raise ValueError(
+            f"top_k is {options.top_k}; it can be {top_k}, as now, or {top_k * times}, as many times more."
+        )
+    if options.noise is not None and not 0 <= options.noise < 1:
+        raise ValueError(f"noise is {options.noise}; it must be at least 0 and below 1.")
+    if config.router_type not in GROWN:
+        raise ValueError(f"router_type {config.router_type!r} cannot be grown; {', '.join(GROWN)} can.")
+    by_two = config.router_args.get("group_score", "two_best") == "two_best"
+    if options.top_k == top_k * times:
+        if config.topk_group < config.n_group and by_two:
+            raise ValueError(
+                f"A token takes {config.topk_group} of {config.n_group} groups by their two best experts, which would "
+                "be copies of one: the model would not compute what it does."
+            )
+        return times
+    way_out = f"give top_k {top_k * times} (--top-k), so that a token is sent to all copies of its experts."
+    if config.n_group > 1:
+        raise ValueError(f"The experts stand in {config.n_group} groups already: {way_out}")
+    if config.router_type == "reinforce" or config.limits_experts:
+        raise ValueError(f"Copies cannot stand in groups with this router: {way_out}")
+    return times
+
+
+class Rows:
+    """What becomes of an expert's rows in a router: noise is added to its weights, one direction for all experts of a
+    group, else one for each copy. Of scores that `shared` copies divide among them the selection bias is divided."""
+
+    def __init__(self, mixture: Mixture, alike: bool, shared: int, options: GrowOptions):
+        self.mixture, self.alike, self.shared, self.options = mixture, alike, shared, options
+
+    def of_copy(self, name: str, number: int, row: torch.Tensor) -> torch.Tensor:
+        if name.endswith(".e_score_correction_bias"):
+            return row / self.shared
+        given = self.options.noise
+        noise = NOISE.get(row.dtype, ROUNDED) if given is None else given
+        if not name.endswith(".gate.weight") or noise == 0:
+            return row
+        copy = number // self.mixture.config.num_experts if self.alike else number
+        seed = hashlib.sha256(f"{self.options.seed} {name} {copy}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(seed[:6], "little"))
+        direction = torch.randn(row.shape, generator=generator, dtype=torch.float32)
+        return (row.float() + noise * self.size(name) * direction).to(row.dtype)
+
+    @cache  # noqa: B019  (as long as the conversion)
+    def size(self, name: str) -> float:
+        """Root mean square of a router's weights."""
+        rows = torch.cat([piece.reshape(-1).float() for piece in self.mixture.outputs[name].pieces()])
+        return rows.square().mean().sqrt().item()

@@ -1,0 +1,117 @@
+"""`prune`: a mixture with the experts that are worth most by a calibration text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...staging import check_destination
+from ..files.texts import MAX_TOKENS, cut, read_texts
+from ..files.tokenizer import load_tokenizer
+from ..options import ConversionOptions, takes
+from .model import Expert, Mixture, changed, open_mixture, with_experts, write
+from .scores import SCORES, Seen, watch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(ConversionOptions):
+    """ConversionOptions, and what is kept.
+
+    experts: how many of each layer; or ratio: what share of them is dropped. by: a key of `SCORES`, whose functions
+    say what each measures. calibration: a text, or rows with a column "text" or with conversations in "messages",
+    which the model reads; of it calibration_tokens tokens. seed: of what is drawn (by "random").
+    """
+
+    experts: int | None = None
+    ratio: float | None = None
+    by: str = "reap"
+    calibration: str | Path | None = None
+    calibration_tokens: int = MAX_TOKENS
+    seed: int = 0
+
+
+@takes(PruneOptions)
+def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, Any]:
+    """Drop the experts of each layer that are worth least, and their rows of the router; all else stays as it is.
+
+    src: a mixture of experts of any family that hf_moe reads, a folder or a Hub id; the result is of that family.
+    dst: a folder that does not exist or is empty. Keywords: the fields of PruneOptions. Where experts stand in groups,
+    each group keeps as many.
+
+    Returns `convert`'s report with `kept`, for each layer the numbers of its experts that stay, and `scores`. Raises a
+    ValueError or OSError of one line; then there is no output.
+    """
+    check_destination(Path(dst), options.resume)
+    mixture = open_mixture(src)
+    keep = how_many(mixture, options)
+    config = changed(mixture.config, f"{keep} experts", num_experts=keep)
+    if options.by not in SCORES:
+        raise ValueError(f"by is {options.by!r}; it can be {', '.join(SCORES)}.")
+    windows = read(mixture, options)
+    seen = {} if options.dry_run else watched(mixture, windows, options)
+    generator = torch.Generator().manual_seed(options.seed)
+    scores = {layer: SCORES[options.by](x, generator) for layer, x in seen.items()}
+    kept = {layer: best(score, keep, config.n_group) for layer, score in scores.items()}
+    if options.dry_run:
+        kept = {layer: list(range(keep)) for layer in mixture.layers}
+    experts = {layer: [Expert(mixture, i) for i in numbers] for layer, numbers in kept.items()}
+    arguments = {"experts": keep, "by": options.by, "seed": options.seed, "tokens": sum(map(len, windows))}
+    provenance = {"method": "prune", "arguments": arguments}
+    if not options.dry_run:
+        provenance["kept"] = kept
+    report = write(mixture, config, with_experts(mixture, experts), dst, options, provenance)
+    told = {} if options.dry_run else {"kept": kept, "scores": {layer: x.tolist() for layer, x in scores.items()}}
+    return report | {"experts": keep, "by": options.by} | told | {"equal_at_step_0": False}
+
+
+def how_many(mixture: Mixture, options: PruneOptions) -> int:
+    """Raises ValueError for a number that there are not, or that is said twice or not at all."""
+    experts = mixture.config.num_experts
+    if (options.experts is None) == (options.ratio is None):
+        raise ValueError("Say how many experts are kept (experts), or what share of them is dropped (ratio).")
+    if options.ratio is not None and not 0 < options.ratio < 1:
+        raise ValueError(f"ratio is {options.ratio}; it must be above 0 and below 1.")
+    keep = options.experts if options.ratio is None else round(experts * (1 - options.ratio))
+    if not 0 < keep < experts:
+        raise ValueError(f"{keep} experts are to be kept of {experts}: it can be 1 to {experts - 1}.")
+    top_k = mixture.config.num_experts_per_tok
+    if keep < top_k:
+        raise ValueError(f"{keep} experts are fewer than the {top_k} that a token is sent to: keep at least {top_k}.")
+    if keep % mixture.config.n_group:
+        raise ValueError(
+            f"{keep} experts cannot be kept alike in {mixture.config.n_group} groups: it must be a multiple of that."
+        )
+    return keep
+
+
+def read(mixture: Mixture, options: PruneOptions) -> list[torch.Tensor]:
+    """The calibration text in windows of token ids; none where it is not read."""
+    if options.by == "random":
+        return []
+    if options.calibration is None:
+        raise ValueError(f"by {options.by} needs a text that the model reads: give calibration (--calibration).")
+    tokenizer = load_tokenizer(mixture.source.checkpoint.folder)
+    if tokenizer is None:
+        raise ValueError(f"{mixture.source.name} has no tokenizer to read {options.calibration} with.")
+    if options.calibration_tokens < 1:
+        raise ValueError(f"calibration_tokens is {options.calibration_tokens}; it must be at least 1.")
+    texts = read_texts(Path(options.calibration), tokenizer, options.calibration_tokens)
+    return cut(texts, tokenizer, mixture.source.config.get_text_config(), options.calibration_tokens)
+
+
+def watched(mixture: Mixture, windows: list[torch.Tensor], options: PruneOptions) -> dict[str, Seen]:
+    nothing = torch.zeros(3, mixture.config.num_experts, dtype=torch.float64)
+    found = watch(mixture, windows, options.progress) if windows else {}
+    # Modules for multi-token prediction, which a forward does not run, keep what the last layer keeps.
+    last = list(found.values())[-1] if found else Seen(*nothing)
+    return {layer: found.get(layer, last) for layer in mixture.layers}
+
+
+def best(score_E: torch.Tensor, keep: int, groups: int) -> list[int]:
+    """The numbers of the `keep` experts of the largest scores, as many of each group; of equals the first."""
+    kept = []
+    for group, scores in enumerate(score_E.view(groups, -1)):
+        chosen = scores.argsort(descending=True, stable=True)[: keep // groups]
+        kept += (chosen + group * len(scores)).tolist()
+    return sorted(kept)

@@ -1,0 +1,340 @@
+"""Mixtures in another shape: experts pruned, grown and exchanged, beside what slow loops over the weights give."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from hf_moe.conversion.reshape import exchange_experts, grow, prune
+from hf_moe.conversion.reshape.prune import best
+from hf_moe.conversion.reshape.scores import SCORES, Seen
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_moe import HfMoeConfig, HfMoeForCausalLM
+from hf_moe.demo import DEMO_MODEL
+from hf_moe.routers import captured, find_routers
+from tests.conversion.conftest import DEEPSEEK_V3, GPT_OSS, MOE, QWEN_MOE, SIZES, build
+
+TEXT = "Once upon a time there was a dog named Ben. He ran to the river and was glad. The end.\n" * 12
+V3 = {**DEEPSEEK_V3, "n_group": 1, "topk_group": 1, "n_routed_experts": 6}
+CASES = {
+    "olmoe": ("olmoe", {**MOE, "num_experts": 6}),
+    "qwen3_moe": ("qwen3_moe", {**QWEN_MOE, "num_experts": 6, "head_dim": 10}),
+    "deepseek_v3": ("deepseek_v3", V3),
+    "gpt_oss": ("gpt_oss", {**GPT_OSS, "num_local_experts": 6}),
+}
+OURS = {"router_type": "softmax_topk", "router_args": {"selection_bias": True}, "n_shared_experts": 1}
+QUIET = {"progress": False}
+
+
+def ours(**changes) -> HfMoeForCausalLM:
+    torch.manual_seed(3)
+    fields = {**SIZES, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "vocab_size": 512}
+    fields |= {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+    model = HfMoeForCausalLM(HfMoeConfig(**{**fields, **OURS, **changes})).eval()
+    for layer in model.model.layers[1:]:
+        if layer.mlp.gate.e_score_correction_bias is not None:
+            layer.mlp.gate.e_score_correction_bias.normal_(std=0.1)
+    return model
+
+
+def save(model, folder, dtype=None):
+    (model if dtype is None else model.to(dtype)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["hf_moe", *CASES])
+def source(request, tmp_path_factory):
+    """A family's name and the folder of a tiny mixture of 6 experts, 3 a token."""
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    if request.param == "hf_moe":
+        return request.param, save(ours(), folder)
+    model_type, fields = CASES[request.param]
+    return request.param, save(build(model_type, **{**fields, "vocab_size": 512}), folder)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def load(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.set_experts_implementation("eager")
+    return model
+
+
+def ids_of(folder) -> torch.Tensor:
+    return AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids[:, :60]
+
+
+def by_hand(model, ids: torch.Tensor) -> dict[str, list[Seen]]:
+    """What each expert did with the text, token by token: every layer's experts called one at a time."""
+    found, inputs = {}, {}
+    routers = find_routers(model)
+    for name, router in routers.items():
+        router.layer.experts.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: inputs.update({name: (*args, *kwargs.values())}), with_kwargs=True
+        )
+    with torch.no_grad():
+        model(ids)
+        for name, router in routers.items():
+            hidden, index, weights = inputs[name]
+            tokens, norms, weighted = [0] * 6, [0.0] * 6, [0.0] * 6
+            for token in range(len(hidden)):
+                for expert, weight in zip(index[token].tolist(), weights[token].tolist(), strict=True):
+                    one = torch.tensor([[expert]])
+                    answer = router.layer.experts.forward(hidden[token : token + 1], one, torch.ones(1, 1))
+                    tokens[expert] += 1
+                    norms[expert] += answer.norm().item()
+                    weighted[expert] += weight * answer.norm().item()
+            found[f"model.layers.{name.split('.layers.')[1].split('.')[0]}"] = tokens, norms, weighted
+    return found
+
+
+def worth(by: str, tokens, norms, weighted) -> list[float]:
+    if by == "frequency":
+        return [float(x) for x in tokens]
+    sums = weighted if by == "reap" else norms
+    return [total / count if count else 0.0 for total, count in zip(sums, tokens, strict=True)]
+
+
+@pytest.mark.parametrize("by", ["reap", "frequency", "output"])
+def test_pruned_are_the_experts_that_are_worth_least(source, text, by, tmp_path):
+    folder = source[1]
+    report = prune(folder, tmp_path / "out", experts=4, by=by, calibration=text, calibration_tokens=60, **QUIET)
+    model, pruned = load(folder), load(tmp_path / "out")
+    assert type(pruned) is type(model) and pruned.config.model_type == model.config.model_type
+    for layer, seen in by_hand(model, ids_of(folder)).items():
+        scores = worth(by, *seen)
+        assert report["scores"][layer] == pytest.approx(scores, rel=1e-4, abs=1e-6)
+        ranked = sorted(range(6), key=lambda expert: (-scores[expert], expert))
+        assert report["kept"][layer] == sorted(ranked[:4])
+    # The result is the model whose routers cannot choose the others, with its weights where they were.
+    close_experts(model, report["kept"])
+    ids = ids_of(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert_rest_is_bitwise(folder, tmp_path / "out")
+
+
+def close_experts(model, kept) -> None:
+    """Let the routers choose among `kept` alone."""
+    for name, router in find_routers(model).items():
+        number = name.split(".layers.")[1].split(".")[0]
+        closed = [e for e in range(6) if e not in kept[f"model.layers.{number}"]]
+        gate = router.module
+        if hasattr(gate, "assigned"):  # hf_moe's
+            gate.e_score_correction_bias.data[closed] = -1e30
+            logits = gate.logits
+            gate.logits = lambda state, logits=logits, closed=closed: logits(state).index_fill(
+                -1, torch.tensor(closed), -1e30
+            )
+        elif model.config.model_type == "deepseek_v3":
+            gate.e_score_correction_bias.data[closed] = -1e30
+        elif getattr(gate, "bias", None) is not None:
+            gate.bias.data[closed] = -1e30
+        else:
+            linear = torch.nn.functional.linear
+
+            def forward(hidden, gate=gate, closed=closed, linear=linear):
+                logits = linear(hidden.reshape(-1, hidden.shape[-1]), gate.weight).index_fill(
+                    -1, torch.tensor(closed), -1e30
+                )
+                weights, index = logits.float().softmax(-1).topk(gate.top_k, dim=-1)
+                if gate.norm_topk_prob:
+                    weights = weights / weights.sum(-1, keepdim=True)
+                return logits, weights, index
+
+            gate.forward = forward
+
+
+def assert_rest_is_bitwise(before, after) -> None:
+    """What has no experts is as it was, and there is as much of it."""
+
+    def rest(folder):
+        state = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            state |= load_file(path)
+        return {k: x for k, x in state.items() if ".experts." not in k and ".gate." not in k and ".router." not in k}
+
+    old, new = rest(before), rest(after)
+    assert old.keys() == new.keys() and old
+    assert all(torch.equal(x, new[name]) for name, x in old.items())
+
+
+def test_the_family_of_the_result_is_the_sources(source, text, tmp_path):
+    folder = source[1]
+    prune(folder, tmp_path / "out", ratio=0.5, by="random", seed=2, verify=False, **QUIET)
+    before, after = (json.loads((x / "config.json").read_text()) for x in (folder, tmp_path / "out"))
+    count = next(x for x in ("num_local_experts", "n_routed_experts", "num_experts") if x in before)
+    assert before[count] == 6 and after[count] == 3
+    same = before.keys() - {count, "transformers_version", "provenance", "router_aux_loss_coef", "num_local_experts"}
+    assert {key: after.get(key) for key in same} == {key: before[key] for key in same}
+    names = [set(safe_open(x / "model.safetensors", "pt").keys()) for x in (folder, tmp_path / "out")]
+    assert names[1] <= names[0]
+
+
+def test_grown_with_as_many_more_experts_a_token_it_computes_the_same(source, tmp_path):
+    folder = source[1]
+    report = grow(folder, tmp_path / "out", experts=12, top_k=6, **QUIET)
+    assert report["equal_at_step_0"] and report["max_abs_diff"] < 1e-4
+    model, grown, ids = load(folder), load(tmp_path / "out"), ids_of(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(grown(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    with captured(find_routers(grown), 6) as routings, torch.no_grad():
+        grown(ids)
+    for routing in routings.values():  # all copies of three experts
+        assert all(len({e // 2 for e in row}) == 3 for row in routing.index_SK.tolist())
+    assert_rest_is_bitwise(folder, tmp_path / "out")
+
+
+def test_grown_with_as_many_experts_a_token_it_computes_the_same(source, tmp_path):
+    name, folder = source
+    if name not in ("hf_moe", "deepseek_v3"):
+        with pytest.raises(ValueError, match=rf"{name} cannot hold the result's .*: hf-moe import the model first"):
+            grow(folder, tmp_path / "out", experts=18, **QUIET)
+        assert not list(tmp_path.iterdir())
+        return
+    report = grow(folder, tmp_path / "out", experts=18, **QUIET)
+    assert report["top_k"] == 3 and report["max_abs_diff"] < 1e-4
+    model, grown, ids = load(folder), load(tmp_path / "out"), ids_of(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(grown(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    with captured(find_routers(grown), 3) as routings, torch.no_grad():
+        grown(ids)
+    groups = [{e // 6 for e in row} for routing in routings.values() for row in routing.index_SK.tolist()]
+    assert all(len(x) == 1 for x in groups)
+    assert len(set.union(*groups)) > 1  # tokens go to several groups, so that copies will differ
+
+
+def test_an_expert_added_and_taken_away_leaves_the_bytes(source, tmp_path):
+    folder = source[1]
+    exchange_experts(folder, tmp_path / "more", add=[f"{folder}:2"], verify=False, **QUIET)
+    exchange_experts(tmp_path / "more", tmp_path / "back", remove=[6], verify=False, **QUIET)
+    exchange_experts(folder, tmp_path / "same", swap=[(1, folder)], verify=False, **QUIET)
+    for other in ("back", "same"):
+        for path in folder.glob("*.safetensors"):
+            old, new = load_file(path), load_file(tmp_path / other / path.name)
+            assert old.keys() == new.keys()
+            assert all(torch.equal(x, new[key]) and x.dtype == new[key].dtype for key, x in old.items())
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        tmp_path / "same" / "model.safetensors"
+    ).read_bytes()
+    model, more, ids = load(folder), load(tmp_path / "more"), ids_of(folder)
+    for (_, a), (_, b) in zip(find_routers(model).items(), find_routers(more).items(), strict=True):
+        assert torch.equal(b.module.weight[:6], a.module.weight) and torch.equal(
+            b.module.weight[6], a.module.weight[2]
+        )
+        for key, x in a.layer.experts.named_parameters():
+            y = dict(b.layer.experts.named_parameters())[key]
+            assert torch.equal(y[:6], x) and torch.equal(y[6], x[2])
+    assert more(ids).logits.isfinite().all()
+
+
+def test_a_sibling_gives_its_expert(source, tmp_path):
+    folder = source[1]
+    other = load(folder)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.01)
+    save(other, tmp_path / "sibling")
+    exchange_experts(folder, tmp_path / "out", swap=[(4, tmp_path / "sibling")], verify=False, **QUIET)
+    a, b, c = load(folder), load(tmp_path / "sibling"), load(tmp_path / "out")
+    for ours, theirs, new in zip(*(find_routers(x).values() for x in (a, b, c)), strict=True):
+        for key, x in new.layer.experts.named_parameters():
+            mine, its = (dict(y.layer.experts.named_parameters())[key] for y in (ours, theirs))
+            expected = torch.stack([its[e] if e == 4 else mine[e] for e in range(6)])
+            assert torch.equal(x, expected), key
+        assert torch.equal(new.module.weight[4], theirs.module.weight[4])
+        assert torch.equal(new.module.weight[3], ours.module.weight[3])
+    assert_rest_is_bitwise(folder, tmp_path / "out")
+
+
+def test_a_hash_table_follows(tmp_path):
+    model = ours(router_type="hash", router_args={}, num_experts_per_tok=2)
+    save(model, tmp_path / "model")
+    before = model.model.layers[1].mlp.gate.hash_table
+    report = prune(tmp_path / "model", tmp_path / "out", experts=4, by="random", verify=False, **QUIET)
+    after = load(tmp_path / "out").model.layers[1].mlp.gate.hash_table
+    kept = report["kept"]["model.layers.1"]
+    for old, new in zip(before.tolist(), after.tolist(), strict=True):
+        assert len(set(new)) == 2 and all(0 <= x < 4 for x in new)
+        assert {kept.index(x) for x in old if x in kept} <= set(new)
+    assert set(after.flatten().tolist()) == set(range(4))
+
+
+def test_groups_keep_as_many_each(tmp_path, text):
+    model = ours(n_group=3, topk_group=2, num_experts_per_tok=2)
+    save(model, tmp_path / "model")
+    report = prune(tmp_path / "model", tmp_path / "out", experts=3, calibration=text, verify=False, **QUIET)
+    assert all([e // 2 for e in kept] == [0, 1, 2] for kept in report["kept"].values())
+    assert best(torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0, 5.0]), 3, 3) == [1, 2, 5]
+    assert best(torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0, 5.0]), 3, 1) == [1, 2, 5]
+
+
+def test_prediction_of_several_tokens_goes_along(tmp_path, text):
+    model = ours(num_mtp_layers=1)
+    save(model, tmp_path / "model")
+    prune(tmp_path / "model", tmp_path / "out", experts=4, calibration=text, verify=False, **QUIET)
+    grow(tmp_path / "model", tmp_path / "grown", experts=12, top_k=6, verify=False, **QUIET)
+    ids = ids_of(tmp_path / "model")[:, :9]
+    grown, pruned = load(tmp_path / "grown"), load(tmp_path / "out")
+    assert pruned.model.mtp_layers[0].block.mlp.experts.down_proj.shape[0] == 4
+    with torch.no_grad():
+        a, b = (x(ids, labels=ids, output_mtp_loss=True) for x in (model, grown))
+    torch.testing.assert_close(a.mtp_loss, b.mtp_loss)
+
+
+def test_nothing_is_written_by_a_dry_run(source, text, tmp_path):
+    folder = source[1]
+    report = prune(folder, tmp_path / "out", experts=4, calibration=text, dry_run=True, **QUIET)
+    assert report["dry_run"] and report["disk_bytes"] > 0 and report["peak_memory_bytes"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "said"),
+    [
+        (prune, {"experts": 6}, "6 experts are to be kept of 6: it can be 1 to 5"),
+        (prune, {"experts": 2}, "2 experts are fewer than the 3 that a token is sent to"),
+        (prune, {}, "Say how many experts are kept"),
+        (prune, {"experts": 4, "ratio": 0.5}, "Say how many experts are kept"),
+        (prune, {"ratio": 1.5}, "ratio is 1.5; it must be above 0 and below 1"),
+        (prune, {"experts": 4}, "by reap needs a text that the model reads"),
+        (prune, {"experts": 4, "by": "taste"}, "by is 'taste'; it can be reap, frequency, output, random"),
+        (prune, {"experts": 4, "calibration": "empty.txt"}, "The calibration text is empty"),
+        (prune, {"experts": 4, "calibration": "missing.txt"}, "There is no calibration text"),
+        (grow, {"experts": 8}, "experts is 8; it must be a multiple of 6"),
+        (grow, {"experts": 12, "top_k": 4}, "top_k is 4; it can be 3, as now, or 6"),
+        (grow, {"experts": 12, "noise": -1.0}, "noise is -1.0"),
+        (exchange_experts, {}, "Say what happens"),
+        (exchange_experts, {"remove": [6]}, "There is no expert 6: they have the numbers 0 to 5"),
+        (exchange_experts, {"remove": [0, 1, 2, 3]}, "2 experts are fewer than the 3"),
+        (exchange_experts, {"add": ["wide"]}, "no siblings, whose experts stand in one model"),
+        (exchange_experts, {"add": ["dense"]}, "is dense|a llama"),
+        (exchange_experts, {"add": ["."]}, "config.json does not exist"),
+    ],
+)
+def test_refused_in_one_line_with_no_output(function, arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(ours(), tmp_path / "model")
+    save(ours(moe_intermediate_size=28), tmp_path / "wide")
+    shutil.copytree(DEMO_MODEL, tmp_path / "dense")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises((ValueError, OSError), match=said) as error:
+        function("model", "out", **arguments, **QUIET)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_scores_say_what_they_are():
+    seen = Seen(*torch.tensor([[2.0, 0.0, 4.0], [3.0, 0.0, 2.0], [1.0, 0.0, 1.0]], dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    found = {name: score(seen, generator).tolist() for name, score in SCORES.items() if name != "random"}
+    assert found == {"reap": [0.5, 0.0, 0.25], "frequency": [2.0, 0.0, 4.0], "output": [1.5, 0.0, 0.5]}
