@@ -30,6 +30,10 @@ def prune(
         ),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="How many of its tokens.")] = 4096,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Texts to compare the result on with the source, one by one."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of what is drawn (random).")] = 0,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
@@ -50,6 +54,7 @@ def prune(
             by=by,
             calibration=calibration,
             calibration_tokens=calibration_tokens,
+            data=data or (),
             seed=seed,
             max_shard_size=max_shard_size,
             dry_run=dry_run,
@@ -149,4 +154,6 @@ def numbered(word: str) -> tuple[int, str]:
 def without_lists(report: dict) -> dict:
     """For the screen each layer's kept experts on a line, and no scores."""
     kept = {f"kept in {layer}": " ".join(map(str, numbers)) for layer, numbers in report.get("kept", {}).items()}
-    return {name: value for name, value in report.items() if name not in ("kept", "scores")} | kept
+    for domain in report.get("domains", ()):
+        kept[f"perplexity on {domain['text']}"] = f"{domain['perplexity_a']:.4g}, now {domain['perplexity_b']:.4g}"
+    return {name: value for name, value in report.items() if name not in ("kept", "scores", "domains")} | kept

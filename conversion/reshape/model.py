@@ -25,7 +25,7 @@ from ..files.text_part import TextCheckpoint
 from ..files.writer import Output
 from ..nearest_families import fits
 from ..options import ConversionOptions
-from ..output import convert
+from ..output import Domain, convert
 
 FAMILIES = {HF_MOE.model_type: HF_MOE, **IMPORTED}
 LAYER = re.compile(r"model\.(?:mtp_)?layers\.\d+(?=\.)")
@@ -179,7 +179,7 @@ def write(
     dst: str | Path,
     options: ConversionOptions,
     provenance: dict[str, Any],
-    memory: int = 0,
+    domains: Sequence[Domain] = (),
 ) -> dict[str, Any]:
     """Write the model in the mixture's own family; returns `convert`'s report."""
     check_destination(Path(dst), options.resume)
@@ -194,4 +194,4 @@ def write(
         parts = rearranged(outputs, regions)
         parts += [outputs[name]._replace(name=copy) for copy, name in copies if name in outputs]
     exported = None if family is HF_MOE else said
-    return convert(source, config, parts, dst, options, provenance=provenance, exported=exported, memory=memory)
+    return convert(source, config, parts, dst, options, provenance=provenance, exported=exported, domains=domains)

@@ -1,5 +1,6 @@
 """`prune`: a mixture with the experts that are worth most by a calibration text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ class PruneOptions(ConversionOptions):
 
     experts: how many of each layer; or ratio: what share of them is dropped. by: a key of `SCORES`, whose functions
     say what each measures. calibration: a text, or rows with a column "text" or with conversations in "messages",
-    which the model reads; of it calibration_tokens tokens. seed: of what is drawn (by "random").
+    which the model reads; of it calibration_tokens tokens. data: texts that it is compared on with the source, each
+    by itself. seed: of what is drawn (by "random").
     """
 
     experts: int | None = None
@@ -28,6 +30,7 @@ class PruneOptions(ConversionOptions):
     by: str = "reap"
     calibration: str | Path | None = None
     calibration_tokens: int = MAX_TOKENS
+    data: Sequence[str | Path] = ()
     seed: int = 0
 
 
@@ -60,7 +63,8 @@ def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, 
     provenance = {"method": "prune", "arguments": arguments}
     if not options.dry_run:
         provenance["kept"] = kept
-    report = write(mixture, config, with_experts(mixture, experts), dst, options, provenance)
+    domains = [(mixture.source, text) for text in options.data]
+    report = write(mixture, config, with_experts(mixture, experts), dst, options, provenance, domains)
     told = {} if options.dry_run else {"kept": kept, "scores": {layer: x.tolist() for layer, x in scores.items()}}
     return report | {"experts": keep, "by": options.by} | told | {"equal_at_step_0": False}
 
