@@ -86,9 +86,8 @@ class RouterCounts:
 
 
 def first_choice(routing: Routing) -> torch.Tensor:
-    """The expert with the largest weight of each token, [T]; routers need not sort theirs. E: it has none."""
-    empty_TK = routing.index_SK >= routing.experts
-    best = routing.weights_SK.masked_fill(empty_TK, -1).argmax(dim=-1, keepdim=True)
+    """The expert with the largest weight of each token, [T]; routers need not sort theirs. E or more: it has none."""
+    best = routing.weights_SK.argmax(dim=-1, keepdim=True)
     return routing.index_SK.gather(-1, best).squeeze(-1)
 
 

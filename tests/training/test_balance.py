@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from hf_moe.training.balance.metrics import FIRST_LOSS
 from hf_moe.training.trainers.label_smoothing import ShiftedLabelSmoother
 from transformers import TrainingArguments
 
@@ -105,7 +106,7 @@ def test_counted_routes_are_the_routes_taken(monkeypatch, changes, checkpointing
     (step,) = steps
     for counted, row in zip(step.counted.values(), step.rows.view(2, -1), strict=True):
         assert counted.tokens == row[0] == sum(len(x["input_ids"]) for x in rows(ROWS))
-        assert counted.counts_E.tolist() == row[4:].tolist()
+        assert counted.counts_E.tolist() == row[FIRST_LOSS + 1 :].tolist()
     # Nor does counting move the random state of the rest: without the loss's weight, nothing differs.
     torch.manual_seed(0)
     ahead, _ = train_one_step(hf_moe(**changes), 4, **(arguments | {"router_aux_loss_coef": 1e-20}))
