@@ -22,6 +22,9 @@ def prune(
             "alone) or random."
         ),
     ] = "reap",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Drop none: make each one with the nearest that stays. Needs SciPy.")
+    ] = False,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -52,6 +55,7 @@ def prune(
             experts=experts,
             ratio=ratio,
             by=by,
+            merge=merge,
             calibration=calibration,
             calibration_tokens=calibration_tokens,
             data=data or (),
@@ -153,7 +157,10 @@ def numbered(word: str) -> tuple[int, str]:
 
 def without_lists(report: dict) -> dict:
     """For the screen each layer's kept experts on a line, and no scores."""
-    kept = {f"kept in {layer}": " ".join(map(str, numbers)) for layer, numbers in report.get("kept", {}).items()}
+    kept = {
+        f"kept in {layer}": " ".join("+".join(map(str, numbers)) for numbers in experts)
+        for layer, experts in report.get("kept", {}).items()
+    }
     for domain in report.get("domains", ()):
         kept[f"perplexity on {domain['text']}"] = f"{domain['perplexity_a']:.4g}, now {domain['perplexity_b']:.4g}"
     return {name: value for name, value in report.items() if name not in ("kept", "scores", "domains")} | kept

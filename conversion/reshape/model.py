@@ -39,6 +39,14 @@ class Expert(NamedTuple):
     mixture: "Mixture"
     expert: int
 
+    @property
+    def experts(self) -> tuple[int, ...]:
+        return (self.expert,)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """What the expert has of the tensor `name`."""
+        return self.mixture.expert(name, self.expert)
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -124,7 +132,7 @@ def with_experts(
     """
 
     def piece(name: str, layer: Sequence[Expert], number: int) -> torch.Tensor:
-        found = layer[number].mixture.expert(name, layer[number].expert)
+        found = layer[number].tensor(name)
         return rows(name, number, found) if ".gate." in name else found
 
     def read(name: str, layer: Sequence[Expert], index: int, count: int) -> torch.Tensor:
@@ -140,7 +148,7 @@ def with_experts(
         if layer is None or not (mixture.per_expert(output) or name.endswith(".hash_table")):
             made[name] = output
         elif name.endswith(".hash_table"):
-            kept = [x.expert for x in layer]
+            kept = [x.experts[0] for x in layer]
             table = partial(rehashed, output, kept, top_k or output.shape[1])
             shape = (output.shape[0], top_k or output.shape[1])
             made[name] = Output(name, output.dtype, shape, lambda table=table: [table()], output.nbytes)

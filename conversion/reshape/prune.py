@@ -11,6 +11,7 @@ from ...staging import check_destination
 from ..files.texts import MAX_TOKENS, cut, read_texts
 from ..files.tokenizer import load_tokenizer
 from ..options import ConversionOptions, takes
+from .merge import merged
 from .model import Expert, Mixture, changed, open_mixture, with_experts, write
 from .scores import SCORES, Seen, watch
 
@@ -20,14 +21,16 @@ class PruneOptions(ConversionOptions):
     """ConversionOptions, and what is kept.
 
     experts: how many of each layer; or ratio: what share of them is dropped. by: a key of `SCORES`, whose functions
-    say what each measures. calibration: a text, or rows with a column "text" or with conversations in "messages",
-    which the model reads; of it calibration_tokens tokens. data: texts that it is compared on with the source, each
-    by itself. seed: of what is drawn (by "random").
+    say what each measures. merge: experts are not dropped, but made one with the nearest that stays. calibration: a
+    text, or rows with a column "text" or with conversations in "messages", which the model reads; of it
+    calibration_tokens tokens. data: texts that it is compared on with the source, each by itself. seed: of what is
+    drawn (by "random").
     """
 
     experts: int | None = None
     ratio: float | None = None
     by: str = "reap"
+    merge: bool = False
     calibration: str | Path | None = None
     calibration_tokens: int = MAX_TOKENS
     data: Sequence[str | Path] = ()
@@ -42,8 +45,9 @@ def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, 
     dst: a folder that does not exist or is empty. Keywords: the fields of PruneOptions. Where experts stand in groups,
     each group keeps as many.
 
-    Returns `convert`'s report with `kept`, for each layer the numbers of its experts that stay, and `scores`. Raises a
-    ValueError or OSError of one line; then there is no output.
+    Returns `convert`'s report with `kept`, for each layer the numbers of the experts that each of its new ones is made
+    of, and `scores`. Raises a ValueError, an OSError or, without SciPy where experts are merged, an ImportError of one
+    line; then there is no output.
     """
     check_destination(Path(dst), options.resume)
     mixture = open_mixture(src)
@@ -59,13 +63,16 @@ def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, 
     if options.dry_run:
         kept = {layer: list(range(keep)) for layer in mixture.layers}
     experts = {layer: [Expert(mixture, i) for i in numbers] for layer, numbers in kept.items()}
-    arguments = {"experts": keep, "by": options.by, "seed": options.seed, "tokens": sum(map(len, windows))}
-    provenance = {"method": "prune", "arguments": arguments}
+    if options.merge and not options.dry_run:
+        experts = {layer: merged(mixture, layer, seen[layer], scores[layer], leads) for layer, leads in kept.items()}
+    tokens = sum(map(len, windows))
+    arguments = {"experts": keep, "by": options.by, "merge": options.merge, "seed": options.seed, "tokens": tokens}
+    provenance, told = {"method": "prune", "arguments": arguments}, {}
     if not options.dry_run:
-        provenance["kept"] = kept
+        told["kept"] = provenance["kept"] = {name: [list(x.experts) for x in found] for name, found in experts.items()}
+        told["scores"] = {layer: x.tolist() for layer, x in scores.items()}
     domains = [(mixture.source, text) for text in options.data]
     report = write(mixture, config, with_experts(mixture, experts), dst, options, provenance, domains)
-    told = {} if options.dry_run else {"kept": kept, "scores": {layer: x.tolist() for layer, x in scores.items()}}
     return report | {"experts": keep, "by": options.by} | told | {"equal_at_step_0": False}
 
 
@@ -91,10 +98,11 @@ def how_many(mixture: Mixture, options: PruneOptions) -> int:
 
 def read(mixture: Mixture, options: PruneOptions) -> list[torch.Tensor]:
     """The calibration text in windows of token ids; none where it is not read."""
-    if options.by == "random":
+    if options.by == "random" and not options.merge:
         return []
     if options.calibration is None:
-        raise ValueError(f"by {options.by} needs a text that the model reads: give calibration (--calibration).")
+        what = "merge" if options.merge else f"by {options.by}"
+        raise ValueError(f"{what} needs a text that the model reads: give calibration (--calibration).")
     tokenizer = load_tokenizer(mixture.source.checkpoint.folder)
     if tokenizer is None:
         raise ValueError(f"{mixture.source.name} has no tokenizer to read {options.calibration} with.")
@@ -105,10 +113,9 @@ def read(mixture: Mixture, options: PruneOptions) -> list[torch.Tensor]:
 
 
 def watched(mixture: Mixture, windows: list[torch.Tensor], options: PruneOptions) -> dict[str, Seen]:
-    nothing = torch.zeros(3, mixture.config.num_experts, dtype=torch.float64)
     found = watch(mixture, windows, options.progress) if windows else {}
     # Modules for multi-token prediction, which a forward does not run, keep what the last layer keeps.
-    last = list(found.values())[-1] if found else Seen(*nothing)
+    last = list(found.values())[-1] if found else Seen.nothing(mixture.config.num_experts)
     return {layer: found.get(layer, last) for layer in mixture.layers}
 
 

@@ -17,12 +17,17 @@ from .model import Mixture
 
 
 class Seen(NamedTuple):
-    """Of a layer's experts: the tokens that went to each, and over those the sums of the norm of what it answered, and
-    of that norm times the router's weight. [E] float64."""
+    """Of a layer's experts: the tokens that went to each, and over those the sums of the norm of what it answered and
+    of that times the router's weight, [E]; the inner products of their logits over all tokens, [E, E]. float64."""
 
     tokens: torch.Tensor
     norms: torch.Tensor
     weighted: torch.Tensor
+    alike: torch.Tensor
+
+    @classmethod
+    def nothing(cls, experts: int) -> "Seen":
+        return cls(*torch.zeros(3, experts, dtype=torch.float64), torch.zeros(experts, experts, dtype=torch.float64))
 
 
 def reap(seen: Seen, generator: torch.Generator) -> torch.Tensor:
@@ -69,8 +74,8 @@ def watch(mixture: Mixture, windows: list[torch.Tensor], progress: bool) -> dict
                 continue
             if router.layer is None or not hasattr(router.layer.experts, "has_gate"):
                 raise ValueError(f"What the experts beside {router.name} answer cannot be seen: choose another --by.")
-            found = seen[f"model.layers.{layer[1]}"] = Seen(*torch.zeros(3, experts, dtype=torch.float64))
-            handles.append(watch_layer(router, found))
+            found = seen[f"model.layers.{layer[1]}"] = Seen.nothing(experts)
+            handles += watch_layer(router, found)
         bar = tqdm(windows, desc="calibration", unit="window", disable=not progress)
         for ids in bar:
             model.base_model(input_ids=ids[None], use_cache=False)
@@ -94,4 +99,8 @@ def watch_layer(router: Router, seen: Seen):
         seen.norms.index_add_(0, index_S, norm_S)
         seen.weighted.index_add_(0, index_S, norm_S * weights_TK.reshape(-1)[of_experts].double())
 
-    return experts.register_forward_pre_hook(hook, with_kwargs=True)
+    def compare(module, args, output):
+        logits_TE = router.logits_of(output).double()
+        seen.alike.add_(logits_TE.T @ logits_TE)
+
+    return experts.register_forward_pre_hook(hook, with_kwargs=True), router.module.register_forward_hook(compare)

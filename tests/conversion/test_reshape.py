@@ -73,7 +73,7 @@ def ids_of(folder) -> torch.Tensor:
     return AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids[:, :60]
 
 
-def by_hand(model, ids: torch.Tensor) -> dict[str, list[Seen]]:
+def by_hand(model, ids: torch.Tensor) -> dict[str, tuple]:
     """What each expert did with the text, token by token: every layer's experts called one at a time."""
     found, inputs = {}, {}
     routers = find_routers(model)
@@ -114,13 +114,84 @@ def test_pruned_are_the_experts_that_are_worth_least(source, text, by, tmp_path)
         scores = worth(by, *seen)
         assert report["scores"][layer] == pytest.approx(scores, rel=1e-4, abs=1e-6)
         ranked = sorted(range(6), key=lambda expert: (-scores[expert], expert))
-        assert report["kept"][layer] == sorted(ranked[:4])
+        assert report["kept"][layer] == [[expert] for expert in sorted(ranked[:4])]
     # The result is the model whose routers cannot choose the others, with its weights where they were.
-    close_experts(model, report["kept"])
+    close_experts(model, {layer: [x for (x,) in kept] for layer, kept in report["kept"].items()})
     ids = ids_of(folder)
     with torch.no_grad():
         torch.testing.assert_close(pruned(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     assert_rest_is_bitwise(folder, tmp_path / "out")
+
+
+def test_merged_are_the_weights_of_near_experts(source, text, tmp_path):
+    folder = source[1]
+    report = prune(
+        folder, tmp_path / "out", experts=4, merge=True, calibration=text, calibration_tokens=60, verify=False, **QUIET
+    )
+    model, result = load(folder), load(tmp_path / "out")
+    logits = {}
+    for name, router in find_routers(model).items():
+        router.module.register_forward_hook(
+            lambda module, args, out, name=name, router=router: logits.update({name: router.logits_of(out)})
+        )
+    seen = by_hand(model, ids_of(folder))
+    for (name, before), after in zip(find_routers(model).items(), find_routers(result).values(), strict=True):
+        layer = f"model.layers.{name.split('.layers.')[1].split('.')[0]}"
+        scores = worth("reap", *seen[layer])
+        leads = sorted(sorted(range(6), key=lambda expert: (-scores[expert], expert))[:4])
+        made = {lead: [lead] for lead in leads}
+        for expert in range(6):
+            if expert not in leads:
+                own = logits[name][:, expert]
+                near = {lead: torch.cosine_similarity(own, logits[name][:, lead], dim=0).item() for lead in leads}
+                made[max(near, key=near.get)].append(expert)
+        assert report["kept"][layer] == [made[lead] for lead in leads]
+        old, new = (dict(x.layer.experts.named_parameters()) for x in (before, after))
+        for number, members in enumerate(made.values()):
+            total = sum(scores[expert] for expert in members)
+            row = sum(scores[expert] / total * before.module.weight[expert] for expert in members)
+            torch.testing.assert_close(after.module.weight[number], row, rtol=1e-4, atol=1e-5)
+            if len(members) == 1:
+                assert all(torch.equal(new[key][number], old[key][members[0]]) for key in old)
+            # An average of matched neurons: of each tensor the sum over all of them does not depend on the match.
+            for key in old:
+                expected = sum(scores[expert] / total * old[key][expert] for expert in members)
+                torch.testing.assert_close(new[key][number].sum(), expected.sum(), rtol=1e-3, atol=1e-3)
+    assert_rest_is_bitwise(folder, tmp_path / "out")
+
+
+def test_experts_that_differ_in_the_order_of_neurons_merge_into_themselves(source, text, tmp_path):
+    folder = source[1]
+    model = load(folder)
+    order = torch.randperm(20 if source[0] != "olmoe" and source[0] != "gpt_oss" else 36)
+    with torch.no_grad():
+        for router in find_routers(model).values():
+            experts = router.layer.experts
+            stacked = model.config.model_type == "gpt_oss"  # transposed, gate and up rows alternate
+            for expert in (1, 2, 3, 4, 5):
+                for key, x in experts.named_parameters():
+                    one = x[0]
+                    if stacked and key.startswith("gate_up"):
+                        pairs = one.unflatten(-1, (-1, 2))
+                        moved = pairs[..., order, :].flatten(-2)
+                    elif stacked:
+                        moved = one if key.endswith("bias") else one[order]
+                    elif key == "down_proj":
+                        moved = one[:, order]
+                    else:
+                        moved = torch.cat([half[order] for half in one.chunk(2)])
+                    x[expert] = moved
+    save(model, tmp_path / "same")
+    prune(tmp_path / "same", tmp_path / "out", experts=3, merge=True, calibration=text, verify=False, **QUIET)
+    merged = load(tmp_path / "out")
+    reference = load(tmp_path / "same")
+    x = torch.randn(7, 24)
+    for before, after in zip(find_routers(reference).values(), find_routers(merged).values(), strict=True):
+        for expert in range(3):
+            index, one = torch.full((7, 1), expert), torch.ones(7, 1)
+            with torch.no_grad():
+                expected = before.layer.experts.forward(x, torch.zeros_like(index), one)
+                torch.testing.assert_close(after.layer.experts.forward(x, index, one), expected, rtol=1e-4, atol=1e-4)
 
 
 def close_experts(model, kept) -> None:
@@ -262,7 +333,7 @@ def test_a_hash_table_follows(tmp_path):
     before = model.model.layers[1].mlp.gate.hash_table
     report = prune(tmp_path / "model", tmp_path / "out", experts=4, by="random", verify=False, **QUIET)
     after = load(tmp_path / "out").model.layers[1].mlp.gate.hash_table
-    kept = report["kept"]["model.layers.1"]
+    kept = [x for (x,) in report["kept"]["model.layers.1"]]
     for old, new in zip(before.tolist(), after.tolist(), strict=True):
         assert len(set(new)) == 2 and all(0 <= x < 4 for x in new)
         assert {kept.index(x) for x in old if x in kept} <= set(new)
@@ -273,7 +344,7 @@ def test_groups_keep_as_many_each(tmp_path, text):
     model = ours(n_group=3, topk_group=2, num_experts_per_tok=2)
     save(model, tmp_path / "model")
     report = prune(tmp_path / "model", tmp_path / "out", experts=3, calibration=text, verify=False, **QUIET)
-    assert all([e // 2 for e in kept] == [0, 1, 2] for kept in report["kept"].values())
+    assert all([e // 2 for (e,) in kept] == [0, 1, 2] for kept in report["kept"].values())
     assert best(torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0, 5.0]), 3, 3) == [1, 2, 5]
     assert best(torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0, 5.0]), 3, 1) == [1, 2, 5]
 
@@ -334,7 +405,8 @@ def test_refused_in_one_line_with_no_output(function, arguments, said, tmp_path,
 
 
 def test_scores_say_what_they_are():
-    seen = Seen(*torch.tensor([[2.0, 0.0, 4.0], [3.0, 0.0, 2.0], [1.0, 0.0, 1.0]], dtype=torch.float64))
+    numbers = torch.tensor([[2.0, 0.0, 4.0], [3.0, 0.0, 2.0], [1.0, 0.0, 1.0]], dtype=torch.float64)
+    seen = Seen(*numbers, torch.zeros(3, 3))
     generator = torch.Generator().manual_seed(0)
     found = {name: score(seen, generator).tolist() for name, score in SCORES.items() if name != "random"}
     assert found == {"reap": [0.5, 0.0, 0.25], "frequency": [2.0, 0.0, 4.0], "output": [1.5, 0.0, 0.5]}
