@@ -362,6 +362,32 @@ def test_prediction_of_several_tokens_goes_along(tmp_path, text):
     torch.testing.assert_close(a.mtp_loss, b.mtp_loss)
 
 
+def test_texts_may_be_rows_and_conversations(text, tmp_path):
+    folder = save(ours(), tmp_path / "model")
+    chats = [{"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "the dog ran"}]}] * 9
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": TEXT[:200]}) for _ in range(3)))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"has conversations, but the tokenizer has no chat template"):
+        prune(folder, tmp_path / "out", experts=4, calibration=tmp_path / "chats.jsonl", **QUIET)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    data = [tmp_path / "rows.jsonl", tmp_path / "chats.jsonl", text]
+    report = prune(folder, tmp_path / "out", experts=4, calibration=data[1], data=data, **QUIET)
+    model, pruned = load(folder), load(tmp_path / "out")
+    for said, texts in zip(report["domains"], ([TEXT[:200]] * 3, ["a b the dog ran "] * 9, [TEXT]), strict=True):
+        ids = torch.tensor([i for x in texts for i in tokenizer(x).input_ids][:512])
+        for which, one in (("perplexity_a", model), ("perplexity_b", pruned)):
+            losses = []
+            for window in ids.split(64):  # all positions that the model has
+                if len(window) > 1:
+                    with torch.no_grad():
+                        scores = one(window[None]).logits[0, :-1].log_softmax(-1)
+                    losses += (-scores.gather(-1, window[1:, None])).flatten().tolist()
+            assert said[which] == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-3)
+
+
 def test_nothing_is_written_by_a_dry_run(source, text, tmp_path):
     folder = source[1]
     report = prune(folder, tmp_path / "out", experts=4, calibration=text, dry_run=True, **QUIET)
