@@ -22,6 +22,7 @@ NORMED = ("topk_softmax",)  # routers whose weights sum to 1 as they are
 GROWN = ("softmax_topk", "sigmoid_topk", "reinforce", *NORMED)
 NOISE = {torch.float32: 3e-7}  # of a router in this type, unless it is said
 ROUNDED = 1e-2  # in others, whose rounding would swallow less
+EXACT = 1e-6  # the noise up to which nothing is seen of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def grow(src: str | Path, dst: str | Path, options: GrowOptions) -> dict[str, An
     arguments = {"experts": options.experts, "top_k": top_k, "noise": options.noise, "seed": options.seed}
     provenance = {"method": "grow", "arguments": arguments}
     report = write(mixture, config, with_experts(mixture, experts, rows.of_copy), dst, options, provenance)
-    return report | {"experts": options.experts, "top_k": top_k, "equal_at_step_0": True}
+    return report | {"experts": options.experts, "top_k": top_k, "equal_at_step_0": rows.largest_noise <= EXACT}
 
 
 def how_often(mixture: Mixture, options: GrowOptions) -> int:
@@ -117,11 +118,17 @@ class Rows:
     def __init__(self, mixture: Mixture, alike: bool, shared: int, options: GrowOptions):
         self.mixture, self.alike, self.shared, self.options = mixture, alike, shared, options
 
+    def noise(self, dtype: torch.dtype) -> float:
+        return NOISE.get(dtype, ROUNDED) if self.options.noise is None else self.options.noise
+
+    @property
+    def largest_noise(self) -> float:
+        return max(self.noise(x.dtype) for name, x in self.mixture.outputs.items() if name.endswith(".gate.weight"))
+
     def of_copy(self, name: str, number: int, row: torch.Tensor) -> torch.Tensor:
         if name.endswith(".e_score_correction_bias"):
             return row / self.shared
-        given = self.options.noise
-        noise = NOISE.get(row.dtype, ROUNDED) if given is None else given
+        noise = self.noise(row.dtype)
         if not name.endswith(".gate.weight") or noise == 0:
             return row
         copy = number // self.mixture.config.num_experts if self.alike else number

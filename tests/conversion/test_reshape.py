@@ -284,6 +284,16 @@ def test_grown_with_as_many_experts_a_token_it_computes_the_same(source, tmp_pat
     assert len(set.union(*groups)) > 1  # tokens go to several groups, so that copies will differ
 
 
+def test_noise_that_bfloat16_shows_is_reported(tmp_path):
+    folder = save(ours(), tmp_path / "model", torch.bfloat16)
+    report = grow(folder, tmp_path / "out", experts=12, top_k=6, **QUIET)
+    assert not report["equal_at_step_0"] and report["max_abs_diff"] > 1e-4
+    grown = load(tmp_path / "out").model.layers[1].mlp.gate.weight
+    assert not any(torch.equal(grown[2 * e], grown[2 * e + 1]) for e in range(6))
+    report = grow(folder, tmp_path / "still", experts=12, top_k=6, noise=0.0, **QUIET)
+    assert report["equal_at_step_0"] and report["max_abs_diff"] < 1e-4
+
+
 def test_an_expert_added_and_taken_away_leaves_the_bytes(source, tmp_path):
     folder = source[1]
     exchange_experts(folder, tmp_path / "more", add=[f"{folder}:2"], verify=False, **QUIET)

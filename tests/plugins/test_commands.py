@@ -206,6 +206,9 @@ def test_a_name_out_of_the_folder_is_refused(trained, forgotten, tmp_path):
         (folder / "config.json").write_text(json.dumps(said | {"router_code": name}))
         with pytest.raises(Exception, match="router_code is"):
             HfMoeForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    (folder / "config.json").write_text(json.dumps(said | {"router_code": "../a.py", "router_type": "softmax_topk"}))
+    with pytest.raises(Exception, match="router_code is"):
+        HfMoeForCausalLM.from_pretrained(folder)
 
 
 def test_code_that_cannot_go_along_is_refused_before_anything_is_trained(trained, forgotten, tmp_path):

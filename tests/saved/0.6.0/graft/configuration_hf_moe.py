@@ -448,9 +448,9 @@ class HfMoeConfig(HfMoeRouterCode, PreTrainedConfig):
                 )
 
     def validate_router(self) -> None:
+        if self.router_code is not None and not SAVED.fullmatch(self.router_code):
+            raise ValueError(f"router_code is {self.router_code!r}; it is the name of a file, plugin_NAME.py.")
         if self.needs_router_code:
-            if not SAVED.fullmatch(self.router_code):
-                raise ValueError(f"router_code is {self.router_code!r}; it is the name of a file, plugin_NAME.py.")
             return
         if self.router_type not in ROUTERS:
             raise ValueError(f"router_type {self.router_type!r} is unknown; the routers are {sorted(ROUTERS)}.")

@@ -120,10 +120,15 @@ class HfMoePolicyRouter(HfMoeRouter):
         return state.hidden_TD.detach() @ self.baseline_weight.float()
 
 
-def in_float32(router: HfMoeRouter) -> list[str]:
-    """The names of what is kept in float32 of a router."""
+def added(router: HfMoeRouter) -> dict[str, torch.Tensor]:
+    """What is kept in float32 of a router."""
     tensors = (*router.named_parameters(recurse=False), *router.named_buffers(recurse=False))
-    return [name for name, x in tensors if name not in SHARED and x.is_floating_point()]
+    return {name: x for name, x in tensors if name not in SHARED and x.is_floating_point()}
+
+
+def in_float32(model: nn.Module) -> set[str]:
+    """The ends of the names of what is kept in float32 of the routers in a model."""
+    return {f"gate.{name}" for x in model.modules() if isinstance(x, HfMoeRouter) for name in added(x)}
 
 
 class HfMoeRouters:
@@ -142,5 +147,4 @@ class HfMoeRouters:
 
     def post_init(self):
         super().post_init()
-        routers = [x for x in self.modules() if isinstance(x, HfMoeRouter)]
-        self._keep_in_fp32_modules_strict.update(f"gate.{name}" for x in routers for name in in_float32(x))
+        self._keep_in_fp32_modules_strict.update(in_float32(self))

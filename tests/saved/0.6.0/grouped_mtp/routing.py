@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from .assignment import Assignment, RouterState, leave_empty, replayed, weights_of
 from .balanced_assignment import auction, sinkhorn
 from .hashing import HASHES, HfMoeHashRouter
-from .router import HfMoePolicyRouter, HfMoeRouter
+from .router import HfMoePolicyRouter, HfMoeRouter, added
 
 __all__ = [  # what routers elsewhere are made of
     "ROUTERS",
@@ -324,4 +324,7 @@ def make_router(config: PreTrainedConfig, layer_idx: int) -> HfMoeRouter:
             "that, and load the model with trust_remote_code=True (--trust-remote-code), or name the file (--plugin)."
         )
     router = ROUTERS[config.router_type]
-    return router.module(router, config, layer_idx)
+    module = router.module(router, config, layer_idx)
+    for tensor in added(module).values():  # a model that is made in another type makes all in it
+        tensor.data = tensor.data.float()
+    return module

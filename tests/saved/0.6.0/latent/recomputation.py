@@ -24,4 +24,4 @@ class HfMoeCheckpointing:
 
     def active_losses(self) -> list[str]:
         """The configuration's loss coefficients that are not 0."""
-        return [name for name in LOSSES if getattr(self.config, name)]
+        return [name for name in LOSSES if getattr(self.config, name, 0)]
