@@ -1,5 +1,7 @@
 """`hf-moe prune`, `hf-moe grow` and `hf-moe experts`: a trained mixture in another shape."""
 
+import shutil
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -122,6 +124,10 @@ def experts(
         list[str] | None,
         typer.Option(metavar="SIBLING", help="The sibling's last expert joins; SIBLING:J names another."),
     ] = None,
+    tune_router: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Then train the routers alone on a text, or rows of text.")
+    ] = None,
+    tune_tokens: Annotated[int, typer.Option(help="How many of its tokens.")] = 100_000,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
     resume: Resume = False,
@@ -133,9 +139,15 @@ def experts(
         hide_loading_bars()
         from hf_moe.conversion import exchange_experts
 
+        from hf_moe.staging import check_destination
+
+        if tune_router is not None and not Path(tune_router).exists():
+            raise FileNotFoundError(f"There is no text {tune_router} to tune the routers on.")
+        check_destination(dst, resume)
+        tuned = tune_router is not None and not dry_run
         report = exchange_experts(
             src,
-            dst,
+            untuned(dst) if tuned else dst,
             swap=[numbered(word) for word in swap or ()],
             remove=remove or (),
             add=add or (),
@@ -144,7 +156,19 @@ def experts(
             resume=resume,
             verify=not no_verify,
         )
+        if tuned:
+            from hf_moe.training.router_tuning import tune_router as tune
+
+            try:
+                report |= {"output": str(dst)} | tune(untuned(dst), tune_router, dst, tune_tokens)
+            finally:
+                shutil.rmtree(untuned(dst))
     finish(report, json)
+
+
+def untuned(folder: Path) -> Path:
+    """Where the model lies until its routers are tuned."""
+    return folder.with_name(f".{folder.name}.untuned")
 
 
 def numbered(word: str) -> tuple[int, str]:

@@ -23,7 +23,7 @@ TAKERS = {
 # Fields that a command says in another way, or leaves out; what a command has besides; what --nearest goes without.
 RENAMED = {"verify": "no_verify", "domain_texts": "domain_text"}
 OF_PYTHON = {"progress"}
-OF_COMMANDS = {"src", "dst", "json", "nearest"}
+OF_COMMANDS = {"src", "dst", "json", "nearest", "tune_router", "tune_tokens"}
 OPTIONAL = {"to"}
 
 
