@@ -1,4 +1,4 @@
-"""`hf-moe prune`, `hf-moe grow` and `hf-moe experts` as commands; what they compute: tests/conversion/test_reshape.py."""
+"""`hf-moe prune`, `grow` and `experts` as commands; what they compute: tests/conversion/test_reshape.py."""
 
 import json
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -446,3 +448,55 @@ def test_scores_say_what_they_are():
     generator = torch.Generator().manual_seed(0)
     found = {name: score(seen, generator).tolist() for name, score in SCORES.items() if name != "random"}
     assert found == {"reap": [0.5, 0.0, 0.25], "frequency": [2.0, 0.0, 4.0], "output": [1.5, 0.0, 0.5]}
+
+
+# Of models, one after the other, the memory that pruning took beyond what was there before it.
+MEASURE = """
+import json, sys, threading, time
+from pathlib import Path
+from hf_moe.conversion import prune
+
+def anonymous():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+text, *folders = sys.argv[1:]
+found = []
+for folder in folders:  # the first is for what the libraries need the first time
+    before, peak, running = anonymous(), 0, True
+    def watch():
+        global peak
+        while running:
+            peak = max(peak, anonymous())
+            time.sleep(0.001)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    prune(folder, folder + "-pruned", experts=4, calibration=text, calibration_tokens=60, verify=False, progress=False)
+    running = False
+    thread.join()
+    found.append(peak - before)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("family", ["hf_moe", "olmoe"])
+def test_memory_does_not_grow_with_the_layers(family, text, tmp_path):
+    layer = 0
+    for name, layers, width in (("warm", 1, 32), ("few", 2, 2048), ("many", 8, 2048)):
+        sizes = {"hidden_size": 256, "num_hidden_layers": layers, "num_experts_per_tok": 2, "vocab_size": 512}
+        if family == "olmoe":
+            model = build("olmoe", torch.bfloat16, **sizes, intermediate_size=width, num_experts=6)
+        else:
+            sizes |= {"moe_intermediate_size": width, "mlp_layer_types": ["sparse"] * layers}
+            model = ours(**sizes, router_args={}).to(torch.bfloat16)
+        save(model, tmp_path / name)
+        layer = max(layer, 4 * sum(x.numel() for x in model.model.layers[0].parameters()))
+    taken = {}
+    for name in ("few", "many"):
+        shutil.rmtree(tmp_path / "warm-pruned", ignore_errors=True)
+        folders = [str(tmp_path / "warm"), str(tmp_path / name)]
+        run = subprocess.run([sys.executable, "-c", MEASURE, str(text), *folders], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+        taken[name] = json.loads(run.stdout.splitlines()[-1])[1] / layer
+    print(taken)
+    assert taken["few"] > 0.9 and taken["many"] < taken["few"] + 0.5 and taken["many"] < 4
