@@ -13,6 +13,7 @@ from .demo import demo
 from .errors import one_line
 from .generate import generate
 from .inspect import inspect, presets
+from .lab import lab
 from .new import new
 from .plan import plan
 from .push import push
@@ -70,6 +71,7 @@ app.command()(inspect)
 app.command()(presets)
 app.command()(plan)
 app.add_typer(new, name="new")
+app.command()(lab)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,12 +16,14 @@ FOLDERS = {
     "hf_moe": "hf_moe",
     "hf_moe.conversion": "conversion",
     "hf_moe.training": "training",
+    "hf_moe.experiments": "experiments",
     "hf_moe_cli": "cli",
 }
 # From the top: a room imports its own modules and those of rooms below it. A module is in the longest name that fits.
 ORDER = [
     "hf_moe_cli",
     "hf_moe.self_check",
+    "hf_moe.experiments",
     "hf_moe.training",  # main, launch, and names of earlier releases
     "hf_moe.training.stages",
     "hf_moe.training.recipes",

@@ -1,0 +1,1 @@
+"""The lectures' claims as experiments, and every router on one board: `hf-moe lab`."""

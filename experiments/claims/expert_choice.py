@@ -1,0 +1,28 @@
+"""Experts that choose their tokens.
+
+Expert choice (https://arxiv.org/abs/2202.09368), figure 2: training converges in half the steps of top-2 token choice.
+The choice sees the whole batch, which a model that writes cannot: held-out loss here is of the causal choice.
+"""
+
+from ..experiment import Arm, Budget, Experiment, Runs, lower
+
+
+def arms(budget: Budget) -> dict[str, Arm]:
+    return {
+        "expert choice": Arm({"router_type": "expert_choice", "router_aux_loss_coef": 0.0}),
+        "token choice": Arm({"router_type": "softmax_topk", "router_aux_loss_coef": 0.01}),
+    }
+
+
+def judge(runs: Runs) -> str:
+    return lower(runs, "expert choice", "token choice")
+
+
+EXPERIMENT = Experiment(
+    claim="Experts that choose their tokens train a better model, generated from causally, too.",
+    source="expert choice, https://arxiv.org/abs/2202.09368, figure 2",
+    paper="training converges about twice as fast as top-2; nothing is said of generating token by token.",
+    arms=arms,
+    judge=judge,
+    equal="flops_per_token",
+)
