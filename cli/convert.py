@@ -88,9 +88,10 @@ def upcycle(
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE",
-            help="A text, or rows with a column text, on which neurons or tokens are grouped (split, carve, shared "
-            "--carved, centroids). Its first 4096 tokens; the dense model reads them in memory, in float32.",
+            metavar="SOURCE",
+            help="A file or a folder of text or rows, or a data set's name on the Hub, on which neurons or tokens are "
+            "grouped (split, carve, shared --carved, centroids). Its first 4096 tokens; the dense model reads them in "
+            "memory, in float32.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
@@ -227,8 +228,11 @@ def verify(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint folder, or a model id on the Hub.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare with it.")],
     data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="A file with the text to compare on."),
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="What to compare on: a file or a folder of text or rows, or a data set's name on the Hub.",
+        ),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest difference between two logits that passes.")

@@ -30,14 +30,15 @@ def prune(
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE",
-            help="A text, or rows with a column text or messages, that the model reads, a layer in memory at a time.",
+            metavar="SOURCE",
+            help="What the model reads, a layer in memory at a time: a file or a folder of text or rows, or a data "
+            "set's name on the Hub.",
         ),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="How many of its tokens.")] = 4096,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="Texts to compare the result on with the source, one by one."),
+        typer.Option(metavar="SOURCE", help="Texts to compare the result on with the source, one by one."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of what is drawn (random).")] = 0,
     max_shard_size: ShardSize = "5GB",
@@ -187,4 +188,8 @@ def without_lists(report: dict) -> dict:
     }
     for domain in report.get("domains", ()):
         kept[f"perplexity on {domain['text']}"] = f"{domain['perplexity_a']:.4g}, now {domain['perplexity_b']:.4g}"
-    return {name: value for name, value in report.items() if name not in ("kept", "scores", "domains")} | kept
+    for when, layers in report.get("load", {}).items():
+        loads = (max(tokens) * len(tokens) / max(sum(tokens), 1) for tokens in layers.values())
+        kept[f"busiest expert {when}, 1 at balance"] = f"{max(loads):.3g}"
+    lists = ("kept", "scores", "domains", "load")
+    return {name: value for name, value in report.items() if name not in lists} | kept

@@ -79,8 +79,8 @@ class UpcycleOptions(ConversionOptions):
     Of the rest, one that nothing reads is refused. granularity: cut each network into so many experts. shared: shared
     experts, 1 where the strategy has some. router_std: root mean square of the router's weights (0.02); they are
     worked out in fp32 from `seed`, then rounded to the checkpoint's dtype. prompts: a YAML or JSON list with the
-    prompts of each expert. calibration: a text (.txt, or .jsonl, .csv, .parquet with a column "text") that the dense
-    model reads, in memory, before the conversion. carved, noise_scale, drop_ratio, rest, domain_texts: see the
+    prompts of each expert. calibration: a file or a folder of text or rows, or a data set's name on the Hub, that the
+    dense model reads, in memory, before the conversion. carved, noise_scale, drop_ratio, rest, domain_texts: see the
     strategies.
     """
 

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,14 @@ def convert(
     exported: PreTrainedConfig | None = None,
     memory: int = 0,
     domains: Sequence[Domain] = (),
+    measure: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write the model that `model` and `outputs` describe to `dst`, and report on it.
 
     provenance: what is done, with which arguments; it is completed with where the source came from, and stands in the
     model card and in an hf_moe model's config. exported: the config of another family, in whose names `outputs` are.
     memory: bytes that are needed before any is written. domains: sources that the model is compared with besides.
+    measure: what else is found out of the folder with the model when it is compared; it joins provenance and report.
     """
     config = exported or model
     dst = check_destination(Path(dst), options.resume)
@@ -90,6 +92,10 @@ def convert(
         if check:
             provenance |= compared(source, folder, domains)
             report |= provenance["check"] | {name: provenance[name] for name in ("domains",) if name in provenance}
+            if measure is not None:
+                found = measure(folder)
+                provenance |= found
+                report |= found
             write_config(config, folder, provenance)
         write_model_card(folder, name=dst.name, provenance=provenance)
     return report

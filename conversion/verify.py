@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from ..generation.cached import with_and_without_cache
 from ..generation_settings import mend_ids
 from ..reading import built, positions
 from ..same_tokens import check_same_tokens
+from ..telemetry.texts import texts
 from .files import file_backed
-from .files.checkpoint import Checkpoint, Entry, read_config, read_text
+from .files.checkpoint import Checkpoint, Entry, read_config
 from .files.own_code import config_of
 from .files.source import locate
-from .files.texts import ROW_FILES, read_texts
+from .files.texts import name_of
 from .files.tokenizer import load_tokenizer
 from .files.writer import Output
 
@@ -72,12 +73,12 @@ def verify(
 ) -> dict[str, Any]:
     """Compare the next-token logits of models `a` (the reference) and `b` on a text, in float32 on the CPU.
 
-    a, b: folders with safetensors weights, or Hub ids. data: a text file, or rows with a column "text" or with
-    conversations in "messages"; without one, a short text of our own that
-    the tokenizer of `a` has words for, or random token ids (from `seed`) where there is no tokenizer, or it covers
-    none of the texts. trust_remote_code: run model code that lies beside a checkpoint, of one that Transformers does
-    not know. The first `max_tokens` tokens are read in windows of 256. One model follows the other, and of each only
-    one layer's weights are in memory at a time. If its files do not hold them under the names that they have in
+    a, b: folders with safetensors weights, or Hub ids. data: a file or a folder of text or rows, or a data set's
+    name on the Hub, as `trace` reads them; without one, a short text of our own that the tokenizer of `a` has words
+    for, or random token ids (from `seed`) where there is no tokenizer, or it covers none of the texts.
+    trust_remote_code: run model code that lies beside a checkpoint, of one that Transformers does not know. The first
+    `max_tokens` tokens are read in windows of 256. One model follows the other, and of each only one layer's weights
+    are in memory at a time. If its files do not hold them under the names that they have in
     Transformers, that writes the model, in float32, to temporary files (TMPDIR); where these have no room, and with
     quantised weights, all are in memory.
 
@@ -183,15 +184,12 @@ def token_ids(
     tokenizer = load_tokenizer(folder)
     if tokenizer is None and data is not None:
         raise ValueError(f"{folder} has no tokenizer to read {data} with.")
-    name = Path(data).name if data is not None else covered_text(tokenizer)
+    name = name_of(data) if data is not None else covered_text(tokenizer)
     if name is None:
         return torch.randint(vocab_size, (max_tokens,), generator=torch.Generator().manual_seed(seed)), RANDOM
-    if data is not None and Path(data).suffix in ROW_FILES:
-        texts = [tokenizer(text, verbose=False).input_ids for text in read_texts(Path(data), tokenizer, max_tokens)]
-        ids = torch.tensor(list(chain.from_iterable(texts))[:max_tokens], dtype=torch.long)
-    else:
-        text = TEXTS[name] if data is None else read_text(Path(data))
-        ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids[0]
+    read = [TEXTS[name]] if data is None else texts(str(data), tokenizer)
+    found = chain.from_iterable(tokenizer(text, verbose=False).input_ids for text in read)
+    ids = torch.tensor(list(islice(found, max_tokens)), dtype=torch.long)
     if len(ids) < 2:
         raise ValueError(f"{data} has {len(ids)} tokens; at least 2 are needed.")
     if ids.max() >= vocab_size:

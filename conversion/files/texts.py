@@ -1,6 +1,5 @@
-"""Texts that a model reads to be measured: from files, cut into windows of tokens."""
+"""Texts that a model reads to be measured, cut into windows of tokens."""
 
-import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -8,13 +7,14 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...reading import positions
-from .checkpoint import read_text
 
 MAX_TOKENS = 4096  # of a calibration text, unless more are asked for
 WINDOW = 256  # tokens that are read together
-CHARACTERS = 32  # of a token at most, on average
-# Suffixes of row files, and what `datasets` calls them. Any other file is plain text.
-ROW_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def name_of(source: str | Path) -> str:
+    """What a text is called where it is written down: a file's name without its folder, a data set's on the Hub."""
+    return Path(source).name if Path(source).exists() else str(source)
 
 
 def encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> list[torch.Tensor]:
@@ -44,31 +44,3 @@ def cut(
     if not windows:
         raise ValueError("The calibration text is empty.")
     return windows
-
-
-def read_texts(path: Path, tokenizer: PreTrainedTokenizerBase, tokens: int = MAX_TOKENS) -> list[str]:
-    """The texts of a file, enough for so many tokens: of rows (.jsonl, .json, .csv or .parquet) the column "text", or
-    the conversations in "messages" by the tokenizer's chat template; else the whole file as one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no calibration text {path}.")
-    if path.suffix not in ROW_FILES:
-        return [read_text(path, tokens * CHARACTERS)]
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        rows = load_dataset(ROW_FILES[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError, StopIteration) as error:
-        reason = str(error.__cause__ or error).splitlines() or ["it has no rows"]  # StopIteration says nothing
-        raise ValueError(f"{path} cannot be read as rows: {reason[0]}") from error
-    if "text" not in rows.column_names and "messages" in rows.column_names:
-        if tokenizer.chat_template is None:
-            raise ValueError(f"{path} has conversations, but the tokenizer has no chat template to read them by.")
-        return [tokenizer.apply_chat_template(row, tokenize=False) for row in rows[:tokens]["messages"]]
-    if "text" not in rows.column_names:
-        raise ValueError(f"{path} has the columns {', '.join(rows.column_names)}; the calibration text is in text.")
-    texts = rows[:tokens]["text"]
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{path}: row {index} of the column text is {reprlib.repr(text)}, which is no text.")
-    return texts

@@ -188,6 +188,7 @@ def write(
     options: ConversionOptions,
     provenance: dict[str, Any],
     domains: Sequence[Domain] = (),
+    measure: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write the model in the mixture's own family; returns `convert`'s report."""
     check_destination(Path(dst), options.resume)
@@ -202,4 +203,5 @@ def write(
         parts = rearranged(outputs, regions)
         parts += [outputs[name]._replace(name=copy) for copy, name in copies if name in outputs]
     exported = None if family is HF_MOE else said
-    return convert(source, config, parts, dst, options, provenance=provenance, exported=exported, domains=domains)
+    said_besides = {"exported": exported, "domains": domains, "measure": measure}
+    return convert(source, config, parts, dst, options, provenance=provenance, **said_besides)

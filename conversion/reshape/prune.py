@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ...staging import check_destination
-from ..files.texts import MAX_TOKENS, cut, read_texts
+from ...telemetry.texts import texts
+from ..files.texts import MAX_TOKENS, cut, name_of
 from ..files.tokenizer import load_tokenizer
 from ..options import ConversionOptions, takes
 from .merge import merged
@@ -22,9 +23,9 @@ class PruneOptions(ConversionOptions):
 
     experts: how many of each layer; or ratio: what share of them is dropped. by: a key of `SCORES`, whose functions
     say what each measures. merge: experts are not dropped, but made one with the nearest that stays. calibration: a
-    text, or rows with a column "text" or with conversations in "messages", which the model reads; of it
-    calibration_tokens tokens. data: texts that it is compared on with the source, each by itself. seed: of what is
-    drawn (by "random").
+    file or a folder of text or rows (texts, conversations, or prompts with completions), or a data set's name on the
+    Hub, which the model reads; of it calibration_tokens tokens. data: such texts that it is compared on with the
+    source, each by itself. seed: of what is drawn (by "random").
     """
 
     experts: int | None = None
@@ -46,8 +47,9 @@ def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, 
     each group keeps as many.
 
     Returns `convert`'s report with `kept`, for each layer the numbers of the experts that each of its new ones is made
-    of, and `scores`. Raises a ValueError, an OSError or, without SciPy where experts are merged, an ImportError of one
-    line; then there is no output.
+    of, `scores`, and, of a model that is compared, `load`: how many tokens of the calibration text went to each expert
+    of a layer before and after. Raises a ValueError, an OSError or, without SciPy where experts are merged, an
+    ImportError of one line; then there is no output.
     """
     check_destination(Path(dst), options.resume)
     mixture = open_mixture(src)
@@ -56,7 +58,9 @@ def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, 
     if options.by not in SCORES:
         raise ValueError(f"by is {options.by!r}; it can be {', '.join(SCORES)}.")
     windows = read(mixture, options)
-    seen = {} if options.dry_run else watched(mixture, windows, options)
+    seen = {} if options.dry_run else watch(mixture, windows, options.progress)
+    before = {layer: x.tokens.long().tolist() for layer, x in seen.items()}
+    seen = seen_of_all(mixture, seen)
     generator = torch.Generator().manual_seed(options.seed)
     scores = {layer: SCORES[options.by](x, generator) for layer, x in seen.items()}
     kept = {layer: best(score, keep, config.n_group) for layer, score in scores.items()}
@@ -67,12 +71,20 @@ def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, 
         experts = {layer: merged(mixture, layer, seen[layer], scores[layer], leads) for layer, leads in kept.items()}
     tokens = sum(map(len, windows))
     arguments = {"experts": keep, "by": options.by, "merge": options.merge, "seed": options.seed, "tokens": tokens}
+    if windows:
+        arguments["calibration"] = name_of(options.calibration)
     provenance, told = {"method": "prune", "arguments": arguments}, {}
     if not options.dry_run:
         told["kept"] = provenance["kept"] = {name: [list(x.experts) for x in found] for name, found in experts.items()}
         told["scores"] = {layer: x.tolist() for layer, x in scores.items()}
     domains = [(mixture.source, text) for text in options.data]
-    report = write(mixture, config, with_experts(mixture, experts), dst, options, provenance, domains)
+
+    def measure(folder: Path) -> dict[str, Any]:
+        after = watch(open_mixture(folder), windows, options.progress)
+        return {"load": {"before": before, "after": {layer: x.tokens.long().tolist() for layer, x in after.items()}}}
+
+    outputs = with_experts(mixture, experts)
+    report = write(mixture, config, outputs, dst, options, provenance, domains, measure if windows else None)
     return report | {"experts": keep, "by": options.by} | told | {"equal_at_step_0": False}
 
 
@@ -108,12 +120,15 @@ def read(mixture: Mixture, options: PruneOptions) -> list[torch.Tensor]:
         raise ValueError(f"{mixture.source.name} has no tokenizer to read {options.calibration} with.")
     if options.calibration_tokens < 1:
         raise ValueError(f"calibration_tokens is {options.calibration_tokens}; it must be at least 1.")
-    texts = read_texts(Path(options.calibration), tokenizer, options.calibration_tokens)
-    return cut(texts, tokenizer, mixture.source.config.get_text_config(), options.calibration_tokens)
+    return cut(
+        texts(str(options.calibration), tokenizer),
+        tokenizer,
+        mixture.source.config.get_text_config(),
+        options.calibration_tokens,
+    )
 
 
-def watched(mixture: Mixture, windows: list[torch.Tensor], options: PruneOptions) -> dict[str, Seen]:
-    found = watch(mixture, windows, options.progress) if windows else {}
+def seen_of_all(mixture: Mixture, found: dict[str, Seen]) -> dict[str, Seen]:
     # Modules for multi-token prediction, which a forward does not run, keep what the last layer keeps.
     last = list(found.values())[-1] if found else Seen.nothing(mixture.config.num_experts)
     return {layer: found.get(layer, last) for layer in mixture.layers}

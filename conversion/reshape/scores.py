@@ -64,8 +64,10 @@ SCORES: dict[str, Callable[[Seen, torch.Generator], torch.Tensor]] = {
 
 @torch.no_grad()
 def watch(mixture: Mixture, windows: list[torch.Tensor], progress: bool) -> dict[str, Seen]:
-    """The name of each layer -> what its experts did with windows of token ids [T]."""
+    """The name of each layer -> what its experts did with windows of token ids [T]; of none, nothing."""
     folder, experts, seen = mixture.source.checkpoint.folder, mixture.config.num_experts, {}
+    if not windows:
+        return seen
     with file_backed.loaded(folder, mixture.source.config) as model:
         handles = []
         for name, router in find_routers(model).items():

@@ -17,7 +17,7 @@ from .curves import curve_table, draw_curves
 from .evaluations import evaluation_rows, held_out_results, lm_eval_results, merged
 from .folder import MARKER, card_of, own_metadata, read_folder
 from .metadata import metadata, task_of, template_of
-from .routing_figures import read_trace
+from .routing_figures import draw_loads, read_trace
 
 FIGURES = "figures"
 CURVES = f"{FIGURES}/training_curves.png"
@@ -104,6 +104,7 @@ def render_card(
             base=data.base_model,
             curves=[titles, *curve_rows] if curve_rows else [],
             curve_picture=CURVES if draw_curves(saved.log_history, aside / CURVES) else None,
+            load_pictures=draw_loads(saved.provenance.get("load", {}), aside / FIGURES),
             routing=routing,
             evaluations=evaluation_rows(results),
             auto_class=auto_class,

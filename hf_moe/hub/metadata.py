@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ..routers import routed_experts
 from .folder import INHERITED, SavedModel
+from .tables import RESHAPED
 
 OWN_CAUSAL = ("HfMoeForCausalLM", "HfMoeGraftForCausalLM")
 # Auto class -> (the Hub's name of its task, the architectures that it loads: hf_moe's own and Transformers').
@@ -34,13 +35,19 @@ AUTO_CLASSES = {
     "AutoModel": ("feature-extraction", {"HfMoeModel"}),
 }
 # Method of conversion -> the template of the card.
-TEMPLATES = {"upcycle": "upcycled", "import": "imported", "export": "exported"}
+TEMPLATES = {
+    "upcycle": "upcycled",
+    "import": "imported",
+    "export": "exported",
+    **dict.fromkeys(RESHAPED, "reshaped"),
+}
 # The Hub's words for how a model follows from its base; it has none for a change of format.
 RELATIONS = {
     "adapter": "adapter",
     "expert_rows": "adapter",
     "fine_tuned": "finetune",
     "merged": "merge",
+    "reshaped": "finetune",
     "upcycled": "finetune",
 }
 LIBRARIES = {"model": "transformers", "adapter": "peft", "expert_rows": "hf_moe"}

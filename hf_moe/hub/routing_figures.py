@@ -2,11 +2,16 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..model.balancing import expert_load
 from ..routers import routed_experts
 from .folder import SavedModel, read_json
+from .tables import WHEN, numbered_layers
 
 # The trace's figures that a card shows, by the first word of their file's name -> what they show.
 SHOWN = {"load": "Load of each expert", "entropy": "Routing entropy", "domains": "Domain specialisation"}
@@ -51,6 +56,34 @@ def read_trace(saved: SavedModel, trace: Path, figures: Path) -> dict[str, Any]:
     paths = {figure["path"].split("/routing-")[-1]: figure["path"] for figure in shown}
     findings = [FIGURE.sub(lambda found: at(paths.get(found[1])), finding) for finding in numbers["findings"]]
     return {"rows": [list(row) for row in facts.items()], "findings": findings, "figures": shown}
+
+
+def draw_loads(loads: dict[str, dict[str, list[int]]], figures: Path) -> list[dict[str, str]]:
+    """Draw the load of each expert before and after its layer was pruned, and return the figures as a card shows them.
+
+    loads: "before" and "after" -> the name of a layer -> tokens of each expert. Without matplotlib it says so, and
+    there are none.
+    """
+    if not loads:
+        return []
+    try:
+        from ..telemetry.figures import draw, png
+    except ModuleNotFoundError:
+        print("no picture of the experts' load: pip install 'hf_moe[plots]'", file=sys.stderr)
+        return []
+    figures.mkdir(parents=True, exist_ok=True)
+    shown = []
+    for when in WHEN:
+        layers = loads[when]
+        numbers = [
+            {"label": number, "experts": len(layers[name]), "load": expert_load(torch.tensor(layers[name])).tolist()}
+            for number, name in numbered_layers(layers)
+        ]
+        ((_, figure),) = draw("load", {"layers": numbers})
+        path = figures / f"load-{when}.png"
+        path.write_bytes(png(figure))
+        shown.append({"title": f"Load of each expert {when}", "path": f"{figures.name}/{path.name}"})
+    return shown
 
 
 def at(path: str | None) -> str:

@@ -1,7 +1,12 @@
 """Facts as the rows of tables: a title and a value each. What is not known has no row."""
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
+import torch
+
+from ..model.balancing import expert_load
 from ..routers import routed_experts
 from .folder import SavedModel
 
@@ -38,6 +43,13 @@ PROVENANCE = {
     "layout": "Layout of the experts",
     "hf_moe_version": "hf_moe version",
 }
+# Method of `hf_moe.conversion.reshape` -> what it made of the source.
+RESHAPED = {
+    "prune": "with fewer experts",
+    "grow": "with several copies of its experts",
+    "experts": "with experts added, taken out or exchanged",
+}
+WHEN = ("before", "after")  # a layer was pruned
 # What is shown of each stage of training, as `hf_moe.training` writes it down.
 STAGE = {
     "stage": "Stage",
@@ -92,6 +104,31 @@ def domain_rows(domains: list[dict[str, Any]]) -> list[list[str]]:
     compared = ("perplexity_a", "perplexity_b", "kl")
     titles = {"source": "Source", "text": CHECK["text"]} | {name: CHECK[name] for name in compared}
     return [list(titles.values()), *([text(domain[name]) for name in titles] for domain in domains)]
+
+
+def kept_rows(provenance: dict[str, Any]) -> list[list[str]]:
+    """What a pruned model's layers kept and, where it was seen, how even the load was: a heading and a row each."""
+    load = provenance.get("load", {})
+    times = [when for when in WHEN if when in load]
+    found = [["Layer", "Experts", *(f"Busiest {when}" for when in times)]]
+    for number, layer in numbered_layers(provenance["kept"]):
+        loads = [f"{busiest(load[when][layer]):.3g}" if layer in load[when] else "" for when in times]
+        experts = " ".join("+".join(map(str, numbers)) for numbers in provenance["kept"][layer])
+        found.append([number, experts, *loads])
+    return found
+
+
+def busiest(tokens: list[int]) -> float:
+    """The largest load of an expert, 1 at balance."""
+    return expert_load(torch.tensor(tokens).double()).max().item()
+
+
+def numbered_layers(layers: Iterable[str]) -> list[tuple[str, str]]:
+    """Names of layers in their order (a config's JSON has another), each behind what it is called: 3 for
+    model.layers.3, MTP 0 for model.mtp_layers.0, a module for multi-token prediction."""
+    found = [(*re.search(r"(mtp_)?layers\.(\d+)", layer).groups(""), layer) for layer in layers]
+    found.sort(key=lambda x: (x[0], int(x[1])))
+    return [(f"MTP {number}" if kind else number, layer) for kind, number, layer in found]
 
 
 def architecture_rows(saved: SavedModel, total: int, active: int) -> list[tuple[str, str]]:

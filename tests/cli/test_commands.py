@@ -90,7 +90,7 @@ MISTAKES = {
     "verify-missing-folder": (("verify", DEMO_MODEL, "{missing}"), "{missing}"),
     "verify-missing-data": (
         ("verify", DEMO_MODEL, DEMO_MODEL, "--data", "{missing}"),
-        "'{missing}' does not exist",
+        "There is no file {missing}",
     ),
     "verify-tolerance": (("verify", DEMO_MODEL, DEMO_MODEL, "--tolerance", "-1"), "See hf-moe verify --help"),
     "verify-vocabularies": (("verify", DEMO_MODEL, "{other}"), "61"),

@@ -75,7 +75,7 @@ def ids_of(folder) -> torch.Tensor:
     return AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids[:, :60]
 
 
-def by_hand(model, ids: torch.Tensor) -> dict[str, tuple]:
+def by_hand(model, ids: torch.Tensor, experts: int = 6) -> dict[str, tuple]:
     """What each expert did with the text, token by token: every layer's experts called one at a time."""
     found, inputs = {}, {}
     routers = find_routers(model)
@@ -87,7 +87,7 @@ def by_hand(model, ids: torch.Tensor) -> dict[str, tuple]:
         model(ids)
         for name, router in routers.items():
             hidden, index, weights = inputs[name]
-            tokens, norms, weighted = [0] * 6, [0.0] * 6, [0.0] * 6
+            tokens, norms, weighted = ([0] * experts for _ in range(3))
             for token in range(len(hidden)):
                 for expert, weight in zip(index[token].tolist(), weights[token].tolist(), strict=True):
                     one = torch.tensor([[expert]])
@@ -117,12 +117,23 @@ def test_pruned_are_the_experts_that_are_worth_least(source, text, by, tmp_path)
         assert report["scores"][layer] == pytest.approx(scores, rel=1e-4, abs=1e-6)
         ranked = sorted(range(6), key=lambda expert: (-scores[expert], expert))
         assert report["kept"][layer] == [[expert] for expert in sorted(ranked[:4])]
+        assert report["load"]["before"][layer] == seen[0]
     # The result is the model whose routers cannot choose the others, with its weights where they were.
     close_experts(model, {layer: [x for (x,) in kept] for layer, kept in report["kept"].items()})
     ids = ids_of(folder)
     with torch.no_grad():
         torch.testing.assert_close(pruned(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     assert_rest_is_bitwise(folder, tmp_path / "out")
+    after = {layer: tokens for layer, (tokens, *_) in by_hand(pruned, ids, 4).items()}
+    assert report["load"]["after"] == after
+    card = (tmp_path / "out" / "README.md").read_text()
+    for layer, kept in report["kept"].items():
+        busy = [max(x) * len(x) / sum(x) for x in (report["load"]["before"][layer], after[layer])]
+        numbers = " ".join(str(x) for (x,) in kept)
+        assert f"| {layer.split('.')[-1]} | {numbers} | {busy[0]:.3g} | {busy[1]:.3g} |" in card
+    for when in ("before", "after"):
+        assert f"](figures/load-{when}.png)" in card and (tmp_path / "out" / f"figures/load-{when}.png").exists()
+    assert "no origin" not in card and "fewer experts" in card
 
 
 def test_merged_are_the_weights_of_near_experts(source, text, tmp_path):
@@ -380,7 +391,7 @@ def test_texts_may_be_rows_and_conversations(text, tmp_path):
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": TEXT[:200]}) for _ in range(3)))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=r"has conversations, but the tokenizer has no chat template"):
+    with pytest.raises(ValueError, match=r"is a conversation, and the model's tokenizer has no chat template"):
         prune(folder, tmp_path / "out", experts=4, calibration=tmp_path / "chats.jsonl", **QUIET)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -418,7 +429,7 @@ def test_nothing_is_written_by_a_dry_run(source, text, tmp_path):
         (prune, {"experts": 4}, "by reap needs a text that the model reads"),
         (prune, {"experts": 4, "by": "taste"}, "by is 'taste'; it can be reap, frequency, output, random"),
         (prune, {"experts": 4, "calibration": "empty.txt"}, "The calibration text is empty"),
-        (prune, {"experts": 4, "calibration": "missing.txt"}, "There is no calibration text"),
+        (prune, {"experts": 4, "calibration": "missing.txt"}, "There is no file missing.txt"),
         (grow, {"experts": 8}, "experts is 8; it must be a multiple of 6"),
         (grow, {"experts": 12, "top_k": 4}, "top_k is 4; it can be 3, as now, or 6"),
         (grow, {"experts": 12, "noise": -1.0}, "noise is -1.0"),
@@ -482,7 +493,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize("family", ["hf_moe", "olmoe"])
 def test_memory_does_not_grow_with_the_layers(family, text, tmp_path):
     layer = 0
-    for name, layers, width in (("warm", 1, 32), ("few", 2, 2048), ("many", 8, 2048)):
+    for name, layers, width in (("warm", 1, 32), ("few", 2, 2048), ("many", 16, 2048)):
         sizes = {"hidden_size": 256, "num_hidden_layers": layers, "num_experts_per_tok": 2, "vocab_size": 512}
         if family == "olmoe":
             model = build("olmoe", torch.bfloat16, **sizes, intermediate_size=width, num_experts=6)
@@ -499,4 +510,6 @@ def test_memory_does_not_grow_with_the_layers(family, text, tmp_path):
         assert run.returncode == 0, run.stderr[-2000:]
         taken[name] = json.loads(run.stdout.splitlines()[-1])[1] / layer
     print(taken)
-    assert taken["few"] > 0.9 and taken["many"] < taken["few"] + 0.5 and taken["many"] < 4
+    # One layer in float32 where the files hold it so; about three where Transformers puts it together, more or less as
+    # its threads run. All sixteen would be eight in bfloat16.
+    assert all(0.9 < layers < 5 for layers in taken.values())

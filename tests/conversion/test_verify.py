@@ -197,7 +197,7 @@ def test_refuses(pair, tmp_path, shared_data):
     with pytest.raises(FileNotFoundError, match="absent"):
         verify(stories, stories, data=tmp_path / "absent.txt")
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.txt is no UTF-8 text"):
+    with pytest.raises(ValueError, match=r"latin\.txt is no text in UTF-8"):
         verify(stories, stories, data=tmp_path / "latin.txt")
 
 
