@@ -14,7 +14,7 @@ from ..generation.cached import with_and_without_cache
 from ..generation_settings import mend_ids
 from ..reading import built, positions
 from ..same_tokens import check_same_tokens
-from ..telemetry.texts import texts
+from ..texts import texts
 from .files import file_backed
 from .files.checkpoint import Checkpoint, Entry, read_config
 from .files.own_code import config_of

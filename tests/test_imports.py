@@ -49,6 +49,7 @@ ORDER = [
     "hf_moe.demo",
     "hf_moe.routers",
     "hf_moe.answers",
+    "hf_moe.texts",
     "hf_moe.chat",
     "hf_moe.generation_settings",
     "hf_moe.same_tokens",

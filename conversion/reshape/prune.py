@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...staging import check_destination
-from ...telemetry.texts import texts
+from ...texts import texts
 from ..files.texts import MAX_TOKENS, cut, name_of
 from ..files.tokenizer import load_tokenizer
 from ..options import ConversionOptions, takes

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from ...telemetry.texts import texts as texts_of
+from ...texts import texts as texts_of
 from ..files.checkpoint import read_text
 from ..files.texts import cut, encoded
 from ..files.tokenizer import load_tokenizer

@@ -21,6 +21,7 @@ from .routing_figures import draw_loads, read_trace
 
 FIGURES = "figures"
 CURVES = f"{FIGURES}/training_curves.png"
+LOADS = f"{FIGURES}/expert_load.png"
 
 
 def write_model_card(
@@ -104,7 +105,7 @@ def render_card(
             base=data.base_model,
             curves=[titles, *curve_rows] if curve_rows else [],
             curve_picture=CURVES if draw_curves(saved.log_history, aside / CURVES) else None,
-            load_pictures=draw_loads(saved.provenance.get("load", {}), aside / FIGURES),
+            load_picture=LOADS if draw_loads(saved.provenance.get("load", {}), aside / LOADS) else None,
             routing=routing,
             evaluations=evaluation_rows(results),
             auto_class=auto_class,

@@ -58,32 +58,37 @@ def read_trace(saved: SavedModel, trace: Path, figures: Path) -> dict[str, Any]:
     return {"rows": [list(row) for row in facts.items()], "findings": findings, "figures": shown}
 
 
-def draw_loads(loads: dict[str, dict[str, list[int]]], figures: Path) -> list[dict[str, str]]:
-    """Draw the load of each expert before and after its layer was pruned, and return the figures as a card shows them.
+def draw_loads(loads: dict[str, dict[str, list[int]]], path: Path) -> bool:
+    """Draw the load of each expert before and after layers were pruned, as a PNG; returns whether there is a picture.
 
     loads: "before" and "after" -> the name of a layer -> tokens of each expert. Without matplotlib it says so, and
-    there are none.
+    there is none.
     """
     if not loads:
-        return []
+        return False
     try:
-        from ..telemetry.figures import draw, png
+        from matplotlib.colors import TwoSlopeNorm
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ModuleNotFoundError:
         print("no picture of the experts' load: pip install 'hf_moe[plots]'", file=sys.stderr)
-        return []
-    figures.mkdir(parents=True, exist_ok=True)
-    shown = []
-    for when in WHEN:
-        layers = loads[when]
-        numbers = [
-            {"label": number, "experts": len(layers[name]), "load": expert_load(torch.tensor(layers[name])).tolist()}
-            for number, name in numbered_layers(layers)
-        ]
-        ((_, figure),) = draw("load", {"layers": numbers})
-        path = figures / f"load-{when}.png"
-        path.write_bytes(png(figure))
-        shown.append({"title": f"Load of each expert {when}", "path": f"{figures.name}/{path.name}"})
-    return shown
+        return False
+    layers = numbered_layers(loads[WHEN[0]])
+    maps = {when: [expert_load(torch.tensor(loads[when][name])).tolist() for _, name in layers] for when in WHEN}
+    norm = TwoSlopeNorm(1, 0, max(2.0, *(max(row) for rows in maps.values() for row in rows)))
+    figure = Figure(figsize=(9, min(1.6 + 0.2 * len(layers), 9)), layout="constrained")
+    axes = figure.subplots(1, len(WHEN), sharey=True)
+    for axis, (when, rows) in zip(axes, maps.items(), strict=True):
+        image = axis.imshow(rows, cmap="coolwarm", norm=norm, aspect="auto", interpolation="nearest")
+        axis.set_title(when, fontsize=10)
+        axis.set_xlabel("expert")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_ylabel("layer")
+    axes[0].set_yticks(range(len(layers)), [number for number, _ in layers])
+    figure.colorbar(image, ax=axes, label="load, 1 is fair")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})  # the same bytes for the same loads
+    return True
 
 
 def at(path: str | None) -> str:

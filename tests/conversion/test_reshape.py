@@ -131,8 +131,7 @@ def test_pruned_are_the_experts_that_are_worth_least(source, text, by, tmp_path)
         busy = [max(x) * len(x) / sum(x) for x in (report["load"]["before"][layer], after[layer])]
         numbers = " ".join(str(x) for (x,) in kept)
         assert f"| {layer.split('.')[-1]} | {numbers} | {busy[0]:.3g} | {busy[1]:.3g} |" in card
-    for when in ("before", "after"):
-        assert f"](figures/load-{when}.png)" in card and (tmp_path / "out" / f"figures/load-{when}.png").exists()
+    assert "](figures/expert_load.png)" in card and (tmp_path / "out" / "figures/expert_load.png").exists()
     assert "no origin" not in card and "fewer experts" in card
 
 

@@ -7,7 +7,8 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_moe.telemetry.texts import Domain, named_sources, texts
+from hf_moe.telemetry.texts import Domain, named_sources
+from hf_moe.texts import texts
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 
