@@ -182,6 +182,8 @@ def numbered(word: str) -> tuple[int, str]:
 
 def without_lists(report: dict) -> dict:
     """For the screen each layer's kept experts on a line, and no scores."""
+    from hf_moe.hub.tables import busiest
+
     kept = {
         f"kept in {layer}": " ".join("+".join(map(str, numbers)) for numbers in experts)
         for layer, experts in report.get("kept", {}).items()
@@ -189,7 +191,6 @@ def without_lists(report: dict) -> dict:
     for domain in report.get("domains", ()):
         kept[f"perplexity on {domain['text']}"] = f"{domain['perplexity_a']:.4g}, now {domain['perplexity_b']:.4g}"
     for when, layers in report.get("load", {}).items():
-        loads = (max(tokens) * len(tokens) / max(sum(tokens), 1) for tokens in layers.values())
-        kept[f"busiest expert {when}, 1 at balance"] = f"{max(loads):.3g}"
+        kept[f"busiest expert {when}, 1 at balance"] = f"{max(map(busiest, layers.values())):.3g}"
     lists = ("kept", "scores", "domains", "load")
     return {name: value for name, value in report.items() if name not in lists} | kept

@@ -5,9 +5,8 @@ A router joins by being registered, from a plugin, too.
 
 from hf_moe.model.routing import ROUTERS
 
-from .experiment import Arm, Budget, Experiment
+from .experiment import BALANCED, BIAS, Arm, Budget, Experiment
 
-BALANCED = {"router_aux_loss_coef": 0.01}
 # What a router needs, beside its name, to be as good as it can be here; others have the balance loss alone.
 SETTINGS = {
     "gshard": {"num_experts_per_tok": 2},
@@ -16,7 +15,6 @@ SETTINGS = {
     "expert_choice": {"router_aux_loss_coef": 0.0},
     "dense": {"router_aux_loss_coef": 0.0},
 }
-BIAS = {"router_args": {"selection_bias": True}, "router_bias_update_speed": 1e-3, "router_aux_loss_coef": 0.0}
 # Ways to balance, on the router that each is known with.
 BALANCING = {
     "softmax_topk, no balancing": {"router_type": "softmax_topk", "router_aux_loss_coef": 0.0},

@@ -53,6 +53,10 @@ BUDGETS = {
     ),
 }
 
+# Fields of arms: the balance loss, and a selection bias instead.
+BALANCED = {"router_aux_loss_coef": 0.01}
+BIAS = {"router_args": {"selection_bias": True}, "router_bias_update_speed": 1e-3, "router_aux_loss_coef": 0.0}
+
 
 @dataclass(frozen=True)
 class Arm:

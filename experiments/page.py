@@ -1,8 +1,9 @@
 """An experiment's page and picture, from its results."""
 
-import os
 from pathlib import Path
 from typing import Any
+
+from hf_moe.staging import written_aside
 
 from .experiment import Runs, mean, spread
 
@@ -78,15 +79,13 @@ def picture(runs: Runs, path: Path) -> None:
     right.set_ylabel("training loss")
     if len(order) <= 8:
         right.legend(fontsize="small")
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format="png", dpi=140)
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=140)
 
 
 def write(result: dict[str, Any], runs: Runs, out: Path) -> list[Path]:
     """The page and the picture, to `out`."""
     picture(runs, out / "picture.png")
-    aside = out / ".page.md.partial"
-    aside.write_text(page(result, runs), encoding="utf-8")
-    os.replace(aside, out / "page.md")
+    with written_aside(out / "page.md") as aside:
+        aside.write_text(page(result, runs), encoding="utf-8")
     return [out / "page.md", out / "picture.png"]

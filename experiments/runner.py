@@ -3,9 +3,9 @@
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from hf_moe.plugins import loaded_plugins
+from hf_moe.staging import written_aside
 from hf_moe.version import __version__
 
 from .experiment import Arm, Budget, Experiment, Runs
@@ -37,14 +39,14 @@ def run(
         "claim": experiment.claim,
         "source": experiment.source,
         "paper": experiment.paper,
-        "budget": described(budget),
+        "budget": asdict(budget),
         "data": data or "generated stories",
-        "arms": {arm: {"fields": what.fields, "arguments": what.arguments} for arm, what in arms.items()},
+        "arms": {arm: asdict(what) for arm, what in arms.items()},
         "sizes": sizes,
     }
     done = read(out / FILE, said)
     jobs = [
-        Job(arm, seed, what, budget, data, plugins())
+        Job(arm, seed, what, budget, data, loaded_plugins())
         for arm, what in arms.items()
         for seed in range(budget.seeds)
         if not any(x["arm"] == arm and x["seed"] == seed for x in done)
@@ -73,15 +75,6 @@ def check_equal(experiment: Experiment, sizes: dict[str, dict[str, int]]) -> Non
     found = {arm: size[experiment.equal] for arm, size in sizes.items()}
     if max(found.values()) - min(found.values()) > EQUAL * max(found.values()):
         raise ValueError(f"The arms must have equal {experiment.equal}, but have {found}.")
-
-
-def described(budget: Budget) -> dict[str, Any]:
-    return dict(vars(budget))
-
-
-def plugins() -> tuple[str, ...]:
-    """The files of the plugins that are loaded here."""
-    return tuple(x.__file__ for name, x in sys.modules.items() if name.startswith("hf_moe_plugin_") and x.__file__)
 
 
 def versions() -> dict[str, str]:
@@ -125,6 +118,5 @@ def read(path: Path, said: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -6,6 +6,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+PREFIX = "hf_moe_plugin_"  # of their modules
+
 
 def load_plugin(path: str | Path) -> ModuleType:
     """Run the Python file `path`, once, as the module hf_moe_plugin_NAME; only what the user names is to be given.
@@ -16,7 +18,7 @@ def load_plugin(path: str | Path) -> ModuleType:
     file = Path(path).resolve()
     if not file.is_file() or file.suffix != ".py":
         raise FileNotFoundError(f"No plugin {path}: give a Python file.")
-    name = f"hf_moe_plugin_{file.stem}"
+    name = f"{PREFIX}{file.stem}"
     known = sys.modules.get(name)
     if known is not None:
         if known.__file__ != str(file):
@@ -32,3 +34,8 @@ def load_plugin(path: str | Path) -> ModuleType:
         line = inside[-1] if inside else getattr(error, "lineno", "?")
         raise ValueError(f"Plugin {path} fails in line {line}: {type(error).__name__}: {error}") from error
     return module
+
+
+def loaded_plugins() -> tuple[str, ...]:
+    """The files of those that are loaded here."""
+    return tuple(x.__file__ for name, x in sys.modules.items() if name.startswith(PREFIX) and x.__file__)

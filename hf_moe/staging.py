@@ -158,6 +158,14 @@ def staged(folder: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which has its name once it is whole."""
+    aside = path.with_name(f".{path.name}.partial")
+    yield aside
+    os.replace(aside, path)
+
+
 def publish(staging: Path, folder: Path) -> None:
     """Give `staging`, once it is on the disk, the name `folder`."""
     for path in [*staging.rglob("*"), staging]:

@@ -24,6 +24,7 @@ def router(
 ) -> None:
     """Write a router with its test against a slow computation: works as it is, to be changed."""
     from hf_moe.model.routing import ROUTERS
+    from hf_moe.staging import written_aside
 
     file = out or Path(f"{name}.py")
     if not name.isidentifier() or keyword.iskeyword(name):
@@ -33,9 +34,8 @@ def router(
     if file.exists():
         raise FileExistsError(f"{file} exists: give another --out, or move it away.")
     text = (TEMPLATES / "router.py").read_text(encoding="utf-8").replace(NAME, name)
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
+    with written_aside(file) as aside:
+        aside.write_text(text, encoding="utf-8")
     print(f"{file}: change `{name}` and its test, and then")
     print(f"    pytest {file}")
     print("    hf-moe train tiny/pretrain --model_name_or_path MODEL --train_data TEXT --output_dir OUT \\")

@@ -16,7 +16,6 @@ from transformers import PreTrainedConfig
 
 from ...model.configuration_hf_moe import HfMoeConfig
 from ...reading import built
-from ...staging import check_destination
 from ..computation import TRAINING_FIELDS
 from ..export_checkpoint import HF_MOE, rearranged
 from ..families import IMPORTED
@@ -191,7 +190,6 @@ def write(
     measure: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write the model in the mixture's own family; returns `convert`'s report."""
-    check_destination(Path(dst), options.resume)
     family, source = mixture.source.family, mixture.source
     said = in_family(mixture, config)
     parts = list(outputs.values())
@@ -202,6 +200,14 @@ def write(
         copies = family.copies(config).items()
         parts = rearranged(outputs, regions)
         parts += [outputs[name]._replace(name=copy) for copy, name in copies if name in outputs]
-    exported = None if family is HF_MOE else said
-    said_besides = {"exported": exported, "domains": domains, "measure": measure}
-    return convert(source, config, parts, dst, options, provenance=provenance, **said_besides)
+    return convert(
+        source,
+        config,
+        parts,
+        dst,
+        options,
+        provenance=provenance,
+        exported=None if family is HF_MOE else said,
+        domains=domains,
+        measure=measure,
+    )

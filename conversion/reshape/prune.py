@@ -59,7 +59,7 @@ def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, 
         raise ValueError(f"by is {options.by!r}; it can be {', '.join(SCORES)}.")
     windows = read(mixture, options)
     seen = {} if options.dry_run else watch(mixture, windows, options.progress)
-    before = {layer: x.tokens.long().tolist() for layer, x in seen.items()}
+    before = tokens_of(seen)
     seen = seen_of_all(mixture, seen)
     generator = torch.Generator().manual_seed(options.seed)
     scores = {layer: SCORES[options.by](x, generator) for layer, x in seen.items()}
@@ -81,7 +81,7 @@ def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, 
 
     def measure(folder: Path) -> dict[str, Any]:
         after = watch(open_mixture(folder), windows, options.progress)
-        return {"load": {"before": before, "after": {layer: x.tokens.long().tolist() for layer, x in after.items()}}}
+        return {"load": {"before": before, "after": tokens_of(after)}}
 
     outputs = with_experts(mixture, experts)
     report = write(mixture, config, outputs, dst, options, provenance, domains, measure if windows else None)
@@ -126,6 +126,11 @@ def read(mixture: Mixture, options: PruneOptions) -> list[torch.Tensor]:
         mixture.source.config.get_text_config(),
         options.calibration_tokens,
     )
+
+
+def tokens_of(seen: dict[str, Seen]) -> dict[str, list[int]]:
+    """How many tokens went to each expert of a layer."""
+    return {layer: x.tokens.long().tolist() for layer, x in seen.items()}
 
 
 def seen_of_all(mixture: Mixture, found: dict[str, Seen]) -> dict[str, Seen]:

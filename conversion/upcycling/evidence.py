@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from ...texts import texts as texts_of
+from ...texts import texts
 from ..files.checkpoint import read_text
 from ..files.texts import cut, encoded
 from ..files.tokenizer import load_tokenizer
@@ -32,8 +32,9 @@ class Evidence:
         self._tokenizer = load_tokenizer(folder) if needs_tokens else None
         if needs_tokens and self._tokenizer is None:
             raise ValueError(f"{folder.name} has no tokenizer to read {calibration or prompts} with.")
-        texts = [] if calibration is None else texts_of(str(calibration), self._tokenizer)
-        self._windows = [] if calibration is None else cut(texts, self._tokenizer, self._config)
+        self._windows = []
+        if calibration is not None:
+            self._windows = cut(texts(str(calibration), self._tokenizer), self._tokenizer, self._config)
         self.prompts = [] if prompts is None else read_prompts(Path(prompts))
 
     @property

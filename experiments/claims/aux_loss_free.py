@@ -3,16 +3,15 @@
 Loss-free balancing (https://arxiv.org/abs/2408.15664), table 2; DeepSeek-V3 (https://arxiv.org/abs/2412.19437), 4.5.2.
 """
 
-from ..experiment import Arm, Budget, Experiment, Runs, lower
+from ..experiment import BALANCED, BIAS, Arm, Budget, Experiment, Runs, lower
 
 SIGMOID = {"router_type": "sigmoid_topk", "norm_topk_prob": True}
-BIAS = {"router_args": {"selection_bias": True}, "router_bias_update_speed": 1e-3, "router_aux_loss_coef": 0.0}
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
     return {
         "bias": Arm(SIGMOID | BIAS),
-        "balance loss": Arm(SIGMOID | {"router_aux_loss_coef": 0.01}),
+        "balance loss": Arm(SIGMOID | BALANCED),
         "neither": Arm(SIGMOID | {"router_aux_loss_coef": 0.0}),
     }
 

@@ -4,13 +4,13 @@ Expert choice (https://arxiv.org/abs/2202.09368), figure 2: training converges i
 The choice sees the whole batch, which a model that writes cannot: held-out loss here is of the causal choice.
 """
 
-from ..experiment import Arm, Budget, Experiment, Runs, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
     return {
         "expert choice": Arm({"router_type": "expert_choice", "router_aux_loss_coef": 0.0}),
-        "token choice": Arm({"router_type": "softmax_topk", "router_aux_loss_coef": 0.01}),
+        "token choice": Arm(BALANCED | {"router_type": "softmax_topk"}),
     }
 
 

@@ -4,7 +4,7 @@ DeepSeekMoE (https://arxiv.org/abs/2401.06066), figure 3, and OLMoE (https://arx
 the same parameters, active ones too, more and smaller experts lower the loss.
 """
 
-from ..experiment import Arm, Budget, Experiment, Runs, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
@@ -13,7 +13,7 @@ def arms(budget: Budget) -> dict[str, Arm]:
 
     def cut(pieces: int) -> Arm:
         fields = {"num_experts": experts * pieces, "num_experts_per_tok": top_k * pieces}
-        return Arm(fields | {"moe_intermediate_size": width // pieces, "router_aux_loss_coef": 0.01})
+        return Arm(BALANCED | fields | {"moe_intermediate_size": width // pieces})
 
     return {"whole": cut(1), "halves": cut(2), "quarters": cut(4)}
 

@@ -4,7 +4,7 @@ Hash Layers (https://arxiv.org/abs/2106.04426), table 1: a fixed hash of the tok
 Switch's learned routing at K = 1.
 """
 
-from ..experiment import Arm, Budget, Experiment, Runs, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
@@ -12,7 +12,7 @@ def arms(budget: Budget) -> dict[str, Arm]:
     one = {"num_experts_per_tok": 1}
     return {
         "hash": Arm(one | {"router_type": "hash", "router_aux_loss_coef": 0.0}),
-        "learned": Arm(one | {"router_type": "softmax_topk", "router_aux_loss_coef": 0.01}),
+        "learned": Arm(one | BALANCED | {"router_type": "softmax_topk"}),
         "dense": Arm({"mlp_layer_types": ["dense"] * layers, "intermediate_size": width}),
     }
 

@@ -4,18 +4,18 @@ Switch (https://arxiv.org/abs/2101.03961), figure 1: with each token going to on
 of experts doubles.
 """
 
-from ..experiment import Arm, Budget, Experiment, Runs, both, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
     counts = [budget.fields["num_experts"] * x // 4 for x in (1, 2, 4, 8)]
-    fields = {"num_experts_per_tok": 1, "router_aux_loss_coef": 0.01}
+    fields = BALANCED | {"num_experts_per_tok": 1}
     return {f"{count} experts": Arm(fields | {"num_experts": count}) for count in counts}
 
 
 def judge(runs: Runs) -> str:
     first, *_, last = runs
-    return both(lower(runs, last, first))
+    return lower(runs, last, first)
 
 
 EXPERIMENT = Experiment(

@@ -4,11 +4,11 @@ OLMoE (https://arxiv.org/abs/2409.02060), figures 9 and 10: without the loss one
 tokens and several get none, and the training loss is higher.
 """
 
-from ..experiment import Arm, Budget, Experiment, Runs, both, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, both, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
-    return {"balanced": Arm({"router_aux_loss_coef": 0.01}), "not balanced": Arm({"router_aux_loss_coef": 0.0})}
+    return {"balanced": Arm(BALANCED), "not balanced": Arm({"router_aux_loss_coef": 0.0})}
 
 
 def judge(runs: Runs) -> str:

@@ -4,14 +4,13 @@ DeepSeekMoE (https://arxiv.org/abs/2401.06066), figure 3, finds that it helps; O
 (https://arxiv.org/abs/2409.02060), figure 6, that it does not.
 """
 
-from ..experiment import Arm, Budget, Experiment, Runs, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
     experts, top_k = budget.fields["num_experts"], budget.fields["num_experts_per_tok"]
-    balanced = {"router_aux_loss_coef": 0.01}
     shared = {"n_shared_experts": 1, "num_experts": experts - 1, "num_experts_per_tok": top_k - 1}
-    return {"shared": Arm(balanced | shared), "all routed": Arm(balanced)}
+    return {"shared": Arm(BALANCED | shared), "all routed": Arm(BALANCED)}
 
 
 def judge(runs: Runs) -> str:

@@ -4,12 +4,11 @@ ST-MoE (https://arxiv.org/abs/2202.08906), 3.1, and OLMoE (https://arxiv.org/abs
 quality no worse.
 """
 
-from ..experiment import Arm, Budget, Experiment, Runs, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
-    balanced = {"router_aux_loss_coef": 0.01}
-    return {"z-loss": Arm(balanced | {"router_z_loss_coef": 1e-3}), "without": Arm(balanced)}
+    return {"z-loss": Arm(BALANCED | {"router_z_loss_coef": 1e-3}), "without": Arm(BALANCED)}
 
 
 def judge(runs: Runs) -> str:

@@ -1,9 +1,10 @@
 """Training curves: a few rows of what the Trainer logged, and a picture of all of it."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from ..staging import written_aside
 
 # Name in the log -> title of the column.
 COLUMNS = {
@@ -78,7 +79,6 @@ def draw(logs: dict[str, list[dict[str, Any]]], path: Path) -> bool:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})  # the same bytes for the same log
-    os.replace(partial, path)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=150, format="png", metadata={"Software": None})  # the same bytes for the same log
     return True

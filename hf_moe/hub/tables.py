@@ -109,7 +109,7 @@ def domain_rows(domains: list[dict[str, Any]]) -> list[list[str]]:
 def kept_rows(provenance: dict[str, Any]) -> list[list[str]]:
     """What a pruned model's layers kept and, where it was seen, how even the load was: a heading and a row each."""
     load = provenance.get("load", {})
-    times = [when for when in WHEN if when in load]
+    times = WHEN if load else ()
     found = [["Layer", "Experts", *(f"Busiest {when}" for when in times)]]
     for number, layer in numbered_layers(provenance["kept"]):
         loads = [f"{busiest(load[when][layer]):.3g}" if layer in load[when] else "" for when in times]

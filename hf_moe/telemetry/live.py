@@ -1,7 +1,6 @@
 """The figures of the report while a model trains: files beside the run, and images where the Trainer reports."""
 
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..routers import Router, Routing, find_routers, routed_experts, token_mask
+from ..staging import written_aside
 from .counts import RARE, RouterCounts
 from .figures import draw, png
 from .measures import router_numbers
@@ -32,9 +32,8 @@ def to_wandb(callback: TrainerCallback, name: str, figure: Figure, step: int) ->
 
 def write(path: Path, picture: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(picture)
-    os.replace(partial, path)
+    with written_aside(path) as aside:
+        aside.write_bytes(picture)
 
 
 # The Trainer's callback that reports somewhere -> how it takes a picture.

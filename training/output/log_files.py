@@ -1,13 +1,13 @@
 """What a run logs, as files beside it: a line of JSON for each log, and a picture of the curves so far."""
 
 import json
-import os
 import time
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from hf_moe.hub import CURVES, METRICS, draw_curves
+from hf_moe.staging import written_aside
 
 SECONDS = 60  # between two pictures; the last one is the card's
 
@@ -24,9 +24,8 @@ class LogFiles(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         path = Path(args.output_dir) / METRICS
         if state.is_world_process_zero and (state.log_history or path.exists()):
-            partial = path.with_name(f".{METRICS}.partial")
-            partial.write_text("".join(map(line, state.log_history)), encoding="utf-8")
-            os.replace(partial, path)
+            with written_aside(path) as aside:
+                aside.write_text("".join(map(line, state.log_history)), encoding="utf-8")
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero and state.log_history:

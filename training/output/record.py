@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_moe.hub import RECORD, inherited, stages_of
+from hf_moe.staging import written_aside
 from hf_moe.version import __version__
 
 from ..host import loaded_from
@@ -124,6 +124,5 @@ def write_record(facts: dict[str, Any], model: PreTrainedModel, folder: str | Pa
     """Write the stages that `model` has been through to `folder`; nothing where nothing is known."""
     found = stages(facts, model)
     if found:
-        partial = Path(folder) / f".{RECORD}.partial"
-        partial.write_text(json.dumps({"stages": found}, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, Path(folder) / RECORD)
+        with written_aside(Path(folder) / RECORD) as aside:
+            aside.write_text(json.dumps({"stages": found}, indent=2) + "\n", encoding="utf-8")

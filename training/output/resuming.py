@@ -6,7 +6,6 @@ whatever the arguments say, and so has to be given as it was. All else is as the
 
 import hashlib
 import json
-import os
 import sys
 from enum import Enum
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_moe.hub import RUN_FILE as FILE
+from hf_moe.staging import written_aside
 
 # Arguments that have to be as they were, beside the learning rate and the rows of a step.
 KEPT = (
@@ -76,9 +76,8 @@ def write_arguments(args: TrainingArguments, folder: str | Path) -> None:
     """What this run was told, to `folder`."""
     facts = {"arguments": arguments_of(args), "step": step_of(args)}
     facts |= {name: getattr(args, name, {}) for name in ("contents", "rows")}
-    partial = Path(folder) / f".{FILE}.partial"
-    partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, Path(folder) / FILE)
+    with written_aside(Path(folder) / FILE) as aside:
+        aside.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def read_arguments(folder: str | Path) -> dict[str, Any]:
