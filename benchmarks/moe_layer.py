@@ -5,6 +5,7 @@
 FLOPs are 2 * 3 T K D I forward and three times that forward and backward. The ceiling is what torch.bmm needs for the
 same products with tokens spread evenly, and nothing else. SonicMoE is measured where it is installed. Saved are the
 tensors kept for the backward, without inputs and parameters. Medians, bfloat16, random tokens routed at random.
+`kernels` is where the time of our forward and backward goes: milliseconds of each kernel, by torch's profiler.
 """
 
 import argparse
@@ -80,6 +81,17 @@ def measure(experts, x, index, weights, direction, flops: float) -> dict[str, fl
     }
 
 
+def kernels(experts, x, index, weights, direction, times: int = 10) -> dict[str, float]:
+    """Milliseconds of each kernel in one forward and backward, those that take the most first."""
+    leaves = [x, weights, *experts.parameters()]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(times):
+            torch.autograd.grad(experts(x, index, weights), leaves, direction)
+        torch.cuda.synchronize()
+    took = {event.key[:80]: event.device_time_total / 1000 / times for event in profile.key_averages()}
+    return {name: round(ms, 3) for name, ms in sorted(took.items(), key=lambda item: -item[1]) if ms > 0.005}
+
+
 def ceiling(tokens: int, D: int, inner: int, E: int, K: int, flops: float) -> dict[str, float]:
     """The products alone: x W_up^T and A W_down^T, then both gradients of each."""
     x, hidden, activated = (
@@ -135,6 +147,8 @@ def main():
             experts.config._experts_implementation = implementation
             results[name][implementation] = row = measure(experts, x, index, weights, direction, flops)
             print(name, implementation, row, flush=True)
+            if implementation == "hf_moe":
+                results[name]["kernels"] = kernels(experts, x, index, weights, direction)
             args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -22,7 +22,7 @@ from hf_moe.routers import captured, find_routers
 from hf_moe.version import __version__
 
 SLOTS = 8
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.25)
+SHARES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 
 
 def build(layers: int, **changes) -> HfMoeForCausalLM:
