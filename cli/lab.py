@@ -40,7 +40,7 @@ def lab(
     if list_ or name is None:
         print_columns([(name, experiment.claim) for name, experiment in EXPERIMENTS.items()])
         return
-    print_columns(page.table(runs, result["sizes"]))
+    print_columns(page.table(result, runs))
     print(f"{result['claim']} {result['verdict'].capitalize()}.")
     print("\n".join(map(str, files)))
 

@@ -1,11 +1,11 @@
 """What an experiment is: a claim, arms that differ in one thing, and when the claim holds."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-HOLDS, DOES_NOT, UNDECIDED = "holds", "does not hold here", "undecided at this size"
+from .verdicts import Runs
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,7 @@ class Budget:
     """How much an arm is given: a model's fields, tokens, steps, and seeds."""
 
     fields: dict[str, Any]
+    vocabulary: int
     length: int  # tokens of a row
     rows: int  # a step
     steps: int
@@ -24,6 +25,12 @@ class Budget:
     def tokens(self) -> int:
         return self.length * self.rows * self.steps
 
+    @property
+    def dense(self) -> dict[str, Any]:
+        """Fields of the model without experts that computes as much for a token: one MLP as wide as K experts."""
+        width = self.fields["moe_intermediate_size"] * self.fields["num_experts_per_tok"]
+        return {"mlp_layer_types": ["dense"] * self.fields["num_hidden_layers"], "intermediate_size": width}
+
 
 SMALL = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.05, "tie_word_embeddings": True}
 BUDGETS = {
@@ -32,6 +39,7 @@ BUDGETS = {
         SMALL
         | {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "moe_intermediate_size": 48}
         | {"num_experts": 8, "num_experts_per_tok": 2},
+        vocabulary=512,
         length=64,
         rows=16,
         steps=80,
@@ -44,6 +52,7 @@ BUDGETS = {
         SMALL
         | {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 512, "moe_intermediate_size": 256}
         | {"num_experts": 16, "num_experts_per_tok": 2},
+        vocabulary=4096,
         length=256,
         rows=64,
         steps=600,
@@ -60,19 +69,36 @@ BIAS = {"router_args": {"selection_bias": True}, "router_bias_update_speed": 1e-
 
 @dataclass(frozen=True)
 class Arm:
-    """One way: fields of the configuration beside the budget's, and arguments of the trainer beside the runner's."""
+    """One way: fields of the configuration beside the budget's, and arguments of the trainer beside the runner's.
+
+    begin: what is trained and on which text, of a trial (`trial.py`); else a model of random weights on the
+    experiment's text.
+    """
 
     fields: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    begin: Callable | None = None
+
+    def said(self) -> dict[str, Any]:
+        """In words of JSON."""
+        begin = {} if self.begin is None else {"begin": called(self.begin)}
+        return {"fields": self.fields, "arguments": self.arguments, **begin}
 
 
-Runs = dict[str, list[dict[str, Any]]]  # arm -> what each seed measured
+def called(function: Callable) -> str:
+    """A function's name, with what is given to it."""
+    if isinstance(function, partial):
+        given = ", ".join(f"{name}={value!r}" for name, value in function.keywords.items())
+        return f"{function.func.__name__}({given})"
+    return function.__name__
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """claim and its source; `paper`: what the source shows for it; arms of a budget; `equal`: what of the sizes must
-    be the same for all arms, within 2%; `judge`: the verdict on what was measured."""
+    """claim and its source; `paper`: what the source shows for it; arms of a budget; `judge`: the verdict on what was
+    measured; `equal`: what of the sizes must be the same for all arms, within 2%; `measure`: further numbers of a
+    trained model, of a trial and the model; `says`: sentences on what was measured; `experts`: whether each expert's
+    share of the tokens over training is drawn."""
 
     claim: str
     source: str
@@ -80,37 +106,6 @@ class Experiment:
     arms: Callable[[Budget], dict[str, Arm]]
     judge: Callable[[Runs], str]
     equal: str | None = None
-
-
-def mean(runs: list[dict[str, Any]], name: str) -> float:
-    return sum(run[name] for run in runs) / len(runs)
-
-
-def spread(runs: list[dict[str, Any]], name: str) -> float:
-    """Standard deviation over the seeds, 0 of one."""
-    centre = mean(runs, name)
-    return math.sqrt(sum((run[name] - centre) ** 2 for run in runs) / max(len(runs) - 1, 1))
-
-
-def lower(runs: Runs, arm: str, other: str, name: str = "held_out_loss") -> str:
-    """Whether `arm` is lower than `other`: seed by seed, by more than twice the standard error of the difference.
-
-    With fewer than three seeds that error is unknown, and all of them have to agree by 1% at least.
-    """
-    pairs = list(zip(runs[arm], runs[other], strict=True))
-    differences = [one[name] - two[name] for one, two in pairs]
-    centre = sum(differences) / len(differences)
-    if len(differences) < 3:
-        least = 0.01 * mean(runs[other], name)
-        clear = all(x * centre > 0 and abs(x) > least for x in differences)
-    else:
-        error = spread([{"x": x} for x in differences], "x") / math.sqrt(len(differences))
-        clear = abs(centre) > 2 * error
-    return UNDECIDED if not clear else HOLDS if centre < 0 else DOES_NOT
-
-
-def both(*verdicts: str) -> str:
-    """Of several that have to hold together."""
-    if all(x == HOLDS for x in verdicts):
-        return HOLDS
-    return DOES_NOT if DOES_NOT in verdicts else UNDECIDED
+    measure: Callable | None = None
+    says: Callable[[Runs], list[str]] = lambda runs: []
+    experts: bool = False

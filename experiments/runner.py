@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -17,8 +18,10 @@ from hf_moe.plugins import loaded_plugins
 from hf_moe.staging import written_aside
 from hf_moe.version import __version__
 
-from .experiment import Arm, Budget, Experiment, Runs
-from .training import Job, size_of, train
+from .experiment import Arm, Budget, Experiment
+from .text import read_text
+from .trial import ON_GPU, Job, size_of, train
+from .verdicts import Runs
 
 FILE = "results.json"
 EQUAL = 0.02  # of the largest
@@ -41,25 +44,27 @@ def run(
         "paper": experiment.paper,
         "budget": asdict(budget),
         "data": data or "generated stories",
-        "arms": {arm: asdict(what) for arm, what in arms.items()},
+        "arms": {arm: what.said() for arm, what in arms.items()},
         "sizes": sizes,
+        "draws_experts": experiment.experts,
     }
     done = read(out / FILE, said)
-    jobs = [
-        Job(arm, seed, what, budget, data, loaded_plugins())
-        for arm, what in arms.items()
-        for seed in range(budget.seeds)
-        if not any(x["arm"] == arm and x["seed"] == seed for x in done)
-    ]
+    known = {(x["arm"], x["seed"]) for x in done}
+    left = [(arm, seed) for arm in arms for seed in range(budget.seeds) if (arm, seed) not in known]
 
     def keep(found: dict[str, Any]) -> None:
         done.append(found)
         write(out / FILE, said | {"versions": versions(), "runs": done})
 
     out.mkdir(parents=True, exist_ok=True)
-    work(jobs, keep, progress)
+    if left:
+        with tempfile.TemporaryDirectory() as text:
+            read_text(data, budget).save(Path(text))
+            given = (budget, Path(text), experiment.measure, loaded_plugins())
+            work([Job(arm, seed, arms[arm], *given) for arm, seed in left], keep, progress)
     runs = by_arm(done, arms)
-    result = said | {"versions": versions(), "verdict": experiment.judge(runs), "runs": done}
+    result = said | {"versions": versions(), "verdict": experiment.judge(runs), "says": experiment.says(runs)}
+    result |= {"runs": done}
     write(out / FILE, result)
     return result
 
@@ -78,7 +83,7 @@ def check_equal(experiment: Experiment, sizes: dict[str, dict[str, int]]) -> Non
 
 
 def versions() -> dict[str, str]:
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    card = torch.cuda.get_device_name() if ON_GPU else "CPU"
     return {
         "hf_moe": __version__,
         "torch": torch.__version__,
@@ -88,10 +93,9 @@ def versions() -> dict[str, str]:
 
 
 def work(jobs: list[Job], keep: Callable[[dict[str, Any]], None], progress: bool) -> None:
-    """Do the jobs, as many at a time as there are cores, or three on a GPU; `keep` each as it ends."""
-    if not jobs:
-        return
-    at_once = 3 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    """Do the jobs, as many at a time as there are cores, on a GPU half as many; `keep` each as it ends."""
+    cores = len(os.sched_getaffinity(0))
+    at_once = min(8, max(1, cores // 2)) if ON_GPU else cores
     bar = tqdm(total=len(jobs), unit="run", disable=not progress)
     context = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
     with ProcessPoolExecutor(min(at_once, len(jobs)), context) as pool, bar:

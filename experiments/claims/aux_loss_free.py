@@ -3,7 +3,8 @@
 Loss-free balancing (https://arxiv.org/abs/2408.15664), table 2; DeepSeek-V3 (https://arxiv.org/abs/2412.19437), 4.5.2.
 """
 
-from ..experiment import BALANCED, BIAS, Arm, Budget, Experiment, Runs, lower
+from ..experiment import BALANCED, BIAS, Arm, Budget, Experiment
+from ..verdicts import Runs, lower
 
 SIGMOID = {"router_type": "sigmoid_topk", "norm_topk_prob": True}
 
@@ -26,5 +27,5 @@ EXPERIMENT = Experiment(
     paper="lower perplexity than with the loss at 1B and 3B parameters, and a far smaller violation.",
     arms=arms,
     judge=judge,
-    equal="flops_per_token",
+    equal="training_flops",
 )

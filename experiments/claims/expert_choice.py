@@ -4,7 +4,8 @@ Expert choice (https://arxiv.org/abs/2202.09368), figure 2: training converges i
 The choice sees the whole batch, which a model that writes cannot: held-out loss here is of the causal choice.
 """
 
-from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment
+from ..verdicts import Runs, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
@@ -24,5 +25,5 @@ EXPERIMENT = Experiment(
     paper="training converges about twice as fast as top-2; nothing is said of generating token by token.",
     arms=arms,
     judge=judge,
-    equal="flops_per_token",
+    equal="training_flops",
 )

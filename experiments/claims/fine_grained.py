@@ -4,7 +4,8 @@ DeepSeekMoE (https://arxiv.org/abs/2401.06066), figure 3, and OLMoE (https://arx
 the same parameters, active ones too, more and smaller experts lower the loss.
 """
 
-from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment
+from ..verdicts import Runs, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:

@@ -4,16 +4,16 @@ Hash Layers (https://arxiv.org/abs/2106.04426), table 1: a fixed hash of the tok
 Switch's learned routing at K = 1.
 """
 
-from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment
+from ..verdicts import Runs, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
-    layers, width = budget.fields["num_hidden_layers"], budget.fields["moe_intermediate_size"]
     one = {"num_experts_per_tok": 1}
     return {
         "hash": Arm(one | {"router_type": "hash", "router_aux_loss_coef": 0.0}),
         "learned": Arm(one | BALANCED | {"router_type": "softmax_topk"}),
-        "dense": Arm({"mlp_layer_types": ["dense"] * layers, "intermediate_size": width}),
+        "dense": Arm(budget.dense | {"intermediate_size": budget.fields["moe_intermediate_size"]}),
     }
 
 
@@ -27,5 +27,5 @@ EXPERIMENT = Experiment(
     paper="lower perplexity than the dense model, and than Switch's learned routing.",
     arms=arms,
     judge=judge,
-    equal="flops_per_token",
+    equal="training_flops",
 )

@@ -4,7 +4,8 @@ Switch (https://arxiv.org/abs/2101.03961), figure 1: with each token going to on
 of experts doubles.
 """
 
-from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment
+from ..verdicts import Runs, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:

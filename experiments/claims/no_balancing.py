@@ -4,7 +4,8 @@ OLMoE (https://arxiv.org/abs/2409.02060), figures 9 and 10: without the loss one
 tokens and several get none, and the training loss is higher.
 """
 
-from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, both, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment
+from ..verdicts import Runs, both, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
@@ -23,5 +24,6 @@ EXPERIMENT = Experiment(
     paper="without it one expert soon takes most of a layer's tokens, several take none, and the loss is higher.",
     arms=arms,
     judge=judge,
-    equal="flops_per_token",
+    equal="training_flops",
+    experts=True,
 )

@@ -4,7 +4,8 @@ DeepSeekMoE (https://arxiv.org/abs/2401.06066), figure 3, finds that it helps; O
 (https://arxiv.org/abs/2409.02060), figure 6, that it does not.
 """
 
-from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment
+from ..verdicts import Runs, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
@@ -23,5 +24,5 @@ EXPERIMENT = Experiment(
     paper="DeepSeekMoE: better on most tasks; OLMoE: slightly worse, and not used.",
     arms=arms,
     judge=judge,
-    equal="flops_per_token",
+    equal="training_flops",
 )

@@ -4,7 +4,8 @@ ST-MoE (https://arxiv.org/abs/2202.08906), 3.1, and OLMoE (https://arxiv.org/abs
 quality no worse.
 """
 
-from ..experiment import BALANCED, Arm, Budget, Experiment, Runs, lower
+from ..experiment import BALANCED, Arm, Budget, Experiment
+from ..verdicts import Runs, lower
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
@@ -21,5 +22,5 @@ EXPERIMENT = Experiment(
     paper="fewer spikes of the training loss, and quality no worse.",
     arms=arms,
     judge=judge,
-    equal="flops_per_token",
+    equal="training_flops",
 )

@@ -4,21 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from hf_moe.experiments import data, page, runner
-from hf_moe.experiments.claims import EXPERIMENTS
-from hf_moe.experiments.experiment import (
-    BUDGETS,
-    DOES_NOT,
-    HOLDS,
-    UNDECIDED,
-    Arm,
-    Experiment,
-    both,
-    lower,
-    mean,
-    spread,
-)
-from hf_moe.experiments.training import config_of, train
+import torch
+from hf_moe.experiments import page, runner
+from hf_moe.experiments.claims import EXPERIMENTS, against_dense
+from hf_moe.experiments.experiment import BUDGETS, Arm, Experiment
+from hf_moe.experiments.text import IDS, Text, read_text
+from hf_moe.experiments.trial import config_of, size_of, train
+from hf_moe.experiments.verdicts import DOES_NOT, HOLDS, UNDECIDED, as_good, both, lower, mean, spread
 
 from hf_moe.model.routing import ROUTERS
 from hf_moe.plugins import load_plugin
@@ -57,7 +49,7 @@ def test_an_experiment_leaves_its_files_and_a_verdict(name, here, tmp_path):
     assert files[1].read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(result))
     assert all(0 < run["held_out_loss"] < 10 and len(run["losses"]) == 3 for run in result["runs"])
-    assert "http" in experiment.source or name == "board"
+    assert "http" in experiment.source or name in ("board", "learning-rate")
 
 
 def test_what_is_done_is_not_done_again(here, tmp_path, monkeypatch):
@@ -102,8 +94,8 @@ def test_arms_differ_in_what_they_say_alone(here, tmp_path):
 
 def test_arms_that_are_not_equal_are_refused(here, tmp_path):
     arms = {"a": Arm(), "b": Arm({"moe_intermediate_size": 96})}
-    unequal = Experiment("c", "s", "p", lambda budget: arms, lambda runs: HOLDS, equal="flops_per_token")
-    with pytest.raises(ValueError, match="The arms must have equal flops_per_token, but have"):
+    unequal = Experiment("c", "s", "p", lambda budget: arms, lambda runs: HOLDS, equal="training_flops")
+    with pytest.raises(ValueError, match="The arms must have equal training_flops, but have"):
         runner.run("unequal", unequal, ONE, None, tmp_path, progress=False)
     assert not here
 
@@ -118,6 +110,12 @@ def test_verdicts():
     assert lower(runs(a=[1.0, 1.0], b=[1.5, 1.4]), "a", "b") == HOLDS
     assert lower(runs(a=[1.0, 1.0], b=[1.005, 1.4]), "a", "b") == UNDECIDED
     assert lower(runs(a=[1.0], b=[1.5]), "a", "b") == HOLDS
+    assert as_good(runs(a=[1.0, 1.0, 1.005], b=[1.0, 1.0, 1.0]), "a", "b") == HOLDS
+    assert as_good(runs(a=[1.1, 1.1, 1.11], b=[1.0, 1.0, 1.0]), "a", "b") == DOES_NOT
+    assert as_good(runs(a=[1.0, 1.2, 0.9], b=[1.0, 1.0, 1.0]), "a", "b") == UNDECIDED
+    assert as_good(runs(a=[1.0, 1.005], b=[1.0, 1.0]), "a", "b") == HOLDS
+    assert as_good(runs(a=[1.0, 1.5], b=[1.0, 1.0]), "a", "b") == UNDECIDED
+    assert as_good(runs(a=[1.5, 1.5], b=[1.0, 1.0]), "a", "b") == DOES_NOT
     assert both(HOLDS, HOLDS) == HOLDS and both(HOLDS, UNDECIDED) == UNDECIDED
     assert both(UNDECIDED, DOES_NOT) == DOES_NOT
     assert mean([{"x": 1.0}, {"x": 3.0}], "x") == 2 and spread([{"x": 1.0}, {"x": 3.0}], "x") == pytest.approx(2**0.5)
@@ -129,20 +127,76 @@ def test_every_router_is_on_the_board(forgotten):  # noqa: F811
     assert set(ROUTERS) <= set(arms) and "top_p" in arms
     assert runner.loaded_plugins() == (str(FOLDER / "top_p.py"),)
     for arm in arms.values():
-        config_of(arm, ONE)
+        config_of(arm.fields, ONE)
 
 
 def test_held_out_rows_are_none_of_the_training_ones(tmp_path):
-    rows, held_out = data.rows_of(None, FEW)
-    assert rows.shape == (12, 64) and held_out.shape == (8, 64)
-    assert not any((rows == row).all(dim=1).any() for row in held_out)
+    text = read_text(None, FEW)
+    assert text.rows.shape == (12, 64) and text.held_out.shape == (8, 64)
+    assert not any((text.rows == row).all(dim=1).any() for row in text.held_out)
     lines = [json.dumps({"text": f"Line {i} of a text. " * 9}) for i in range(90)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    mine, _ = data.rows_of(str(tmp_path / "text.jsonl"), FEW)
-    assert mine.shape == rows.shape
+    assert read_text(str(tmp_path / "text.jsonl"), FEW).rows.shape == text.rows.shape
     (tmp_path / "short.txt").write_text("Too short.")
-    with pytest.raises(ValueError, match="has 10 characters, and this budget reads"):
-        data.rows_of(str(tmp_path / "short.txt"), FEW)
+    with pytest.raises(ValueError, match="has 9 tokens, and this budget reads 1,280"):
+        read_text(str(tmp_path / "short.txt"), FEW)
+
+
+def test_a_vocabulary_is_learnt_from_the_text_and_kept(tmp_path):
+    text = read_text(None, replace(FEW, vocabulary=400))
+    text.save(tmp_path)
+    again = Text.load(tmp_path)
+    assert torch.equal(text.rows, again.rows) and torch.equal(text.held_out, again.held_out)
+    assert 300 < len(again.tokenizer) <= 400 and text.rows.max() < 400
+    ids = {name: getattr(again.tokenizer, name) for name in IDS}
+    assert ids == IDS == {name: getattr(read_text(None, FEW).tokenizer, name) for name in IDS}
+    written = again.tokenizer.decode(text.rows[:4].flatten())
+    assert "Once upon a time there was a" in written and "The end.</s>" in written
+
+
+def test_the_share_of_its_steps_after_which_a_mixture_is_there():
+    runs = {"mixture": [{"losses": [4.0, 3.0, 2.0, 1.0]}], "dense": [{"losses": [5.0, 4.0, 3.0, 2.0]}]}
+    assert against_dense.reached(runs) == 0.75 and "75%" in against_dense.says(runs)[0]
+    runs["mixture"] = [{"losses": [5.0] * 4}]
+    assert against_dense.reached(runs) is None and "did not reach" in against_dense.says(runs)[0]
+
+
+def test_numbers_of_trained_models(here, tmp_path):
+    """What experiments measure beside the losses."""
+
+    def of(name: str) -> dict[str, list[dict]]:
+        result = runner.run(name, EXPERIMENTS[name], ONE, None, tmp_path / name, progress=False)
+        return {x["arm"]: x for x in result["runs"]}
+
+    found = of("capacity")
+    assert found["no limit"]["moved_by_neighbours"] < 1e-4 < found["factor 1"]["moved_by_neighbours"]
+    found = of("device-limit")
+    groups = [found[name]["groups_a_token"] for name in ("1 group", "2 groups", "3 groups", "all groups")]
+    assert groups[0] == 1 and groups == sorted(groups) and groups[1] <= 2 and groups[3] > 2
+    found = of("mtp")
+    assert found["without"]["tokens_a_forward"] == 1 <= found["with"]["tokens_a_forward"] <= 2
+    assert 0 <= found["with"]["accepted_drafts"] <= 1
+    found = of("upcycling")
+    assert found["copy"]["loss_at_start"] == pytest.approx(found["dense"]["loss_at_start"], abs=1e-4)
+    assert found["drop"]["loss_at_start"] != found["copy"]["loss_at_start"]
+    found = of("dense-only-tuning")
+    assert (
+        len({x["loss_at_start"] for x in found.values()}) == 1
+        and len({x["held_out_loss"] for x in found.values()}) == 3
+    )
+    sizes = {name: size_of(arm, BUDGETS["gpu"]) for name, arm in EXPERIMENTS["mla-cache"].arms(BUDGETS["gpu"]).items()}
+    cached = {name: size["kv_cache_bytes_per_token"] for name, size in sizes.items()}
+    assert cached["MHA"] == 2 * cached["GQA"] == 4 * cached["MQA"] and cached["MLA"] < cached["GQA"]
+
+
+def test_the_picture_of_dying_experts(here, tmp_path):
+    experiment = EXPERIMENTS["no-balancing"]
+    result = runner.run("no-balancing", experiment, ONE, None, tmp_path, progress=False)
+    files = page.write(result, runner.by_arm(result["runs"], experiment.arms(ONE)), tmp_path)
+    assert tmp_path / "experts.png" in files and "(experts.png)" in (tmp_path / "page.md").read_text()
+    for run in result["runs"]:
+        assert [step for step, *_ in run["shares"]] == [1, 2, 3]
+        assert all(len(shares) == 8 and sum(shares) == pytest.approx(1, abs=1e-3) for _, *shares in run["shares"])
 
 
 def test_the_command(command, here, monkeypatch, tmp_path):  # noqa: F811
