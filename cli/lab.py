@@ -11,7 +11,9 @@ from .output import hide_loading_bars, messages_on_stderr
 
 
 def lab(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="An experiment from --list, or board.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Experiments from --list, or board.")
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the experiments, each with its claim.")] = False,
     data: Annotated[
         str | None,
@@ -22,7 +24,10 @@ def lab(
         str, typer.Option(help="tiny (two cores, three minutes) or gpu (a card, ten minutes).")
     ] = "tiny",
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to; what is done there is not done again.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where to, of several in folders of their names; what is done there is not done again."
+        ),
     ] = None,
 ) -> None:
     """Run a claim of the lectures as an experiment, or every router on one board: a table, a picture, a verdict."""
@@ -32,23 +37,27 @@ def lab(
         from hf_moe.experiments.claims import EXPERIMENTS
         from hf_moe.experiments.experiment import BUDGETS
 
-        if name is not None:
-            given = checked(name, EXPERIMENTS, budget, BUDGETS, seeds, out)
-            result = runner.run(name, EXPERIMENTS[name], given, data, out)
-            runs = runner.by_arm(result["runs"], EXPERIMENTS[name].arms(given))
-            files = page.write(result, runs, out)
-    if list_ or name is None:
+        if names:
+            given = checked(names, EXPERIMENTS, budget, BUDGETS, seeds, out)
+            folders = {name: out if len(names) == 1 else out / name for name in names}
+            begun = [runner.Begun(name, EXPERIMENTS[name], given, data, folders[name]) for name in folders]
+            runner.run(begun, data)
+            results = [(one.judged(), one.runs, one.out) for one in begun]
+            files = [page.write(*one) for one in results]
+    if list_ or not names:
         print_columns([(name, experiment.claim) for name, experiment in EXPERIMENTS.items()])
         return
-    print_columns(page.table(result, runs))
-    print(f"{result['claim']} {result['verdict'].capitalize()}.")
-    print("\n".join(map(str, files)))
+    for (result, runs, _), written in zip(results, files, strict=True):
+        print_columns(page.table(result, runs))
+        print(f"{result['claim']} {result['verdict'].capitalize()}.")
+        print("\n".join([*result["says"], *map(str, written)]))
 
 
-def checked(name, experiments, budget, budgets, seeds, out):
+def checked(names, experiments, budget, budgets, seeds, out):
     """The budget. Raises ValueError for what there is not."""
-    if name not in experiments:
-        raise ValueError(f"There is no experiment {name!r}; there are {', '.join(experiments)}.")
+    for name in names:
+        if name not in experiments:
+            raise ValueError(f"There is no experiment {name!r}; there are {', '.join(experiments)}.")
     if budget not in budgets:
         raise ValueError(f"There is no budget {budget!r}; there are {', '.join(budgets)}.")
     if seeds is not None and seeds < 1:

@@ -121,12 +121,13 @@ def has_shares(result: dict[str, Any], runs: Runs) -> bool:
 
 def experts_picture(runs: Runs, path: Path) -> None:
     """Each expert's share of the last layer's tokens over training, as OLMoE's figure 10; the first seed."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     for axes, (arm, found) in zip(figure.subplots(1, len(runs), sharey=True), runs.items(), strict=True):
         steps, *shares = zip(*found[0]["shares"], strict=True)
-        axes.stackplot(steps, *shares)
+        axes.stackplot(steps, *shares, colors=colormaps["turbo"].resampled(len(shares))(range(len(shares))))
         axes.set_title(arm)
         axes.set_xlabel("step")
         axes.margins(0)

@@ -18,7 +18,7 @@ from hf_moe.plugins import loaded_plugins
 from hf_moe.staging import written_aside
 from hf_moe.version import __version__
 
-from .experiment import Arm, Budget, Experiment
+from .experiment import Budget, Experiment
 from .text import read_text
 from .trial import ON_GPU, Job, size_of, train
 from .verdicts import Runs
@@ -27,51 +27,61 @@ FILE = "results.json"
 EQUAL = 0.02  # of the largest
 
 
-def run(
-    name: str, experiment: Experiment, budget: Budget, data: str | None, out: Path, progress: bool = True
-) -> dict[str, Any]:
-    """Train what is left to train and judge; returns what stands in `out`/results.json.
+class Begun:
+    """An experiment in its folder, with what is done of it.
 
-    Raises ValueError where `out` holds another experiment, or arms are not equal in what they must be.
+    Raises ValueError where the folder holds another one, or arms are not equal in what they must be.
     """
-    arms = experiment.arms(budget)
-    sizes = {arm: size_of(what, budget) for arm, what in arms.items()}
-    check_equal(experiment, sizes)
-    said = {
-        "experiment": name,
-        "claim": experiment.claim,
-        "source": experiment.source,
-        "paper": experiment.paper,
-        "budget": asdict(budget),
-        "data": data or "generated stories",
-        "arms": {arm: what.said() for arm, what in arms.items()},
-        "sizes": sizes,
-        "draws_experts": experiment.experts,
-    }
-    done = read(out / FILE, said)
-    known = {(x["arm"], x["seed"]) for x in done}
-    left = [(arm, seed) for arm in arms for seed in range(budget.seeds) if (arm, seed) not in known]
 
-    def keep(found: dict[str, Any]) -> None:
-        done.append(found)
-        write(out / FILE, said | {"versions": versions(), "runs": done})
+    def __init__(self, name: str, experiment: Experiment, budget: Budget, data: str | None, out: Path):
+        self.experiment, self.budget, self.out, self.arms = experiment, budget, out, experiment.arms(budget)
+        sizes = {arm: size_of(what, budget) for arm, what in self.arms.items()}
+        check_equal(experiment, sizes)
+        self.said = {
+            "experiment": name,
+            "claim": experiment.claim,
+            "source": experiment.source,
+            "paper": experiment.paper,
+            "budget": asdict(budget),
+            "data": data or "generated stories",
+            "arms": {arm: what.said() for arm, what in self.arms.items()},
+            "sizes": sizes,
+            "draws_experts": experiment.experts,
+        }
+        self.done = read(out / FILE, self.said)
+        out.mkdir(parents=True, exist_ok=True)
 
-    out.mkdir(parents=True, exist_ok=True)
-    if left:
-        with tempfile.TemporaryDirectory() as text:
-            read_text(data, budget).save(Path(text))
-            given = (budget, Path(text), experiment.measure, loaded_plugins())
-            work([Job(arm, seed, arms[arm], *given) for arm, seed in left], keep, progress)
-    runs = by_arm(done, arms)
-    result = said | {"versions": versions(), "verdict": experiment.judge(runs), "says": experiment.says(runs)}
-    result |= {"runs": done}
-    write(out / FILE, result)
-    return result
+    def left(self, text: Path) -> list[Job]:
+        """The runs that are not done."""
+        known = {(x["arm"], x["seed"]) for x in self.done}
+        given = (self.budget, text, self.experiment.measure, loaded_plugins())
+        wanted = [(arm, seed) for arm in self.arms for seed in range(self.budget.seeds)]
+        return [Job(arm, seed, self.arms[arm], *given) for arm, seed in wanted if (arm, seed) not in known]
+
+    def keep(self, found: dict[str, Any]) -> None:
+        self.done.append(found)
+        write(self.out / FILE, self.said | {"versions": versions(), "runs": self.done})
+
+    @property
+    def runs(self) -> Runs:
+        """In the order of the arms and of the seeds."""
+        return {arm: sorted((x for x in self.done if x["arm"] == arm), key=lambda x: x["seed"]) for arm in self.arms}
+
+    def judged(self) -> dict[str, Any]:
+        """What stands in the folder's results.json in the end."""
+        said = {"verdict": self.experiment.judge(self.runs), "says": self.experiment.says(self.runs)}
+        result = self.said | {"versions": versions()} | said | {"runs": self.done}
+        write(self.out / FILE, result)
+        return result
 
 
-def by_arm(done: list[dict[str, Any]], arms: dict[str, Arm]) -> Runs:
-    """In the order of the arms and of the seeds."""
-    return {arm: sorted((x for x in done if x["arm"] == arm), key=lambda x: x["seed"]) for arm in arms}
+def run(begun: list[Begun], data: str | None, progress: bool = True) -> None:
+    """Train what is left to train of experiments with one budget, of all of them at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [(one.keep, job) for one in begun for job in one.left(Path(folder))]
+        if jobs:
+            read_text(data, begun[0].budget).save(Path(folder))
+            work(jobs, progress)
 
 
 def check_equal(experiment: Experiment, sizes: dict[str, dict[str, int]]) -> None:
@@ -92,17 +102,17 @@ def versions() -> dict[str, str]:
     }
 
 
-def work(jobs: list[Job], keep: Callable[[dict[str, Any]], None], progress: bool) -> None:
-    """Do the jobs, as many at a time as there are cores, on a GPU half as many; `keep` each as it ends."""
+def work(jobs: list[tuple[Callable[[dict[str, Any]], None], Job]], progress: bool) -> None:
+    """Do the jobs, as many at a time as there are cores, on a GPU half as many; each is kept as it ends."""
     cores = len(os.sched_getaffinity(0))
     at_once = min(8, max(1, cores // 2)) if ON_GPU else cores
     bar = tqdm(total=len(jobs), unit="run", disable=not progress)
     context = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
     with ProcessPoolExecutor(min(at_once, len(jobs)), context) as pool, bar:
-        waiting = [pool.submit(train, job) for job in jobs]
+        waiting = {pool.submit(train, job): keep for keep, job in jobs}
         try:
             for ended in as_completed(waiting):
-                keep(ended.result())
+                waiting[ended](ended.result())
                 bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)

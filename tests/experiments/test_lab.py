@@ -26,8 +26,8 @@ def here(monkeypatch):
     """Runs one after the other in this process; what was run."""
     done = []
 
-    def work(jobs, keep, progress):
-        for job in jobs:
+    def work(jobs, progress):
+        for keep, job in jobs:
             done.append((job.arm, job.seed))
             keep(train(job))
 
@@ -35,13 +35,23 @@ def here(monkeypatch):
     return done
 
 
+def tried(name, experiment, budget, out) -> dict:
+    begun = runner.Begun(name, experiment, budget, None, out)
+    runner.run([begun], None, progress=False)
+    return begun.judged()
+
+
+def runs_of(result: dict) -> dict[str, list[dict]]:
+    return {arm: [x for x in result["runs"] if x["arm"] == arm] for arm in result["arms"]}
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_leaves_its_files_and_a_verdict(name, here, tmp_path):
     experiment = EXPERIMENTS[name]
-    result = runner.run(name, experiment, ONE, None, tmp_path, progress=False)
+    result = tried(name, experiment, ONE, tmp_path)
     assert len(here) == len(experiment.arms(ONE)) >= 2
     assert result["verdict"] in (HOLDS, DOES_NOT, UNDECIDED, "see the table")
-    runs = runner.by_arm(result["runs"], experiment.arms(ONE))
+    runs = runs_of(result)
     files = page.write(result, runs, tmp_path)
     text = files[0].read_text()
     assert result["claim"] in text and result["verdict"] in text and result["paper"] in text
@@ -57,8 +67,8 @@ def test_what_is_done_is_not_done_again(here, tmp_path, monkeypatch):
     experiment = EXPERIMENTS["no-balancing"]
     keep_two = []
 
-    def work(jobs, keep, progress):
-        for job in jobs[:2]:
+    def work(jobs, progress):
+        for keep, job in jobs[:2]:
             keep_two.append((job.arm, job.seed))
             keep(train(job))
         raise KeyboardInterrupt
@@ -66,28 +76,28 @@ def test_what_is_done_is_not_done_again(here, tmp_path, monkeypatch):
     serial = runner.work
     monkeypatch.setattr(runner, "work", work)
     with pytest.raises(KeyboardInterrupt):
-        runner.run("no-balancing", experiment, FEW, None, tmp_path, progress=False)
+        tried("no-balancing", experiment, FEW, tmp_path)
     monkeypatch.setattr(runner, "work", serial)
-    stopped = runner.run("no-balancing", experiment, FEW, None, tmp_path, progress=False)
+    stopped = tried("no-balancing", experiment, FEW, tmp_path)
     assert sorted(keep_two + here) == sorted((arm, seed) for arm in experiment.arms(FEW) for seed in (0, 1))
-    unbroken = runner.run("no-balancing", experiment, FEW, None, tmp_path / "other", progress=False)
+    unbroken = tried("no-balancing", experiment, FEW, tmp_path / "other")
     for run in (stopped, unbroken):
         run["runs"] = sorted(run["runs"], key=lambda x: (x["arm"], x["seed"]))
         for measured in run["runs"]:
             del measured["step_ms"]
     assert stopped == unbroken
     del here[:]
-    runner.run("no-balancing", experiment, FEW, None, tmp_path, progress=False)
+    tried("no-balancing", experiment, FEW, tmp_path)
     assert not here
     with pytest.raises(ValueError, match="is of a run with another budget: name another --out"):
-        runner.run("no-balancing", experiment, replace(FEW, steps=4), None, tmp_path, progress=False)
+        tried("no-balancing", experiment, replace(FEW, steps=4), tmp_path)
 
 
 def test_arms_differ_in_what_they_say_alone(here, tmp_path):
     """The same rows in the same order, from the same weights."""
     twins = Experiment("c", "s", "p", lambda budget: {"a": Arm(), "b": Arm()}, lambda runs: lower(runs, "a", "b"))
-    result = runner.run("twins", twins, FEW, None, tmp_path, progress=False)
-    runs = runner.by_arm(result["runs"], twins.arms(FEW))
+    result = tried("twins", twins, FEW, tmp_path)
+    runs = runs_of(result)
     for one, other in zip(runs["a"], runs["b"], strict=True):
         assert one["losses"] == other["losses"] and one["held_out_loss"] == other["held_out_loss"]
     assert runs["a"][0]["losses"] != runs["a"][1]["losses"] and result["verdict"] == UNDECIDED
@@ -97,7 +107,7 @@ def test_arms_that_are_not_equal_are_refused(here, tmp_path):
     arms = {"a": Arm(), "b": Arm({"moe_intermediate_size": 96})}
     unequal = Experiment("c", "s", "p", lambda budget: arms, lambda runs: HOLDS, equal="training_flops")
     with pytest.raises(ValueError, match="The arms must have equal training_flops, but have"):
-        runner.run("unequal", unequal, ONE, None, tmp_path, progress=False)
+        tried("unequal", unequal, ONE, tmp_path)
     assert not here
 
 
@@ -166,7 +176,7 @@ def test_numbers_of_trained_models(here, tmp_path):
     """What experiments measure beside the losses."""
 
     def of(name: str) -> dict[str, list[dict]]:
-        result = runner.run(name, EXPERIMENTS[name], ONE, None, tmp_path / name, progress=False)
+        result = tried(name, EXPERIMENTS[name], ONE, tmp_path / name)
         return {x["arm"]: x for x in result["runs"]}
 
     found = of("capacity")
@@ -192,8 +202,8 @@ def test_numbers_of_trained_models(here, tmp_path):
 
 def test_the_picture_of_dying_experts(here, tmp_path):
     experiment = EXPERIMENTS["no-balancing"]
-    result = runner.run("no-balancing", experiment, ONE, None, tmp_path, progress=False)
-    files = page.write(result, runner.by_arm(result["runs"], experiment.arms(ONE)), tmp_path)
+    result = tried("no-balancing", experiment, ONE, tmp_path)
+    files = page.write(result, runs_of(result), tmp_path)
     assert tmp_path / "experts.png" in files and "(experts.png)" in (tmp_path / "page.md").read_text()
     for run in result["runs"]:
         assert [step for step, *_ in run["shares"]] == [1, 2, 3]
