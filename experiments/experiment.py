@@ -54,11 +54,11 @@ BUDGETS = {
         | {"num_experts": 16, "num_experts_per_tok": 2},
         vocabulary=4096,
         length=256,
-        rows=64,
-        steps=600,
+        rows=32,
+        steps=1200,
         held_out=256,
         seeds=3,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
     ),
 }
 

@@ -16,7 +16,7 @@ COLUMNS = {  # name in a run -> title, digits; what else was measured is shown b
     "experts_per_token": ("experts a token", 2),
     "router_logits": ("squared logsumexp of the logits", 2),
 }
-NO_COLUMN = ("arm", "seed", "step_ms", "losses", "shares")
+NO_COLUMN = ("arm", "seed", "step_ms", "losses", "shares", "versions")
 SIZES = {  # name of a size -> title; those that differ between the arms are shown
     "total_params": "parameters",
     "active_params": "active",
@@ -65,7 +65,7 @@ def differ(values: list[float]) -> bool:
 
 def page(result: dict[str, Any], runs: Runs) -> str:
     """Markdown."""
-    budget, versions = result["budget"], result["versions"]
+    budget = result["budget"]
     header, *rows = table(result, runs)
     tokens = budget["length"] * budget["rows"] * budget["steps"]
     experts = ["", "![share of each expert over training](experts.png)"] if has_shares(result, runs) else []
@@ -87,10 +87,16 @@ def page(result: dict[str, Any], runs: Runs) -> str:
         "",
         f"Each arm: {tokens:,} tokens of {result['data']} in {budget['steps']} steps, but for those whose FLOPs of "
         f"the training say otherwise; {budget['seeds']} seeds, the same rows in the same order for all; learning rate "
-        f"{budget['learning_rate']:g}. hf_moe {versions['hf_moe']}, torch {versions['torch']}, Transformers "
-        f"{versions['transformers']}, {versions['device']}.",
+        f"{budget['learning_rate']:g}. {'; '.join(versions(runs))}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def versions(runs: Runs) -> list[str]:
+    """What the runs were made with."""
+    made = [run["versions"] for found in runs.values() for run in found]
+    said = (", ".join(x if name == "device" else f"{name} {x}" for name, x in one.items()) for one in made)
+    return list(dict.fromkeys(said))
 
 
 def picture(runs: Runs, path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from datasets import Dataset
 from hf_moe.training.balance.metrics import split
 from hf_moe.training.balance.moe_arguments import MoeTrainingArguments
@@ -21,6 +22,7 @@ from hf_moe.model.configuration_hf_moe import HfMoeConfig
 from hf_moe.model.modeling_hf_moe import HfMoeForCausalLM
 from hf_moe.plugins import load_plugin
 from hf_moe.sizes.counts import sizes
+from hf_moe.version import __version__
 
 from .experiment import Arm, Budget
 from .text import IDS, Text
@@ -177,4 +179,14 @@ def train(job: Job) -> dict[str, Any]:
     found = trial.fit(*start, **job.what.arguments)
     if job.measure is not None:
         found |= job.measure(trial, start.model)
-    return {"arm": job.arm, "seed": job.seed, **found}
+    return {"arm": job.arm, "seed": job.seed, **found, "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    card = torch.cuda.get_device_name() if ON_GPU else "CPU"
+    return {
+        "hf_moe": __version__,
+        "torch": torch.__version__,
+        "Transformers": transformers.__version__,
+        "device": card,
+    }
