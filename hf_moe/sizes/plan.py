@@ -35,6 +35,7 @@ STATES = {
     "adamw_torch": lambda size: 2 * size,
     "adamw_torch_fused": lambda size: 2 * size,
     "adamw_torch_8bit": lambda size: 2 * (1 + 4 / 256),
+    "muon": lambda size: size,  # and as much again for the embeddings and the head
     "sgd": lambda size: 0,
 }
 # Stage -> what a run holds beside the trained model and its rows.

@@ -96,10 +96,11 @@ CASES = {
     ),
     "kernels": (with_kernels, BIASED | {"save_strategy": "no"}, "model.safetensors"),
     "held": (hf_moe_biased, BIASED | HELD, "model.safetensors"),
+    "muon": (hf_moe_biased, BIASED | {"optim": "muon"}, "model.safetensors"),
     "8 bits": (in_bfloat16, BIASED | {"optim": "adamw_torch_8bit"}, "model.safetensors"),
     "idle": (idle, {"router_aux_loss_coef": 0.0, "accumulation": 16, "save_strategy": "no"}, "model.safetensors"),
 }
-RESUMED = ("biased", "adapter", "8 bits")
+RESUMED = ("biased", "adapter", "8 bits", "muon")
 
 
 def run(name: str, folder: Path, processes: int, resume: str | None = None):

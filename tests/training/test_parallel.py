@@ -29,7 +29,7 @@ TORCHAO = find_spec("torchao") is not None
 needs_torchao = pytest.mark.skipif(not TORCHAO, reason="needs torchao: pip install 'hf_moe[float8]'")
 LAYOUTS = ["fsdp2", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)]
 # ESFT by `specialise`; DeepSpeed has a precision of its own.
-REFUSED = {("zero3", "esft"), *((zero, name) for zero in ("zero2", "zero3") for name in ("bf16", "8 bits"))}
+REFUSED = {("zero3", "esft"), *((zero, name) for zero in ("zero2", "zero3") for name in ("bf16", "8 bits", "muon"))}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -71,12 +71,12 @@ def assert_same_run(results: list[dict], expected: dict) -> None:
         assert result["biases"] == expected["biases"]
 
 
-def assert_close(folder: Path, expected: Path, name: str) -> None:
+def assert_close(folder: Path, expected: Path, name: str, close: float = 1e-4) -> None:
     """Adam divides by the size of the gradient, so that the rounding of small ones shows."""
     actual, expected = (load_file(path / name) for path in (folder, expected))
     assert expected.keys() <= actual.keys() <= expected.keys() | {"lm_head.weight"}  # which may be tied
     for key, weight in expected.items():
-        assert (actual[key].float() - weight.float()).norm() <= 1e-4 * weight.float().norm(), key
+        assert (actual[key].float() - weight.float()).norm() <= close * weight.float().norm(), key
 
 
 @pytest.mark.parametrize("sharded", ["fsdp2"], indirect=True)
@@ -106,7 +106,8 @@ def test_sharded_run_is_that_of_one_process(sharded, one_process, name, request)
     expected, final = one_process(name)
     assert len(results) == (3 if name in RESUMED else 2)
     assert_same_run(results, expected)
-    assert_close(sharded / name / "final", final, CASES[name][2])
+    close = 5e-4 if name == "muon" else 1e-4  # which rounds sums of the processes' parts to bfloat16
+    assert_close(sharded / name / "final", final, CASES[name][2], close)
     if name in RESUMED:
         whole, again = (load_file(sharded / run / "final" / CASES[name][2]) for run in (name, f"{name}-resumed"))
         assert all(torch.equal(again[key], weight) for key, weight in whole.items())

@@ -10,6 +10,7 @@ from hf_moe.model.balancing import LOSSES
 
 from ..host import RENAMED, by_both_names
 
+MUON = "muon"  # as a value of `optim`
 BALANCE_OVER = ("step", "micro_batch")
 
 
@@ -66,6 +67,8 @@ class MoeArguments:
             "backward pass also runs the experts that were not chosen, without their gradient."
         },
     )
+    # `optim` was MUON, which Transformers does not know: `optim` is then what trains all but matrices.
+    muon: bool = field(default=False, init=False)
     ema_decay: float | None = field(
         default=None,
         metadata={
@@ -108,6 +111,8 @@ class MoeArguments:
         vars(self).update(by_both_names(vars(self)))
         if isinstance(self.loss_coefs, str):
             self.loss_coefs = json.loads(self.loss_coefs)
+        if self.optim == MUON:
+            self.muon, self.optim = True, "adamw_torch"
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # memory is pinned for its way to a GPU; PyTorch warns where none is

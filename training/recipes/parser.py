@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from trl import TrlParser
 
+from ..balance.moe_arguments import MUON
 from ..host import RENAMED, implementations, missing_reporters, unknown_reporters
 from ..host_trl import values_of
 from ..output.publishing import STRATEGIES
@@ -56,6 +57,8 @@ class RecipeParser(TrlParser):
         values = {name: known for part in dataclass_types for name, known in values_of(part).items()}
         for action in self._actions:
             action.choices = action.choices or values.get(action.dest)
+            if action.dest == "optim":
+                action.choices = [*action.choices, MUON]
         self.known = {action.dest for action in self._actions} - {"help"}
         self.choices = {action.dest: action.choices for action in self._actions if action.choices}
         self.types = {name: kind for part in dataclass_types for name, kind in get_type_hints(part).items()}

@@ -36,6 +36,7 @@ from .holding import held_forwards
 from .label_smoothing import ShiftedLabelSmoother
 from .lengths import lengths_of
 from .multi_step import multi_step_schedule
+from .muon import muon_of
 from .precision import keep_precision
 from .refusals import check_arguments, check_best_metric, check_checkpointing, check_finite, check_rows
 from .rehearsal import check_schedule, schedule_arguments
@@ -266,6 +267,8 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.casts_under_fsdp2 and self.optimizer is None:
             shard_experts(self)  # which Accelerate leaves as they are, when it shards the rest
+        if moe_argument(self.args, "muon") and self.optimizer is None:
+            self.optimizer = muon_of(self, model or self.model)
         optimizer = super().create_optimizer(model)
         if self.in_8_bits:
             keep_dtype_in_views()
