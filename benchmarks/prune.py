@@ -42,8 +42,8 @@ END = "<|endoftext|>"
 PIECE = 1500  # characters of a row, at most
 OF_DOMAIN = 2_000_000  # characters that are trained on; of the larger domains, as much of all their parts
 HELD_OUT = 16  # one of so many pieces is
-CALIBRATION = {"pieces": 12, "characters": 600}  # of each domain
-SEEN = 16_384  # tokens of them, at most
+CALIBRATION = {"pieces": 12, "characters": 300}  # of each domain
+SEEN = 8192  # tokens of them, at most
 RATE = 2e-4  # of the distillation, between what the mixture was trained with first and last
 
 
@@ -90,6 +90,14 @@ def domains_of(data: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, tupl
         rest = [piece for number, piece in enumerate(every) if number % HELD_OUT != HELD_OUT // 2]
         found[path.stem] = rest[:: max(1, len(rest) * PIECE // OF_DOMAIN)], held_out
     return found
+
+
+def calibration_text(domains: list[list[str]], seed: int) -> str:
+    """Short texts of all domains, in any order."""
+    drawn = random.Random(seed)
+    chosen = [x for rows in domains for x in drawn.sample(rows, min(len(rows), CALIBRATION["pieces"]))]
+    drawn.shuffle(chosen)
+    return "\n\n".join(x[: CALIBRATION["characters"]] for x in chosen)
 
 
 def windows(held_out: list[str], tokenizer: PreTrainedTokenizerBase, setting: Setting) -> torch.Tensor:
@@ -180,14 +188,8 @@ def experiment(args: argparse.Namespace, setting: Setting, device: str) -> dict:
         made = {}
         for seed in range(args.seeds):
             parent = timed("training", partial(mixture, args, setting, seed))
-            drawn = random.Random(seed)
-            texts = [
-                piece[: CALIBRATION["characters"]]
-                for rows, _ in domains.values()
-                for piece in drawn.sample(rows, min(len(rows), CALIBRATION["pieces"]))
-            ]
-            drawn.shuffle(texts)
-            calibration = write_rows(args.work / f"calibration-{seed}.jsonl", texts)
+            calibration = args.work / f"calibration-{seed}.txt"
+            calibration.write_text(calibration_text([rows for rows, _ in domains.values()], seed))
             made[seed] = parent, prunings(pool, parent, calibration, args.work, seed)
         for seed, (parent, pruned) in made.items():
             found, kept = {PARENT: timed("losses", partial(losses, parent, held_out, device))}, {}
