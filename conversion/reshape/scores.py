@@ -5,6 +5,7 @@ Shapes: T tokens, D hidden size, E routed experts, K experts per token.
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,10 @@ from torch import nn
 from tqdm import tqdm
 
 from ...routers import Router, find_routers
+from ...texts import texts
 from ..files import file_backed
+from ..files.texts import cut
+from ..files.tokenizer import load_tokenizer
 from .model import Mixture
 
 
@@ -62,6 +66,28 @@ SCORES: dict[str, Callable[[Seen, torch.Generator], torch.Tensor]] = {
 }
 
 
+def windows_of(mixture: Mixture, calibration: str | Path, tokens: int) -> list[torch.Tensor]:
+    """The first tokens of a text, so many, in windows of token ids. Raises ValueError or OSError of one line."""
+    tokenizer = load_tokenizer(mixture.source.checkpoint.folder)
+    if tokenizer is None:
+        raise ValueError(f"{mixture.source.name} has no tokenizer to read {calibration} with.")
+    if tokens < 1:
+        raise ValueError(f"calibration_tokens is {tokens}; it must be at least 1.")
+    return cut(texts(str(calibration), tokenizer), tokenizer, mixture.source.config.get_text_config(), tokens)
+
+
+def memory(mixture: Mixture, windows: list[torch.Tensor]) -> int:
+    """About how many bytes `watch` takes, however many layers there are: one in float32, and what it makes of a window
+    in attention, in the experts and in what watches them."""
+    if not windows:
+        return 0
+    config, tokens = mixture.config, max(map(len, windows))
+    heads = 2 * config.num_attention_heads * tokens
+    answers = 2 * config.num_experts_per_tok * (2 * config.hidden_size + 3 * config.moe_intermediate_size)
+    activations = 4 * tokens * (heads + answers + 8 * config.hidden_size)
+    return file_backed.memory(mixture.source.config, mixture.source.checkpoint.entries) + activations
+
+
 @torch.no_grad()
 def watch(mixture: Mixture, windows: list[torch.Tensor], progress: bool) -> dict[str, Seen]:
     """The name of each layer -> what its experts did with windows of token ids [T]; of none, nothing."""
@@ -84,6 +110,12 @@ def watch(mixture: Mixture, windows: list[torch.Tensor], progress: bool) -> dict
         for handle in handles:
             handle.remove()
     return seen
+
+
+def of_all_layers(mixture: Mixture, seen: dict[str, Seen]) -> dict[str, Seen]:
+    """Also of modules for multi-token prediction, which a forward does not run: they are as the last layer is."""
+    last = list(seen.values())[-1] if seen else Seen.nothing(mixture.config.num_experts)
+    return {layer: seen.get(layer, last) for layer in mixture.layers}
 
 
 def watch_layer(router: Router, seen: Seen):
