@@ -25,7 +25,7 @@ from ...staging import check_destination
 from ..files.texts import MAX_TOKENS, name_of
 from ..options import ConversionOptions, takes
 from .model import Expert, Mixture, changed, open_mixture, with_experts, write
-from .scores import memory, of_all_layers, watch, windows_of
+from .scores import loads, memory, of_all_layers, windows_of
 
 NORMED = ("topk_softmax",)  # routers whose weights sum to 1 as they are
 GROWN = ("softmax_topk", "sigmoid_topk", "reinforce", *NORMED)
@@ -92,8 +92,9 @@ def grow(src: str | Path, dst: str | Path, options: GrowOptions) -> dict[str, An
     arguments = {"experts": options.experts, "top_k": top_k, "noise": options.noise, "seed": options.seed}
     provenance, told = {"method": "grow", "arguments": arguments}, {}
     if windows:
-        seen = of_all_layers(mixture, {} if options.dry_run else watch(mixture, windows, options.progress))
-        copies = {layer: by_load(x.tokens.tolist(), options.experts) for layer, x in seen.items()}
+        found = {} if options.dry_run else loads(mixture, windows, options.progress)
+        tokens = of_all_layers(mixture, found, [0] * old.num_experts)
+        copies = {layer: by_load(tokens_E, options.experts) for layer, tokens_E in tokens.items()}
         arguments |= {"calibration": name_of(options.calibration), "tokens": sum(map(len, windows))}
         if not options.dry_run:
             told["copies"] = provenance["copies"] = copies
@@ -118,7 +119,7 @@ def apart(config: HfMoeConfig) -> bool:
     )
 
 
-def by_load(tokens_E: list[float], experts: int) -> list[int]:
+def by_load(tokens_E: list[int], experts: int) -> list[int]:
     """Which expert each of so many is a copy of: one after the other goes to the expert whose copies have the most
     tokens each, which leaves the busiest copy with as few as can be."""
     copies = [1] * len(tokens_E)
@@ -137,7 +138,7 @@ def check_grown(config: HfMoeConfig, options: GrowOptions) -> None:
     if config.router_type not in GROWN:
         raise ValueError(f"router_type {config.router_type!r} cannot be grown; {', '.join(GROWN)} can.")
     alone = apart(config) and options.top_k in (None, top_k)
-    why = f"with more copies of some, a token's {top_k} best would be other experts, or have other weights."
+    why = "with more copies of some, a token's best would be other experts, or have other weights."
     if not alone and left:
         raise ValueError(
             f"experts is {options.experts}; it must be a multiple of {experts}, as many as there are: {why}"

@@ -58,7 +58,7 @@ def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, 
     windows = read(mixture, options)
     seen = {} if options.dry_run else watch(mixture, windows, options.progress)
     before = tokens_of(seen)
-    seen = of_all_layers(mixture, seen)
+    seen = of_all_layers(mixture, seen, Seen.nothing(mixture.config.num_experts))
     generator = torch.Generator().manual_seed(options.seed)
     scores = {layer: SCORES[options.by](x, generator) for layer, x in seen.items()}
     kept = {layer: best(score, keep, config.n_group) for layer, score in scores.items()}

@@ -4,20 +4,25 @@ Shapes: T tokens, D hidden size, E routed experts, K experts per token.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from ...routers import Router, find_routers
+from ...routers import Router, captured, find_routers
 from ...texts import texts
 from ..files import file_backed
 from ..files.texts import cut
 from ..files.tokenizer import load_tokenizer
+from ..verify import check_memory
 from .model import Mixture
+
+T = TypeVar("T")
 
 
 class Seen(NamedTuple):
@@ -88,34 +93,68 @@ def memory(mixture: Mixture, windows: list[torch.Tensor]) -> int:
     return file_backed.memory(mixture.source.config, mixture.source.checkpoint.entries) + activations
 
 
-@torch.no_grad()
-def watch(mixture: Mixture, windows: list[torch.Tensor], progress: bool) -> dict[str, Seen]:
-    """The name of each layer -> what its experts did with windows of token ids [T]; of none, nothing."""
-    folder, experts, seen = mixture.source.checkpoint.folder, mixture.config.num_experts, {}
-    if not windows:
-        return seen
-    with file_backed.loaded(folder, mixture.source.config) as model:
-        handles = []
+@contextmanager
+def reader(mixture: Mixture, windows: list[torch.Tensor]) -> Iterator[tuple[PreTrainedModel, dict[str, Router]]]:
+    """The model, a layer in memory at a time, and the name of each layer that it runs -> its router.
+
+    Raises ValueError where the memory for that is not free.
+    """
+    as_it_lies = "import the model first (hf-moe import), which is then read as it lies there"
+    check_memory(memory(mixture, windows), "Reading the calibration text", as_it_lies)
+    with file_backed.loaded(mixture.source.checkpoint.folder, mixture.source.config) as model:
+        routers = {}
         for name, router in find_routers(model).items():
             layer = re.search(r"\.layers\.(\d+)\.", f".{name}")
-            if layer is None:  # of a module for multi-token prediction, which a forward does not run
-                continue
+            if layer is not None:  # else of a module for multi-token prediction, which a forward does not run
+                routers[f"model.layers.{layer[1]}"] = router
+        yield model, routers
+
+
+def shown(windows: list[torch.Tensor], progress: bool) -> tqdm:
+    return tqdm(windows, desc="calibration", unit="window", disable=not progress)
+
+
+@torch.no_grad()
+def watch(mixture: Mixture, windows: list[torch.Tensor], progress: bool) -> dict[str, Seen]:
+    """The name of each layer -> what its experts did with windows of token ids [T]; of none, nothing.
+
+    Raises ValueError as `reader`, or where an expert's answers cannot be seen.
+    """
+    seen: dict[str, Seen] = {}
+    if not windows:
+        return seen
+    with reader(mixture, windows) as (model, routers):
+        handles = []
+        for layer, router in routers.items():
             if router.layer is None or not hasattr(router.layer.experts, "has_gate"):
                 raise ValueError(f"What the experts beside {router.name} answer cannot be seen: choose another --by.")
-            found = seen[f"model.layers.{layer[1]}"] = Seen.nothing(experts)
-            handles += watch_layer(router, found)
-        bar = tqdm(windows, desc="calibration", unit="window", disable=not progress)
-        for ids in bar:
+            seen[layer] = Seen.nothing(mixture.config.num_experts)
+            handles += watch_layer(router, seen[layer])
+        for ids in shown(windows, progress):
             model.base_model(input_ids=ids[None], use_cache=False)
         for handle in handles:
             handle.remove()
     return seen
 
 
-def of_all_layers(mixture: Mixture, seen: dict[str, Seen]) -> dict[str, Seen]:
+@torch.no_grad()
+def loads(mixture: Mixture, windows: list[torch.Tensor], progress: bool) -> dict[str, list[int]]:
+    """The name of each layer -> how many tokens of windows [T] went to each of its experts. Raises as `reader`."""
+    experts, top_k = mixture.config.num_experts, mixture.config.num_experts_per_tok
+    with reader(mixture, windows) as (model, routers):
+        tokens_E = {layer: torch.zeros(experts, dtype=torch.long) for layer in routers}
+        for ids in shown(windows, progress):
+            with captured(routers, top_k) as routings:
+                model.base_model(input_ids=ids[None], use_cache=False)
+            for layer, routing in routings.items():
+                tokens_E[layer] += routing.index_SK.flatten().bincount(minlength=experts)[:experts]
+    return {layer: tokens.tolist() for layer, tokens in tokens_E.items()}
+
+
+def of_all_layers(mixture: Mixture, found: dict[str, T], nothing: T) -> dict[str, T]:
     """Also of modules for multi-token prediction, which a forward does not run: they are as the last layer is."""
-    last = list(seen.values())[-1] if seen else Seen.nothing(mixture.config.num_experts)
-    return {layer: seen.get(layer, last) for layer in mixture.layers}
+    last = list(found.values())[-1] if found else nothing
+    return {layer: found.get(layer, last) for layer in mixture.layers}
 
 
 def watch_layer(router: Router, seen: Seen):

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from operator import truediv
 
+import psutil
 import pytest
 import torch
 from hf_moe.conversion.reshape import exchange_experts, grow, prune
+from hf_moe.conversion.reshape.model import open_mixture
 from hf_moe.conversion.reshape.prune import best
-from hf_moe.conversion.reshape.scores import SCORES, Seen
+from hf_moe.conversion.reshape.scores import SCORES, Seen, memory, windows_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 from hf_moe.demo import DEMO_MODEL
 from hf_moe.routers import captured, find_routers
-from tests.conversion.conftest import DEEPSEEK_V3, GPT_OSS, MOE, QWEN_MOE, SIZES, build
+from tests.conversion.conftest import DEEPSEEK_V3, GPT_OSS, LLAMA4, MOE, QWEN_MOE, SIZES, build
 
 TEXT = "Once upon a time there was a dog named Ben. He ran to the river and was glad. The end.\n" * 12
 V3 = {**DEEPSEEK_V3, "n_group": 1, "topk_group": 1, "n_routed_experts": 6}
@@ -343,6 +345,21 @@ def test_the_busiest_experts_of_single_choice_get_the_most_copies(family, text, 
     assert any(parted)  # tokens of one expert go to several copies, so that these will differ
 
 
+def test_llama_4_grows_by_load(text, tmp_path):
+    """Whose experts scale what they read, and are called for all tokens: only the router says who is busy."""
+    fields = LLAMA4 | {"num_local_experts": 5, "num_experts_per_tok": 1, "vocab_size": 512}
+    folder = save(build("llama4_text", **fields), tmp_path / "model")
+    report = grow(folder, tmp_path / "out", experts=8, calibration=text, calibration_tokens=60, **QUIET)
+    model, grown, ids = load(folder), load(tmp_path / "out"), ids_of(folder)
+    with captured(find_routers(model), 1) as routings, torch.no_grad():
+        torch.testing.assert_close(grown(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert type(grown) is type(model)
+    for copies, routing in zip(report["copies"].values(), routings.values(), strict=True):
+        tokens = [routing.index_SK.flatten().tolist().count(expert) for expert in range(5)]
+        assert len(copies) == 8
+        assert max(tokens[e] / copies.count(e) for e in range(5)) == copies_by_load(tokens, 8)
+
+
 def test_copies_of_a_single_choice_need_no_groups(tmp_path):
     folder = save(alone("olmoe"), tmp_path / "model")
     assert grow(folder, tmp_path / "out", experts=12, **QUIET)["max_abs_diff"] < 1e-4
@@ -490,6 +507,16 @@ def test_nothing_is_written_by_a_dry_run(source, text, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_calibration_that_does_not_fit_the_memory_is_refused(source, text, tmp_path, monkeypatch):
+    free = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(
+        ValueError, match=r"Reading the calibration text takes .* free; .*TMPDIR.*hf-moe import"
+    ) as error:
+        prune(source[1], tmp_path / "out", experts=4, calibration=text, **QUIET)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "said"),
     [
@@ -503,7 +530,11 @@ def test_nothing_is_written_by_a_dry_run(source, text, tmp_path):
         (prune, {"experts": 4, "calibration": "empty.txt"}, "The calibration text is empty"),
         (prune, {"experts": 4, "calibration": "missing.txt"}, "There is no file missing.txt"),
         (grow, {"experts": 6}, "experts is 6; it must be more than 6, as many as there are"),
-        (grow, {"experts": 8}, "experts is 8; it must be a multiple of 6, .*: with more copies of some, a token's 3"),
+        (
+            grow,
+            {"experts": 8},
+            "experts is 8; it must be a multiple of 6, .*: with more copies of some, a token's best",
+        ),
         (grow, {"experts": 12, "calibration": "empty.txt"}, "calibration is given, but here all experts get as many"),
         (grow, {"experts": 12, "top_k": 4}, "top_k is 4; it can be 3, as now, or 6"),
         (grow, {"experts": 12, "noise": -1.0}, "noise is -1.0"),
@@ -565,7 +596,8 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("family", ["hf_moe", "olmoe"])
-def test_memory_does_not_grow_with_the_layers(family, text, tmp_path):
+def test_memory_does_not_grow_with_the_layers(family, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_moe.conversion.output.anonymous_memory", lambda: 0)
     layer = 0
     for name, layers, width in (("warm", 1, 32), ("few", 2, 2048), ("many", 16, 2048)):
         sizes = {"hidden_size": 256, "num_hidden_layers": layers, "num_experts_per_tok": 2, "vocab_size": 512}
@@ -576,14 +608,21 @@ def test_memory_does_not_grow_with_the_layers(family, text, tmp_path):
             model = ours(**sizes, router_args={}).to(torch.bfloat16)
         save(model, tmp_path / name)
         layer = max(layer, 4 * sum(x.numel() for x in model.model.layers[0].parameters()))
-    taken = {}
+    taken, planned = {}, {}
     for name in ("few", "many"):
         shutil.rmtree(tmp_path / "warm-pruned", ignore_errors=True)
         folders = [str(tmp_path / "warm"), str(tmp_path / name)]
         run = subprocess.run([sys.executable, "-c", MEASURE, str(text), *folders], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-2000:]
         taken[name] = json.loads(run.stdout.splitlines()[-1])[1] / layer
-    print(taken)
+        mixture = open_mixture(folders[1])
+        needed = memory(mixture, windows_of(mixture, text, 60))
+        plan = prune(folders[1], tmp_path / "none", experts=4, calibration=text, calibration_tokens=60, dry_run=True)
+        assert plan["peak_memory_bytes"] == needed  # and nothing beside
+        planned[name] = needed / layer
+    print(taken, planned)
     # One layer in float32 where the files hold it so; about three where Transformers puts it together, more or less as
     # its threads run. All sixteen would be eight in bfloat16.
     assert all(0.9 < layers < 5 for layers in taken.values())
+    assert planned["few"] == planned["many"]
+    assert all(0.5 < layers / planned[name] < 1.5 for name, layers in taken.items())
