@@ -73,21 +73,23 @@ def grow(src: str | Path, dst: str | Path, options: GrowOptions) -> dict[str, An
     check_grown(mixture.config, options)
     old = mixture.config
     top_k = old.num_experts_per_tok if options.top_k is None else options.top_k
+    times = options.experts // old.num_experts
     alike = top_k == old.num_experts_per_tok
     alone = alike and apart(old)
-    times = options.experts // old.num_experts
+    grouped = alike and not alone
     fields: dict[str, Any] = {"num_experts": options.experts, "num_experts_per_tok": top_k}
-    if alike and not alone:
+    if grouped:
         fields |= {"n_group": times, "topk_group": 1}
     # Scores that sum to 1 are shared by all copies; sigmoids are each copy's own.
     sums_to_1 = old.router_type != "sigmoid_topk"
-    if not alone and alike == sums_to_1 and old.router_type not in NORMED and not old.norm_topk_prob:
-        fields["routed_scaling_factor"] = old.routed_scaling_factor * (times if alike else 1 / times)
+    if not alone and grouped == sums_to_1 and old.router_type not in NORMED and not old.norm_topk_prob:
+        fields["routed_scaling_factor"] = old.routed_scaling_factor * (times if grouped else 1 / times)
     config = changed(old, f"{options.experts} experts", **fields)
-    windows = (
-        [] if options.calibration is None else windows_of(mixture, options.calibration, options.calibration_tokens)
-    )
-    even = list(range(old.num_experts)) * times if alike else [i for i in range(old.num_experts) for _ in range(times)]
+    windows = []
+    if options.calibration is not None:
+        windows = windows_of(mixture, options.calibration, options.calibration_tokens)
+    numbers = list(range(old.num_experts))
+    even = numbers * times if grouped else [number for number in numbers for _ in range(times)]
     copies = dict.fromkeys(mixture.layers, even)
     arguments = {"experts": options.experts, "top_k": top_k, "noise": options.noise, "seed": options.seed}
     provenance, told = {"method": "grow", "arguments": arguments}, {}
@@ -98,8 +100,8 @@ def grow(src: str | Path, dst: str | Path, options: GrowOptions) -> dict[str, An
         arguments |= {"calibration": name_of(options.calibration), "tokens": sum(map(len, windows))}
         if not options.dry_run:
             told["copies"] = provenance["copies"] = copies
-    experts = {layer: [Expert(mixture, i) for i in numbers] for layer, numbers in copies.items()}
-    rows = Rows(mixture, alike and not alone, times if sums_to_1 and not alone else 1, options)
+    experts = {layer: [Expert(mixture, number) for number in copied] for layer, copied in copies.items()}
+    rows = Rows(mixture, grouped, times if sums_to_1 and not alone else 1, options)
     outputs = with_experts(mixture, experts, rows.of_copy)
     report = write(mixture, config, outputs, dst, options, provenance, memory=memory(mixture, windows))
     exact = rows.largest_noise <= EXACT
@@ -175,8 +177,8 @@ class Rows:
     """What becomes of an expert's rows in a router: noise is added to its weights, one direction for all experts of a
     group, else one for each copy. Of scores that `shared` copies divide among them the selection bias is divided."""
 
-    def __init__(self, mixture: Mixture, alike: bool, shared: int, options: GrowOptions):
-        self.mixture, self.alike, self.shared, self.options = mixture, alike, shared, options
+    def __init__(self, mixture: Mixture, grouped: bool, shared: int, options: GrowOptions):
+        self.mixture, self.grouped, self.shared, self.options = mixture, grouped, shared, options
 
     def noise(self, dtype: torch.dtype) -> float:
         return NOISE.get(dtype, ROUNDED) if self.options.noise is None else self.options.noise
@@ -191,7 +193,7 @@ class Rows:
         noise = self.noise(row.dtype)
         if not name.endswith(".gate.weight") or noise == 0:
             return row
-        copy = number // self.mixture.config.num_experts if self.alike else number
+        copy = number // self.mixture.config.num_experts if self.grouped else number
         seed = hashlib.sha256(f"{self.options.seed} {name} {copy}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:6], "little"))
         direction = torch.randn(row.shape, generator=generator, dtype=torch.float32)

@@ -625,4 +625,4 @@ def test_memory_does_not_grow_with_the_layers(family, text, tmp_path, monkeypatc
     # its threads run. All sixteen would be eight in bfloat16.
     assert all(0.9 < layers < 5 for layers in taken.values())
     assert planned["few"] == planned["many"]
-    assert all(0.5 < layers / planned[name] < 1.5 for name, layers in taken.items())
+    assert all(0.5 < layers / planned[name] < 2 for name, layers in taken.items())
