@@ -74,7 +74,13 @@ def prune(
 def grow(
     src: Source,
     dst: Output,
-    experts: Annotated[int, typer.Option(help="Experts of each layer: a multiple of what there are.")],
+    experts: Annotated[
+        int,
+        typer.Option(
+            help="Experts of each layer: a multiple of what there are; any larger number with --calibration, for one "
+            "expert a token."
+        ),
+    ],
     top_k: Annotated[
         int | None,
         typer.Option(help="Experts of a token: as many times more, or as many as now.", show_default="as many as now"),
@@ -86,6 +92,11 @@ def grow(
             show_default="3e-7 in float32, else 1e-2",
         ),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="What says which experts are the busiest, and get the most copies."),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="How many of its tokens.")] = 4096,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
@@ -104,13 +115,15 @@ def grow(
             experts=experts,
             top_k=top_k,
             noise=noise,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
             seed=seed,
             max_shard_size=max_shard_size,
             dry_run=dry_run,
             resume=resume,
             verify=not no_verify,
         )
-    finish(report, json, EXACT)
+    finish(report if json else without_lists(report), json, EXACT)
 
 
 def experts(
@@ -181,16 +194,18 @@ def numbered(word: str) -> tuple[int, str]:
 
 
 def without_lists(report: dict) -> dict:
-    """For the screen each layer's kept experts on a line, and no scores."""
+    """For the screen each layer's kept experts, or how many copies each has, on a line, and no scores."""
     from hf_moe.hub.tables import busiest
 
     kept = {
         f"kept in {layer}": " ".join("+".join(map(str, numbers)) for numbers in experts)
         for layer, experts in report.get("kept", {}).items()
     }
+    for layer, copied in report.get("copies", {}).items():
+        kept[f"copies in {layer}"] = " ".join(str(copied.count(expert)) for expert in sorted(set(copied)))
     for domain in report.get("domains", ()):
         kept[f"perplexity on {domain['text']}"] = f"{domain['perplexity_a']:.4g}, now {domain['perplexity_b']:.4g}"
     for when, layers in report.get("load", {}).items():
         kept[f"busiest expert {when}, 1 at balance"] = f"{max(map(busiest, layers.values())):.3g}"
-    lists = ("kept", "scores", "domains", "load")
+    lists = ("kept", "copies", "scores", "domains", "load")
     return {name: value for name, value in report.items() if name not in lists} | kept

@@ -222,11 +222,13 @@ def memory_needed(
     return weights + 4 * vocab_size * (tokens + WINDOW) + 8 * vocab_size * ROWS * 6
 
 
-def check_memory(needed: int) -> None:
+def check_memory(
+    needed: int, what: str = "Comparing the models", way_out: str = "convert without verify (--no-verify)"
+) -> None:
     """Raise a ValueError where so many bytes of memory are not free."""
     free = psutil.virtual_memory().available
     if needed > free:
         raise ValueError(
-            f"Comparing the models takes {needed / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free; give TMPDIR a "
-            "disk with room for the model in float32, or convert without verify (--no-verify)."
+            f"{what} takes {needed / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free; give TMPDIR a disk with "
+            f"room for the model in float32, or {way_out}."
         )

@@ -3,7 +3,13 @@
 Expert upcycling (https://arxiv.org/abs/2604.19835) duplicates experts and rows of the router. There the larger model
 begins near the smaller one, as copies take each other's places among the K best. Here it begins where that was: a
 token gets all copies of its experts (K grows with E), or the copies stand in groups of which a token takes one (K
-stays).
+stays). Of a token's only expert, whose weight no other moves, it takes one copy without groups, and there the busiest
+experts can have the most copies.
+
+Elsewhere all have as many. Copies have one score at first, so that those of a token's best experts fill its K' places
+one expert after another, and all but the last that comes in fill as many as they have copies. The weights keep their
+proportions where each of its K experts fills as many places. So all that are ever before another one for some token
+have K' / K copies each; and of K = 1 a softmax over all experts stays in proportion only where all have as many.
 """
 
 import hashlib
@@ -14,9 +20,12 @@ from typing import Any
 
 import torch
 
+from ...model.configuration_hf_moe import HfMoeConfig
 from ...staging import check_destination
+from ..files.texts import MAX_TOKENS, name_of
 from ..options import ConversionOptions, takes
 from .model import Expert, Mixture, changed, open_mixture, with_experts, write
+from .scores import loads, memory, of_all_layers, windows_of
 
 NORMED = ("topk_softmax",)  # routers whose weights sum to 1 as they are
 GROWN = ("softmax_topk", "sigmoid_topk", "reinforce", *NORMED)
@@ -29,72 +38,126 @@ EXACT = 1e-6  # the noise up to which nothing is seen of it
 class GrowOptions(ConversionOptions):
     """ConversionOptions, and how large.
 
-    experts: of each layer, a multiple of what there are. top_k: experts of a token, as many as now, or as many times
-    more as there are experts; None: as many as now. noise: root mean square of what is added to the router's rows,
-    beside that of the rows, so that copies come to differ; None: 3e-7 in float32, in others 1e-2, which their rounding
-    does not swallow, and shows. seed: of the noise.
+    experts: of each layer, a multiple of what there are, or any larger number where `apart` lets the numbers of copies
+    differ. top_k: experts of a token, as many as now, or as many times more as there are experts; None: as many as
+    now. noise: root mean square of what is added to the router's rows, beside that of the rows, so that copies come to
+    differ; None: 3e-7 in float32, in others 1e-2, which their rounding does not swallow, and shows. calibration: a
+    text as `prune` reads it, of it calibration_tokens tokens, by which the busiest experts get the most copies. seed:
+    of the noise.
     """
 
     experts: int
     top_k: int | None = None
     noise: float | None = None
+    calibration: str | Path | None = None
+    calibration_tokens: int = MAX_TOKENS
     seed: int = 0
 
 
 @takes(GrowOptions)
 def grow(src: str | Path, dst: str | Path, options: GrowOptions) -> dict[str, Any]:
-    """Give each layer m times as many experts, m copies of each, so that the model computes what it computed.
+    """Give each layer copies of its experts, so that the model computes what it computed.
 
     src: a mixture of experts of any family that hf_moe reads, a folder or a Hub id; the result is of that family.
     dst: a folder that does not exist or is empty. Keywords: the fields of GrowOptions. With m times as many experts a
-    token, a token is sent to all copies of its experts, which share the weight. With as many experts a token, copies
+    token, a token is sent to all m copies of its experts, which share the weight. With as many experts a token, copies
     stand in m groups with one direction of the noise each: a token takes the group whose direction is nearest, and in
-    it the experts that it had; experts that stand in groups already cannot.
+    it the experts that it had; experts that stand in groups already cannot. A token's only expert needs no group: the
+    noise says which copy it is, and by a calibration text the busiest have more copies than others.
 
-    Returns `convert`'s report. Raises a ValueError or OSError of one line; then there is no output.
+    Returns `convert`'s report, with `copies`, the numbers of the experts that each layer's are copies of, where a text
+    decided. Raises a ValueError or OSError of one line; then there is no output.
     """
     check_destination(Path(dst), options.resume)
     mixture = open_mixture(src)
-    times = how_often(mixture, options)
+    check_grown(mixture.config, options)
     old = mixture.config
     top_k = old.num_experts_per_tok if options.top_k is None else options.top_k
-    fields: dict[str, Any] = {"num_experts": options.experts, "num_experts_per_tok": top_k}
+    times = options.experts // old.num_experts
     alike = top_k == old.num_experts_per_tok
-    if alike:
+    alone = alike and apart(old)
+    grouped = alike and not alone
+    fields: dict[str, Any] = {"num_experts": options.experts, "num_experts_per_tok": top_k}
+    if grouped:
         fields |= {"n_group": times, "topk_group": 1}
     # Scores that sum to 1 are shared by all copies; sigmoids are each copy's own.
     sums_to_1 = old.router_type != "sigmoid_topk"
-    if alike == sums_to_1 and old.router_type not in NORMED and not old.norm_topk_prob:
-        fields["routed_scaling_factor"] = old.routed_scaling_factor * (times if alike else 1 / times)
+    if not alone and grouped == sums_to_1 and old.router_type not in NORMED and not old.norm_topk_prob:
+        fields["routed_scaling_factor"] = old.routed_scaling_factor * (times if grouped else 1 / times)
     config = changed(old, f"{options.experts} experts", **fields)
-    experts = {
-        layer: [Expert(mixture, i) for i in range(old.num_experts)] * times
-        if alike
-        else [Expert(mixture, i) for i in range(old.num_experts) for _ in range(times)]
-        for layer in mixture.layers
-    }
-    rows = Rows(mixture, alike, times if sums_to_1 else 1, options)
+    windows = []
+    if options.calibration is not None:
+        windows = windows_of(mixture, options.calibration, options.calibration_tokens)
+    numbers = list(range(old.num_experts))
+    even = numbers * times if grouped else [number for number in numbers for _ in range(times)]
+    copies = dict.fromkeys(mixture.layers, even)
     arguments = {"experts": options.experts, "top_k": top_k, "noise": options.noise, "seed": options.seed}
-    provenance = {"method": "grow", "arguments": arguments}
-    report = write(mixture, config, with_experts(mixture, experts, rows.of_copy), dst, options, provenance)
-    return report | {"experts": options.experts, "top_k": top_k, "equal_at_step_0": rows.largest_noise <= EXACT}
+    provenance, told = {"method": "grow", "arguments": arguments}, {}
+    if windows:
+        found = {} if options.dry_run else loads(mixture, windows, options.progress)
+        tokens = of_all_layers(mixture, found, [0] * old.num_experts)
+        copies = {layer: by_load(tokens_E, options.experts) for layer, tokens_E in tokens.items()}
+        arguments |= {"calibration": name_of(options.calibration), "tokens": sum(map(len, windows))}
+        if not options.dry_run:
+            told["copies"] = provenance["copies"] = copies
+    experts = {layer: [Expert(mixture, number) for number in copied] for layer, copied in copies.items()}
+    rows = Rows(mixture, grouped, times if sums_to_1 and not alone else 1, options)
+    outputs = with_experts(mixture, experts, rows.of_copy)
+    report = write(mixture, config, outputs, dst, options, provenance, memory=memory(mixture, windows))
+    exact = rows.largest_noise <= EXACT
+    return report | {"experts": options.experts, "top_k": top_k} | told | {"equal_at_step_0": exact}
 
 
-def how_often(mixture: Mixture, options: GrowOptions) -> int:
-    """How many copies of each expert. Raises ValueError where the model would not compute what it did."""
-    config = mixture.config
+def apart(config: HfMoeConfig) -> bool:
+    """Whether a token has one expert, whose choice and weight are the same whatever copies of others there are."""
+    sigmoid = config.router_type == "sigmoid_topk"
+    return (
+        config.num_experts_per_tok == 1
+        and config.router_type != "reinforce"  # which draws among copies
+        and (sigmoid or config.norm_topk_prob or config.router_type in NORMED)
+        and (sigmoid or not config.router_args.get("selection_bias"))  # is added to shares of 1
+        and config.n_group == 1
+        and not config.limits_experts
+    )
+
+
+def by_load(tokens_E: list[int], experts: int) -> list[int]:
+    """Which expert each of so many is a copy of: one after the other goes to the expert whose copies have the most
+    tokens each, which leaves the busiest copy with as few as can be."""
+    copies = [1] * len(tokens_E)
+    while sum(copies) < experts:
+        busiest = max(range(len(copies)), key=lambda expert: tokens_E[expert] / copies[expert])
+        copies[busiest] += 1
+    return [expert for expert, count in enumerate(copies) for _ in range(count)]
+
+
+def check_grown(config: HfMoeConfig, options: GrowOptions) -> None:
+    """Raises ValueError where the model would not compute what it did."""
     experts, top_k = config.num_experts, config.num_experts_per_tok
-    times = options.experts // experts
-    if options.experts != times * experts or times < 2:
-        raise ValueError(f"experts is {options.experts}; it must be a multiple of {experts}, as many as there are.")
+    times, left = divmod(options.experts, experts)
+    if options.experts <= experts:
+        raise ValueError(f"experts is {options.experts}; it must be more than {experts}, as many as there are.")
+    if config.router_type not in GROWN:
+        raise ValueError(f"router_type {config.router_type!r} cannot be grown; {', '.join(GROWN)} can.")
+    alone = apart(config) and options.top_k in (None, top_k)
+    why = "with more copies of some, a token's best would be other experts, or have other weights."
+    if not alone and left:
+        raise ValueError(
+            f"experts is {options.experts}; it must be a multiple of {experts}, as many as there are: {why}"
+        )
+    if not alone and options.calibration is not None:
+        raise ValueError(f"calibration is given, but here all experts get as many copies: {why}")
+    if left and options.calibration is None:
+        raise ValueError(
+            f"experts is {options.experts}, no multiple of {experts}: give a text that says which are the busiest "
+            "(--calibration)."
+        )
     if options.top_k not in (None, top_k, top_k * times):
         raise ValueError(
             f"top_k is {options.top_k}; it can be {top_k}, as now, or {top_k * times}, as many times more."
         )
     if options.noise is not None and not 0 <= options.noise < 1:
         raise ValueError(f"noise is {options.noise}; it must be at least 0 and below 1.")
-    if config.router_type not in GROWN:
-        raise ValueError(f"router_type {config.router_type!r} cannot be grown; {', '.join(GROWN)} can.")
     by_two = config.router_args.get("group_score", "two_best") == "two_best"
     if options.top_k == top_k * times:
         if config.topk_group < config.n_group and by_two:
@@ -102,21 +165,20 @@ def how_often(mixture: Mixture, options: GrowOptions) -> int:
                 f"A token takes {config.topk_group} of {config.n_group} groups by their two best experts, which would "
                 "be copies of one: the model would not compute what it does."
             )
-        return times
+        return
     way_out = f"give top_k {top_k * times} (--top-k), so that a token is sent to all copies of its experts."
     if config.n_group > 1:
         raise ValueError(f"The experts stand in {config.n_group} groups already: {way_out}")
-    if config.router_type == "reinforce" or config.limits_experts:
+    if not alone and (config.router_type == "reinforce" or config.limits_experts):
         raise ValueError(f"Copies cannot stand in groups with this router: {way_out}")
-    return times
 
 
 class Rows:
     """What becomes of an expert's rows in a router: noise is added to its weights, one direction for all experts of a
     group, else one for each copy. Of scores that `shared` copies divide among them the selection bias is divided."""
 
-    def __init__(self, mixture: Mixture, alike: bool, shared: int, options: GrowOptions):
-        self.mixture, self.alike, self.shared, self.options = mixture, alike, shared, options
+    def __init__(self, mixture: Mixture, grouped: bool, shared: int, options: GrowOptions):
+        self.mixture, self.grouped, self.shared, self.options = mixture, grouped, shared, options
 
     def noise(self, dtype: torch.dtype) -> float:
         return NOISE.get(dtype, ROUNDED) if self.options.noise is None else self.options.noise
@@ -131,7 +193,7 @@ class Rows:
         noise = self.noise(row.dtype)
         if not name.endswith(".gate.weight") or noise == 0:
             return row
-        copy = number // self.mixture.config.num_experts if self.alike else number
+        copy = number // self.mixture.config.num_experts if self.grouped else number
         seed = hashlib.sha256(f"{self.options.seed} {name} {copy}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:6], "little"))
         direction = torch.randn(row.shape, generator=generator, dtype=torch.float32)

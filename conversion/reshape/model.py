@@ -188,8 +188,9 @@ def write(
     provenance: dict[str, Any],
     domains: Sequence[Domain] = (),
     measure: Callable[[Path], dict[str, Any]] | None = None,
+    memory: int = 0,
 ) -> dict[str, Any]:
-    """Write the model in the mixture's own family; returns `convert`'s report."""
+    """Write the model in the mixture's own family; returns `convert`'s report. The last three are as there."""
     family, source = mixture.source.family, mixture.source
     said = in_family(mixture, config)
     parts = list(outputs.values())
@@ -208,6 +209,7 @@ def write(
         options,
         provenance=provenance,
         exported=None if family is HF_MOE else said,
+        memory=memory,
         domains=domains,
         measure=measure,
     )

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 
 from ...staging import check_destination
-from ...texts import texts
-from ..files.texts import MAX_TOKENS, cut, name_of
-from ..files.tokenizer import load_tokenizer
+from ..files.texts import MAX_TOKENS, name_of
 from ..options import ConversionOptions, takes
 from .merge import merged
 from .model import Expert, Mixture, changed, open_mixture, with_experts, write
-from .scores import SCORES, Seen, watch
+from .scores import SCORES, Seen, memory, of_all_layers, watch, windows_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, 
     windows = read(mixture, options)
     seen = {} if options.dry_run else watch(mixture, windows, options.progress)
     before = tokens_of(seen)
-    seen = seen_of_all(mixture, seen)
+    seen = of_all_layers(mixture, seen, Seen.nothing(mixture.config.num_experts))
     generator = torch.Generator().manual_seed(options.seed)
     scores = {layer: SCORES[options.by](x, generator) for layer, x in seen.items()}
     kept = {layer: best(score, keep, config.n_group) for layer, score in scores.items()}
@@ -84,7 +82,9 @@ def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, 
         return {"load": {"before": before, "after": tokens_of(after)}}
 
     outputs = with_experts(mixture, experts)
-    report = write(mixture, config, outputs, dst, options, provenance, domains, measure if windows else None)
+    needed = memory(mixture, windows)
+    measured = measure if windows else None
+    report = write(mixture, config, outputs, dst, options, provenance, domains, measured, needed)
     return report | {"experts": keep, "by": options.by} | told | {"equal_at_step_0": False}
 
 
@@ -115,28 +115,12 @@ def read(mixture: Mixture, options: PruneOptions) -> list[torch.Tensor]:
     if options.calibration is None:
         what = "merge" if options.merge else f"by {options.by}"
         raise ValueError(f"{what} needs a text that the model reads: give calibration (--calibration).")
-    tokenizer = load_tokenizer(mixture.source.checkpoint.folder)
-    if tokenizer is None:
-        raise ValueError(f"{mixture.source.name} has no tokenizer to read {options.calibration} with.")
-    if options.calibration_tokens < 1:
-        raise ValueError(f"calibration_tokens is {options.calibration_tokens}; it must be at least 1.")
-    return cut(
-        texts(str(options.calibration), tokenizer),
-        tokenizer,
-        mixture.source.config.get_text_config(),
-        options.calibration_tokens,
-    )
+    return windows_of(mixture, options.calibration, options.calibration_tokens)
 
 
 def tokens_of(seen: dict[str, Seen]) -> dict[str, list[int]]:
     """How many tokens went to each expert of a layer."""
     return {layer: x.tokens.long().tolist() for layer, x in seen.items()}
-
-
-def seen_of_all(mixture: Mixture, found: dict[str, Seen]) -> dict[str, Seen]:
-    # Modules for multi-token prediction, which a forward does not run, keep what the last layer keeps.
-    last = list(found.values())[-1] if found else Seen.nothing(mixture.config.num_experts)
-    return {layer: found.get(layer, last) for layer in mixture.layers}
 
 
 def best(score_E: torch.Tensor, keep: int, groups: int) -> list[int]:

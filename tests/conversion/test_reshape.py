@@ -1,15 +1,19 @@
 """Mixtures in another shape: experts pruned, grown and exchanged, beside what slow loops over the weights give."""
 
+import itertools
 import json
 import shutil
 import subprocess
 import sys
+from operator import truediv
 
+import psutil
 import pytest
 import torch
 from hf_moe.conversion.reshape import exchange_experts, grow, prune
+from hf_moe.conversion.reshape.model import open_mixture
 from hf_moe.conversion.reshape.prune import best
-from hf_moe.conversion.reshape.scores import SCORES, Seen
+from hf_moe.conversion.reshape.scores import SCORES, Seen, memory, windows_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 from hf_moe.demo import DEMO_MODEL
 from hf_moe.routers import captured, find_routers
-from tests.conversion.conftest import DEEPSEEK_V3, GPT_OSS, MOE, QWEN_MOE, SIZES, build
+from tests.conversion.conftest import DEEPSEEK_V3, GPT_OSS, LLAMA4, MOE, QWEN_MOE, SIZES, build
 
 TEXT = "Once upon a time there was a dog named Ben. He ran to the river and was glad. The end.\n" * 12
 V3 = {**DEEPSEEK_V3, "n_group": 1, "topk_group": 1, "n_routed_experts": 6}
@@ -296,6 +300,92 @@ def test_grown_with_as_many_experts_a_token_it_computes_the_same(source, tmp_pat
     assert len(set.union(*groups)) > 1  # tokens go to several groups, so that copies will differ
 
 
+def alone(family: str):
+    """A mixture that sends a token to one expert, of a weight that no other moves."""
+    one = {"num_experts_per_tok": 1, "vocab_size": 512}
+    if family == "hf_moe":
+        return ours(router_type="sigmoid_topk", **one)
+    model_type, fields = CASES[family]
+    return build(model_type, **{**fields, **one, **({"norm_topk_prob": True} if "gpt" not in family else {})})
+
+
+def copies_by_load(tokens: list[int], experts: int) -> list[int]:
+    """Of all ways to share out the copies the one whose busiest copy has the fewest tokens, by trying them."""
+    ways = itertools.product(range(1, experts - len(tokens) + 2), repeat=len(tokens))
+    busiest = {way: max(map(truediv, tokens, way)) for way in ways if sum(way) == experts}
+    return min(busiest.values())
+
+
+@pytest.mark.parametrize("family", ["hf_moe", *CASES])
+def test_the_busiest_experts_of_single_choice_get_the_most_copies(family, text, tmp_path):
+    folder = save(alone(family), tmp_path / "model")
+    report = grow(folder, tmp_path / "out", experts=9, calibration=text, calibration_tokens=60, **QUIET)
+    assert report["equal_at_step_0"] and report["max_abs_diff"] < 1e-4 and report["top_k"] == 1
+    model, grown, ids = load(folder), load(tmp_path / "out"), ids_of(folder)
+    assert type(grown) is type(model)
+    seen = by_hand(model, ids)
+    with torch.no_grad():
+        torch.testing.assert_close(grown(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    for (name, before), after in zip(find_routers(model).items(), find_routers(grown).values(), strict=True):
+        layer = f"model.layers.{name.split('.layers.')[1].split('.')[0]}"
+        copies = report["copies"][layer]
+        assert set(copies) == set(range(6)) and copies == sorted(copies) and len(copies) == 9
+        tokens = seen[layer][0]
+        assert max(tokens[e] / copies.count(e) for e in range(6)) == copies_by_load(tokens, 9)
+        old, new = (dict(x.layer.experts.named_parameters()) for x in (before, after))
+        assert all(torch.equal(new[key], x[copies]) for key, x in old.items())
+        torch.testing.assert_close(after.module.weight, before.module.weight[copies], rtol=1e-4, atol=1e-6)
+    with captured(find_routers(model), 1) as then, captured(find_routers(grown), 1) as now, torch.no_grad():
+        model(ids), grown(ids)
+    parted = []
+    for copies, old, new in zip(report["copies"].values(), then.values(), now.values(), strict=True):
+        old, new = (routing.index_SK.flatten().tolist() for routing in (old, new))
+        assert [copies[expert] for expert in new] == old
+        parted.append(len(set(new)) > len(set(old)))
+    assert any(parted)  # tokens of one expert go to several copies, so that these will differ
+
+
+def test_llama_4_grows_by_load(text, tmp_path):
+    """Whose experts scale what they read, and are called for all tokens: only the router says who is busy."""
+    fields = LLAMA4 | {"num_local_experts": 5, "num_experts_per_tok": 1, "vocab_size": 512}
+    folder = save(build("llama4_text", **fields), tmp_path / "model")
+    report = grow(folder, tmp_path / "out", experts=8, calibration=text, calibration_tokens=60, **QUIET)
+    model, grown, ids = load(folder), load(tmp_path / "out"), ids_of(folder)
+    with captured(find_routers(model), 1) as routings, torch.no_grad():
+        torch.testing.assert_close(grown(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert type(grown) is type(model)
+    for copies, routing in zip(report["copies"].values(), routings.values(), strict=True):
+        tokens = [routing.index_SK.flatten().tolist().count(expert) for expert in range(5)]
+        assert len(copies) == 8
+        assert max(tokens[e] / copies.count(e) for e in range(5)) == copies_by_load(tokens, 8)
+
+
+def test_copies_of_a_single_choice_need_no_groups(tmp_path):
+    folder = save(alone("olmoe"), tmp_path / "model")
+    assert grow(folder, tmp_path / "out", experts=12, **QUIET)["max_abs_diff"] < 1e-4
+    with pytest.raises(
+        ValueError, match="experts is 9, no multiple of 6: give a text that says which are the busiest"
+    ):
+        grow(folder, tmp_path / "none", experts=9, **QUIET)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router_type": "softmax_topk", "norm_topk_prob": False},
+        {"router_type": "softmax_topk", "norm_topk_prob": True, "router_args": {"selection_bias": True}},
+        {"router_type": "sigmoid_topk", "n_group": 3, "topk_group": 1},
+        {"router_type": "sigmoid_topk", "router_args": {"eval_capacity_factor": 1.0}},
+    ],
+    ids=["softmax", "bias", "groups", "capacity"],
+)
+def test_a_single_choice_that_other_experts_move_keeps_its_numbers(changes, text, tmp_path):
+    folder = save(ours(num_experts_per_tok=1, **{"router_args": {}, **changes}), tmp_path / "model")
+    with pytest.raises(ValueError, match="experts is 9; it must be a multiple of 6"):
+        grow(folder, tmp_path / "out", experts=9, calibration=text, **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
 def test_noise_that_bfloat16_shows_is_reported(tmp_path):
     folder = save(ours(), tmp_path / "model", torch.bfloat16)
     report = grow(folder, tmp_path / "out", experts=12, top_k=6, **QUIET)
@@ -417,6 +507,16 @@ def test_nothing_is_written_by_a_dry_run(source, text, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_calibration_that_does_not_fit_the_memory_is_refused(source, text, tmp_path, monkeypatch):
+    free = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(
+        ValueError, match=r"Reading the calibration text takes .* free; .*TMPDIR.*hf-moe import"
+    ) as error:
+        prune(source[1], tmp_path / "out", experts=4, calibration=text, **QUIET)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "said"),
     [
@@ -429,7 +529,13 @@ def test_nothing_is_written_by_a_dry_run(source, text, tmp_path):
         (prune, {"experts": 4, "by": "taste"}, "by is 'taste'; it can be reap, frequency, output, random"),
         (prune, {"experts": 4, "calibration": "empty.txt"}, "The calibration text is empty"),
         (prune, {"experts": 4, "calibration": "missing.txt"}, "There is no file missing.txt"),
-        (grow, {"experts": 8}, "experts is 8; it must be a multiple of 6"),
+        (grow, {"experts": 6}, "experts is 6; it must be more than 6, as many as there are"),
+        (
+            grow,
+            {"experts": 8},
+            "experts is 8; it must be a multiple of 6, .*: with more copies of some, a token's best",
+        ),
+        (grow, {"experts": 12, "calibration": "empty.txt"}, "calibration is given, but here all experts get as many"),
         (grow, {"experts": 12, "top_k": 4}, "top_k is 4; it can be 3, as now, or 6"),
         (grow, {"experts": 12, "noise": -1.0}, "noise is -1.0"),
         (exchange_experts, {}, "Say what happens"),
@@ -490,7 +596,8 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("family", ["hf_moe", "olmoe"])
-def test_memory_does_not_grow_with_the_layers(family, text, tmp_path):
+def test_memory_does_not_grow_with_the_layers(family, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_moe.conversion.output.anonymous_memory", lambda: 0)
     layer = 0
     for name, layers, width in (("warm", 1, 32), ("few", 2, 2048), ("many", 16, 2048)):
         sizes = {"hidden_size": 256, "num_hidden_layers": layers, "num_experts_per_tok": 2, "vocab_size": 512}
@@ -501,14 +608,21 @@ def test_memory_does_not_grow_with_the_layers(family, text, tmp_path):
             model = ours(**sizes, router_args={}).to(torch.bfloat16)
         save(model, tmp_path / name)
         layer = max(layer, 4 * sum(x.numel() for x in model.model.layers[0].parameters()))
-    taken = {}
+    taken, planned = {}, {}
     for name in ("few", "many"):
         shutil.rmtree(tmp_path / "warm-pruned", ignore_errors=True)
         folders = [str(tmp_path / "warm"), str(tmp_path / name)]
         run = subprocess.run([sys.executable, "-c", MEASURE, str(text), *folders], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-2000:]
         taken[name] = json.loads(run.stdout.splitlines()[-1])[1] / layer
-    print(taken)
+        mixture = open_mixture(folders[1])
+        needed = memory(mixture, windows_of(mixture, text, 60))
+        plan = prune(folders[1], tmp_path / "none", experts=4, calibration=text, calibration_tokens=60, dry_run=True)
+        assert plan["peak_memory_bytes"] == needed  # and nothing beside
+        planned[name] = needed / layer
+    print(taken, planned)
     # One layer in float32 where the files hold it so; about three where Transformers puts it together, more or less as
     # its threads run. All sixteen would be eight in bfloat16.
     assert all(0.9 < layers < 5 for layers in taken.values())
+    assert planned["few"] == planned["many"]
+    assert all(0.5 < layers / planned[name] < 2 for name, layers in taken.items())

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from hf_moe.conversion import prune
 from hf_moe.training.main import main
 from hf_moe.training.stages.distil import MoeDistilConfig, MoeDistilTrainer, softened_kl
-from transformers import AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .balance_worker import Gradient
 from .conftest import tiny_hf_moe, tiny_olmoe, tiny_tokenizer
@@ -122,3 +124,59 @@ def test_revision_of_the_model_is_not_that_of_its_teacher(command, model_folder,
     with pytest.raises(ValueError, match="another tokenizer"):
         main(command("--model_revision", "v2", teacher=other_teacher(tmp_path / "other")))
     assert asked == ["v2", "main"]
+
+
+@pytest.fixture
+def pruned(tmp_path):
+    """The arguments by which a tiny OLMoE with fewer experts learns from the one that it was, and both folders."""
+    parent, folder = tmp_path / "parent", tmp_path / "pruned"
+    tiny_olmoe().save_pretrained(parent)
+    tiny_tokenizer().save_pretrained(parent)
+    prune(parent, folder, experts=3, by="random", verify=False, progress=False)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
+    given = {"model_name_or_path": folder, "teacher_model_name_or_path": parent, "train_data": tmp_path / "rows.jsonl"}
+    given |= {"assistant_only_loss": "false", "use_cpu": "true", "bf16": "false", "teacher_dtype": "float32"}
+    given |= {"max_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "save_steps": 1}
+    given |= {
+        "gradient_accumulation_steps": 1,
+        "trainable": "all",
+        "lora_r": 2,
+        "lora_merge": "float32",
+        "learning_rate": "1e-2",
+        "warmup_steps": 0,
+    }
+    words = [f"--{name}={value}" for name, value in given.items()]
+    return ["olmoe-1b-7b/distil", *words, "--lora_parts", "routed_experts"], folder, parent
+
+
+def test_an_adapter_recovers_a_pruned_model_from_its_parent(pruned, tmp_path):
+    words, folder, parent = pruned
+    rows = tmp_path / "rows.jsonl"
+    metrics = main([*words, f"--output_dir={tmp_path / 'out'}", f"--eval_data={rows}"])
+    student, teacher = (AutoModelForCausalLM.from_pretrained(x).eval() for x in (folder, parent))
+    tokenizer, total, count = tiny_tokenizer(), 0.0, 0
+    for text in TEXTS:
+        ids = tokenizer(text + tokenizer.eos_token, return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits, wanted = (model(ids).logits[0, :-1] for model in (student, teacher))
+        total += 0.5 * softened_kl(logits, wanted, 1.0).sum() + 0.5 * torch.nn.functional.cross_entropy(
+            logits, ids[0, 1:], reduction="sum"
+        )
+        count += len(ids[0]) - 1
+    assert metrics["eval_loss_before"] == pytest.approx((total / count).item(), rel=1e-4)
+    assert metrics["eval_loss"] < metrics["eval_loss_before"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").state_dict()
+    changed = {name for name, x in student.state_dict().items() if not torch.equal(merged[name], x)}
+    assert changed == {name for name in merged if ".experts." in name}
+
+    resumed = [*words, f"--output_dir={tmp_path / 'resumed'}"]
+    main([*resumed, f"--resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-1'}"])
+    whole, again = (load_file(tmp_path / x / "adapter_model.safetensors") for x in ("out", "resumed"))
+    assert whole.keys() == again.keys() and all(torch.equal(x, again[name]) for name, x in whole.items())
+
+
+def test_an_adapter_beside_trained_weights_is_refused(pruned, tmp_path):
+    words, *_ = pruned
+    with pytest.raises(ValueError, match=r"trainable is moe_only and lora_parts .* or give --trainable all") as error:
+        main([*words, f"--output_dir={tmp_path / 'out'}", "--trainable", "moe_only"])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

@@ -64,7 +64,7 @@ def resumed(places, output, *extra, run="full"):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_what_the_state_decides_is_refused_before_a_model_is_loaded(places, tmp_path, monkeypatch, extra, named):
-    monkeypatch.setattr("hf_moe.training.stages.sft.load_trained_model", None)  # would fail
+    monkeypatch.setattr("hf_moe.training.stages.sft.load_adapted", None)  # would fail
     other = write_rows(tmp_path / "other.jsonl", ROWS * 2 + ROWS[:2])
     with pytest.raises(ValueError, match=rf"checkpoint-2 is of a run with {named}") as error:
         resumed(places, tmp_path / "out", *(word.format(held_out=other) for word in extra))

@@ -20,10 +20,12 @@ from ..data.mixture import mix
 from ..data.sources import DataArguments, by_label, load_sources, together
 from ..host_trl import log_beside_loss
 from ..trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
-from .loading import ModelArguments, choose_trained, load_tokenizer, load_trained_model, right_config
-from .new_tokens import give_rows, take_template
+from ..weights.adapters import AdapterArguments
+from .adapted import load_adapted
+from .loading import ModelArguments, load_tokenizer, right_config
+from .new_tokens import take_template, trained_tokens
 from .run import Trained, checkpoint_to_resume, say_summary
-from .trained import train_and_merge
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, train_and_merge
 
 
 @dataclass
@@ -81,7 +83,7 @@ class MoeDistilTrainer(MoeSFTTrainer, Distilling):
 
 MAX_TEMPERATURE = 1e4  # far beyond where nothing of the logits is left
 TEACHER_INPUTS = ("input_ids", "attention_mask", "position_ids", "use_cache")
-ARGUMENTS = (ModelArguments, DataArguments, MoeDistilConfig)
+ARGUMENTS = (ModelArguments, DataArguments, MoeDistilConfig, AdapterArguments)
 
 
 def softened_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -90,9 +92,15 @@ def softened_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float
     return temperature**2 * (teacher.exp() * (teacher - student)).sum(dim=-1)
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilConfig) -> Trained:
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: MoeDistilConfig,
+    adapter_args: AdapterArguments = NO_ADAPTER,
+) -> Trained:
     """Train, evaluate before and after, save to `output_dir`; the metrics have `eval_loss_before`."""
     check_distil_arguments(args)
+    check_choices(model_args, adapter_args, NO_ESFT)
     checkpoint = checkpoint_to_resume(args)
     args.chat_template_path = find_template(args.chat_template_path)
     sources, held_out = load_sources(data_args, args, text_field=args.dataset_text_field)
@@ -100,12 +108,12 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilCon
     source = checkpoint or model_args.model_name_or_path
     tokenizer = load_tokenizer(source, model_args, args)
     own_template = args.chat_template_path is None
-    new = take_template(tokenizer, args)
+    new = take_template(tokenizer, args) or trained_tokens(checkpoint)
     use_template(tokenizer, args)
     check_template(tokenizer, by_label(sources, held_out), args.dataset_num_proc)
-    model = load_trained_model(source, model_args, args)
-    give_rows(model, tokenizer, args, model_args, new=new)
-    choose_trained(model, model_args.trainable, args)
+    # A checkpoint of an adapter does not hold the model.
+    weights = source if adapter_args.lora_parts is None else model_args.model_name_or_path
+    model = load_adapted(weights, model_args, args, adapter_args, tokenizer, new)
     trainer = MoeDistilTrainer(
         model=model,
         args=args,
@@ -114,7 +122,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoeDistilCon
         eval_dataset=together(held_out, data_args.eval_by_source),
         teacher=load_teacher(model, tokenizer, args, roles=own_template),
     )
-    metrics = train_and_merge(trainer, checkpoint, model_args)
+    metrics = train_and_merge(trainer, checkpoint, model_args, adapter_args)
     say_summary(trainer, metrics)
     return Trained(trainer, metrics)
 

@@ -10,12 +10,13 @@ from ..data.mixture import mix
 from ..data.sources import DataArguments, by_label, label, load_sources, together
 from ..data.token_cache import can_tokenise, tokenised
 from ..trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
-from ..weights.adapters import AdapterArguments, add_adapter
+from ..weights.adapters import AdapterArguments
 from ..weights.esft import EsftArguments, specialise
-from .loading import ModelArguments, choose_trained, keep_selection_bias, load_tokenizer, load_trained_model
-from .new_tokens import give_rows, take_template, trained_tokens
+from .adapted import load_adapted
+from .loading import ModelArguments, keep_selection_bias, load_tokenizer
+from .new_tokens import take_template, trained_tokens
 from .run import Trained, checkpoint_to_resume, say_summary
-from .trained import NO_ADAPTER, NO_ESFT, check_choices, store_base, train_and_merge
+from .trained import NO_ADAPTER, NO_ESFT, check_choices, train_and_merge
 
 ARGUMENTS = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments)
 
@@ -75,14 +76,7 @@ def build_trainer(
 ) -> MoeSFTTrainer:
     """The trainer with its model loaded from `source`, to which the tokens `new` are new. Raises ValueError if no row
     is left to train on."""
-    model = load_trained_model(source, model_args, args)
-    tokens = give_rows(model, tokenizer, args, model_args, adapter_args, esft_args, new)
-    if adapter_args.lora_parts is None:
-        choose_trained(model, model_args.trainable, args, says=esft_args.esft_p is None)
-    else:
-        store_base(model, adapter_args, args)
-        model, covered = add_adapter(model, adapter_args, tokens)
-        print(covered, file=sys.stderr)
+    model = load_adapted(source, model_args, args, adapter_args, tokenizer, new, esft_args)
     return MoeSFTTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=train_rows, eval_dataset=eval_rows
     )

@@ -70,7 +70,7 @@ def check_adapter_arguments(args: AdapterArguments, trainable: str) -> None:
     if trainable != "all":
         raise ValueError(
             f"trainable is {trainable} and lora_parts {' '.join(args.lora_parts)}: an adapter freezes every weight of "
-            "the model; leave one of them out."
+            "the model; leave lora_parts out, or give --trainable all."
         )
     if args.lora_r < 1:
         raise ValueError(f"lora_r is {args.lora_r}; it must be at least 1.")

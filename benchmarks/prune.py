@@ -1,0 +1,276 @@
+"""Six of eight experts: chosen by each measure, merged, and trained again by the model that they are from.
+
+    python benchmarks/prune.py --model SMOLLM2 --data TEXTS --work DIR --out benchmarks/results/prune.json
+
+TEXTS is a folder of .txt files, one a domain, whose documents end with <|endoftext|>. A dense model is upcycled to 8
+experts, 2 a token, and trained on as much of each domain (`smollm2-135m/continue`); then 2 experts of each layer go,
+by `hf_moe.conversion.prune` on texts drawn from those it was trained on. "reap, distilled" is the model pruned by
+REAP, its routers and experts trained for --distil-steps with its parent as the teacher (`smollm2-135m/distil`); the
+parent is trained no further, so that this gains from more training, too. Without a GPU the recipes are those of
+`tiny`.
+
+A seed is an experiment of its own: router, order of the rows, calibration texts and random choice come from it. With
+one mixture for all of them, three calibrations would choose nearly the same experts, and count as three.
+
+Held-out loss is in nats a token, in float32, each domain's by itself and their mean; no piece of text is both trained
+on and held out. A .md with the tables comes to stand beside the .json.
+"""
+
+import argparse
+import gc
+import json
+import os
+import random
+import shutil
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from hf_moe.conversion import prune, upcycle
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_moe import train
+from hf_moe.texts import texts
+
+EXPERTS, TOP_K, KEPT = 8, 2, 6
+END = "<|endoftext|>"
+PIECE = 1500  # characters of a row, at most
+OF_DOMAIN = 1_200_000  # characters that are trained on; of the larger domains, as much of all their parts
+HELD_OUT = 16  # one of so many pieces is
+CALIBRATION = {"pieces": 12, "characters": 300}  # of each domain
+SEEN = 8192  # tokens of them, at most
+RATE = 2e-4  # of the distillation, between what the mixture was trained with first and last
+
+
+class Setting(NamedTuple):
+    """recipes: the folder that `continue` and `distil` are from. length: tokens of a row. rows: of a step. held_out:
+    rows of each domain that losses are measured on."""
+
+    recipes: str
+    length: int
+    rows: int
+    held_out: int
+
+
+SETTINGS = {"cuda": Setting("smollm2-135m", 512, 64, 16), "cpu": Setting("tiny", 64, 8, 4)}
+# Name -> what `prune` is told.
+PRUNED = {
+    "reap": {"by": "reap"},
+    "frequency": {"by": "frequency"},
+    "output": {"by": "output"},
+    "random": {"by": "random"},
+    "merged by reap": {"by": "reap", "merge": True},
+}
+PARENT, DISTILLED = "all 8 experts", "reap, distilled"
+
+
+def pieces(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A domain's documents, cut."""
+    documents = "".join(texts(str(path), tokenizer)).split(END)
+    cut = [text[i : i + PIECE].strip() for text in documents for i in range(0, len(text), PIECE)]
+    return [piece for piece in cut if piece]
+
+
+def write_rows(path: Path, rows: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return path
+
+
+def domains_of(data: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[list[str], list[str]]]:
+    """Name of a domain -> the pieces to train on, and those held out."""
+    found = {}
+    for path in sorted(data.glob("*.txt")):
+        every = pieces(path, tokenizer)
+        held_out = every[HELD_OUT // 2 :: HELD_OUT]
+        rest = [piece for number, piece in enumerate(every) if number % HELD_OUT != HELD_OUT // 2]
+        found[path.stem] = rest[:: max(1, len(rest) * PIECE // OF_DOMAIN)], held_out
+    return found
+
+
+def calibration_text(domains: list[list[str]], seed: int) -> str:
+    """Short texts of all domains, in any order."""
+    drawn = random.Random(seed)
+    chosen = [x for rows in domains for x in drawn.sample(rows, min(len(rows), CALIBRATION["pieces"]))]
+    drawn.shuffle(chosen)
+    return "\n\n".join(x[: CALIBRATION["characters"]] for x in chosen)
+
+
+def windows(held_out: list[str], tokenizer: PreTrainedTokenizerBase, setting: Setting) -> torch.Tensor:
+    """[N, length] token ids, one piece after another."""
+    ids = [i for piece in held_out for i in [*tokenizer(piece).input_ids, tokenizer.eos_token_id]]
+    rows = min(setting.held_out, len(ids) // setting.length)
+    return torch.tensor(ids[: rows * setting.length]).view(rows, setting.length)
+
+
+@torch.no_grad()
+def losses(folder: Path, held_out: dict[str, torch.Tensor], device: str) -> dict[str, float]:
+    """Of each domain, and their mean."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    found = {}
+    for name, ids_NT in held_out.items():
+        ids_NT = ids_NT.to(device)
+        logits_NTV = model(ids_NT, use_cache=False).logits[:, :-1]
+        found[name] = torch.nn.functional.cross_entropy(logits_NTV.mT, ids_NT[:, 1:]).item()
+    del model
+    free()
+    return found | {"mean": sum(found.values()) / len(found)}
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def trained(recipe: str, model: Path, output: Path, setting: Setting, **further) -> Path:
+    """The model that the recipe of that name makes, a step of `setting.rows` rows."""
+    shutil.rmtree(output, ignore_errors=True)
+    of_all = {"max_length": setting.length, "save_strategy": "no", "logging_steps": 10}
+    of_all |= {"per_device_train_batch_size": setting.rows, "activation_checkpointing": False}
+    train(f"{setting.recipes}/{recipe}", str(model), output_dir=str(output), **of_all, **further)
+    free()
+    return output
+
+
+def mixture(args: argparse.Namespace, setting: Setting, seed: int) -> Path:
+    """The dense model with experts that have come to differ."""
+    start, output = args.work / f"upcycled-{seed}", args.work / f"parent-{seed}"
+    shutil.rmtree(start, ignore_errors=True)
+    upcycle(args.model, start, experts=EXPERTS, top_k=TOP_K, seed=seed, verify=False, progress=False)
+    batch = setting.rows * setting.length
+    how_long = {"train_tokens": args.steps * batch, "batch_tokens": batch, "ema_decay": None}
+    trained("continue", start, output, setting, train_data=str(args.work / "train.jsonl"), seed=seed, **how_long)
+    shutil.rmtree(start)
+    return output
+
+
+def prunings(
+    pool: ProcessPoolExecutor, parent: Path, calibration: Path, work: Path, seed: int
+) -> dict[str, tuple[Path, Future]]:
+    """Name -> the folder of a pruned model, and the report that it will have."""
+    found = {}
+    for name, how in PRUNED.items():
+        folder = work / f"{name.replace(' ', '_')}-{seed}"
+        shutil.rmtree(folder, ignore_errors=True)
+        given = {"experts": KEPT, "calibration": str(calibration), "calibration_tokens": SEEN, "seed": seed}
+        report = pool.submit(prune, str(parent), str(folder), **given, **how, verify=False, progress=False)
+        found[name] = folder, report
+    return found
+
+
+def experiment(args: argparse.Namespace, setting: Setting, device: str) -> dict:
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    domains = domains_of(args.data, tokenizer)
+    if not domains:
+        raise SystemExit(f"There are no .txt files in {args.data}.")
+    args.work.mkdir(parents=True, exist_ok=True)
+    write_rows(args.work / "train.jsonl", [piece for rows, _ in domains.values() for piece in rows])
+    held_out = {name: windows(rows, tokenizer, setting) for name, (_, rows) in domains.items()}
+    seconds, began, runs = {}, time.perf_counter(), []
+
+    def timed(part: str, function):
+        start = time.perf_counter()
+        result = function()
+        seconds[part] = round(seconds.get(part, 0.0) + time.perf_counter() - start, 1)
+        return result
+
+    workers = len(PRUNED)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    # The CPU prunes one mixture while the next one is trained.
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        made = {}
+        for seed in range(args.seeds):
+            parent = timed("training", partial(mixture, args, setting, seed))
+            calibration = args.work / f"calibration-{seed}.txt"
+            calibration.write_text(calibration_text([rows for rows, _ in domains.values()], seed))
+            made[seed] = parent, prunings(pool, parent, calibration, args.work, seed)
+        for seed, (parent, pruned) in made.items():
+            found, kept = {PARENT: timed("losses", partial(losses, parent, held_out, device))}, {}
+            for name, (folder, report) in pruned.items():
+                kept[name] = timed("waiting for what is pruned", report.result)["kept"]
+                found[name] = timed("losses", partial(losses, folder, held_out, device))
+            distilled = timed("distillation", partial(distil, args, setting, seed, parent, pruned["reap"][0]))
+            found[DISTILLED] = timed("losses", partial(losses, distilled, held_out, device))
+            for folder in (parent, distilled, *(folder for folder, _ in pruned.values())):
+                shutil.rmtree(folder)
+            runs.append({"seed": seed, "losses": found, "kept": kept})
+            print(json.dumps({"seed": seed} | {name: round(x["mean"], 4) for name, x in found.items()}), flush=True)
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "versions": {name: version(name) for name in ("hf_moe", "torch", "transformers", "trl")},
+        "model": args.model.name,
+        "setting": setting._asdict() | {"steps": args.steps, "distil_steps": args.distil_steps},
+        "held_out_tokens": sum(x.numel() for x in held_out.values()),
+        "seconds": seconds | {"all": round(time.perf_counter() - began, 1)},
+        "runs": runs,
+    }
+
+
+def distil(args: argparse.Namespace, setting: Setting, seed: int, parent: Path, pruned: Path) -> Path:
+    of_teacher = {"teacher_model_name_or_path": str(parent), "trainable": "moe_only", "temperature": 1.0}
+    how_long = {"max_steps": args.distil_steps, "gradient_accumulation_steps": 1, "learning_rate": RATE}
+    rows = {"train_data": str(args.work / "train.jsonl"), "assistant_only_loss": False, "seed": seed}
+    return trained("distil", pruned, args.work / f"distilled-{seed}", setting, **of_teacher, **how_long, **rows)
+
+
+def table(report: dict) -> str:
+    runs, setting = report["runs"], report["setting"]
+    names, domains = list(runs[0]["losses"]), [x for x in runs[0]["losses"][PARENT] if x != "mean"]
+
+    def mean(name: str, domain: str) -> float:
+        return sum(run["losses"][name][domain] for run in runs) / len(runs)
+
+    seeds = " | ".join(f"seed {run['seed']}" for run in runs)
+    lines = [
+        f"# {KEPT} of {EXPERTS} experts",
+        "",
+        f"{report['model']}, upcycled to {EXPERTS} experts, {TOP_K} a token, and trained for {setting['steps']} steps "
+        f"of {setting['rows'] * setting['length']:,} tokens on {len(domains)} domains; distilled for "
+        f"{setting['distil_steps']}. Held-out loss, nats a token, mean over domains; each seed has a mixture of its "
+        "own.",
+        "",
+        f"| | {seeds} | mean | above {PARENT} |",
+        f"|---|{'--:|' * (len(runs) + 2)}",
+    ]
+    for name in names:
+        each = " | ".join(f"{run['losses'][name]['mean']:.4f}" for run in runs)
+        lines.append(
+            f"| {name} | {each} | {mean(name, 'mean'):.4f} | {mean(name, 'mean') - mean(PARENT, 'mean'):+.4f} |"
+        )
+    lines.append("")
+    for other in ("frequency", "random"):
+        fewer = sum(run["losses"]["reap"]["mean"] < run["losses"][other]["mean"] for run in runs)
+        lines.append(f"By reap less is lost than by {other} in {fewer} of {len(runs)} seeds.  ")
+    lines += ["", "By domain, mean over seeds:", "", f"| | {' | '.join(names)} |", f"|---|{'--:|' * len(names)}"]
+    lines += [f"| {domain} | " + " | ".join(f"{mean(x, domain):.3f}" for x in names) + " |" for domain in domains]
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    took = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
+    return "\n".join([*lines, "", f"{report['device']}; {versions}; {took}.", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the dense model")
+    parser.add_argument("--data", type=Path, required=True, help="folder of .txt files, one a domain")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the models of all seeds")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", type=int, default=120, help="of each mixture's training")
+    parser.add_argument("--distil-steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report = experiment(args, SETTINGS[device], device)
+    print(table(report))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(table(report))
+
+
+if __name__ == "__main__":
+    main()
