@@ -34,6 +34,7 @@ KINDS = {
     "mlp-biases": {"mlp_bias": True},
     "plain-mlp-biases": {"gated_mlp": False, "mlp_bias": True},
     "shared": {"n_shared_experts": 2, "shared_expert_intermediate_size": 13},
+    "latent-experts": {"moe_latent_size": 20, "n_shared_experts": 1, "mlp_bias": True},
     "shared-gate": {"n_shared_experts": 1, "shared_expert_gate": True, "mlp_bias": True},
     "tied": {"tie_word_embeddings": True},
     "selection-bias": {"router_type": "sigmoid_topk", "router_args": {"selection_bias": True}},
@@ -65,7 +66,7 @@ def count_by_hand(c: HfMoeConfig) -> tuple[int, int]:
         attention += linear(query, d, c.attention_output_bias)
         attention += {None: 0, "projection": query + key}.get(c.qk_norm, 2 * c.head_dim)
 
-    def mlp(width: int) -> int:
+    def mlp(width: int, d: int = d) -> int:
         return (2 if c.gated_mlp else 1) * linear(d, width, c.mlp_bias) + linear(width, d, c.mlp_bias)
 
     norms = c.num_hidden_layers * 2 * d + c.sparse_output_norm * c.mlp_layer_types.count("sparse") * d
@@ -81,11 +82,12 @@ def count_by_hand(c: HfMoeConfig) -> tuple[int, int]:
             total += mlp(c.intermediate_size)
             active += mlp(c.intermediate_size)
             continue
-        always = c.num_experts * d
+        always = c.num_experts * d + (2 * d * c.moe_latent_size if c.moe_latent_size else 0)
         if c.n_shared_experts:
             always += mlp(c.n_shared_experts * c.shared_expert_intermediate_size) + (d if c.shared_expert_gate else 0)
-        total += always + c.num_experts * mlp(c.moe_intermediate_size)
-        active += always + chosen * mlp(c.moe_intermediate_size)
+        expert = mlp(c.moe_intermediate_size, c.moe_latent_size or d)
+        total += always + c.num_experts * expert
+        active += always + chosen * expert
     return total, active
 
 

@@ -19,6 +19,7 @@ EVERY_PART = {
     "mlp_layer_types": ["dense", "sparse", "sparse"],
     "n_shared_experts": 1,
     "shared_expert_gate": True,
+    "moe_latent_size": 8,
     "qk_norm": "head",
     "attention_sinks": True,
     "attention_bias": True,
@@ -31,6 +32,7 @@ ATTENTION = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"]
 ATTENTION += ["q_proj.bias", "k_proj.bias", "v_proj.bias", "self_attn.sinks"]
 MLP = [f"{name}_proj.{kind}" for name in ("gate", "up", "down") for kind in ("weight", "bias")]
 FFN = [f"{where}.{name}" for where in ("mlp", "shared_experts") for name in MLP] + ["shared_expert_gate.weight"]
+FFN += ["fc1_latent_proj.weight", "fc2_latent_proj.weight"]
 ROUTER = ["mlp.gate.weight"]
 EXPERTS = [f"experts.{name}_proj{kind}" for name in ("gate_up", "down") for kind in ("", "_bias")]
 REST = ["norm.weight", "embed_tokens.weight", "lm_head.weight", "eh_proj.weight"]

@@ -21,7 +21,7 @@ PARTS = {
     "attention": r"\.(self_attn|attn|norm_attn_norm|linear_attn|self_attention|attention)\."
     r"(?!gate\.|[qo]_experts$|[a-z_]*norm\.|.*indexer)|\.mixer\.[qkvo]_proj\.",
     "dense_mlp": r"\.(mlp|mlps\.\d+|feed_forward|mixer)\.(gate|up|down|gate_up)_proj\.|\.feed_forward\.w[123]\.",
-    "shared_experts": r"\.shared_(expert|mlp)[a-z_]*\.",
+    "shared_experts": r"\.shared_(expert|mlp)[a-z_]*\.|\.fc[12]_latent_proj\.",
     "routed_experts": r"\.mlp\.experts\.|\.self_attn\.[qo]_experts$",
     "router": r"\.(mlp|self_attn)\.(gate|router)\.",
     "multi_token": r"\.mtp_layers\.\d+\.eh_proj\.",

@@ -84,6 +84,8 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
     computed = formula(routed)
     if computed is None or module.shared_expert_gate is not None or module.scales_input:
         return None
+    if module.fc1_latent_proj is not None:
+        return None
     if rows > experts.MAX_TOKENS:
         return many_forward(module)
     return few_forward(module, computed, rows)
