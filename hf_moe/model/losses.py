@@ -26,6 +26,11 @@ def policy_part(model: nn.Module, outputs: HfMoeModelOutput, logits, labels, ite
     return model.policy_loss(outputs, logits, labels, items), {}
 
 
+def penalty_part(model: nn.Module, outputs: HfMoeModelOutput, logits, labels, items) -> Part:
+    """That of routers whose number of experts a token is held by one."""
+    return model.penalty_loss(outputs, labels, items), {}
+
+
 def router_part(model: nn.Module, outputs: HfMoeModelOutput, logits, labels, items) -> Part:
     """The sum of the router losses, each times its coefficient; nothing of a decoder without routers."""
     if not outputs.router_logits:
@@ -36,7 +41,7 @@ def router_part(model: nn.Module, outputs: HfMoeModelOutput, logits, labels, ite
 
 
 # In the order in which they are added.
-PARTS = {"multi_token": multi_token_part, "policy": policy_part, "router": router_part}
+PARTS = {"multi_token": multi_token_part, "policy": policy_part, "penalty": penalty_part, "router": router_part}
 
 
 def asked_parts(
@@ -44,7 +49,8 @@ def asked_parts(
 ) -> tuple[str, ...]:
     """The keys of PARTS that a forward computes; `router` and `multi_token` say whether they are asked for.
 
-    None: in training where they have a coefficient, and where the configuration asks. A policy learns in training.
+    None: in training where they have a coefficient, and where the configuration asks. A router's own loss is added in
+    training.
     """
     config = model.config
     learns = model.training and labels is not None
@@ -55,6 +61,7 @@ def asked_parts(
     asked = {
         "multi_token": multi_token and labels is not None and config.num_mtp_layers > 0,
         "policy": learns and ROUTERS[config.router_type].policy,
+        "penalty": learns and ROUTERS[config.router_type].penalty is not None,
         "router": router,
     }
     return tuple(name for name in PARTS if asked[name])
@@ -81,11 +88,12 @@ def with_parts(
 
 def recorded_for(parts: tuple[str, ...]) -> dict[str, bool]:
     """What the decoder is to give for the parts."""
-    routing = "router" in parts or "policy" in parts
+    own = "policy" in parts or "penalty" in parts
+    routing = "router" in parts or own
     return {
         "output_router_logits": routing,
         "output_router_indices": routing,
         "output_router_tokens": routing,
-        "output_router_baselines": "policy" in parts,
+        "output_router_loss_inputs": own,
         "output_mtp_hidden_states": "multi_token" in parts,
     }

@@ -20,8 +20,15 @@ def stacked(routings: list[tuple]) -> list[tuple]:
     ]
 
 
+def share_of(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    """The targets in these labels [B, S] beside those of the whole step; 1 where that is not known."""
+    if num_items_in_batch is None:
+        return torch.ones((), device=labels.device)
+    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+
+
 class HfMoeRouterLosses:
-    """Balance losses and REINFORCE over the layers' routers and, where they ran, those of the MTP modules."""
+    """Balance losses, REINFORCE, penalties: over the layers' routers and, where they ran, those of the MTP modules."""
 
     def routings(self, outputs: HfMoeModelOutput) -> list[tuple]:
         """Of each router logits, index, mask and tokens. What counts in MTP is known from its own masks."""
@@ -35,7 +42,10 @@ class HfMoeRouterLosses:
         """What the routers did with this batch, for each routing that `routings` gives."""
         affinity = ROUTERS[self.config.router_type].affinity
         sequences = len(outputs.last_hidden_state)
-        return [routed(logits, affinity(logits), index, *row, sequences) for logits, index, *row in routings]
+        experts = self.config.num_experts
+        return [
+            routed(logits, affinity(logits)[..., :experts], index, *row, sequences) for logits, index, *row in routings
+        ]
 
     def router_losses(self, outputs: HfMoeModelOutput) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The load-balance loss, and every loss that has a coefficient: averages over the routers."""
@@ -71,10 +81,21 @@ class HfMoeRouterLosses:
             ahead = self.per_mtp_router(zip(losses, self.mtp_targets(outputs, labels), strict=True))
         rows = [(costs, targets)] * (len(layers) - len(ahead)) + ahead
         total = 0.0
-        for layer, baseline, row in zip(layers, outputs.router_baselines, rows, strict=True):
+        for layer, baseline, row in zip(layers, outputs.router_loss_inputs, rows, strict=True):
             costs, targets = (x.flatten().to(baseline.device) for x in row)
             policy, value = policy_loss(layer, baseline, costs, (targets != -100).float())
             total = total + args.get("policy_coef", 1e-2) * policy + args.get("baseline_coef", 1e-2) * value
-        items = (labels[:, 1:] != -100).sum()
-        share = 1.0 if num_items_in_batch is None else (items / num_items_in_batch).to(layers[0].logits_TE.device)
-        return total * share / len(layers)
+        return total * share_of(labels, num_items_in_batch).to(total.device) / len(layers)
+
+    def penalty_loss(
+        self, outputs: HfMoeModelOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The mean over the routers of their penalties, each a mean over the tokens.
+
+        With `num_items_in_batch` times this batch's share of so many targets, as the loss itself.
+        """
+        penalty = ROUTERS[self.config.router_type].penalty
+        layers = zip(self.routed(outputs, self.routings(outputs)), outputs.router_loss_inputs, strict=True)
+        penalties = [penalty(layer, coefficient, self.config) for layer, coefficient in layers]
+        mean = torch.stack([x.to(penalties[0].device) for x in penalties]).mean()
+        return mean * share_of(labels, num_items_in_batch).to(mean.device)

@@ -83,9 +83,9 @@ class Router(NamedTuple):
         return self.found.scale * (scores_TK / scores_TK.sum(-1, keepdim=True) if self.found.normalized else scores_TK)
 
     @property
-    def policy(self) -> bool:
-        """Whether it learns by REINFORCE."""
-        return getattr(self.own, "policy", False)
+    def has_own_loss(self) -> bool:
+        """Whether the model adds a loss of this kind of router: REINFORCE's, or a penalty."""
+        return getattr(self.own, "policy", False) or getattr(self.own, "penalty", None) is not None
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -100,8 +100,10 @@ class Router(NamedTuple):
         return getattr(self.layer.get_submodule(owner), name)
 
     def experts(self, logits: int) -> int:
-        """How many of the logits are experts': ZAYA's last skips the layer, LongCat's last hand the token on."""
-        said = 1 if self.own is not None or self.config is None else routed_experts(self.config)[0]
+        """How many of the logits are experts': ZAYA's last skips the layer, LongCat's last hand the token on, those of
+        hf_moe's null experts do nothing."""
+        config = self.config if self.own is None else self.module.config
+        said = 1 if config is None else routed_experts(config)[0]
         return min(said, logits) if said > 1 else logits
 
     def mask(self, args: tuple) -> torch.Tensor | None:

@@ -120,7 +120,7 @@ class Balance:
             batch = routed(
                 routing.logits_TE, affinity, routing.index_SK, mask, routing.token_S, sequences=len(mask_BS)
             )
-            layers.append(Layers(names, routing, batch._replace(chosen_TE=batch.chosen_TE[..., : routing.experts])))
+            layers.append(Layers(names, routing, batch))
         return layers
 
     def count(self, layers: list[Layers]) -> dict[str, Statistics]:
