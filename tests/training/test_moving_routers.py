@@ -12,7 +12,7 @@ from .models import hf_moe
 E, K = 6, 2
 STATES = {
     "expert_threshold": ("threshold", {"decay": 0.8}, K),
-    "relu": ("l1_coef", {"l1_start": 1e-3, "l1_factor": 1.3}, K),
+    "relu": ("l1_coef", {"l1_start": 1e-3, "l1_factor": 1.2}, K),
     "null_experts": ("null_bias", {"null_experts": 3, "null_bias_speed": 5e-3}, K * E / (E + 3)),
 }
 MOVING = pytest.mark.parametrize("router_type", STATES)
@@ -60,7 +60,7 @@ def test_it_moves_once_a_step_by_what_its_tokens_say(router_type, accumulation, 
                     total += ranked[round(K / E * len(ranked))] * len(ranked)
                 assert found[e].item() == pytest.approx(0.8 * start[e].item() + 0.2 * total / tokens, abs=1e-6)
         elif router_type == "relu":
-            assert found.item() == pytest.approx(start.item() * (1.3 if mean_k > target else 1 / 1.3), rel=1e-5)
+            assert found.item() == pytest.approx(start.item() * (1.2 if mean_k > target else 1 / 1.2), rel=1e-5)
         else:
             assert found.item() == pytest.approx(start.item() + (5e-3 if mean_k > target else -5e-3), abs=1e-7)
         assert not torch.equal(found, start)
@@ -70,11 +70,16 @@ def test_it_moves_once_a_step_by_what_its_tokens_say(router_type, accumulation, 
 def test_it_holds_the_mean_number_of_experts(router_type):
     _, args, target = STATES[router_type]
     model = own(router_type, router_args=args)
-    _, trainer = train_one_step(model, 1, **NONE | {"max_steps": 60, "learning_rate": 3e-3})
-    numbers = [entry["router_experts_per_token"] for entry in trainer.state.log_history if "loss" in entry]
-    assert sum(numbers[-15:]) / 15 == pytest.approx(target, abs=0.15)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
+    if router_type == "null_experts":  # which would begin there
+        for layer in model.model.layers:
+            torch.nn.init.constant_(layer.mlp.gate.null_bias, -0.2)
+    options = {"max_steps": 80, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    _, trainer = train_one_step(model, 1, **NONE | options)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    numbers = [entry["router_experts_per_token"] for entry in log]
+    assert abs(numbers[0] - target) > 0.4  # where it begins
+    assert sum(numbers[-15:]) / 15 == pytest.approx(target, abs=0.25)
+    assert log[-1]["loss"] < log[0]["loss"]
 
 
 @MOVING
