@@ -197,3 +197,29 @@ def update_selection_bias(bias_E: torch.Tensor, counts_E: torch.Tensor, speed: f
     """
     counts_E = counts_E.to(bias_E)
     bias_E += speed * torch.sign(counts_E.mean() - counts_E)
+
+
+@torch.no_grad()
+def update_with_zero_mean(bias_E: torch.Tensor, counts_E: torch.Tensor, speed: float) -> None:
+    """The same less the mean of the update over the experts, in place.
+
+    A bias common to all moves no choice, and without this it drifts: torchtitan's rule
+    (https://github.com/pytorch/torchtitan).
+    """
+    counts_E = counts_E.to(bias_E)
+    update_E = speed * torch.sign(counts_E.mean() - counts_E)
+    bias_E += update_E - update_E.mean()
+
+
+@torch.no_grad()
+def quantile_bias(scores_TE: torch.Tensor, bias_E: torch.Tensor, top_k: int, mask_T: torch.Tensor) -> torch.Tensor:
+    """The bias [E] with which K T / E of these tokens would take each expert, did the others stay as they are.
+
+    Quantile balancing (Jianlin Su, https://kexue.fm/archives/11619; at 32B: https://openathena.ai/blog/quantile-balancing):
+    the dual of the best assignment with equal loads, one alternation a step. A token's price a_t is the (K + 1)-th
+    largest s + b, which it would have to exceed; an expert's is the (1 - K / E) quantile of s_{i,t} - a_t, and b_i is
+    minus that.
+    """
+    experts = scores_TE.shape[-1]
+    price_T1 = (scores_TE + bias_E).topk(min(top_k + 1, experts), dim=-1).values[:, -1:]
+    return -exceeded_by(scores_TE - price_T1, top_k / experts, mask_T)
