@@ -273,6 +273,39 @@ def test_decodes_with_a_cache_as_without(router_type, dtype):
 
 
 @VARIABLE
+def test_compiles_into_one_graph(router_type):
+    model, ids = own_model(router_type), tokens(2, 9)
+    model.set_experts_implementation("batched_mm")
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, use_cache=False).logits
+        torch.testing.assert_close(compiled, model(ids).logits)
+
+
+@pytest.mark.gpu
+@VARIABLE
+def test_a_recorded_text_is_the_plain_one(router_type):
+    model, ids = own_model(router_type).to("cuda"), tokens(2, 6).to("cuda")
+    model.set_experts_implementation("grouped_mm")
+    options = {"max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, disable_compile=True, **options))
+
+
+@pytest.mark.gpu
+@VARIABLE
+@DTYPES
+def test_kernels_pass_over_empty_slots(router_type, dtype):
+    model, ids, found = own_model(router_type).to("cuda", dtype).train(), tokens(2, 90).to("cuda"), {}
+    for name in ("eager", "hf_moe"):
+        model.set_experts_implementation(name)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        found[name] = {key: p.grad.float() for key, p in model.named_parameters() if p.grad is not None}
+    close = 1e-3 if dtype == torch.float32 else 0.05
+    for name, expected in found["eager"].items():
+        assert (found["hf_moe"][name] - expected).norm() <= close * expected.norm() + 1e-6, name
+
+
+@VARIABLE
 def test_saved_and_loaded_it_computes_the_same(router_type, tmp_path):
     model, ids = own_model(router_type), tokens(2, 9)
     model.save_pretrained(tmp_path)
