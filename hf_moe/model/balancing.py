@@ -213,12 +213,11 @@ def update_with_zero_mean(bias_E: torch.Tensor, counts_E: torch.Tensor, speed: f
 
 @torch.no_grad()
 def quantile_bias(scores_TE: torch.Tensor, bias_E: torch.Tensor, top_k: int, mask_T: torch.Tensor) -> torch.Tensor:
-    """The bias [E] with which K T / E of these tokens would take each expert, did the others stay as they are.
+    """The bias [E] with which K T / E of these tokens would take each expert, at the prices of now.
 
-    Quantile balancing (Jianlin Su, https://kexue.fm/archives/11619; at 32B: https://openathena.ai/blog/quantile-balancing):
-    the dual of the best assignment with equal loads, one alternation a step. A token's price a_t is the (K + 1)-th
-    largest s + b, which it would have to exceed; an expert's is the (1 - K / E) quantile of s_{i,t} - a_t, and b_i is
-    minus that.
+    Quantile balancing (Jianlin Su, https://kexue.fm/archives/11619): one alternation of the dual of the assignment
+    with the largest scores and equal loads. A token's price a_t is the largest s + b that it does not take; an
+    expert's is the (1 - K / E) quantile of s_{i,t} - a_t, and b_i is minus that.
     """
     experts = scores_TE.shape[-1]
     price_T1 = (scores_TE + bias_E).topk(min(top_k + 1, experts), dim=-1).values[:, -1:]

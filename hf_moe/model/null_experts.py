@@ -19,8 +19,8 @@ class HfMoeNullRouter(HfMoeRouter):
     Then a token takes K E / (E + Z) experts in the mean, and hard ones more than easy ones. Z is
     router_args["null_experts"] (1 by default; LongCat-Flash has E / 2). The bias [1] counts in the choice of null
     experts and in no weight; once an optimizer step it moves by router_args["null_bias_speed"] (1e-3), up where tokens
-    took more experts than that and down where fewer: LongCat-Flash (https://arxiv.org/abs/2509.01322, 2.1.1) moves
-    each expert's bias, by the size of what it lacks; here those of experts are left to `selection_bias` or to a loss,
+    took more experts than that and down where fewer: LongCat-Flash (https://arxiv.org/abs/2509.01322) moves each
+    expert's bias, by the size of what it lacks; here those of experts are left to `selection_bias` or to a loss,
     which balance them among themselves, and the step is DeepSeek-V3's sign.
     """
 

@@ -15,7 +15,7 @@ from .router import HfMoeRouter
 def l1_penalty(batch: Routed, coefficient: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     """lambda mean_t sum_i f_i relu(x_{i,t}), with f_i = E / (K T) count_i: the load-balanced L1 norm of the weights.
 
-    ReMoE (https://arxiv.org/abs/2412.14711, eq. 7, 10 and 11). A scalar; at K experts a token and balance each f is 1.
+    ReMoE's (https://arxiv.org/abs/2412.14711), a scalar. At K experts a token and balance each f is 1.
     Counts carry no gradient, and are of this batch.
     """
     mask_T1 = batch.mask_T.unsqueeze(-1)
@@ -27,9 +27,10 @@ def l1_penalty(batch: Routed, coefficient: torch.Tensor, config: PreTrainedConfi
 class HfMoeReluRouter(HfMoeRouter):
     """A router with the coefficient lambda [1] of its penalty, which moves once an optimizer step.
 
-    lambda <- lambda a^sign(1 - K / E - S), where S is the share of weights that are 0 over the step (ReMoE, eq. 8 and
-    9): router_args["l1_factor"] is a (1.2 by default), ["l1_start"] the first lambda (1e-8). Theirs is one for all
-    layers; here each layer has its own, and comes to K experts a token by itself.
+    lambda <- lambda a^sign(1 - K / E - S), where S is the share of weights that are 0 over the step (ReMoE,
+    https://arxiv.org/abs/2412.14711): router_args["l1_factor"] is a (1.2 by default), ["l1_start"] the first lambda
+    (1e-8). Theirs is one for all layers, which come to different numbers; here each layer has its own, and comes to K
+    experts a token by itself.
     """
 
     def __init__(self, router, config: PreTrainedConfig, layer_idx: int):

@@ -241,8 +241,8 @@ def every_expert(logits_TE: torch.Tensor, config: PreTrainedConfig, state: Route
 def top_p(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
     """Experts in the order of their probability until those sum to router_args["p"]: at most K a token.
 
-    Dynamic routing (https://arxiv.org/abs/2403.07652, 3.2; p = 0.4 there): an unsure router takes more experts. Theirs
-    has no K, and a loss on the entropy against taking ever more; here K ends it, and what a step takes is known.
+    Dynamic routing (https://arxiv.org/abs/2403.07652): an unsure router takes more experts. Theirs has no K, and a
+    loss on the entropy against taking ever more; here K ends it, and what a step takes at most is known.
     """
     scores_TE = softmax_affinity(logits_TE)
     best_TK = choose(scores_TE, config, state)
@@ -253,7 +253,7 @@ def top_p(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState)
 
 
 def taken(scores_TE: torch.Tensor, left_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
-    """All experts but those that a token is `left` by, each in a slot of its own: [T, E]."""
+    """All experts but those where `left_TE`, each in a slot of its own: [T, E]."""
     every_TE = torch.arange(config.num_experts, device=scores_TE.device).expand_as(scores_TE)
     index_TE = leave_empty(every_TE, left_TE, config.num_experts, state)
     return drop_overflow(Assignment(normalized(weights_of(scores_TE, index_TE), config), index_TE), config, state)
@@ -272,7 +272,7 @@ def above_threshold(logits_TE: torch.Tensor, config: PreTrainedConfig, state: Ro
 def rectified(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
     """g_i = relu(x_i), of every expert whose logit is above 0: any number a token, K in the mean.
 
-    ReMoE (https://arxiv.org/abs/2412.14711, eq. 6): no choice, and so a gradient everywhere. What holds it at K is a
+    ReMoE (https://arxiv.org/abs/2412.14711): no choice, and so a gradient everywhere. What holds it at K is a
     penalty: `relu_routing.py`.
     """
     scores_TE = logits_TE.relu()
@@ -282,10 +282,10 @@ def rectified(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterSt
 def with_null_experts(logits_TN: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
     """The K best of N = E + Z experts by softmax, the last Z of which compute nothing and leave their slot empty.
 
-    Zero experts (MoE++, https://arxiv.org/abs/2410.07348, eq. 4), zero-computation experts (LongCat-Flash,
-    https://arxiv.org/abs/2509.01322, 2.1): theirs hand the token on, which the residual does here. With
-    `norm_topk_prob` all K weights are divided by their sum, those of null experts, too. How many tokens take:
-    `null_experts.py`.
+    AdaMoE's null experts (https://arxiv.org/abs/2406.13233), the zero experts of MoE++
+    (https://arxiv.org/abs/2410.07348); those of LongCat-Flash (https://arxiv.org/abs/2509.01322) hand the token on,
+    times its weight. With `norm_topk_prob` all K weights are divided by their sum, those of null experts, too. How
+    many experts tokens take: `null_experts.py`.
     """
     experts = config.num_experts
     scores_TE, scores_TZ = softmax_affinity(logits_TN).tensor_split([experts], dim=-1)

@@ -133,6 +133,19 @@ def test_equals_deepseek_v3():
     torch.testing.assert_close(dense(*ours[:2]), dense(weights, index))
 
 
+def test_equals_deepseek_v4():
+    v4 = pytest.importorskip("transformers.models.deepseek_v4")
+    config = v4.DeepseekV4Config(hidden_size=20, n_routed_experts=E, num_experts_per_tok=K)
+    router = v4.modeling_deepseek_v4.DeepseekV4TopKRouter(config)
+    router.e_score_correction_bias.copy_(torch.randn(E) * 0.1)
+    x = torch.randn(T, 20)
+    logits = x @ copy_weights(router).T
+    _, weights, index = router(x)
+    scale = {"norm_topk_prob": True, "routed_scaling_factor": config.routed_scaling_factor}
+    ours = route(logits, "sqrtsoftplus_topk", K, bias_E=router.e_score_correction_bias, **scale)
+    torch.testing.assert_close(dense(*ours[:2]), dense(weights, index))
+
+
 def test_equals_deepseek_v2_device_limited():
     config = DeepseekV2Config(
         num_attention_heads=4,
