@@ -167,6 +167,9 @@ LOSSES = {
 }
 
 
+PENALTY = "router_penalty"  # that of a router which has one (`Router.penalty`), weighted by its own state
+
+
 # ---- REINFORCE ----
 
 

@@ -26,22 +26,17 @@ def policy_part(model: nn.Module, outputs: HfMoeModelOutput, logits, labels, ite
     return model.policy_loss(outputs, logits, labels, items), {}
 
 
-def penalty_part(model: nn.Module, outputs: HfMoeModelOutput, logits, labels, items) -> Part:
-    """That of routers whose number of experts a token is held by one."""
-    return model.penalty_loss(outputs, labels, items), {}
-
-
 def router_part(model: nn.Module, outputs: HfMoeModelOutput, logits, labels, items) -> Part:
-    """The sum of the router losses, each times its coefficient; nothing of a decoder without routers."""
+    """The sum of the router losses, each times its coefficient, if it has one; nothing without routers."""
     if not outputs.router_logits:
         return None, {}
     aux_loss, losses = model.router_losses(outputs)
-    term = sum(getattr(model.config, name) * loss for name, loss in losses.items()) if losses else None
+    term = sum(getattr(model.config, name, 1.0) * loss for name, loss in losses.items()) if losses else None
     return term, {"aux_loss": aux_loss, "router_losses": losses}
 
 
 # In the order in which they are added.
-PARTS = {"multi_token": multi_token_part, "policy": policy_part, "penalty": penalty_part, "router": router_part}
+PARTS = {"multi_token": multi_token_part, "policy": policy_part, "router": router_part}
 
 
 def asked_parts(
@@ -49,8 +44,7 @@ def asked_parts(
 ) -> tuple[str, ...]:
     """The keys of PARTS that a forward computes; `router` and `multi_token` say whether they are asked for.
 
-    None: in training where they have a coefficient, and where the configuration asks. A router's own loss is added in
-    training.
+    None: in training where they have a coefficient, and where the configuration asks. A policy learns in training.
     """
     config = model.config
     learns = model.training and labels is not None
@@ -61,7 +55,6 @@ def asked_parts(
     asked = {
         "multi_token": multi_token and labels is not None and config.num_mtp_layers > 0,
         "policy": learns and ROUTERS[config.router_type].policy,
-        "penalty": learns and ROUTERS[config.router_type].penalty is not None,
         "router": router,
     }
     return tuple(name for name in PARTS if asked[name])
@@ -88,12 +81,11 @@ def with_parts(
 
 def recorded_for(parts: tuple[str, ...]) -> dict[str, bool]:
     """What the decoder is to give for the parts."""
-    own = "policy" in parts or "penalty" in parts
-    routing = "router" in parts or own
+    routing = "router" in parts or "policy" in parts
     return {
         "output_router_logits": routing,
         "output_router_indices": routing,
         "output_router_tokens": routing,
-        "output_router_loss_inputs": own,
+        "output_router_loss_inputs": routing,
         "output_mtp_hidden_states": "multi_token" in parts,
     }

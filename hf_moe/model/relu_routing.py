@@ -8,20 +8,22 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from .assignment import RouterState
-from .balancing import Routed
+from .balancing import Routed, Statistics
 from .router import HfMoeRouter
 
 
-def l1_penalty(batch: Routed, coefficient: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+def l1_penalty(
+    batch: Routed, counted: Statistics, config: PreTrainedConfig, coefficient: torch.Tensor
+) -> torch.Tensor:
     """lambda mean_t sum_i f_i relu(x_{i,t}), with f_i = E / (K T) count_i: the load-balanced L1 norm of the weights.
 
-    ReMoE's (https://arxiv.org/abs/2412.14711), a scalar. At K experts a token and balance each f is 1.
-    Counts carry no gradient, and are of this batch.
+    ReMoE's (https://arxiv.org/abs/2412.14711), lambda [1] of the router's state. At K experts a token and balance each
+    f is 1. Counts carry no gradient; like a balance loss it is this batch's share of the loss of all that is counted.
     """
-    mask_T1 = batch.mask_T.unsqueeze(-1)
-    tokens = batch.mask_T.sum().clamp_min(1.0)
-    load_E = (batch.chosen_TE * mask_T1).sum(dim=0) * config.num_experts / (config.num_experts_per_tok * tokens)
-    return coefficient.sum() * (load_E * batch.logits_TE.relu() * mask_T1).sum() / tokens
+    tokens = counted.tokens.clamp_min(1.0).unsqueeze(-1)
+    load_E = counted.counts_E * counted.counts_E.shape[-1] / (config.num_experts_per_tok * tokens)
+    norm_E = (batch.logits_TE.relu() * batch.mask_T.unsqueeze(-1)).sum(dim=-2) / tokens
+    return coefficient.squeeze(-1) * (load_E * norm_E).sum(dim=-1)
 
 
 class HfMoeReluRouter(HfMoeRouter):

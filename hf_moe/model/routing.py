@@ -366,8 +366,8 @@ class Router(NamedTuple):
     learned: bool = True  # has router weights
     hashed: bool = False  # looks at token ids
     policy: bool = False  # trained by the token's loss
-    # A loss of its own, weighted, of what it did (`balancing.Routed`) and its module's `loss_input`.
-    penalty: Callable[[Any, torch.Tensor, PreTrainedConfig], torch.Tensor] | None = None
+    # A balance loss of its own, weighted by its module's `loss_input`, which is the last argument.
+    penalty: Callable[[Any, Any, PreTrainedConfig, torch.Tensor], torch.Tensor] | None = None
     fills: bool = False  # never leaves a slot empty, which some implementations of experts need not look for then
     module: type[HfMoeRouter] = HfMoeRouter  # its parameters and buffers
 

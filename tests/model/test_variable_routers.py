@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from hf_moe import HfMoeForCausalLM
-from hf_moe.model.balancing import exceeded_by, routed
+from hf_moe.model.balancing import exceeded_by, routed, statistics
 from hf_moe.model.relu_routing import l1_penalty
 from hf_moe.model.routing import ROUTERS, RouterState
 from hf_moe.routers import captured, find_routers
@@ -193,7 +193,8 @@ def test_the_penalty_is_the_load_balanced_l1_norm(dtype):
     mask = torch.rand(19) > 0.3
     config = tiny_config(router_type="relu")
     _, index, _ = route(logits, "relu")
-    found = l1_penalty(routed(logits, logits.relu(), index, mask), torch.tensor([0.3]), config)
+    batch = routed(logits, logits.relu(), index, mask)
+    found = l1_penalty(batch, statistics(batch), config, torch.tensor([0.3]))
     (gradient,) = torch.autograd.grad(found, logits)
     kept = [row for row, counts in zip(logits.tolist(), mask.tolist(), strict=True) if counts]
     loads = [E / (K * len(kept)) * sum(row[e] > 0 for row in kept) for e in range(E)]
@@ -203,7 +204,7 @@ def test_the_penalty_is_the_load_balanced_l1_norm(dtype):
     torch.testing.assert_close(gradient, by_hand)
 
 
-def test_the_models_loss_has_the_penalty_and_each_batch_its_share():
+def test_the_models_loss_has_the_penalty():
     model, ids = own_model("relu", router_aux_loss_coef=0.0).train(), tokens(2, 9)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -211,16 +212,17 @@ def test_the_models_loss_has_the_penalty_and_each_batch_its_share():
     for number, layer in enumerate(model.model.layers[1:]):
         nn.init.constant_(layer.mlp.gate.l1_coef, 0.1 * (number + 1))
     with captured(find_routers(model), K) as routings:
-        loss = model(ids, attention_mask=mask, labels=labels).loss
-    plain = model.eval()(ids, attention_mask=mask, labels=labels).loss  # outside training it has none
+        out = model(ids, attention_mask=mask, labels=labels)
+    plain = model(ids, attention_mask=mask, labels=labels, output_router_logits=False).loss
+    torch.testing.assert_close(model.eval()(ids, attention_mask=mask, labels=labels).loss, plain)
+    batches = [routed(x.logits_TE, x.logits_TE.relu(), x.index_SK, mask.flatten()) for x in routings.values()]
     penalties = [
-        l1_penalty(routed(x.logits_TE, x.logits_TE.relu(), x.index_SK, mask.flatten()), torch.tensor(c), model.config)
-        for c, x in zip((0.1, 0.2), routings.values(), strict=True)
+        l1_penalty(batch, statistics(batch), model.config, torch.tensor([coefficient]))
+        for coefficient, batch in zip((0.1, 0.2), batches, strict=True)
     ]
-    torch.testing.assert_close(loss, plain + sum(penalties) / 2)
-    items = (labels[:, 1:] != -100).sum()
-    share = model.train()(ids, attention_mask=mask, labels=labels, num_items_in_batch=3 * items).loss
-    torch.testing.assert_close(share, loss / 3)
+    torch.testing.assert_close(out.router_losses["router_penalty"], sum(penalties) / 2)
+    torch.testing.assert_close(out.loss, plain + sum(penalties) / 2)
+    assert sum(penalties) > 0.01
 
 
 # ---- in a model ----

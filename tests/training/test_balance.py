@@ -252,12 +252,11 @@ def test_policy_loss_has_the_weight_of_one_large_batch():
     assert loss(num_items_in_batch=4 * items) == pytest.approx(loss() / 4, rel=1e-5)
 
 
-@pytest.mark.parametrize("router_type", ["reinforce", "relu"])
 @pytest.mark.parametrize("arguments", [{"label_smoothing_factor": 0.1}], ids=["label-smoothing"])
-def test_a_router_without_its_own_loss_is_refused(tmp_path, arguments, router_type):
-    with pytest.raises(ValueError, match=rf"\({router_type}\) have a loss of their own.*use MoeTrainer without"):
-        trainer_of(hf_moe(router_type=router_type), tmp_path, **arguments)
-    trainer_of(hf_moe(router_type=router_type), tmp_path)
+def test_a_policy_without_its_loss_is_refused(tmp_path, arguments):
+    with pytest.raises(ValueError, match=r"\(reinforce\) learn from each token's loss.*use MoeTrainer without"):
+        trainer_of(hf_moe(router_type="reinforce"), tmp_path, **arguments)
+    trainer_of(hf_moe(router_type="reinforce"), tmp_path)
 
 
 def test_a_model_from_model_init_is_balanced(tmp_path):

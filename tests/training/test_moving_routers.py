@@ -66,6 +66,18 @@ def test_it_moves_once_a_step_by_what_its_tokens_say(router_type, accumulation, 
         assert not torch.equal(found, start)
 
 
+def test_a_penalty_over_micro_batches_is_that_of_one_large_batch():
+    (whole, trainer), (parts, _) = (
+        train_one_step(own("relu", router_args={"l1_start": 0.5}), accumulation, **NONE) for accumulation in (1, 4)
+    )
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    without, _ = train_one_step(own("relu", router_args={"l1_start": 0.0}), 1, **NONE)
+    gates = [name for name in whole if ".gate." in name]
+    assert gates and all((whole[name] - without[name]).norm() > 0.1 * without[name].norm() for name in gates)
+    assert trainer.state.log_history[0]["penalty"] > 0.1
+
+
 @MOVING
 def test_it_holds_the_mean_number_of_experts(router_type):
     _, args, target = STATES[router_type]
@@ -77,8 +89,9 @@ def test_it_holds_the_mean_number_of_experts(router_type):
     _, trainer = train_one_step(model, 1, **NONE | options)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     numbers = [entry["router_experts_per_token"] for entry in log]
-    assert abs(numbers[0] - target) > 0.4  # where it begins
-    assert sum(numbers[-15:]) / 15 == pytest.approx(target, abs=0.25)
+    near = 0.5 if router_type == "relu" else 0.25  # a penalty of so few steps swings
+    assert abs(numbers[0] - target) > near + 0.1  # where it begins
+    assert sum(numbers[-15:]) / 15 == pytest.approx(target, abs=near)
     assert log[-1]["loss"] < log[0]["loss"]
 
 

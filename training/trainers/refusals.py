@@ -104,11 +104,11 @@ def check_one_type(trainer) -> None:
         )
 
 
-def check_own_losses(trainer) -> None:
-    if any(router.has_own_loss for router in trainer.routers.values()) and not trainer.takes_model_loss:
+def check_policies(trainer) -> None:
+    if any(router.policy for router in trainer.routers.values()) and not trainer.takes_model_loss:
         raise ValueError(
-            f"The routers of {type(trainer.moe).__name__} ({trainer.moe.config.router_type}) have a loss of their own "
-            "in the model's: use MoeTrainer without label_smoothing_factor and compute_loss_func."
+            f"The routers of {type(trainer.moe).__name__} (reinforce) learn from each token's loss, which is the "
+            "model's own: use MoeTrainer without label_smoothing_factor and compute_loss_func."
         )
 
 
@@ -130,7 +130,7 @@ def check_devices(trainer) -> None:
 
 
 CHECKS = (check_numbers, check_bias_speed, check_schedules, check_losses_can_be_read)
-CHECKS_OF_ROUTERS = (check_groups, check_own_losses, check_devices, check_one_type)
+CHECKS_OF_ROUTERS = (check_groups, check_policies, check_devices, check_one_type)
 
 
 def unread_routers(trainer) -> str | None:
