@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from hf_moe.routers import find_routers
+from tests.processes import on_two_processes
 
 from .balance_worker import NONE, train_one_step
 from .models import hf_moe
+from .moving_worker import moved
 
 E, K = 6, 2
 STATES = {
@@ -107,3 +109,11 @@ def test_a_run_ends_where_the_unbroken_one_ends(router_type, tmp_path):
     train_one_step(other, 2, keep_folder=tmp_path / "again", resume_from_checkpoint=str(folder), **options)
     assert all(torch.equal(x, other.state_dict()[key]) for key, x in unbroken.state_dict().items())
     assert not torch.equal(states(unbroken, name)[0], states(own(router_type, router_args=args), name)[0])
+
+
+def test_two_processes_move_them_as_one_does():
+    two, one = on_two_processes("training/moving_worker.py"), moved(2, 1)
+    assert two.keys() == one.keys()
+    for kind, layers in one.items():
+        for found, expected in zip(two[kind], layers, strict=True):
+            assert found == pytest.approx(expected, abs=1e-6), kind
