@@ -2,9 +2,9 @@
 
     python benchmarks/variable_k.py --out benchmarks/results/variable_k.json
 
-A decoder with OLMoE-1B-7B's layers, forward and backward, bfloat16, random tokens. The top-p router of
-tests/plugins has slots for 8 experts and fills them until the probabilities sum to p; beside it softmax_topk with
-K experts for each token, one run for each whole K. `expected_ms` is the line between the two K around the measured
+A decoder with OLMoE-1B-7B's layers, forward and backward, bfloat16, random tokens. The router top_p
+has slots for 8 experts and fills them until the probabilities sum to p; beside it softmax_topk with K experts for each
+token, one run for each whole K. `expected_ms` is the line between the two K around the measured
 mean; `over_expected` is the step's time divided by it. Medians.
 """
 
@@ -17,7 +17,6 @@ import transformers
 import triton
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
-from hf_moe.plugins import load_plugin
 from hf_moe.routers import captured, find_routers
 from hf_moe.version import __version__
 
@@ -58,7 +57,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    load_plugin(Path(__file__).parents[1] / "tests" / "plugins" / "top_p.py")
     ids = torch.randint(0, 50000, (args.tokens // 4096, 4096), device="cuda")
 
     fixed = {}

@@ -44,7 +44,7 @@ DOCUMENTED = {
     "hf_moe.demo": {"DEMO_MODEL"},
     "hf_moe.demo.text": {"postcard_rows", "story"},
     "hf_moe.generation.guided": {"GuidedLogitsProcessor"},
-    "hf_moe.model.balancing": {"expert_loss", "routed", "statistics", "update_selection_bias"},
+    "hf_moe.model.balancing": {"expert_loss", "quantile_bias", "routed", "statistics", "update_selection_bias"},
     "hf_moe.model.routing": {
         "ROUTERS",
         "Assignment",
@@ -59,6 +59,7 @@ DOCUMENTED = {
         "replayed",
         "sigmoid_affinity",
         "softmax_affinity",
+        "sqrt_softplus_affinity",
         "weights_of",
     },
     "hf_moe.telemetry.live": {"RoutingFigures"},

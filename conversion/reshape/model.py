@@ -29,7 +29,7 @@ from ..output import Domain, convert
 FAMILIES = {HF_MOE.model_type: HF_MOE, **IMPORTED}
 LAYER = re.compile(r"model\.(?:mtp_)?layers\.\d+(?=\.)")
 ROWS = ("weight", "bias", "noise_weight", "e_score_correction_bias")  # of a router, one for each expert
-OTHERS = ("baseline_weight", "hash_table")
+OTHERS = ("baseline_weight", "hash_table", "l1_coef", "null_weight", "null_bias")
 
 
 class Expert(NamedTuple):

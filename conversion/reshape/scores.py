@@ -173,7 +173,7 @@ def watch_layer(router: Router, seen: Seen):
         seen.weighted.index_add_(0, index_S, norm_S * weights_TK.reshape(-1)[of_experts].double())
 
     def compare(module, args, output):
-        logits_TE = router.logits_of(output).double()
+        logits_TE = router.logits_of(output)[:, : len(seen.alike)].double()  # not those of null experts
         seen.alike.add_(logits_TE.T @ logits_TE)
 
     return experts.register_forward_pre_hook(hook, with_kwargs=True), router.module.register_forward_hook(compare)

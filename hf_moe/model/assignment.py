@@ -27,10 +27,11 @@ class RouterState(NamedTuple):
 
     training: bool = False
     mask_T: torch.Tensor | None = None  # 1 where a token counts, 0 on padding
-    bias_E: torch.Tensor | None = None  # moves the choice, never the weights
+    bias_E: torch.Tensor | None = None  # moves the choice, never the weights; with null experts they have one, too
     hashed_TK: torch.Tensor | None = None  # the experts that a token's id is hashed to
     replayed_TK: torch.Tensor | None = None  # experts to take again, whatever their scores; -1: the router's own
     hidden_TD: torch.Tensor | None = None  # what the logits are computed from, in float32
+    threshold_E: torch.Tensor | None = None  # what a score must exceed (expert threshold)
 
 
 def replayed(index_TK: torch.Tensor, state: RouterState) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 class Routed(NamedTuple):
     """What one router did with one batch."""
 
-    logits_TE: torch.Tensor
+    logits_TE: torch.Tensor  # behind the experts' those of null experts, if any
     affinity_TE: torch.Tensor  # scores s_{i,t} that sum to 1 over the experts
     chosen_TE: torch.Tensor  # True where expert i was chosen for token t, dropped later or not
     mask_T: torch.Tensor  # 1 where a token counts, 0 on padding; float32
@@ -47,17 +47,19 @@ def routed(
     """Collect one router's outputs. `token_S` names the token of each row of the index; None: row t is token t.
 
     Scores are divided by their sum: that leaves a softmax as it is and makes sigmoids a distribution (DeepSeek-V3,
-    eq. 19).
+    eq. 19). There may be more logits than experts have scores: the further ones are of null experts.
     """
     if mask_T is None:
         mask_T = torch.ones_like(logits_TE[..., 0])
     rows_T = torch.arange(index_TK.shape[-2], device=index_TK.device) if token_S is None else token_S
-    *shape, experts = logits_TE.shape
+    *shape, experts = affinity_TE.shape
     chosen_TE = torch.zeros(*shape, experts + 1, dtype=torch.bool, device=logits_TE.device)  # the last: an empty slot
-    places_TK = rows_T.unsqueeze(-1) * (experts + 1) + index_TK
+    places_TK = rows_T.unsqueeze(-1) * (experts + 1) + index_TK.clamp(max=experts)
     chosen_TE.flatten(-2).scatter_(-1, places_TK.flatten(-2), True)  # a view
     chosen_TE = chosen_TE[..., :experts]
-    affinity_TE = affinity_TE.float() / affinity_TE.float().sum(dim=-1, keepdim=True)
+    # The smallest normal float32: no 0 / 0 where every ReLU is closed, no change elsewhere.
+    sums_T1 = affinity_TE.float().sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    affinity_TE = affinity_TE.float() / sums_T1
     return Routed(logits_TE.float(), affinity_TE, chosen_TE, mask_T.to(logits_TE.device).float(), sequences)
 
 
@@ -80,6 +82,19 @@ def statistics(batch: Routed, n_group: int = 1) -> Statistics:
 def expert_load(counts_E: torch.Tensor) -> torch.Tensor:
     """f_i = E / (K T) count_i (DeepSeekMoE, https://arxiv.org/abs/2401.06066, eq. 13); K T: the counts' sum."""
     return counts_E * counts_E.shape[-1] / counts_E.sum(dim=-1, keepdim=True).clamp_min(1.0)
+
+
+@torch.no_grad()
+def exceeded_by(scores_TE: torch.Tensor, share: float, mask_T: torch.Tensor) -> torch.Tensor:
+    """Each expert's score that a `share` of the tokens that count exceed, its (1 - share) quantile: [E].
+
+    A score of a token, without interpolation: round(share T) tokens are above it, but for ties, or all but one. 0
+    where no token counts.
+    """
+    tokens = mask_T.sum()
+    ranked_TE = scores_TE.masked_fill((mask_T == 0).unsqueeze(-1), -torch.inf).sort(dim=0, descending=True).values
+    place = (share * tokens).round().clamp(max=tokens - 1).clamp(min=0).long()
+    return torch.where(tokens > 0, ranked_TE.index_select(0, place.view(1)).squeeze(0), 0.0)
 
 
 def spread_over_experts(load_G: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -152,6 +167,9 @@ LOSSES = {
 }
 
 
+PENALTY = "router_penalty"  # that of a router which has one (`Router.penalty`), weighted by its own state
+
+
 # ---- REINFORCE ----
 
 
@@ -182,3 +200,28 @@ def update_selection_bias(bias_E: torch.Tensor, counts_E: torch.Tensor, speed: f
     """
     counts_E = counts_E.to(bias_E)
     bias_E += speed * torch.sign(counts_E.mean() - counts_E)
+
+
+@torch.no_grad()
+def update_with_zero_mean(bias_E: torch.Tensor, counts_E: torch.Tensor, speed: float) -> None:
+    """The same less the mean of the update over the experts, in place.
+
+    A bias common to all moves no choice, and without this it drifts: torchtitan's rule
+    (https://github.com/pytorch/torchtitan).
+    """
+    counts_E = counts_E.to(bias_E)
+    update_E = speed * torch.sign(counts_E.mean() - counts_E)
+    bias_E += update_E - update_E.mean()
+
+
+@torch.no_grad()
+def quantile_bias(scores_TE: torch.Tensor, bias_E: torch.Tensor, top_k: int, mask_T: torch.Tensor) -> torch.Tensor:
+    """The bias [E] with which K T / E of these tokens would take each expert, at the prices of now.
+
+    Quantile balancing (Jianlin Su, https://kexue.fm/archives/11619): one alternation of the dual of the assignment
+    with the largest scores and equal loads. A token's price a_t is the largest s + b that it does not take; an
+    expert's is the (1 - K / E) quantile of s_{i,t} - a_t, and b_i is minus that.
+    """
+    experts = scores_TE.shape[-1]
+    price_T1 = (scores_TE + bias_E).topk(min(top_k + 1, experts), dim=-1).values[:, -1:]
+    return -exceeded_by(scores_TE - price_T1, top_k / experts, mask_T)

@@ -27,11 +27,11 @@ def policy_part(model: nn.Module, outputs: HfMoeModelOutput, logits, labels, ite
 
 
 def router_part(model: nn.Module, outputs: HfMoeModelOutput, logits, labels, items) -> Part:
-    """The sum of the router losses, each times its coefficient; nothing of a decoder without routers."""
+    """The sum of the router losses, each times its coefficient, if it has one; nothing without routers."""
     if not outputs.router_logits:
         return None, {}
     aux_loss, losses = model.router_losses(outputs)
-    term = sum(getattr(model.config, name) * loss for name, loss in losses.items()) if losses else None
+    term = sum(getattr(model.config, name, 1.0) * loss for name, loss in losses.items()) if losses else None
     return term, {"aux_loss": aux_loss, "router_losses": losses}
 
 
@@ -86,6 +86,6 @@ def recorded_for(parts: tuple[str, ...]) -> dict[str, bool]:
         "output_router_logits": routing,
         "output_router_indices": routing,
         "output_router_tokens": routing,
-        "output_router_baselines": "policy" in parts,
+        "output_router_loss_inputs": routing,
         "output_mtp_hidden_states": "multi_token" in parts,
     }

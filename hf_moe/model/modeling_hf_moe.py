@@ -228,7 +228,7 @@ RECORDERS = {
     "router_logits": OutputRecorder(HfMoeRouter, index=0),
     "router_indices": OutputRecorder(HfMoeRouter, index=2),
     "router_tokens": OutputRecorder(HfMoeRouter, index=3),
-    "router_baselines": OutputRecorder(HfMoeRouter, index=4),
+    "router_loss_inputs": OutputRecorder(HfMoeRouter, index=4),
     "hidden_states": OutputRecorder(HfMoeDecoderLayer, layer_name="layers"),
     "attentions": [OutputRecorder(x, index=1, layer_name="layers") for x in ATTENTIONS.values()],
 }

@@ -235,13 +235,13 @@ class HfMoeGraft(HfMoeRouterLosses, HfMoeCheckpointing, HfMoeUnquantized, HfMoeH
         if not parts:
             return outputs
         answers = [tuple(x[place] for x in routings) for place in range(5)] if routings else [()] * 5
-        tokens, baselines = (None if not x or x[0] is None else x for x in answers[3:])
+        tokens, loss_inputs = (None if not x or x[0] is None else x for x in answers[3:])
         recorded = HfMoeModelOutput(
             last_hidden_state=outputs.logits,
             router_logits=answers[0],
             router_indices=answers[2],
             router_tokens=tokens,
-            router_baselines=baselines,
+            router_loss_inputs=loss_inputs,
             token_mask=token_mask,
         )
         items = said.get("num_items_in_batch")

@@ -13,8 +13,8 @@ class HfMoeModelOutput(MoeModelOutputWithPast):
     """`router_logits` and `router_indices` hold one tensor per router: [T, E] float32 and [T, K] int64.
 
     Layer after layer, and in a layer that of the attention heads ("moa") before that of the MLP.
-    `router_tokens` names the token of each row of the indices where an expert chose it, `router_baselines` [T] are
-    those of REINFORCE; both are empty for other routers.
+    `router_tokens` names the token of each row of the indices where an expert chose it, `router_loss_inputs` are what
+    the loss of a router's own reads, as the baselines [T] of REINFORCE; both are empty for other routers.
 
     With MTP, `mtp_hidden_states` holds one [B, S, D] a module and `mtp_masks` one more [B, S], see `predict_ahead`;
     the modules' routers come after those of the layers. `token_mask` [B, S] is False on padding, None without any.
@@ -22,7 +22,7 @@ class HfMoeModelOutput(MoeModelOutputWithPast):
 
     router_indices: tuple[torch.Tensor, ...] | None = None
     router_tokens: tuple[torch.Tensor, ...] | None = None
-    router_baselines: tuple[torch.Tensor, ...] | None = None
+    router_loss_inputs: tuple[torch.Tensor, ...] | None = None
     mtp_hidden_states: tuple[torch.Tensor, ...] | None = None
     mtp_masks: tuple[torch.Tensor, ...] | None = None
     token_mask: torch.Tensor | None = None

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from .balancing import LOSSES
+from .balancing import LOSSES, PENALTY
+from .routing import ROUTERS
 
 
 class HfMoeCheckpointing:
@@ -23,5 +24,6 @@ class HfMoeCheckpointing:
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def active_losses(self) -> list[str]:
-        """The configuration's loss coefficients that are not 0."""
-        return [name for name in LOSSES if getattr(self.config, name, 0)]
+        """The configuration's loss coefficients that are not 0, and the penalty of routers that have one."""
+        penalty = [PENALTY] if ROUTERS[self.config.router_type].penalty is not None else []
+        return [name for name in LOSSES if getattr(self.config, name, 0)] + penalty

@@ -23,7 +23,7 @@ class HfMoeRouter(nn.Module):
 
     In float32 whatever the model's dtype and under autocast (ST-MoE, https://arxiv.org/abs/2202.08906, 3.3). Returns
     logits [T, E], weights and expert indices [T, K], the token of each row where a row is not its own token's (expert
-    choice), and the baseline [T] of a router that learns by REINFORCE.
+    choice), and what a loss of its own reads, if it has one.
 
     A router with parameters or a state of its own is a subclass, named as `module` in its line of `ROUTERS`. It adds
     parameters and buffers, which are kept in float32, in `__init__`, and overrides `draw`, `logits` or `assign`; one
@@ -59,7 +59,7 @@ class HfMoeRouter(nn.Module):
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             state = self.state(self.explore(hidden_states.float()), mask, input_ids)
             logits = self.logits(state)
-            return logits, *self.assigned(logits, state), self.baseline(state)
+            return logits, *self.assigned(logits, state), self.loss_input(state)
 
     def state(self, x: torch.Tensor, mask: torch.Tensor | None, input_ids: torch.Tensor | None) -> RouterState:
         """What the router looks at of tokens x [T, D]."""
@@ -104,8 +104,8 @@ class HfMoeRouter(nn.Module):
     def moved(self, total: torch.Tensor) -> None:
         """Called once after each optimizer step, with the sum of what was `observed`; changes buffers in place."""
 
-    def baseline(self, state: RouterState) -> torch.Tensor | None:
-        """[T] what REINFORCE expects of a token's loss."""
+    def loss_input(self, state: RouterState) -> torch.Tensor | None:
+        """What a loss of the router's own reads beside logits and choice: `policy` and `penalty` in its line."""
         return None
 
 
@@ -116,7 +116,8 @@ class HfMoePolicyRouter(HfMoeRouter):
         super().__init__(router, config, layer_idx)
         self.baseline_weight = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def baseline(self, state: RouterState) -> torch.Tensor:
+    def loss_input(self, state: RouterState) -> torch.Tensor:
+        """The baseline [T]: what is expected of a token's loss."""
         return state.hidden_TD.detach() @ self.baseline_weight.float()
 
 

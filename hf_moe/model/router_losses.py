@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .balancing import LOSSES, Routed, policy_loss, routed, statistics
+from .balancing import LOSSES, PENALTY, Routed, policy_loss, routed, statistics
 from .outputs import HfMoeModelOutput
 from .routing import ROUTERS
 
@@ -21,29 +21,42 @@ def stacked(routings: list[tuple]) -> list[tuple]:
 
 
 class HfMoeRouterLosses:
-    """Balance losses and REINFORCE over the layers' routers and, where they ran, those of the MTP modules."""
+    """Balance losses, penalties, REINFORCE: over the layers' routers and, where they ran, those of the MTP modules."""
 
     def routings(self, outputs: HfMoeModelOutput) -> list[tuple]:
-        """Of each router logits, index, mask and tokens. What counts in MTP is known from its own masks."""
+        """Of each router logits, index, mask, tokens, loss input. What counts in MTP is known from its own masks."""
         mask = None if outputs.token_mask is None else outputs.token_mask.reshape(-1)
         ahead = [mask.reshape(-1) for mask in self.per_mtp_router((outputs.mtp_masks or ())[:-1])]
         masks = [mask] * (len(outputs.router_logits) - len(ahead)) + ahead
         tokens = outputs.router_tokens or [None] * len(masks)
-        return list(zip(outputs.router_logits, outputs.router_indices, masks, tokens, strict=True))
+        inputs = outputs.router_loss_inputs or [None] * len(masks)
+        return list(zip(outputs.router_logits, outputs.router_indices, masks, tokens, inputs, strict=True))
 
     def routed(self, outputs: HfMoeModelOutput, routings: list[tuple]) -> list[Routed]:
         """What the routers did with this batch, for each routing that `routings` gives."""
         affinity = ROUTERS[self.config.router_type].affinity
         sequences = len(outputs.last_hidden_state)
-        return [routed(logits, affinity(logits), index, *row, sequences) for logits, index, *row in routings]
+        experts = self.config.num_experts
+        return [
+            routed(logits, affinity(logits)[..., :experts], index, mask, tokens, sequences)
+            for logits, index, mask, tokens, _ in routings
+        ]
 
     def router_losses(self, outputs: HfMoeModelOutput) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The load-balance loss, and every loss that has a coefficient: averages over the routers."""
-        batches = self.routed(outputs, stacked(self.routings(outputs)))
+        routings = stacked(self.routings(outputs))
+        batches = self.routed(outputs, routings)
         counted = [statistics(batch, self.config.n_group) for batch in batches]
+        penalty = ROUTERS[self.config.router_type].penalty
 
         def averaged(name: str) -> torch.Tensor:
-            losses = [LOSSES[name](batch, counts, self.config) for batch, counts in zip(batches, counted, strict=True)]
+            rows = zip(batches, counted, (routing[-1] for routing in routings), strict=True)
+            losses = [
+                penalty(batch, counts, self.config, own)
+                if name == PENALTY
+                else LOSSES[name](batch, counts, self.config)
+                for batch, counts, own in rows
+            ]
             return torch.cat([x.to(losses[0].device) for x in losses]).mean()
 
         losses = {name: averaged(name) for name in dict.fromkeys(["router_aux_loss_coef", *self.active_losses()])}
@@ -71,7 +84,7 @@ class HfMoeRouterLosses:
             ahead = self.per_mtp_router(zip(losses, self.mtp_targets(outputs, labels), strict=True))
         rows = [(costs, targets)] * (len(layers) - len(ahead)) + ahead
         total = 0.0
-        for layer, baseline, row in zip(layers, outputs.router_baselines, rows, strict=True):
+        for layer, baseline, row in zip(layers, outputs.router_loss_inputs, rows, strict=True):
             costs, targets = (x.flatten().to(baseline.device) for x in row)
             policy, value = policy_loss(layer, baseline, costs, (targets != -100).float())
             total = total + args.get("policy_coef", 1e-2) * policy + args.get("baseline_coef", 1e-2) * value

@@ -18,7 +18,10 @@ from transformers import PreTrainedConfig
 
 from .assignment import Assignment, RouterState, leave_empty, replayed, weights_of
 from .balanced_assignment import auction, sinkhorn
+from .expert_threshold import HfMoeThresholdRouter
 from .hashing import HASHES, HfMoeHashRouter
+from .null_experts import HfMoeNullRouter
+from .relu_routing import HfMoeReluRouter, l1_penalty
 from .router import HfMoePolicyRouter, HfMoeRouter, added
 
 __all__ = [  # what routers elsewhere are made of
@@ -35,6 +38,7 @@ __all__ = [  # what routers elsewhere are made of
     "replayed",
     "sigmoid_affinity",
     "softmax_affinity",
+    "sqrt_softplus_affinity",
     "weights_of",
 ]
 
@@ -50,6 +54,15 @@ def softmax_affinity(logits_TE: torch.Tensor) -> torch.Tensor:
 def sigmoid_affinity(logits_TE: torch.Tensor) -> torch.Tensor:
     """Sigmoid of each logit on its own (DeepSeek-V3, https://arxiv.org/abs/2412.19437, eq. 15)."""
     return logits_TE.sigmoid()
+
+
+def sqrt_softplus_affinity(logits_TE: torch.Tensor) -> torch.Tensor:
+    """sqrt(ln(1 + e^x)) of each logit on its own: DeepSeek-V4's, as Transformers' `deepseek_v4` has it.
+
+    Unlike a sigmoid it does not saturate: with large logits scores go on to tell experts apart.
+    """
+    # The smallest normal float32: where the softplus underflows the root's gradient would be infinite.
+    return torch.nn.functional.softplus(logits_TE).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
 
 # ---- choice ----
@@ -222,6 +235,71 @@ def every_expert(logits_TE: torch.Tensor, config: PreTrainedConfig, state: Route
     return Assignment(softmax_affinity(logits_TE) * config.routed_scaling_factor, index_TE)
 
 
+# ---- routers that give tokens different numbers of experts ----
+
+
+def top_p(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
+    """Experts in the order of their probability until those sum to router_args["p"]: at most K a token.
+
+    Dynamic routing (https://arxiv.org/abs/2403.07652): an unsure router takes more experts. Theirs has no K, and a
+    loss on the entropy against taking ever more; here K ends it, and what a step takes at most is known.
+    """
+    scores_TE = softmax_affinity(logits_TE)
+    best_TK = choose(scores_TE, config, state)
+    scores_TK = weights_of(scores_TE, best_TK)
+    before_TK = scores_TK.cumsum(dim=-1) - scores_TK
+    index_TK = leave_empty(best_TK, before_TK >= config.router_args.get("p", 0.4), config.num_experts, state)
+    return drop_overflow(Assignment(normalized(weights_of(scores_TE, index_TK), config), index_TK), config, state)
+
+
+def taken(scores_TE: torch.Tensor, left_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
+    """All experts but those where `left_TE`, each in a slot of its own: [T, E]."""
+    every_TE = torch.arange(config.num_experts, device=scores_TE.device).expand_as(scores_TE)
+    index_TE = leave_empty(every_TE, left_TE, config.num_experts, state)
+    return drop_overflow(Assignment(normalized(weights_of(scores_TE, index_TE), config), index_TE), config, state)
+
+
+def above_threshold(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
+    """Each expert takes the tokens whose sigmoid is above its threshold: any number a token, K in the mean.
+
+    Expert threshold routing (https://arxiv.org/abs/2603.11535): expert choice that looks at no other token, neither in
+    training nor in generation. How the threshold moves: `expert_threshold.py`.
+    """
+    scores_TE = sigmoid_affinity(logits_TE)
+    return taken(scores_TE, scores_TE <= state.threshold_E, config, state)
+
+
+def rectified(logits_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
+    """g_i = relu(x_i), of every expert whose logit is above 0: any number a token, K in the mean.
+
+    ReMoE (https://arxiv.org/abs/2412.14711): no choice, and so a gradient everywhere. What holds it at K is a
+    penalty: `relu_routing.py`.
+    """
+    scores_TE = logits_TE.relu()
+    return taken(scores_TE, scores_TE <= 0, config, state)
+
+
+def with_null_experts(logits_TN: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> Assignment:
+    """The K best of N = E + Z experts by softmax, the last Z of which compute nothing and leave their slot empty.
+
+    AdaMoE's null experts (https://arxiv.org/abs/2406.13233), the zero experts of MoE++
+    (https://arxiv.org/abs/2410.07348); those of LongCat-Flash (https://arxiv.org/abs/2509.01322) hand the token on,
+    times its weight. With `norm_topk_prob` all K weights are divided by their sum, those of null experts, too. How
+    many experts tokens take: `null_experts.py`.
+    """
+    experts = config.num_experts
+    scores_TE, scores_TZ = softmax_affinity(logits_TN).tensor_split([experts], dim=-1)
+    # In their order a token's m-th empty slot is its m-th best null expert, also where the choice is replayed.
+    scores_TN = torch.cat((scores_TE, scores_TZ.sort(dim=-1, descending=True).values), dim=-1)
+    choice_TN = scores_TN.detach() if state.bias_E is None else scores_TN.detach() + state.bias_E
+    best_TK = choice_TN.topk(config.num_experts_per_tok, dim=-1).indices
+    index_TK = leave_empty(best_TK.clamp(max=experts), best_TK >= experts, experts, state)
+    empty_TK = index_TK == experts
+    null_TK = (experts + empty_TK.cumsum(dim=-1) - 1).clamp(experts, scores_TN.shape[-1] - 1)
+    weights_TK = normalized(scores_TN.gather(-1, torch.where(empty_TK, null_TK, index_TK)), config)
+    return drop_overflow(Assignment(weights_TK.masked_fill(empty_TK, 0.0), index_TK), config, state)
+
+
 # ---- capacity ----
 
 
@@ -236,21 +314,21 @@ def drop_overflow(assignment: Assignment, config: PreTrainedConfig, state: Route
     if factor is None:
         return assignment
     weights_TK, index_TK, _ = assignment
-    tokens, top_k = index_TK.shape
+    tokens, slots = index_TK.shape
     mask_T = torch.ones_like(weights_TK[:, 0]) if state.mask_T is None else state.mask_T.float()
-    capacity = torch.ceil(factor * top_k * mask_T.sum() / config.num_experts)
+    capacity = torch.ceil(factor * config.num_experts_per_tok * mask_T.sum() / config.num_experts)
 
     # Slots in the order in which they are served: the k-th choices of all tokens, then the (k+1)-th.
-    served_S = torch.arange(tokens * top_k, device=index_TK.device)
+    served_S = torch.arange(tokens * slots, device=index_TK.device)
     if config.router_args.get("capacity_priority", "position") == "score":
         served_S = weights_TK.detach().T.reshape(-1).argsort(descending=True, stable=True)
     expert_S = index_TK.T.reshape(-1)[served_S]
-    counted_S = mask_T.repeat(top_k)[served_S]
+    counted_S = mask_T.repeat(slots)[served_S]
     # The last column is that of empty slots, whose weights are 0.
     taken_SE = torch.nn.functional.one_hot(expert_S, config.num_experts + 1) * counted_S.unsqueeze(-1)
     place_S = taken_SE.cumsum(dim=0).gather(-1, expert_S.unsqueeze(-1)).squeeze(-1)
     fits_S = torch.zeros_like(place_S).scatter(0, served_S, (place_S <= capacity).to(place_S))
-    return Assignment(weights_TK * fits_S.view(top_k, tokens).T, index_TK)
+    return Assignment(weights_TK * fits_S.view(slots, tokens).T, index_TK)
 
 
 # ---- registry ----
@@ -269,6 +347,16 @@ class Range(NamedTuple):
         return isinstance(value, (int, float)) and not isinstance(value, bool) and self.low <= value <= self.high
 
 
+class Whole(Range):
+    """The whole ones of them."""
+
+    def __str__(self) -> str:
+        return f"a whole number from {self.low:g} to {self.high:g}"
+
+    def __contains__(self, value: Any) -> bool:
+        return isinstance(value, int) and super().__contains__(value)
+
+
 class Router(NamedTuple):
     """One way to route. `affinity` gives the scores s_{i,t} that losses read, `args` what router_args may hold."""
 
@@ -278,6 +366,8 @@ class Router(NamedTuple):
     learned: bool = True  # has router weights
     hashed: bool = False  # looks at token ids
     policy: bool = False  # trained by the token's loss
+    # A balance loss of its own, weighted by its module's `loss_input`, which is the last argument.
+    penalty: Callable[[Any, Any, PreTrainedConfig, torch.Tensor], torch.Tensor] | None = None
     fills: bool = False  # never leaves a slot empty, which some implementations of experts need not look for then
     module: type[HfMoeRouter] = HfMoeRouter  # its parameters and buffers
 
@@ -294,8 +384,15 @@ SOLVERS = {"sinkhorn": sinkhorn, "auction": auction}
 HASHED = {"hash": tuple(HASHES), "seed": Range(0, 2**31), **CAPACITY}
 POLICY = {"policy_coef": Range(0.0, math.inf), "baseline_coef": Range(0.0, math.inf), **CAPACITY}
 
+TOP_P = {"p": Range(0.0, 1.0), **TOKEN_CHOICE}
+THRESHOLD = {"decay": Range(0.0, 1.0), **EXPLORATION, **CAPACITY}
+L1 = {"l1_start": Range(0.0, math.inf), "l1_factor": Range(1.0, math.inf), **EXPLORATION, **CAPACITY}
+NULL = {"null_experts": Whole(1, 2**16), "null_bias_speed": Range(0.0, math.inf), "selection_bias": (False, True)}
+NULL |= {"jitter": Range(0.0, 1.0), "dropout": Range(0.0, 1.0), **CAPACITY}
+
 softmax_topk = partial(token_choice, affinity=softmax_affinity)
 sigmoid_topk = partial(token_choice, affinity=sigmoid_affinity)
+sqrtsoftplus_topk = partial(token_choice, affinity=sqrt_softplus_affinity)
 
 ROUTERS: dict[str, Router] = {
     # softmax, then top-k: Switch, Grok, Qwen-MoE, OLMoE, DeepSeek V1 and V2
@@ -304,12 +401,18 @@ ROUTERS: dict[str, Router] = {
     "topk_softmax": Router(softmax_affinity, softmax_of_chosen, TOKEN_CHOICE, fills=True),
     # sigmoid, then top-k: DeepSeek-V3, Llama 4
     "sigmoid_topk": Router(sigmoid_affinity, sigmoid_topk, TOKEN_CHOICE, fills=True),
+    # sqrt(softplus), then top-k: DeepSeek-V4
+    "sqrtsoftplus_topk": Router(sqrt_softplus_affinity, sqrtsoftplus_topk, TOKEN_CHOICE, fills=True),
     "gshard": Router(softmax_affinity, gshard, TOKEN_CHOICE, fills=True),
     "expert_choice": Router(softmax_affinity, expert_choice, EXPLORATION, fills=True),
     "hash": Router(softmax_affinity, hashed, HASHED, learned=False, hashed=True, fills=True, module=HfMoeHashRouter),
     "base": Router(sigmoid_affinity, balanced, {"solver": tuple(SOLVERS), **EXPLORATION, **CAPACITY}, fills=True),
     "reinforce": Router(softmax_affinity, sampled, POLICY, policy=True, fills=True, module=HfMoePolicyRouter),
     "dense": Router(softmax_affinity, every_expert, EXPLORATION, fills=True),
+    "top_p": Router(softmax_affinity, top_p, TOP_P),
+    "expert_threshold": Router(sigmoid_affinity, above_threshold, THRESHOLD, module=HfMoeThresholdRouter),
+    "relu": Router(torch.relu, rectified, L1, penalty=l1_penalty, module=HfMoeReluRouter),
+    "null_experts": Router(softmax_affinity, with_null_experts, NULL, module=HfMoeNullRouter),
 }
 
 

@@ -20,7 +20,7 @@ class Routing(NamedTuple):
     """What one router answered, and the mask it was given, if any.
 
     The first `experts` logits are experts'; an index of `experts` or more is a choice of none, which counts nowhere.
-    `token_S` names each row's token; None: row t is token t's.
+    `token_S` names each row's token; None: row t is token t's. `loss_input` is what a loss of the router's own reads.
     """
 
     logits_TE: torch.Tensor
@@ -29,6 +29,7 @@ class Routing(NamedTuple):
     experts: int
     token_S: torch.Tensor | None = None
     mask_T: torch.Tensor | None = None
+    loss_input: torch.Tensor | None = None
 
 
 class Router(NamedTuple):
@@ -100,8 +101,10 @@ class Router(NamedTuple):
         return getattr(self.layer.get_submodule(owner), name)
 
     def experts(self, logits: int) -> int:
-        """How many of the logits are experts': ZAYA's last skips the layer, LongCat's last hand the token on."""
-        said = 1 if self.own is not None or self.config is None else routed_experts(self.config)[0]
+        """How many of the logits are experts': ZAYA's last skips the layer, LongCat's last hand the token on, those of
+        hf_moe's null experts do nothing."""
+        config = self.config if self.own is None else self.module.config
+        said = 1 if config is None else routed_experts(config)[0]
         return min(said, logits) if said > 1 else logits
 
     def mask(self, args: tuple) -> torch.Tensor | None:
@@ -121,11 +124,12 @@ class Router(NamedTuple):
         if index is not None and index.dim() > 1 and not index.is_floating_point():
             index = index.flatten(0, -2)
             weights = parts[1].detach().flatten(0, -2)
-            token = parts[3] if self.own is not None and len(parts) > 3 else None  # elsewhere it is something else
+            # Elsewhere they are something else.
+            token, loss_input = parts[3:5] if self.own is not None and len(parts) > 4 else (None, None)
             weights = weights if weights.shape == index.shape else torch.ones_like(index)
             if experts < logits.shape[-1]:  # ZAYA names its first expert, with a weight of 0, where it chose none
                 index = index.masked_fill(weights == 0, experts)
-            return Routing(logits, weights, index, experts, token, mask)
+            return Routing(logits, weights, index, experts, token, mask, loss_input)
         index = logits.detach().topk(top_k, dim=-1).indices
         if self.found.affinity is None:
             return Routing(logits, torch.ones_like(index, dtype=logits.dtype), index, experts)

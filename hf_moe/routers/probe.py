@@ -17,17 +17,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from ..model.routing import sigmoid_affinity, softmax_affinity
+from ..model.routing import sigmoid_affinity, softmax_affinity, sqrt_softplus_affinity
 
 TOKENS = 32
 TOLERANCE = 1e-4  # of a weight, relative
 TOP_K = ("top_k", "num_experts_per_tok")  # what layers call K
 LIFTED, FAR = 1, 1e3  # an expert, and a bias beyond any score, with which it is chosen
-
-
-def sqrt_softplus_affinity(logits_TE: torch.Tensor) -> torch.Tensor:
-    """DeepSeek-V4's."""
-    return nn.functional.softplus(logits_TE).sqrt()
 
 
 # Candidates: of two that differ by a factor a token, as softmax and exp, only one is here.

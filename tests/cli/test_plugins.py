@@ -17,7 +17,7 @@ from tests.plugins.conftest import FOLDER, forgotten  # noqa: F401  (a fixture)
 
 @pytest.fixture
 def plugin(tmp_path, forgotten):  # noqa: F811
-    return shutil.copy(FOLDER / "top_p.py", tmp_path / "top_p.py")
+    return shutil.copy(FOLDER / "my_top_p.py", tmp_path / "my_top_p.py")
 
 
 @pytest.fixture
@@ -25,19 +25,19 @@ def saved(tmp_path, upcycled, plugin):
     """A model with the plugin's router; this process has forgotten it."""
     load_plugin(plugin)
     model = HfMoeForCausalLM.from_pretrained(upcycled)
-    model.config.router_type, model.config.router_args = "top_p", {"p": 0.6}
+    model.config.router_type, model.config.router_args = "my_top_p", {"p": 0.6}
     HfMoeForCausalLM(model.config).save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).write_bytes((DEMO_MODEL / name).read_bytes())
-    assert config["router_type"] == "top_p"
-    del sys.modules["hf_moe_plugin_top_p"], ROUTERS["top_p"]
+    assert config["router_type"] == "my_top_p"
+    del sys.modules["hf_moe_plugin_my_top_p"], ROUTERS["my_top_p"]
     return tmp_path / "model"
 
 
 def test_commands_know_what_a_plugin_registers(command, saved, plugin):
     code, _, err = command("inspect", saved)
-    assert code == 2 and "top_p" in err
+    assert code == 2 and "my_top_p" in err
     code, out, err = command("inspect", saved, "--json", "--plugin", plugin)
     assert code == 0 and json.loads(out)["total_params"] > 0, err
     code, out, err = command("--plugin", plugin, "generate", saved, "--prompt", "Once", "--max-new-tokens", "3")
@@ -51,12 +51,12 @@ def test_a_recipe_names_its_plugins(command, saved, plugin, tmp_path):
     words = ["train", "tiny/sft", "--model_name_or_path", saved, "--train_data", tmp_path / "chats.jsonl"]
     words += ["--max_steps", "1", "--save_strategy", "no", "--use_cpu", "true", "--chat_template_path", "plain"]
     code, _, err = command(*words, "--output_dir", tmp_path / "none")
-    assert code == 2 and "top_p" in err
+    assert code == 2 and "my_top_p" in err
     code, _, err = command(*words, "--output_dir", tmp_path / "tuned", "--plugin", plugin)
     assert code == 0, err
     assert str(plugin) in (tmp_path / "tuned" / "run.json").read_text()
     tuned = HfMoeForCausalLM.from_pretrained(tmp_path / "tuned")
-    assert tuned.config.router_type == "top_p"
+    assert tuned.config.router_type == "my_top_p"
     assert torch.isfinite(tuned(torch.arange(2, 9)[None]).logits).all()
 
 
@@ -64,7 +64,7 @@ def test_another_process_knows_nothing_of_it(saved):
     """Nothing is run that the user did not name."""
     run = [sys.executable, "-m", "hf_moe_cli", "inspect", str(saved)]
     result = subprocess.run(run, capture_output=True, text=True)
-    assert result.returncode == 2 and "is code that comes with the model, plugin_top_p.py" in result.stderr
+    assert result.returncode == 2 and "is code that comes with the model, plugin_my_top_p.py" in result.stderr
 
 
 def test_what_is_wrong_with_a_plugin_is_one_line(command, tmp_path, forgotten):  # noqa: F811

@@ -140,6 +140,13 @@ def test_an_upcycled_granite_is_a_granitemoe(tmp_path):
     assert type(load(tmp_path / "out")).__name__ == "GraniteMoeForCausalLM"
 
 
+@pytest.mark.parametrize("router", ["sqrtsoftplus_topk", "top_p", "expert_threshold", "relu", "null_experts"])
+def test_routers_that_no_family_has_are_refused_by_name(router, tmp_path):
+    tiny_model(router_type=router, mlp_layer_types=["sparse"] * 3).save_pretrained(tmp_path / "moe")
+    with pytest.raises(ValueError, match=f"mixtral cannot hold this model's router_type='{router}'; none"):
+        export_checkpoint(tmp_path / "moe", tmp_path / "out", to="mixtral")
+
+
 def test_some_layers_dense_is_not_mixtral_but_qwen3_moe(checkpoint, tmp_path):
     upcycle(checkpoint("qwen3"), tmp_path / "moe", experts=3, top_k=2, layers="1", verify=False, progress=False)
     with pytest.raises(ValueError, match=r"mixtral cannot hold this model's qk_norm='head'; qwen3_moe can\."):

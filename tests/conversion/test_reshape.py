@@ -139,6 +139,21 @@ def test_pruned_are_the_experts_that_are_worth_least(source, text, by, tmp_path)
     assert "no origin" not in card and "fewer experts" in card
 
 
+@pytest.mark.parametrize("router_type", ["top_p", "expert_threshold", "relu", "null_experts"])
+def test_what_a_router_adds_is_an_experts_or_stays_whole(router_type, text, tmp_path):
+    folder = save(ours(router_type=router_type, router_args={}), tmp_path / "model")
+    report = prune(folder, tmp_path / "out", experts=4, calibration=text, calibration_tokens=60, **QUIET)
+    source, pruned = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    for layer, kept in report["kept"].items():
+        rows = [expert for (expert,) in kept]
+        gate = {name: x for name, x in source.items() if name.startswith(f"{layer}.mlp.gate.")}
+        assert gate.keys() == {name for name in pruned if name.startswith(f"{layer}.mlp.gate.")}
+        for name, tensor in gate.items():
+            whole = name.rpartition(".")[2] in ("l1_coef", "null_weight", "null_bias")
+            assert torch.equal(pruned[name], tensor if whole else tensor[rows]), name
+    assert torch.isfinite(load(tmp_path / "out")(ids_of(folder)).logits).all()
+
+
 def test_merged_are_the_weights_of_near_experts(source, text, tmp_path):
     folder = source[1]
     report = prune(

@@ -133,10 +133,10 @@ def test_verdicts():
 
 
 def test_every_router_is_on_the_board(forgotten):  # noqa: F811
-    load_plugin(FOLDER / "top_p.py")
+    load_plugin(FOLDER / "my_top_p.py")
     arms = EXPERIMENTS["board"].arms(ONE)
-    assert set(ROUTERS) <= set(arms) and "top_p" in arms
-    assert runner.loaded_plugins() == (str(FOLDER / "top_p.py"),)
+    assert set(ROUTERS) <= set(arms) and "my_top_p" in arms
+    assert runner.loaded_plugins() == (str(FOLDER / "my_top_p.py"),)
     for arm in arms.values():
         config_of(arm.fields, ONE)
 

@@ -73,7 +73,11 @@ def test_names_that_do_not_change_are_the_hosts():
     assert model._no_split_modules == dense._no_split_modules
 
 
-@pytest.mark.parametrize("router", ["topk_softmax", "softmax_topk", "hash", "expert_choice", "base", "sigmoid_topk"])
+ROUTERS = ["topk_softmax", "softmax_topk", "hash", "expert_choice", "base", "sigmoid_topk"]
+ROUTERS += ["sqrtsoftplus_topk", "top_p", "expert_threshold", "relu", "null_experts"]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
 def test_every_kind_of_router(router):
     model, ids = graft("qwen3", router_type=router), tokens(2, 9, 100)
     assert model(input_ids=ids).logits.isfinite().all()

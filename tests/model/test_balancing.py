@@ -9,6 +9,7 @@ from hf_moe.model.balancing import (
     LOSSES,
     Statistics,
     policy_loss,
+    quantile_bias,
     routed,
     statistics,
     update_selection_bias,
@@ -230,3 +231,20 @@ def test_the_bias_steps_towards_the_mean_load():
     bias = torch.zeros(4)
     update_selection_bias(bias, torch.tensor([0, 5, 3, 4]), 1e-3)
     assert bias.tolist() == pytest.approx([1e-3, -1e-3, 0, -1e-3])
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_quantiles_balance_what_was_not(masked):
+    """Some alternations on one batch: every expert is chosen as often as the others, within a few tokens."""
+    scores = torch.sigmoid(torch.randn(401, 7) + torch.linspace(-2, 2, 7))
+    mask = (torch.rand(401) > 0.2).float() if masked else torch.ones(401)
+    bias = torch.zeros(7)
+
+    def loads() -> torch.Tensor:
+        chosen = (scores + bias)[mask.bool()].topk(3, dim=-1).indices
+        return chosen.flatten().bincount(minlength=7) * 7 / (3 * mask.sum())
+
+    assert loads().max() > 2 and loads().min() < 0.1
+    for _ in range(30):
+        bias = quantile_bias(scores, bias, 3, mask)
+    assert loads().max() < 1.1 and loads().min() > 0.9

@@ -14,12 +14,15 @@ from hf_moe.model.routing import ROUTERS, RouterState
 from tests.conftest import tiny_config
 
 T, E, K = 13, 12, 3
-TOKEN_CHOICE = ["softmax_topk", "topk_softmax", "sigmoid_topk"]
+TOKEN_CHOICE = ["softmax_topk", "topk_softmax", "sigmoid_topk", "sqrtsoftplus_topk"]
 
 
-def route(logits, router_type, top_k=K, training=False, mask=None, bias_E=None, hashed=None, **fields):
-    config = tiny_config(num_experts=logits.shape[1], num_experts_per_tok=top_k, router_type=router_type, **fields)
-    return ROUTERS[router_type].assign(logits, config, RouterState(training, mask, bias_E, hashed))
+def route(logits, router_type, top_k=K, training=False, mask=None, bias_E=None, hashed=None, nulls=2, **fields):
+    """Of null experts the last `nulls` logits; thresholds are 0.5."""
+    experts = logits.shape[1] - (nulls if router_type == "null_experts" else 0)
+    config = tiny_config(num_experts=experts, num_experts_per_tok=top_k, router_type=router_type, **fields)
+    state = RouterState(training, mask, bias_E, hashed, threshold_E=torch.full((experts,), 0.5))
+    return ROUTERS[router_type].assign(logits, config, state)
 
 
 def one_token(logits, router_type, top_k, norm, scale, bias, n_group, topk_group, group_score):
@@ -27,7 +30,8 @@ def one_token(logits, router_type, top_k, norm, scale, bias, n_group, topk_group
     total = sum(math.exp(x) for x in logits)
     softmax = [math.exp(x) / total for x in logits]
     sigmoid = [1 / (1 + math.exp(-x)) for x in logits]
-    scores = sigmoid if router_type == "sigmoid_topk" else softmax
+    root = [math.sqrt(math.log(1 + math.exp(x))) for x in logits]
+    scores = {"sigmoid_topk": sigmoid, "sqrtsoftplus_topk": root}.get(router_type, softmax)
     choice = [s + b for s, b in zip(scores, bias, strict=True)]
     size = len(logits) // n_group
     groups = [choice[g * size : (g + 1) * size] for g in range(n_group)]
@@ -129,6 +133,19 @@ def test_equals_deepseek_v3():
     torch.testing.assert_close(dense(*ours[:2]), dense(weights, index))
 
 
+def test_equals_deepseek_v4():
+    v4 = pytest.importorskip("transformers.models.deepseek_v4")
+    config = v4.DeepseekV4Config(hidden_size=20, n_routed_experts=E, num_experts_per_tok=K)
+    router = v4.modeling_deepseek_v4.DeepseekV4TopKRouter(config)
+    router.e_score_correction_bias.copy_(torch.randn(E) * 0.1)
+    x = torch.randn(T, 20)
+    logits = x @ copy_weights(router).T
+    _, weights, index = router(x)
+    scale = {"norm_topk_prob": True, "routed_scaling_factor": config.routed_scaling_factor}
+    ours = route(logits, "sqrtsoftplus_topk", K, bias_E=router.e_score_correction_bias, **scale)
+    torch.testing.assert_close(dense(*ours[:2]), dense(weights, index))
+
+
 def test_equals_deepseek_v2_device_limited():
     config = DeepseekV2Config(
         num_attention_heads=4,
@@ -175,6 +192,9 @@ def test_the_bias_moves_the_choice_and_never_the_weights(router_type):
     torch.testing.assert_close(weights, torch.full((T, K), 1 / K))
 
 
-def test_sigmoids_that_all_underflow_give_finite_weights():
-    weights, _, _ = route(torch.full((2, E), -200.0), "sigmoid_topk", K, norm_topk_prob=True)
-    assert weights.isfinite().all()
+@pytest.mark.parametrize("router_type", ["sigmoid_topk", "sqrtsoftplus_topk"])
+def test_scores_that_all_underflow_give_finite_weights_and_gradients(router_type):
+    logits = torch.full((2, E), -200.0, requires_grad=True)
+    weights, _, _ = route(logits, router_type, K, norm_topk_prob=True)
+    weights.square().sum().backward()
+    assert weights.isfinite().all() and logits.grad.isfinite().all()

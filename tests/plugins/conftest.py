@@ -26,7 +26,7 @@ def forgotten():
     ROUTERS.update(before)
 
 
-@pytest.fixture(params=["top_p", "cosine", "threshold"])
+@pytest.fixture(params=["my_top_p", "cosine", "threshold"])
 def router_type(request, forgotten):
     load_plugin(FOLDER / f"{request.param}.py")
     return request.param

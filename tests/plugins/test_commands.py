@@ -19,7 +19,7 @@ from hf_moe.plugins import load_plugin
 from tests.cli.conftest import command  # noqa: F401  (a fixture)
 from tests.plugins.conftest import FOLDER, forget
 
-NAMES = ("top_p", "cosine", "threshold")
+NAMES = ("my_top_p", "cosine", "threshold")
 CHATS = [{"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "the dog ran"}]}] * 6
 WITHOUT_HF_MOE = """
 import json, sys
@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
             model=folder / "moe",
             plugins=[FOLDER / f"{name}.py"],
             router_type=name,
-            router_args={"p": 0.26} if name == "top_p" else None,
+            router_args={"p": 0.26} if name == "my_top_p" else None,
             train_data=folder / "chats.jsonl",
             eval_data=[folder / "chats.jsonl"],
             output_dir=folder / name,
@@ -155,10 +155,10 @@ def test_card_and_push_run_none_of_it(name, trained, command, forgotten, tmp_pat
 
 def test_without_hf_moe_it_loads_and_is_saved_again(trained, forgotten, tmp_path):
     folders = {name: shutil.copytree(folder, tmp_path / name) for name, (folder, _) in trained.items()}
-    shutil.copytree(trained["top_p"][0], tmp_path / "renewed")
+    shutil.copytree(trained["my_top_p"][0], tmp_path / "renewed")
     (tmp_path / "renewed" / "version.py").write_text('__version__ = "0.1.0"\n')
     renew(tmp_path / "renewed")
-    assert (tmp_path / "renewed" / "plugin_top_p.py").is_file()
+    assert (tmp_path / "renewed" / "plugin_my_top_p.py").is_file()
     places = [*map(str, folders.values()), str(tmp_path / "renewed")]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     run = [sys.executable, "-c", WITHOUT_HF_MOE, *places]
@@ -166,7 +166,7 @@ def test_without_hf_moe_it_loads_and_is_saved_again(trained, forgotten, tmp_path
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout.splitlines()[-1])
     for place, logits in found.items():
-        model = trained["top_p" if place.endswith("renewed") else os.path.basename(place)][1]
+        model = trained["my_top_p" if place.endswith("renewed") else os.path.basename(place)][1]
         with torch.no_grad():
             torch.testing.assert_close(torch.tensor(logits), model(torch.arange(2, 12)[None]).logits)
     for name in NAMES:
@@ -200,7 +200,7 @@ def test_in_python_it_is_trusted_or_refused(trained, forgotten, tmp_path):
 
 
 def test_a_name_out_of_the_folder_is_refused(trained, forgotten, tmp_path):
-    folder = shutil.copytree(trained["top_p"][0], tmp_path / "model")
+    folder = shutil.copytree(trained["my_top_p"][0], tmp_path / "model")
     said = json.loads((folder / "config.json").read_text())
     for name in ("../evil.py", "/tmp/plugin_evil.py", "evil.py", "plugin_../x.py"):
         (folder / "config.json").write_text(json.dumps(said | {"router_code": name}))
@@ -212,11 +212,11 @@ def test_a_name_out_of_the_folder_is_refused(trained, forgotten, tmp_path):
 
 
 def test_code_that_cannot_go_along_is_refused_before_anything_is_trained(trained, forgotten, tmp_path):
-    text = (FOLDER / "top_p.py").read_text()
+    text = (FOLDER / "my_top_p.py").read_text()
     (tmp_path / "mixed.py").write_text(text.replace('"""\n', '"""\n\nfrom hf_moe.sizes.counts import sizes\n', 1))
     load_plugin(tmp_path / "mixed.py")
     model = HfMoeForCausalLM(trained["cosine"][1].config.__class__.from_preset("olmoe-1b-7b", **TINY))
-    model.config.router_type = "top_p"
+    model.config.router_type = "my_top_p"
     with pytest.raises(ValueError, match=r"mixed.py imports hf_moe.sizes.counts in line 3, but what goes along"):
         model.save_pretrained(tmp_path / "saved")
 

@@ -30,7 +30,7 @@ def chosen_by_hand(router_type: str, gate, x: torch.Tensor) -> dict[int, float]:
     scores = (powers / powers.sum()).tolist()
     best, taken, total = sorted(range(len(scores)), key=lambda e: -scores[e]), {}, 0.0
     for e in best[:3]:
-        if router_type == "top_p" and total >= 0.5:
+        if router_type == "my_top_p" and total >= 0.5:
             break
         taken[e] = scores[e]
         total += scores[e]
@@ -142,7 +142,7 @@ def test_what_a_router_adds_stays_in_float32(router_type, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     made = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
-    added = {"cosine": ["log_temperature"], "threshold": ["threshold"], "top_p": []}[router_type]
+    added = {"cosine": ["log_temperature"], "threshold": ["threshold"], "my_top_p": []}[router_type]
     assert loaded.model.layers[1].mlp.gate.weight.dtype == torch.bfloat16
     for name in added:
         tensor, before = (getattr(x.model.layers[1].mlp.gate, name) for x in (loaded, model))

@@ -46,6 +46,11 @@ VARIANTS = {
         "v_head_dim": 8,
         "router_type": "topk_softmax",
     },
+    "null_experts": {
+        "num_key_value_heads": 2,
+        "router_type": "null_experts",
+        "router_args": {"null_experts": 2, "selection_bias": True},
+    },
     "graft": {
         "backbone": {
             "model_type": "gpt_neox",
@@ -76,7 +81,7 @@ def make(folder: Path, fields: dict) -> None:
     else:
         model = hf_moe.HfMoeForCausalLM(hf_moe.HfMoeConfig(**SIZES, **fields)).eval()
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "null_bias")):
             buffer.normal_(std=0.1)
     model.save_pretrained(folder)
     ids = torch.randint(1, SIZES["vocab_size"], (2, PROMPT))

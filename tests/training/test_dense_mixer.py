@@ -18,6 +18,7 @@ MODELS = {
     "sigmoid_topk": lambda: hf_moe(
         router_type="sigmoid_topk", norm_topk_prob=True, router_args={"selection_bias": True}
     ),
+    "sqrtsoftplus_topk": lambda: hf_moe(router_type="sqrtsoftplus_topk"),
     "capacity": lambda: hf_moe(expert_capacity_factor=0.7),
     "top-1": lambda: hf_moe(num_experts_per_tok=1),
     "every-expert": lambda: hf_moe(num_experts_per_tok=6, n_group=1, topk_group=1),
@@ -47,11 +48,13 @@ def slow_gradients(layer, inputs: torch.Tensor, wanted: torch.Tensor) -> dict[st
         (seen["gate"][0] if isinstance(seen["gate"], tuple) else seen["gate"]).float().view(-1, len(layer.gate.weight))
     )
     sigmoid = getattr(layer.gate, "e_score_correction_bias", None) is not None
+    root = getattr(layer.gate, "config", None) and layer.gate.config.router_type == "sqrtsoftplus_topk"
     x, index, weights = seen["chosen"]
     loss = (output * wanted).sum()
     flat = wanted.reshape(len(x), -1)
     for t in range(len(x)):
         scores = logits[t].sigmoid() if sigmoid else logits[t].softmax(-1)
+        scores = (1 + logits[t].exp()).log().sqrt() if root else scores
         kept = [(int(e), w) for e, w in zip(index[t], weights[t], strict=True) if w != 0]
         scale = sum(w for _, w in kept).detach() / sum(scores[e] for e, _ in kept).detach() if kept else 0.0
         for expert in set(range(len(scores))) - set(index[t].tolist()):

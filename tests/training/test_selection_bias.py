@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from hf_moe.routers import find_routers
 
 from .balance_worker import NONE, ROWS, train_one_step
-from .models import collate, deepseek_v3, hf_moe_biased, rows
+from .models import collate, deepseek_v3, hf_moe, hf_moe_biased, rows
 
 MODELS = {"hf_moe": hf_moe_biased, "deepseek_v3": deepseek_v3}
 SPEED = 1e-3
@@ -67,6 +67,73 @@ def test_speed_is_constant_and_then_zero(model, speed, until, moves):
         steps = (bias - start).abs() / SPEED
         assert steps.max() <= moves + 1e-3
         assert (steps.max() > moves - 1e-3) or moves > 3  # the busiest expert's load is above the mean each time
+
+
+def slow_quantiles(bias: torch.Tensor, logits: list, masks: list, speed: float) -> torch.Tensor:
+    """b_i + speed (q_i - b_i), where q_i is the mean over micro-batches, by their tokens, of minus the score above its
+    token's (K + 1)-th best that K / E of the tokens exceed."""
+    total, count = [0.0] * len(bias), 0
+    for logits_TE, mask_T in zip(logits, masks, strict=True):
+        scores = logits_TE[mask_T].double().sigmoid().tolist()
+        prices = [sorted((s + b for s, b in zip(row, bias.tolist(), strict=True)))[-3] for row in scores]
+        for e in range(len(bias)):
+            above = sorted((row[e] - price for row, price in zip(scores, prices, strict=True)), reverse=True)
+            total[e] -= above[round(2 / 6 * len(above))] * len(above)
+        count += len(scores)
+    return bias + speed * (torch.tensor(total) / count - bias)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("speed", [1.0, 0.25])
+@pytest.mark.parametrize("model", MODELS)
+def test_by_quantiles_of_the_whole_step(model, speed, accumulation):
+    groups = {"n_group": 1, "topk_group": 1}
+    trained = MODELS[model](**groups)
+    before, logits, masks = biases(trained), [], []
+    for layer in trained.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, args, out: logits.append(out[0].detach()))
+    trained.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"].flatten().bool()), with_kwargs=True
+    )
+    arguments = NONE | {"router_bias_update": "quantile", "router_bias_update_speed": speed}
+    train_one_step(trained, accumulation, **arguments)
+    assert len(masks) == accumulation
+    for layer, (bias, start) in enumerate(zip(biases(trained), before, strict=True)):
+        torch.testing.assert_close(bias, slow_quantiles(start, logits[layer::2], masks, speed), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_with_zero_mean(model):
+    by_sign = [x - y for x, y in zip(slow_update(MODELS[model]()), biases(MODELS[model]()), strict=True)]
+    trained = MODELS[model]()
+    before = biases(trained)
+    train_one_step(trained, 4, **NONE, router_bias_update="zero_mean", router_bias_update_speed=SPEED)
+    for bias, start, moves in zip(biases(trained), before, by_sign, strict=True):
+        torch.testing.assert_close(bias - start, moves - moves.mean(), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"router_bias_update": "best"}, "router_bias_update is 'best'; it can be sign, zero_mean, quantile"),
+        ({"router_bias_update": "quantile"}, "the part of the way to it, is 0.0: give a number above 0, at most 1"),
+        (
+            {"router_bias_update": "quantile", "router_bias_update_speed": 2.0},
+            "the part of the way to it, is 2.0: give a number above 0, at most 1",
+        ),
+        ({"router_bias_update": "quantile", "router_bias_update_speed": 1.0}, "experts of 2 of 3: set it to sign"),
+    ],
+)
+def test_what_a_rule_cannot_is_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        train_one_step(hf_moe_biased(), 1, **NONE, **arguments)
+
+
+def test_quantiles_with_null_experts_are_refused():
+    args = {"selection_bias": True, "null_experts": 2}
+    model = hf_moe(router_type="null_experts", router_args=args, n_group=1, topk_group=1)
+    with pytest.raises(ValueError, match="of 8 choices 6 are experts: set it to sign"):
+        train_one_step(model, 1, **NONE, router_bias_update="quantile", router_bias_update_speed=1.0)
 
 
 def test_speed_of_the_configuration():

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import TrainingArguments
 
-from hf_moe.model.balancing import LOSSES, Routed, Statistics, routed, statistics
+from hf_moe.model.balancing import LOSSES, PENALTY, Routed, Statistics, routed, statistics
 from hf_moe.routers import Router, Routing, routed_experts, token_mask
 
 from .moe_arguments import MoeArguments, moe_argument
@@ -87,6 +87,9 @@ class Balance:
                 if hasattr(config, name):
                     setattr(config, name, given / scale.get(name, 1))
         self.coefficients = {name: value for name, value in coefficients.items() if value}
+        self.penalty = next((x.own.penalty for x in routers.values() if getattr(x.own, "penalty", None)), None)
+        if self.penalty is not None:
+            self.coefficients[PENALTY] = 1.0
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False  # the model would add its own losses
         given = mtp_coefficient(args, 0)
@@ -120,7 +123,7 @@ class Balance:
             batch = routed(
                 routing.logits_TE, affinity, routing.index_SK, mask, routing.token_S, sequences=len(mask_BS)
             )
-            layers.append(Layers(names, routing, batch._replace(chosen_TE=batch.chosen_TE[..., : routing.experts])))
+            layers.append(Layers(names, routing, batch))
         return layers
 
     def count(self, layers: list[Layers]) -> dict[str, Statistics]:
@@ -137,8 +140,12 @@ class Balance:
 
         def loss(name: str) -> torch.Tensor:
             values = {}
-            for (names, _, batch), part in zip(layers, counts, strict=True):
-                values |= dict(zip(names, LOSSES[name](batch, part, self.groups), strict=True))
+            for (names, routing, batch), part in zip(layers, counts, strict=True):
+                if name == PENALTY:
+                    found = self.penalty(batch, part, self.config, routing.loss_input)
+                else:
+                    found = LOSSES[name](batch, part, self.groups)
+                values |= dict(zip(names, found, strict=True))
             device = next(iter(values.values())).device  # layers may live on several
             return torch.stack([values[router].to(device) for router in counted])
 

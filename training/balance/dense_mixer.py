@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_moe.routers import Router
 
-TOP_K = ("softmax_topk", "topk_softmax", "sigmoid_topk")
+TOP_K = ("softmax_topk", "topk_softmax", "sigmoid_topk", "sqrtsoftplus_topk")
 
 
 def check_dense_mixer(model: nn.Module, routers: dict[str, Router]) -> None:

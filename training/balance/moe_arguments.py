@@ -12,6 +12,7 @@ from ..host import RENAMED, by_both_names
 
 MUON = "muon"  # as a value of `optim`
 BALANCE_OVER = ("step", "micro_batch")
+BIAS_UPDATES = ("sign", "zero_mean", "quantile")
 
 
 @dataclass
@@ -46,6 +47,15 @@ class MoeArguments:
     )
     router_bias_update_speed: float | None = field(
         default=None, metadata={"help": "Step of the selection bias (DeepSeek-V3: 1e-3); 0 freezes it."}
+    )
+    router_bias_update: str = field(
+        default="sign",
+        metadata={
+            "help": "How the selection bias moves: by the sign of what an expert lacks; by that less its mean over "
+            "all; or to the quantile of its scores with which an expert would have its share of the step's tokens: "
+            "the speed is then the part of the way, 1 for all of it.",
+            "choices": BIAS_UPDATES,
+        },
     )
     router_bias_update_until: float = field(
         default=1.0, metadata={"help": "Fraction of the run after which the selection bias stands still."}

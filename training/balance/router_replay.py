@@ -96,7 +96,7 @@ def replay_in_router(router: Router, recorded_TK: torch.Tensor) -> list[Removabl
     seen = []
 
     def hook(module, args, output):
-        logits_TE, *_, baseline_T = output
+        logits_TE, *_, loss_input = output
         hidden_TD, mask_T, ids_T = (*args, None, None)[:3]
         index_TK = recorded_TK.to(logits_TE.device, torch.long)
         # As outside training, where a token's experts depend on nothing but the token.
@@ -105,7 +105,7 @@ def replay_in_router(router: Router, recorded_TK: torch.Tensor) -> list[Removabl
         if not seen:  # once: it waits for the device
             seen.append(True)
             check_replayed(router, index_TK, assignment.index_TK)
-        return (logits_TE, *assignment, baseline_T)
+        return (logits_TE, *assignment, loss_input)
 
     hashed = router.own.hashed  # which always chooses the same
     return [] if hashed else [router.module.register_forward_hook(hook)]

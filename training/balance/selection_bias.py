@@ -1,7 +1,7 @@
 """What moves in routers without a gradient: once per optimizer step, in float32, saved with adapters.
 
 That is the selection bias of aux-loss-free balancing (https://arxiv.org/abs/2408.15664; DeepSeek-V3,
-https://arxiv.org/abs/2412.19437, 2.1.2), and what a router of one's own moves itself.
+https://arxiv.org/abs/2412.19437, 2.1.2), by one of three rules (`BIAS_UPDATES`), and what a router moves itself.
 """
 
 from pathlib import Path
@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_moe.model.balancing import Routed, update_selection_bias
+from hf_moe.model.balancing import Routed, quantile_bias, update_selection_bias, update_with_zero_mean
 from hf_moe.routers import BIASES, Router, find_routers
 
 from .counts import Layers
 
 BIAS_FILE = "router_bias.safetensors"
 BIAS = BIASES[0]  # of every router in that file, whatever its family calls it
+BY_COUNTS = {"sign": update_selection_bias, "zero_mean": update_with_zero_mean}
 
 
 def state_of(routers: dict[str, Router]) -> dict[str, torch.Tensor]:
@@ -33,13 +34,13 @@ class SelectionBias:
     """The biases of some routers, and what else moves in them.
 
     A step of 1e-3 vanishes in bfloat16, so they stay in float32: what `model.to(torch.bfloat16)` rounded is put back
-    from a copy.
+    from a copy. `rule` is one of `BIAS_UPDATES`, `top_k` what "quantile" needs.
     """
 
-    def __init__(self, routers: dict[str, Router]):
-        self.routers = routers
+    def __init__(self, routers: dict[str, Router], rule: str = "sign", top_k: int = 1):
+        self.routers, self.rule, self.top_k = routers, rule, top_k
         self.copies = {}
-        self.sizes = {}  # router -> how much it wants to know of a batch
+        self.sizes = {}  # router, and whether it is for its bias -> how much is to be known of a batch
         self.restore()
 
     @property
@@ -60,32 +61,59 @@ class SelectionBias:
         self.copies = {name: x.detach().clone() for name, x in state_of(self.routers).items()}
 
     def update(self, counts: dict[str, torch.Tensor], speed: float) -> None:
-        """One step of every bias from the tokens of each expert over the whole optimizer step."""
+        """One step of every bias from the tokens of each expert over the whole optimizer step, by a rule of counts."""
+        if self.rule not in BY_COUNTS:
+            return
         self.restore()
         for name, bias in self.biases.items():
-            update_selection_bias(bias.data[..., : len(counts[name])], counts[name], speed)
+            BY_COUNTS[self.rule](bias.data[..., : len(counts[name])], counts[name], speed)
         self.remember()
 
     @torch.no_grad()
     def observed(self, layers: list[Layers], device: torch.device) -> torch.Tensor | None:
-        """What routers that move something themselves want to know of a batch, one after the other in one vector."""
+        """What routers that move something themselves want to know of a batch, and what a bias does that moves by
+        scores: one after the other in one vector."""
         found = {}
         for names, _, batch in layers:
             for i, name in enumerate(names):
-                if hasattr(self.routers[name].module, "observed"):
-                    parts = (x[i] if isinstance(x, torch.Tensor) else x for x in batch)
-                    found[name] = self.routers[name].module.observed(Routed(*parts))
-        found = {name: found[name].to(device) for name in self.routers if found.get(name) is not None}
-        self.sizes = {name: len(x) for name, x in found.items()}
+                router, moves = self.routers[name], self.rule not in BY_COUNTS and self.routers[name].bias is not None
+                if not moves and not hasattr(router.module, "observed"):
+                    continue
+                one = Routed(*(x[i] if isinstance(x, torch.Tensor) else x for x in batch))
+                if hasattr(router.module, "observed"):
+                    found[name, False] = router.module.observed(one)
+                if moves:
+                    found[name, True] = self.wanted(router, one)
+        kinds = ((name, of_bias) for name in self.routers for of_bias in (False, True))
+        found = {kind: found[kind].to(device) for kind in kinds if found.get(kind) is not None}
+        self.sizes = {kind: len(x) for kind, x in found.items()}
         return torch.cat(list(found.values())) if found else None
 
+    def wanted(self, router: Router, batch: Routed) -> torch.Tensor:
+        """[E + 1] the bias by the quantiles of a batch, times its tokens, and the tokens.
+
+        Raises ValueError where some logits are of no expert.
+        """
+        scores_TE, experts = router.affinity(batch.logits_TE), batch.chosen_TE.shape[-1]
+        if scores_TE.shape[-1] != experts:
+            raise ValueError(
+                f"router_bias_update is quantile, but of {scores_TE.shape[-1]} choices {experts} are experts: set it "
+                "to sign or zero_mean."
+            )
+        bias_E, tokens = router.bias.to(scores_TE).view(-1), batch.mask_T.sum()
+        return torch.cat((quantile_bias(scores_TE, bias_E, self.top_k, batch.mask_T) * tokens, tokens.view(1)))
+
     @torch.no_grad()
-    def move(self, total: torch.Tensor) -> None:
-        """One step of theirs, from the sum of what was observed."""
+    def move(self, total: torch.Tensor, speed: float = 0.0) -> None:
+        """One step of theirs, from the sum of what was observed; a bias goes `speed` of its way."""
         self.restore()
-        for name, part in zip(self.sizes, total.split(list(self.sizes.values())), strict=True):
-            router = self.routers[name].module
-            router.moved(part.to(next(router.buffers()).device))
+        for (name, of_bias), part in zip(self.sizes, total.split(list(self.sizes.values())), strict=True):
+            router = self.routers[name]
+            if of_bias:
+                wanted_E = part[:-1] / part[-1]
+                router.bias.data.view(-1).lerp_(wanted_E.to(router.bias.device), speed)
+            else:
+                router.module.moved(part.to(next(router.module.buffers()).device))
         self.remember()
 
 

@@ -10,7 +10,7 @@ from hf_moe.model.balancing import LOSSES
 from hf_moe.model.router import in_float32
 from hf_moe.routers import find_routers, routed_experts
 
-from ..balance.moe_arguments import BALANCE_OVER, MoeArguments, moe_argument
+from ..balance.moe_arguments import BALANCE_OVER, BIAS_UPDATES, MoeArguments, moe_argument
 from ..host import checkpointing_function
 from ..output.saved_dtype import name_of
 from ..weights.average import check_average
@@ -41,6 +41,22 @@ def check_bias_speed(trainer) -> None:
         raise ValueError(
             f"router_bias_update_speed is {trainer.bias_speed}, but no router of {type(trainer.moe).__name__} has a "
             "bias."
+        )
+    rule = trainer.selection_bias.rule
+    if rule not in BIAS_UPDATES:
+        raise ValueError(f"router_bias_update is {rule!r}; it can be {', '.join(BIAS_UPDATES)}.")
+    if rule != "quantile":
+        return
+    if not 0 < trainer.bias_speed <= 1:
+        raise ValueError(
+            f"router_bias_update is quantile, and router_bias_update_speed, the part of the way to it, is "
+            f"{trainer.bias_speed}: give a number above 0, at most 1."
+        )
+    groups, reached = trainer.balance.n_group, trainer.balance.groups.topk_group
+    if reached < groups:
+        raise ValueError(
+            f"router_bias_update is quantile, which knows no groups, and a token takes experts of {reached} of "
+            f"{groups}: set it to sign or zero_mean."
         )
 
 

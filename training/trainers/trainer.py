@@ -97,7 +97,8 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
         if is_deepspeed_zero3_enabled():
             gather_experts_whole(self.moe, self.routers)
         self.balance = Balance(self.moe, self.routers, self.args)
-        self.selection_bias = SelectionBias(self.routers)
+        rule = moe_argument(self.args, "router_bias_update")
+        self.selection_bias = SelectionBias(self.routers, rule, self.balance.top_k)
         self.bias_speed = moe_argument(self.args, "router_bias_update_speed")
         if self.bias_speed is None:
             self.bias_speed = getattr(self.balance.config, "router_bias_update_speed", 0.0)
@@ -356,7 +357,7 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
             counts = {name: counts for name, (_, counts) in zip(experts, table, strict=True)}
             self.selection_bias.update(counts, speed)
         if self.step.observed is not None:
-            self.selection_bias.move(self.accelerator.reduce(self.step.observed, reduction="sum"))
+            self.selection_bias.move(self.accelerator.reduce(self.step.observed, reduction="sum"), speed)
         self.step = Step([])
 
     def _run_epoch(self, *args, **kwargs):

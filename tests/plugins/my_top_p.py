@@ -13,7 +13,7 @@ from hf_moe.model.routing import (
 )
 
 
-def top_p(logits, config, state):
+def my_top_p(logits, config, state):
     scores = softmax_affinity(logits)
     best = choose(scores, config, state)
     weights = weights_of(scores, best)
@@ -22,4 +22,4 @@ def top_p(logits, config, state):
     return Assignment(normalized(weights_of(scores, chosen), config), chosen)
 
 
-ROUTERS["top_p"] = Router(softmax_affinity, top_p, {"p": Range(0.0, 1.0)})
+ROUTERS["my_top_p"] = Router(softmax_affinity, my_top_p, {"p": Range(0.0, 1.0)})
