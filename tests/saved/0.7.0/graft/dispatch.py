@@ -58,6 +58,7 @@ class HfMoeDispatch:
             "gated_mlp False": experts and not config.gated_mlp,
             "experts_swiglu_limit": experts and config.experts_swiglu_limit is not None,
             "expert_input_scaling": experts and config.expert_input_scaling,
+            "moe_latent_size": experts and config.moe_latent_size is not None,
             "router_type 'dense'": experts and config.router_type == "dense",
             f"empty slots, which router_type {config.router_type!r} may leave": experts and not config.fills_slots,
             "eval_capacity_factor": experts and config.limits_experts,
@@ -76,7 +77,8 @@ class HfMoeDispatch:
             raise ValueError(
                 'grouped_mm computes no torch.float64: use experts_implementation="eager" or "batched_mm".'
             )
-        sizes = {name: getattr(self.config, name) for name in ("hidden_size", "moe_intermediate_size")}
+        read = "hidden_size" if self.config.moe_latent_size is None else "moe_latent_size"
+        sizes = {name: getattr(self.config, name) for name in (read, "moe_intermediate_size")}
         if self.config.attention_type == "moa":
             sizes["num_key_value_heads times head_dim"] = self.config.num_key_value_heads * self.config.head_dim
         for name, size in sizes.items():

@@ -51,13 +51,13 @@ class HfMoeExperts(nn.Module):
     """E feed-forward networks in fused tensors, one row block an expert.
 
     Gated: down(act(gate(x)) * up(x)) with gate_up_proj [E, 2I, D]; plain: down(act(up(x))) with up_proj [E, I, D];
-    down_proj [E, D, I]; a bias beside each if mlp_bias.
+    down_proj [E, D, I]; a bias beside each if mlp_bias. D is `moe_latent_size` where there is one.
     """
 
     def __init__(self, config: HfMoeConfig):
         super().__init__()
         self.num_experts = config.num_experts
-        self.hidden_dim = config.hidden_size
+        self.hidden_dim = config.expert_hidden_size
         self.intermediate_dim = config.moe_intermediate_size
         self.act_fn = activation(config)
         self.up_name = "gate_up_proj" if config.gated_mlp else "up_proj"
@@ -102,7 +102,9 @@ class HfMoeSparseMoeBlock(nn.Module):
     """sum_shared FFN_s(x) + sum_i g_i FFN_i(x) (DeepSeekMoE, https://arxiv.org/abs/2401.06066, eq. 9-11).
 
     All shared experts are one MLP of their total width, which is the same sum. With `expert_input_scaling` the weight
-    multiplies the input of an expert instead: FFN_i(g_i x).
+    multiplies the input of an expert instead: FFN_i(g_i x). With `moe_latent_size` routed experts work in fewer
+    dimensions: U sum_i g_i FFN_i(V x) (LatentMoE, https://arxiv.org/abs/2601.18089; Nemotron 3,
+    https://arxiv.org/abs/2512.20856); the router and the shared experts see x itself.
     """
 
     def __init__(self, config: HfMoeConfig, layer_idx: int):
@@ -114,6 +116,10 @@ class HfMoeSparseMoeBlock(nn.Module):
         # The decorator sets one value per class; ours is per configuration.
         self.experts.has_gate, self.experts.has_bias = config.gated_mlp, config.mlp_bias
         self.scales_input = config.expert_input_scaling
+        self.fc1_latent_proj = self.fc2_latent_proj = None
+        if config.moe_latent_size is not None:
+            self.fc1_latent_proj = nn.Linear(config.hidden_size, config.expert_hidden_size, bias=False)
+            self.fc2_latent_proj = nn.Linear(config.expert_hidden_size, config.hidden_size, bias=False)
         self.shared_experts = self.shared_expert_gate = None
         if config.n_shared_experts > 0:
             width = config.n_shared_experts * config.shared_expert_intermediate_size
@@ -136,11 +142,14 @@ class HfMoeSparseMoeBlock(nn.Module):
         ids = None if input_ids is None else input_ids.reshape(-1)
         _, weights, index, row_token, _ = self.route(tokens, mask, ids)
         experts = self.scaled_inputs if self.scales_input else self.experts
+        x = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
         if row_token is None:
-            output = experts(tokens, index, weights)
+            output = experts(x, index, weights)
         else:
-            rows = experts(tokens[row_token], index, weights)
-            output = torch.zeros_like(tokens).index_add(0, row_token, rows.to(tokens.dtype))
+            rows = experts(x[row_token], index, weights)
+            output = torch.zeros_like(x).index_add(0, row_token, rows.to(x.dtype))
+        if self.fc2_latent_proj is not None:
+            output = self.fc2_latent_proj(output)
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens)
             if self.shared_expert_gate is not None:

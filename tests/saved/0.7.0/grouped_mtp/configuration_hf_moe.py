@@ -33,7 +33,7 @@ COEFFICIENTS = (
 )
 # Field -> the least that it may be; those of CAPS are above 0, or None.
 LEAST = dict.fromkeys(SIZES, 1) | dict.fromkeys(("n_shared_experts", "num_mtp_layers", *COEFFICIENTS), 0)
-CAPS = ("clip_qkv", "attn_logit_softcapping", "final_logit_softcapping")
+CAPS = ("clip_qkv", "attn_logit_softcapping", "final_logit_softcapping", "moe_latent_size")
 
 
 @strict
@@ -90,7 +90,9 @@ class HfMoeConfig(HfMoeRouterCode, PreTrainedConfig):
         shared_expert_intermediate_size (of one shared expert; default moe_intermediate_size), shared_expert_gate
         (multiply the shared experts' output by sigmoid(w x), as in Qwen2-MoE), experts_swiglu_limit and
         experts_swiglu_alpha (routed experts' activation (up + 1) * gate * sigmoid(alpha gate), both clamped to the
-        limit, as in gpt-oss), expert_input_scaling (an expert's weight multiplies its input, as in Llama 4).
+        limit, as in gpt-oss), expert_input_scaling (an expert's weight multiplies its input, as in Llama 4),
+        moe_latent_size (the width of what routed experts read and write, between two projections that all tokens
+        share, as in Nemotron 3; None: hidden_size).
 
     Routing
     :   router_type (a key of `routing.ROUTERS`), router_args (that router's own arguments, see `routing.py`),
@@ -185,6 +187,7 @@ class HfMoeConfig(HfMoeRouterCode, PreTrainedConfig):
     experts_swiglu_limit: float | int | None = None
     experts_swiglu_alpha: float | int = 1.702
     expert_input_scaling: bool = False
+    moe_latent_size: int | None = None
 
     router_type: str = "softmax_topk"
     router_args: dict[str, Any] | None = None
@@ -247,6 +250,11 @@ class HfMoeConfig(HfMoeRouterCode, PreTrainedConfig):
     def logit_scale(self) -> float:
         """What the logits are multiplied by, where vLLM looks for it."""
         return 1.0 / self.logits_scaling
+
+    @property
+    def expert_hidden_size(self) -> int:
+        """The width of what routed experts read and write."""
+        return self.hidden_size if self.moe_latent_size is None else self.moe_latent_size
 
     @property
     def swiglu_limit(self) -> float | None:
