@@ -4,7 +4,7 @@ Loss-free balancing (https://arxiv.org/abs/2408.15664), table 2; DeepSeek-V3 (ht
 """
 
 from ..experiment import BALANCED, BIAS, Arm, Budget, Experiment
-from ..verdicts import Runs, lower
+from ..verdicts import Runs, both, lower
 
 SIGMOID = {"router_type": "sigmoid_topk", "norm_topk_prob": True}
 
@@ -18,7 +18,8 @@ def arms(budget: Budget) -> dict[str, Arm]:
 
 
 def judge(runs: Runs) -> str:
-    return lower(runs, "bias", "balance loss")
+    evens_out = lower(runs, "bias", "neither", "max_violation")
+    return both(evens_out, lower(runs, "bias", "balance loss"))
 
 
 EXPERIMENT = Experiment(

@@ -4,6 +4,8 @@ Expert choice (https://arxiv.org/abs/2202.09368), figure 2: training converges i
 The choice sees the whole batch, which a model that writes cannot: held-out loss here is of the causal choice.
 """
 
+import torch
+
 from ..experiment import BALANCED, Arm, Budget, Experiment
 from ..verdicts import Runs, lower
 
@@ -13,6 +15,17 @@ def arms(budget: Budget) -> dict[str, Arm]:
         "expert choice": Arm({"router_type": "expert_choice", "router_aux_loss_coef": 0.0}),
         "token choice": Arm(BALANCED | {"router_type": "softmax_topk"}),
     }
+
+
+@torch.no_grad()
+def as_trained(trial, model) -> dict[str, float]:
+    """The held-out loss with the choice of training, in which a token's experts depend on all tokens of the batch."""
+    if model.config.router_type != "expert_choice":
+        return {}
+    model.train()
+    batches = trial.text.held_out.to(model.device).split(trial.budget.rows)
+    losses = [model(x, labels=x, use_cache=False, output_router_logits=False).loss for x in batches]
+    return {"loss_with_the_choice_of_training": torch.stack(losses).mean().item()}
 
 
 def judge(runs: Runs) -> str:
@@ -26,4 +39,5 @@ EXPERIMENT = Experiment(
     arms=arms,
     judge=judge,
     equal="training_flops",
+    measure=as_trained,
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hf_moe.experiments import page, runner
-from hf_moe.experiments.claims import EXPERIMENTS, against_dense
+from hf_moe.experiments.claims import EXPERIMENTS, against_dense, z_loss
 from hf_moe.experiments.experiment import BUDGETS, Arm, Experiment
 from hf_moe.experiments.text import IDS, Text, read_text
 from hf_moe.experiments.trial import config_of, size_of, train
@@ -172,6 +172,13 @@ def test_the_share_of_its_steps_after_which_a_mixture_is_there():
     assert against_dense.reached(runs) is None and "did not reach" in against_dense.says(runs)[0]
 
 
+def test_spikes_are_counted():
+    calm = [3.0 + 0.01 * (-1) ** i for i in range(60)]
+    assert z_loss.spikes(calm) == 0 == z_loss.spikes(calm[:5])
+    assert z_loss.spikes([*calm, 5.0, *calm]) == 1
+    assert "a 1, b 0" in z_loss.says({"a": [{"losses": [*calm, 5.0]}], "b": [{"losses": calm}]})[0]
+
+
 def test_numbers_of_trained_models(here, tmp_path):
     """What experiments measure beside the losses."""
 
@@ -190,6 +197,11 @@ def test_numbers_of_trained_models(here, tmp_path):
     found = of("upcycling")
     assert found["copy"]["loss_at_start"] == pytest.approx(found["dense"]["loss_at_start"], abs=1e-4)
     assert found["drop"]["loss_at_start"] != found["copy"]["loss_at_start"]
+    found = of("expert-choice")["expert choice"]
+    assert found["loss_with_the_choice_of_training"] != found["held_out_loss"]
+    assert found["loss_with_the_choice_of_training"] == pytest.approx(found["held_out_loss"], rel=0.2)
+    found = of("z-loss")
+    assert found["without, bfloat16 router"]["held_out_loss"] != found["without"]["held_out_loss"]
     found = of("dense-only-tuning")
     assert (
         len({x["loss_at_start"] for x in found.values()}) == 1
