@@ -139,6 +139,10 @@ def check_grown(config: HfMoeConfig, options: GrowOptions) -> None:
         raise ValueError(f"experts is {options.experts}; it must be more than {experts}, as many as there are.")
     if config.router_type not in GROWN:
         raise ValueError(f"router_type {config.router_type!r} cannot be grown; {', '.join(GROWN)} can.")
+    if config.num_hash_layers:
+        raise ValueError(
+            f"num_hash_layers is {config.num_hash_layers}: a token's id chooses there, and would never choose a copy."
+        )
     alone = apart(config) and options.top_k in (None, top_k)
     why = "with more copies of some, a token's best would be other experts, or have other weights."
     if not alone and left:

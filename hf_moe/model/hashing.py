@@ -71,6 +71,20 @@ class HfMoeHashRouter(HfMoeRouter):
         return spread(first, config.num_experts_per_tok, config.num_experts)
 
 
+class HfMoeHashedChoice(HfMoeHashRouter):
+    """A router of the first `num_hash_layers` layers: a token's id says which experts, learned scores how much.
+
+    DeepSeek-V4's hash layers. There is no choice to move, and so no selection bias.
+    """
+
+    def __init__(self, router, config: PreTrainedConfig, layer_idx: int):
+        super().__init__(router._replace(hashed=True), config, layer_idx)
+        self.register_buffer("e_score_correction_bias", None)
+
+    def logits(self, state: RouterState) -> torch.Tensor:
+        return HfMoeRouter.logits(self, state)
+
+
 class HfMoeHashTables:
     """What a model with hash routers does with their tables."""
 

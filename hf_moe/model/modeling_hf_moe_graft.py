@@ -63,7 +63,7 @@ class LayerConfig:
     def __init__(self, config: HfMoeGraftConfig, place: int, network: FeedForward):
         self._config = config
         self.hidden_size, self.intermediate_size = network.hidden, network.width
-        self.expert_hidden_size, self.moe_latent_size = network.hidden, None
+        self.expert_hidden_size, self.moe_latent_size, self.num_hash_layers = network.hidden, None, 0
         self.gated_mlp, self.mlp_bias = network.gated, network.bias
         self.hidden_act, self.act_fn = network.hidden_act, network.act_fn
         self.moe_intermediate_size = at(config.moe_intermediate_size, place) or network.width

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from .assignment import Assignment, RouterState, leave_empty, replayed, weights_of
 from .balanced_assignment import auction, sinkhorn
 from .expert_threshold import HfMoeThresholdRouter
-from .hashing import HASHES, HfMoeHashRouter
+from .hashing import HASHES, HfMoeHashedChoice, HfMoeHashRouter
 from .null_experts import HfMoeNullRouter
 from .relu_routing import HfMoeReluRouter, l1_penalty
 from .router import HfMoePolicyRouter, HfMoeRouter, added
@@ -102,8 +102,11 @@ def take_best(choice_TE: torch.Tensor, config: PreTrainedConfig, state: RouterSt
 def choose(scores_TE: torch.Tensor, config: PreTrainedConfig, state: RouterState) -> torch.Tensor:
     """Each token's K best experts by score plus selection bias, within its best groups: [T, K].
 
-    The bias moves the choice and never the weights (aux-loss-free balancing, https://arxiv.org/abs/2408.15664).
+    The bias moves the choice and never the weights (aux-loss-free balancing, https://arxiv.org/abs/2408.15664). In a
+    layer of `num_hash_layers` they are those that the token's id is hashed to.
     """
+    if state.hashed_TK is not None:
+        return replayed(state.hashed_TK, state)
     choice_TE = scores_TE.detach()
     if state.bias_E is not None:
         choice_TE = choice_TE + state.bias_E
@@ -364,7 +367,8 @@ class Router(NamedTuple):
     assign: Callable[[torch.Tensor, Any, RouterState], Assignment]
     args: dict[str, tuple | Range]
     learned: bool = True  # has router weights
-    hashed: bool = False  # looks at token ids
+    hashed: bool = False  # a token's id says which experts
+    may_hash: bool = False  # chooses by `choose`, so that the first `num_hash_layers` layers can leave that to a hash
     policy: bool = False  # trained by the token's loss
     # A balance loss of its own, weighted by its module's `loss_input`, which is the last argument.
     penalty: Callable[[Any, Any, PreTrainedConfig, torch.Tensor], torch.Tensor] | None = None
@@ -396,13 +400,13 @@ sqrtsoftplus_topk = partial(token_choice, affinity=sqrt_softplus_affinity)
 
 ROUTERS: dict[str, Router] = {
     # softmax, then top-k: Switch, Grok, Qwen-MoE, OLMoE, DeepSeek V1 and V2
-    "softmax_topk": Router(softmax_affinity, softmax_topk, TOKEN_CHOICE, fills=True),
+    "softmax_topk": Router(softmax_affinity, softmax_topk, TOKEN_CHOICE, fills=True, may_hash=True),
     # top-k, then softmax: Mixtral, DBRX; with noise: Shazeer (https://arxiv.org/abs/1701.06538)
-    "topk_softmax": Router(softmax_affinity, softmax_of_chosen, TOKEN_CHOICE, fills=True),
+    "topk_softmax": Router(softmax_affinity, softmax_of_chosen, TOKEN_CHOICE, fills=True, may_hash=True),
     # sigmoid, then top-k: DeepSeek-V3, Llama 4
-    "sigmoid_topk": Router(sigmoid_affinity, sigmoid_topk, TOKEN_CHOICE, fills=True),
+    "sigmoid_topk": Router(sigmoid_affinity, sigmoid_topk, TOKEN_CHOICE, fills=True, may_hash=True),
     # sqrt(softplus), then top-k: DeepSeek-V4
-    "sqrtsoftplus_topk": Router(sqrt_softplus_affinity, sqrtsoftplus_topk, TOKEN_CHOICE, fills=True),
+    "sqrtsoftplus_topk": Router(sqrt_softplus_affinity, sqrtsoftplus_topk, TOKEN_CHOICE, fills=True, may_hash=True),
     "gshard": Router(softmax_affinity, gshard, TOKEN_CHOICE, fills=True),
     "expert_choice": Router(softmax_affinity, expert_choice, EXPLORATION, fills=True),
     "hash": Router(softmax_affinity, hashed, HASHED, learned=False, hashed=True, fills=True, module=HfMoeHashRouter),
@@ -427,7 +431,8 @@ def make_router(config: PreTrainedConfig, layer_idx: int) -> HfMoeRouter:
             "that, and load the model with trust_remote_code=True (--trust-remote-code), or name the file (--plugin)."
         )
     router = ROUTERS[config.router_type]
-    module = router.module(router, config, layer_idx)
+    kind = HfMoeHashedChoice if layer_idx < config.num_hash_layers else router.module
+    module = kind(router, config, layer_idx)
     for tensor in added(module).values():  # a model that is made in another type makes all in it
         tensor.data = tensor.data.float()
     return module

@@ -32,7 +32,9 @@ COEFFICIENTS = (
     *("comm_aux_loss_coef", "mtp_loss_coef", "router_bias_update_speed", "initializer_range", "rms_norm_eps"),
 )
 # Field -> the least that it may be; those of CAPS are above 0, or None.
-LEAST = dict.fromkeys(SIZES, 1) | dict.fromkeys(("n_shared_experts", "num_mtp_layers", *COEFFICIENTS), 0)
+LEAST = dict.fromkeys(SIZES, 1) | dict.fromkeys(
+    ("n_shared_experts", "num_mtp_layers", "num_hash_layers", *COEFFICIENTS), 0
+)
 CAPS = ("clip_qkv", "attn_logit_softcapping", "final_logit_softcapping", "moe_latent_size")
 
 
@@ -96,6 +98,7 @@ class HfMoeConfig(HfMoeRouterCode, PreTrainedConfig):
 
     Routing
     :   router_type (a key of `routing.ROUTERS`), router_args (that router's own arguments, see `routing.py`),
+        num_hash_layers (in the first so many layers a token's id says which experts, as in DeepSeek-V4),
         norm_topk_prob (weights of the K chosen experts sum to 1), routed_scaling_factor (multiplies them),
         n_group and topk_group (choose only within the best topk_group of n_group expert groups),
         expert_capacity_factor (in training an expert takes at most ceil(factor K T / E) tokens, the rest are dropped
@@ -191,6 +194,7 @@ class HfMoeConfig(HfMoeRouterCode, PreTrainedConfig):
 
     router_type: str = "softmax_topk"
     router_args: dict[str, Any] | None = None
+    num_hash_layers: int = 0
     norm_topk_prob: bool = False
     routed_scaling_factor: float | int = 1.0
     n_group: int = 1
@@ -454,6 +458,14 @@ class HfMoeConfig(HfMoeRouterCode, PreTrainedConfig):
                     f"experts_swiglu_limit ({self.experts_swiglu_limit}) needs gated_mlp and hidden_act 'silu', but "
                     f"they are {self.gated_mlp} and {self.hidden_act!r}."
                 )
+
+    def validate_hash_layers(self) -> None:
+        able = sorted(name for name, router in ROUTERS.items() if router.may_hash)
+        if self.num_hash_layers and self.router_type not in able:
+            raise ValueError(
+                f"num_hash_layers ({self.num_hash_layers}) needs a router that weighs any experts, {', '.join(able)}, "
+                f"but router_type is {self.router_type!r}."
+            )
 
     def validate_router(self) -> None:
         if self.router_code is not None and not SAVED.fullmatch(self.router_code):

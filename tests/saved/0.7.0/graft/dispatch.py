@@ -58,6 +58,7 @@ class HfMoeDispatch:
             "gated_mlp False": experts and not config.gated_mlp,
             "experts_swiglu_limit": experts and config.experts_swiglu_limit is not None,
             "expert_input_scaling": experts and config.expert_input_scaling,
+            "num_hash_layers": experts and config.num_hash_layers > 0,
             "moe_latent_size": experts and config.moe_latent_size is not None,
             "router_type 'dense'": experts and config.router_type == "dense",
             f"empty slots, which router_type {config.router_type!r} may leave": experts and not config.fills_slots,
