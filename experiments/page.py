@@ -69,12 +69,14 @@ def page(result: dict[str, Any], runs: Runs) -> str:
     header, *rows = table(result, runs)
     tokens = budget["length"] * budget["rows"] * budget["steps"]
     experts = ["", "![share of each expert over training](experts.png)"] if has_shares(result, runs) else []
+    steps = [arm["arguments"].get("max_steps", budget["steps"]) for arm in result["arms"].values()]
+    fewer = ", some in fewer, as their FLOPs say" if min(steps) < budget["steps"] else ""
     lines = [
         f"# {result['experiment']}",
         "",
         f"{result['claim']} ({result['source']})",
         "",
-        f"**Here: {result['verdict']}.** The source: {result['paper']}",
+        f"**Verdict: {result['verdict']}.** The source: {result['paper']}",
         "",
         *result["says"],
         *([""] if result["says"] else []),
@@ -85,9 +87,9 @@ def page(result: dict[str, Any], runs: Runs) -> str:
         "![held-out loss of each arm](picture.png)",
         *experts,
         "",
-        f"Each arm: {tokens:,} tokens of {result['data']} in {budget['steps']} steps, but for those whose FLOPs of "
-        f"the training say otherwise; {budget['seeds']} seeds, the same rows in the same order for all; learning rate "
-        f"{budget['learning_rate']:g}. {'; '.join(versions(runs))}.",
+        f"Each arm: {tokens:,} tokens of {result['data']} in {budget['steps']} steps{fewer}; {budget['seeds']} seeds, "
+        f"the same rows in the same order for all; learning rate {budget['learning_rate']:g}. "
+        f"{'; '.join(versions(runs))}.",
     ]
     return "\n".join(lines) + "\n"
 
