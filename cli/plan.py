@@ -33,8 +33,11 @@ def plan(
         str | None, typer.Option(help="experts_implementation: grouped_mm, hf_moe or sonicmoe.")
     ] = None,
     checkpointing: Annotated[
-        bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Gradient checkpointing.")
+        bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Activation checkpointing.")
     ] = None,
+    selective: Annotated[
+        bool, typer.Option("--selective-checkpointing", help="The same, of what is between products and attention.")
+    ] = False,
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on, for the time.")] = None,
     tflops: Annotated[float | None, typer.Option(help="TFLOP/s of a GPU that you have measured.")] = None,
     mfu: Annotated[
@@ -55,11 +58,13 @@ def plan(
             "dtype": dtype,
             "per_device_train_batch_size": micro_batch,
             "max_length": length,
-            "gradient_checkpointing": checkpointing,
+            "gradient_checkpointing": "selective" if selective else checkpointing,
             "gradient_accumulation_steps": accumulation,
             "experts_implementation": experts,
             "train_tokens": tokens,
         }
+        if selective and checkpointing is not None:
+            raise ValueError("--selective-checkpointing is a kind of checkpointing of its own: give it alone.")
         chosen = {name: value for name, value in given.items() if value is not None}
         if flops is None:
             report = run_plan(model, recipe, rate, trust_remote_code, gpus=gpus, sharding=sharding, **chosen)

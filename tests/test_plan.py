@@ -250,6 +250,34 @@ def test_a_forward_that_counts_is_planned_where_there_is_one():
     assert [x["flops_per_token"]["counting"] for x in (planned(), held, without)] == [0, 0, 0]
 
 
+def test_selective_checkpointing_repeats_the_up_projections_of_latent_attention():
+    ranks = {"q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    config = tiny_config(attention_type="mla", num_key_value_heads=6, num_mtp_layers=1, **ranks)
+
+    def planned(checkpointing, config=config):
+        return plan(config, Run(**SMALL | {"gradient_checkpointing": checkpointing}), Rate(1e9, "mine"))
+
+    selective = planned("selective")["flops_per_token"]
+    up_projections = 6 * (12 * (8 + 4) + 8 * (8 + 6))
+    assert selective["recomputation"] == 2 * 3 * up_projections
+    assert selective["forward"] == planned(False)["flops_per_token"]["forward"]
+    assert planned("selective", tiny_config())["flops_per_token"]["recomputation"] == 0
+    none, some, full = (planned(x)["memory_per_gpu"]["activations"] for x in (False, "selective", True))
+    assert full < some < none
+
+
+def test_time_of_experts_that_are_not_computed_again():
+    """By the work that is counted: full checkpointing adds the experts' first product, selective none of theirs."""
+    config = tiny_config()
+    works = {}
+    for checkpointing in (False, "selective", True):
+        run = Run(**SMALL | {"gradient_checkpointing": checkpointing})
+        model = model_to_train(config, run)
+        work = count(model, config, replace(run, bf16=True), flops_per_token(model, config, run))
+        works[checkpointing] = work.products
+    assert works["selective"] == pytest.approx(works[False]) and works[True] > works[False]
+
+
 def fit_speed():
     path = Path(__file__).resolve().parents[1] / "benchmarks" / "fit_speed.py"
     spec = importlib.util.spec_from_file_location("fit_speed", path)

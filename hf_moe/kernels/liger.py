@@ -14,6 +14,7 @@ from ..model.modeling_hf_moe import HfMoeForCausalLM
 from ..model.norms import HfMoeUnitOffsetRMSNorm
 from ..model.rms_norm import HfMoeRMSNorm
 from ..model.routing import ROUTERS
+from .recomputation import about_to_write
 
 # A norm's class -> what Liger adds to its weight, and where Liger rounds: as Llama and as Gemma do.
 NORMS = {HfMoeRMSNorm: (0.0, "llama"), HfMoeUnitOffsetRMSNorm: (1.0, "gemma")}
@@ -53,6 +54,7 @@ def rotated(self, query, key, cos, sin):
         return HfMoeAttention.rotated(self, query, key, cos, sin)
     from liger_kernel.ops.rope import LigerRopeFunction
 
+    about_to_write(query, key)
     return LigerRopeFunction.apply(query, key, cos, sin)
 
 

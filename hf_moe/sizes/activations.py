@@ -15,11 +15,27 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..kernels import experts as kernels
 from ..kernels.copies import Copies
 from ..kernels.formula import formula
+from ..kernels.recomputation import SELECTIVE, Keeping, Selective
 from ..model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
 
 OUTSIDE = -1  # of all layers
-UNMASKED = "hf_moe_unmasked"  # sdpa; Transformers makes no mask for an attention that it has no masks of
-AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+Storages = dict[int, torch.UntypedStorage]
+UNMASKED = "hf_moe_unmasked"  # Transformers makes no mask for an attention that it has no masks of
+
+
+def unmasked_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, scaling: float, **given
+) -> tuple[torch.Tensor, None]:
+    """sdpa. Where values are narrower than keys, as in latent attention, by a kernel that GPUs have for it: sdpa on
+    the CPU, where fake tensors are, would make all scores."""
+    if query.shape[-1] == value.shape[-1]:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **given)
+    fused = torch.ops.aten._scaled_dot_product_efficient_attention
+    output, *_ = fused(query, key, value, None, True, 0.0, True, scale=scaling)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register(UNMASKED, unmasked_attention)
 
 
 class Activations(NamedTuple):
@@ -30,25 +46,35 @@ class Activations(NamedTuple):
 
 
 def activation_bytes(
-    model: nn.Module, rows: int, length: int, bf16: bool, checkpointing: bool, experts: str, copies: bool = False
+    model: nn.Module,
+    rows: int,
+    length: int,
+    bf16: bool,
+    checkpointing: bool | str,
+    experts: str,
+    copies: bool = False,
 ) -> Activations | None:
     """Bytes that the decoder of `model` keeps of a micro-batch [rows, length], without the head's logits.
 
     `model` is on the meta device, frozen where it will be, and made fake. The tensors that autograd saves are added
     up, weights apart, storage by storage; copies of weights that autocast makes count, of the experts' where none are
-    held for the step (`copies`). With checkpointing, the input of every layer and all of the largest layer. `experts`
-    are computed by hf_moe's kernels or Transformers' grouped_mm; attention is causal, with no mask in memory. None
-    where the routing decides about sizes, so that they cannot be counted.
+    held for the step (`copies`). With checkpointing, the input of every layer and all of the largest layer; selective,
+    also what each keeps. `experts` are computed by hf_moe's kernels or Transformers' grouped_mm; attention is causal,
+    with no mask in memory. None where the routing decides about sizes, so that they cannot be counted.
     """
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder, is_graft = whole.base_model, isinstance(whole, HfMoeGraftForCausalLM)
     if is_graft and whole.config._attn_implementation == "sdpa":
         whole.set_attn_implementation(UNMASKED)
+    elif whole.config._attn_implementation == "sdpa":
+        whole.config._attn_implementation = UNMASKED
     for part in decoder.modules():
         if hasattr(part, "has_gate"):
             formula(part)  # found out by values, which fake tensors have none of
-    saved: dict[int, dict[int, torch.UntypedStorage]] = {}  # layer -> what it saved first
+    saved: dict[int, Storages] = {}  # layer -> what it saved first
     inputs: list[int] = []
+    modes: list[Keeping] = []  # of each layer, under selective checkpointing
+    selective = Selective()
     with FakeTensorMode(), fake_grouped_mm(), kernels_anywhere():
         make_fake(model)
         own = {x.untyped_storage()._cdata for x in model.parameters()}
@@ -68,10 +94,16 @@ def activation_bytes(
         def enter(module, args):
             place[0] = len(inputs)
             inputs.append(args[0].nbytes)
+            if checkpointing == SELECTIVE:
+                modes.append(selective.contexts()[0].__enter__())
 
         def leave(module, args, output):
             place[0] = OUTSIDE
+            if checkpointing == SELECTIVE:
+                modes[-1].__exit__(None, None, None)
 
+        if checkpointing == SELECTIVE:
+            selective.begin(whole)
         for layer in decoder.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.register_forward_pre_hook(enter)
@@ -93,11 +125,26 @@ def activation_bytes(
             return None
         finally:
             held.end()
-    bytes_of = {place: sum(storage.nbytes() for storage in kept.values()) for place, kept in saved.items()}
-    outside = bytes_of.pop(OUTSIDE, 0)
-    largest = max(bytes_of.values(), default=0)
-    layers = sum(inputs) + largest if checkpointing else sum(bytes_of.values())
-    return Activations(outside + layers, largest)
+            selective.end()
+    return total(saved, inputs, [mode.storages() for mode in modes], checkpointing)
+
+
+def total(
+    saved: dict[int, Storages], inputs: list[int], kept: list[Storages], checkpointing: bool | str
+) -> Activations:
+    """Of what layers save without checkpointing, of their inputs' bytes, and of what they keep if it is selective."""
+    outside = size(saved.get(OUTSIDE, {}))
+    layers = [saved.get(place, {}) for place in range(len(inputs))]
+    largest = max(map(size, layers), default=0)
+    if not checkpointing:
+        return Activations(outside + sum(map(size, layers)), largest)
+    kept = kept or [{}] * len(layers)
+    again = [size({x: layer[x] for x in layer.keys() - own.keys()}) for layer, own in zip(layers, kept, strict=True)]
+    return Activations(outside + sum(inputs) + sum(map(size, kept)) + max(again, default=0), largest)
+
+
+def size(storages: Storages) -> int:
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def make_fake(model: nn.Module) -> None:

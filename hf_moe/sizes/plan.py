@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..kernels.copies import copied, sent
+from ..kernels.recomputation import AGAIN, SELECTIVE
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ..training.weights.groups import train_group
@@ -79,7 +80,7 @@ class Run:
     per_device_train_batch_size: int = 1
     max_length: int = 4096
     gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | str = True  # or SELECTIVE
     experts_implementation: str | None = None
     router_aux_loss_coef: float | None = None  # None: the configuration's
     ema_decay: float | None = None
@@ -312,7 +313,7 @@ def flops_per_token(model: nn.Module, config: Config, run: Run) -> dict[str, flo
     else:
         counts = {x: active_part(name, x, config) for name, x in model.named_parameters()}
     trained = sum(count for x, count in counts.items() if x.requires_grad) / sum(counts.values())
-    again = forward - spared(config, run) if run.gradient_checkpointing else 0
+    again = repeated(model, config, run, forward - spared(config, run))
     counting = forward if counts_ahead(config, run) else 0
     return {"forward": forward, "backward": forward * (1 + trained), "recomputation": again, "counting": counting}
 
@@ -323,8 +324,17 @@ def by_kernels(run: Run) -> bool:
 
 
 def spared(config: Config, run: Run) -> int:
-    """FLOPs of a token that a forward does, and checkpointing does not do again."""
+    """FLOPs of a token that a forward does, and full checkpointing does not do again."""
     return expert_flops(config, "down_proj") if by_kernels(run) and isinstance(config, HfMoeConfig) else 0
+
+
+def repeated(model: nn.Module, config: Config, run: Run, whole: float) -> float:
+    """FLOPs of a token that checkpointing does again: the `whole` of layers, or selective the products of low rank."""
+    if run.gradient_checkpointing != SELECTIVE:
+        return whole if run.gradient_checkpointing else 0
+    low = AGAIN - {"down_proj"}  # which mostly ends a layer, after all that is needed again
+    named = [(name, x) for name, x in model.named_parameters() if not low.isdisjoint(name.split("."))]
+    return 2 * sum(active_part(name, x, config) for name, x in named if not name.endswith("bias"))
 
 
 def counts_ahead(config: Config, run: Run) -> bool:

@@ -84,8 +84,10 @@ def count(model: nn.Module, config: HfMoeConfig, run, flops_per_token: dict[str,
     batches = run.gradient_accumulation_steps
     tokens = run.per_device_train_batch_size * run.max_length * batches
     forward, flops = flops_per_token["forward"], sum(flops_per_token.values()) * tokens
-    spared = (forward - flops_per_token["recomputation"]) * tokens if run.gradient_checkpointing else 0  # experts'
-    of_experts = (flops + spared) * expert_flops(config) / forward - spared
+    experts_forward, again = expert_flops(config), flops_per_token["recomputation"]
+    # Selective checkpointing computes no experts again, full checkpointing all that is again but what is no expert's.
+    experts_again = max(0, again - (forward - experts_forward)) if run.gradient_checkpointing is True else 0
+    of_experts = (flops - again * tokens) * experts_forward / forward + experts_again * tokens
     work = {DENSE: flops - of_experts, EXPERTS[experts]: of_experts}
     slow, float32 = 0.0, next(model.parameters()).dtype == torch.float32
     if float32 and not run.bf16:

@@ -61,6 +61,7 @@ def test_compute_budget(command):
         (["--flops", "-1"], "flops is -1"),
         (["olmoe-1b-7b", "--flops", "1e20"], "--flops"),
         (["--flops", "1e20", "--length", "4096"], "--flops"),
+        (["olmoe-1b-7b", "--checkpointing", "--selective-checkpointing"], "--selective-checkpointing is a kind of"),
         (["absent/model"], "absent/model is no folder"),
         (["olmoe-1b-7b", "--sharding", "fsdp"], "sharding is fsdp"),
     ],

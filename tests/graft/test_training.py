@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_moe
 from hf_moe.demo import DEMO_MODEL
+from hf_moe.kernels.recomputation import Selective
 from hf_moe.model.configuration_hf_moe_graft import HfMoeGraftConfig
 from hf_moe.model.modeling_hf_moe_graft import HfMoeGraftForCausalLM
 from tests import picture_families
@@ -63,7 +64,8 @@ def test_losses_and_gradients_are_those_of_the_native_model(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "qwen3_5_text"])
-def test_checkpointing_changes_no_gradient(model_type):
+@pytest.mark.parametrize("selective", [False, True], ids=["full", "selective"])
+def test_checkpointing_changes_no_gradient(model_type, selective):
     torch.manual_seed(0)
     # Capacity by the tokens that count: the repeated forward must know the same padding.
     config = HfMoeGraftConfig(
@@ -79,6 +81,8 @@ def test_checkpointing_changes_no_gradient(model_type):
                 setattr(module, name, 0.0)
     _, expected = step(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    if selective:
+        Selective().begin(model)
     model.train()
     output = model(**batch())
     with torch.no_grad():

@@ -14,6 +14,7 @@ from hf_moe.kernels import experts as implementation
 from hf_moe.kernels.formula import Formula
 from hf_moe.kernels.low_rank import beside
 from hf_moe.kernels.operators import experts_up
+from hf_moe.kernels.recomputation import Selective
 from tests.conftest import tiny_model, tokens
 
 SIZES = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
@@ -123,6 +124,40 @@ def test_checkpointing_computes_again_what_was_kept_alone(device, no_fallback, m
     with beside(experts, "down_proj", lhs, rhs, 1.0) if rank else nullcontext():
         checkpoint(experts, x, index, weights, use_reentrant=False).sum().backward()
     assert calls == {"up": 2, "down": 1} | ({"narrowed": 2} if rank else {})
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_selective_checkpointing_computes_no_product_again(device, no_fallback, monkeypatch, rank):
+    """What follows needs the output again, and so all of the experts; their activations are not kept for it."""
+    calls, modes, selective = Counter(), [], Selective()
+
+    def counted(name, function):
+        return lambda *given: calls.update([name]) or function(*given)
+
+    def contexts():
+        modes.append(found := selective.contexts())
+        return found
+
+    experts, arguments = layer(device)
+    count, size, inner = experts.down_proj.shape
+    lhs, rhs = (
+        torch.randn(count, *shape, device=device, requires_grad=True) for shape in ((size, rank), (rank, inner))
+    )
+
+    def wave(*inputs):
+        return experts(*inputs).sin()
+
+    with beside(experts, "down_proj", lhs, rhs, 1.0) if rank else nullcontext():
+        expected = step(wave, arguments)
+        for name in ("up", "narrowed", "down"):
+            monkeypatch.setattr(feed_forward, name, counted(name, getattr(feed_forward, name)))
+        output = checkpoint(wave, *arguments, use_reentrant=False, context_fn=contexts)
+        ((keeping, _),) = modes
+        activations = keeping.kept[0][2].numel()
+        actual = output, *torch.autograd.grad(output.square().sum(), [arguments[0], arguments[2]])
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert calls == {"up": 1, "down": 1} | ({"narrowed": 1} if rank else {})
+    assert activations == 0
 
 
 def test_same_bits_every_time(device, no_fallback):

@@ -18,8 +18,10 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from hf_moe.training.host import sharding
 from hf_moe.training.stages.loading import expert_parallel
+from hf_moe.training.stages.run import save_average
 from hf_moe.training.trainers.sharded import policy_of
 from hf_moe.training.weights.adapters import AdapterArguments, add_adapter
+from hf_moe.training.weights.average import AVERAGE_FILE
 from hf_moe.training.weights.esft import split_experts
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
@@ -28,7 +30,7 @@ from hf_moe.reading import whole_model
 from hf_moe.routers import find_routers
 from tests.processes import leave
 from tests.training.balance_worker import COEFFICIENTS, forwards_of, train_one_step
-from tests.training.models import hf_moe, hf_moe_biased
+from tests.training.models import LATENT, hf_moe, hf_moe_biased
 
 RUN = {
     "max_steps": 2,
@@ -39,6 +41,7 @@ RUN = {
     "lr_scheduler_type": "constant",
 }
 BIASED = {**COEFFICIENTS, "router_bias_update_speed": 1e-2}
+DECAY = 0.7
 HELD = {"gradient_checkpointing": True, "accumulation": 4, "save_strategy": "no"}
 
 
@@ -58,6 +61,10 @@ def idle():
     model = hf_moe(num_experts=12, num_experts_per_tok=1, num_mtp_layers=1, tie_word_embeddings=True)
     model.set_experts_implementation("eager")  # which touches the others alone
     return model
+
+
+def latent():
+    return hf_moe_biased(attention_type="mla", num_key_value_heads=4, n_shared_experts=1, **LATENT)
 
 
 def eager():
@@ -96,11 +103,13 @@ CASES = {
     ),
     "kernels": (with_kernels, BIASED | {"save_strategy": "no"}, "model.safetensors"),
     "held": (hf_moe_biased, BIASED | HELD, "model.safetensors"),
+    "selective": (latent, BIASED | HELD | {"gradient_checkpointing": "selective"}, "model.safetensors"),
+    "average": (hf_moe_biased, BIASED | {"ema_decay": DECAY}, AVERAGE_FILE),
     "muon": (hf_moe_biased, BIASED | {"optim": "muon"}, "model.safetensors"),
     "8 bits": (in_bfloat16, BIASED | {"optim": "adamw_torch_8bit"}, "model.safetensors"),
     "idle": (idle, {"router_aux_loss_coef": 0.0, "accumulation": 16, "save_strategy": "no"}, "model.safetensors"),
 }
-RESUMED = ("biased", "adapter", "8 bits", "muon")
+RESUMED = ("biased", "average", "adapter", "8 bits", "muon")
 
 
 def run(name: str, folder: Path, processes: int, resume: str | None = None):
@@ -108,9 +117,11 @@ def run(name: str, folder: Path, processes: int, resume: str | None = None):
     arguments = RUN | arguments | {"keep_folder": folder, "resume_from_checkpoint": resume}
     accumulation = arguments.pop("accumulation", 2)
     (_, trainer), forwards = forwards_of(train_one_step, build(), accumulation, processes, **arguments)
-    held = name == "held" and not trainer.is_deepspeed_enabled
+    held = name in ("held", "selective") and not trainer.is_deepspeed_enabled
     assert not held or forwards == RUN["max_steps"] * accumulation, f"{forwards} forwards"
     trainer.save_model(str(folder / "final"))
+    if trainer.average is not None:
+        save_average(trainer)
     return trainer
 
 

@@ -64,8 +64,14 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(recipe):
         ({"gradient_checkpointing": False}, ["--activation-checkpointing=true"], (True, None)),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, [], (True, {"use_reentrant": False})),
         ({}, ["--activation_checkpointing_kwargs", '{"use_reentrant": false}'], (True, {"use_reentrant": False})),
+        ({"activation_checkpointing": "selective"}, [], ("selective", None)),
+        ({"activation_checkpointing": True}, ["--gradient_checkpointing", "selective"], ("selective", None)),
+        ({"activation_checkpointing": "selective"}, ["--activation_checkpointing", "no"], (False, None)),
     ],
-    ids=["neither", "old", "new", "old-over-new", "no-old", "new-over-old", "kwargs", "kwargs-in-json"],
+    ids=[
+        *("neither", "old", "new", "old-over-new", "no-old", "new-over-old", "kwargs", "kwargs-in-json"),
+        *("selective", "selective-over-true", "no-over-selective"),
+    ],
 )
 def test_either_name_of_checkpointing_is_known_and_the_later_wins(recipe, stage, said, extra, expected):
     """Transformers 5.23 gave it another name; recipes and commands may have either, on each host, and none warns."""

@@ -52,7 +52,7 @@ def test_nothing_but_rewards_gives_a_gradient(tmp_path):
     assert gradient.value and all(not x.any() for x in gradient.value.values())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"], ids=["", "checkpointing", "selective"])
 def test_balance_loss_counts_the_tokens_of_the_step_if_asked(checkpointing, tmp_path):
     """Of prompts and completions over both micro-batches, and not of padding."""
     gradient = Gradient()

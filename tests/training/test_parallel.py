@@ -14,13 +14,14 @@ import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
 from hf_moe.training.launch import LAUNCH_FILES
+from hf_moe.training.weights.average import AVERAGE_FILE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import since
 from tests.processes import on_two_processes
 
-from .shard_worker import CASES, RESUMED, found, run
+from .shard_worker import CASES, DECAY, RESUMED, found, run
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_A_CPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}  # whatever this machine has
@@ -28,8 +29,9 @@ ZERO = pytest.mark.skipif(not is_deepspeed_available(), reason="needs deepspeed"
 TORCHAO = find_spec("torchao") is not None
 needs_torchao = pytest.mark.skipif(not TORCHAO, reason="needs torchao: pip install 'hf_moe[float8]'")
 LAYOUTS = ["fsdp2", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)]
+ZERO_HAS_NO = ("bf16", "8 bits", "muon", "average")
 # ESFT by `specialise`; DeepSpeed has a precision of its own.
-REFUSED = {("zero3", "esft"), *((zero, name) for zero in ("zero2", "zero3") for name in ("bf16", "8 bits", "muon"))}
+REFUSED = {("zero3", "esft"), *((zero, name) for zero in ("zero2", "zero3") for name in ZERO_HAS_NO)}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -112,6 +114,22 @@ def test_sharded_run_is_that_of_one_process(sharded, one_process, name, request)
         whole, again = (load_file(sharded / run / "final" / CASES[name][2]) for run in (name, f"{name}-resumed"))
         assert all(torch.equal(again[key], weight) for key, weight in whole.items())
     assert not list((sharded / name / "final").glob("_fsdp*")), "the code of PyTorch beside the model"
+
+
+@pytest.mark.parametrize("sharded", ["fsdp2"], indirect=True)
+def test_average_of_shards_is_that_of_whole_weights(sharded):
+    """Of the weights before the first step, and after each."""
+    folder = sharded / "average"
+    expected = {name: weight.detach().double() for name, weight in CASES["average"][0]().named_parameters()}
+    for step in (1, 2):
+        weights = load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+        expected = {name: DECAY * x + (1 - DECAY) * weights[name].double() for name, x in expected.items()}
+        saved = load_file(folder / f"checkpoint-{step}" / AVERAGE_FILE)
+        assert saved.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(saved[name].double(), value, rtol=1e-6, atol=1e-6)
+    as_model = load_file(folder / "ema" / "model.safetensors")
+    assert all(torch.equal(as_model[name], value) for name, value in saved.items())
 
 
 @needs_torchao

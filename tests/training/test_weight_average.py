@@ -1,8 +1,10 @@
 """The average of the weights beside one computed from every step's weights; saved, resumed and used as a model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from hf_moe.training.weights.average import AVERAGE_FILE, WeightAverage
+from hf_moe.training.weights.average import AVERAGE_FILE, WeightAverage, check_average
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -70,6 +72,36 @@ def test_frozen_weights_have_none_and_bfloat16_is_averaged_in_float32():
     average.update(model)
     moved = average.averages["lm_head.weight"] - before  # steps that bfloat16 would lose
     torch.testing.assert_close(moved, 1e-3 * (model.lm_head.weight.float() - before), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_gpu_goes_on_while_it_is_averaged():
+    """Weights move as soon as they are copied."""
+    model, average = hf_moe().cuda(), WeightAverage(0.7)
+    average.start(model)
+    expected = {name: weight.detach().double() for name, weight in model.named_parameters()}
+    for step in range(5):
+        average.let_move()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(step + 1.0)
+        average.update(model)
+        expected = {name: 0.7 * expected[name] + 0.3 * x.detach().double() for name, x in model.named_parameters()}
+    assert all(copy.is_pinned() for copy in average.copies.values())
+    for name, value in average.averages.items():
+        torch.testing.assert_close(value.double(), expected[name].cpu(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["is_fsdp_enabled", "is_deepspeed_enabled", "spread"])
+def test_where_no_process_has_what_to_average(where):
+    """The first FSDP flattens weights."""
+    elsewhere = dict.fromkeys(("is_fsdp_enabled", "is_deepspeed_enabled", "spread"), False) | {where: True}
+    trainer = SimpleNamespace(**elsewhere, accelerator=SimpleNamespace(is_fsdp2=False))
+    with pytest.raises(ValueError, match="leave it out under DeepSpeed, the first FSDP and expert parallelism"):
+        check_average(0.9, trainer)
+    if where == "is_fsdp_enabled":
+        trainer.accelerator.is_fsdp2 = True
+        check_average(0.9, trainer)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])

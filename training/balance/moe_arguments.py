@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from transformers import TrainingArguments
 
+from hf_moe.kernels.recomputation import SELECTIVE
 from hf_moe.model.balancing import LOSSES
 
 from ..host import RENAMED, by_both_names
@@ -13,6 +15,7 @@ from ..host import RENAMED, by_both_names
 MUON = "muon"  # as a value of `optim`
 BALANCE_OVER = ("step", "micro_batch")
 BIAS_UPDATES = ("sign", "zero_mean", "quantile")
+CHECKPOINTING = (True, False, SELECTIVE)
 
 
 @dataclass
@@ -96,11 +99,12 @@ class MoeArguments:
     lr_gamma: float = field(
         default=0.316, metadata={"help": "Factor at each of lr_milestones: 31.6%%, then 10%% of the maximum."}
     )
-    activation_checkpointing: bool | None = field(
+    activation_checkpointing: Literal[True, False, "selective"] | None = field(
         default=None,
         metadata={
-            "help": "Keep a layer's input alone, and run its forward again in the backward pass. Also known by its "
-            "old name, gradient_checkpointing."
+            "help": "Keep a layer's input alone, and run its forward again in the backward pass; selective: keep its "
+            "products and attention, too, and compute only what is between them again. Also known by its old name, "
+            "gradient_checkpointing."
         },
     )
     activation_checkpointing_kwargs: dict | str | None = field(
@@ -124,10 +128,30 @@ class MoeArguments:
         if self.optim == MUON:
             self.muon, self.optim = True, "adamw_torch"
         super().__post_init__()
+        check_recomputation(self)
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # memory is pinned for its way to a GPU; PyTorch warns where none is
         for old, new in RENAMED.items():  # which a host without the new names has read, and changed
             setattr(self, new, getattr(self, old))
+
+
+def check_recomputation(args: TrainingArguments) -> None:
+    """Raises ValueError for a kind of activation checkpointing that there is not, or that goes not with the rest."""
+    if args.gradient_checkpointing not in CHECKPOINTING:
+        known = ", ".join(str(x).lower() for x in CHECKPOINTING)
+        raise ValueError(f"activation_checkpointing is {args.gradient_checkpointing!r}; it can be {known}.")
+    if args.gradient_checkpointing != SELECTIVE:
+        return
+    if args.torch_compile:
+        raise ValueError(
+            "activation_checkpointing is selective, which chooses among operators as they run, of which torch_compile "
+            "makes others: set one of them to false."
+        )
+    if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "activation_checkpointing is selective, which re-entrant checkpointing cannot do: use "
+            'activation_checkpointing_kwargs={"use_reentrant": False}.'
+        )
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import torch
 from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
+from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import SaveStrategy
 from trl import TrlParser
 
@@ -59,6 +60,8 @@ class RecipeParser(TrlParser):
             action.choices = action.choices or values.get(action.dest)
             if action.dest == "optim":
                 action.choices = [*action.choices, MUON]
+            if action.dest == "activation_checkpointing":  # true is True, too
+                action.type = bool_or_word
         self.known = {action.dest for action in self._actions} - {"help"}
         self.choices = {action.dest: action.choices for action in self._actions if action.choices}
         self.types = {name: kind for part in dataclass_types for name, kind in get_type_hints(part).items()}
@@ -212,6 +215,13 @@ def check_numbers(args: dict[str, Any]) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number) and (name, number) not in INFINITE:
                 raise ValueError(f"{name} is {number}; it must be a finite number.")
+
+
+def bool_or_word(word: str) -> bool | str:
+    try:
+        return string_to_bool(word)
+    except argparse.ArgumentTypeError:
+        return word
 
 
 def takes_mapping(kind: Any) -> bool:

@@ -154,7 +154,7 @@ def save_average(trainer: Trainer) -> None:
     """The model with the average of its weights to `output_dir`/ema, in place of what was there."""
     output = Path(trainer.args.output_dir) / "ema"
     aside = output.with_name(".ema")
-    with trainer.average.in_place_of_weights(trainer.accelerator.unwrap_model(trainer.model)):
+    with trainer.average.in_place_of_weights(trainer.trained_model):
         save_aside(trainer, aside)
     if trainer.args.should_save:
         replace_folder(aside, output)

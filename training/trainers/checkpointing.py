@@ -20,6 +20,7 @@ from ..output.resuming import check_same_arguments, check_same_step, say_differe
 from ..output.saved_dtype import cast, name_dtype
 from ..output.saving import keep_weights, mend
 from ..output.spread import check_parts, load_optimizer, load_state, save_optimizer, save_state
+from ..weights.average import write_average
 from ..weights.esft import chosen_experts, load_rows, save_rows
 
 
@@ -39,6 +40,7 @@ class CheckpointMixin:
     def save_all(self, folder: str, state_dict: dict | None) -> None:
         """The weights, what goes with them, and a record of the run, to `folder`."""
         self.selection_bias.restore()
+        average = None if self.average is None else self.average.whole(self.trained_model, self.args.should_save)
         rows_alone = bool(chosen_experts(self.moe))
         if not rows_alone:
             with self.saving_cast():
@@ -52,8 +54,8 @@ class CheckpointMixin:
                 self.processing_class.save_pretrained(folder)
         if self.args.should_save and (rows_alone or self.model is not self.moe):
             save_router_bias(self.model, folder)
-        if self.args.should_save and self.average is not None:
-            self.average.save(folder)
+        if self.args.should_save and average is not None:
+            write_average(average, folder)
         if self.args.should_save:
             write_plain_templates(Path(folder))
             self.save_record(folder)
@@ -74,6 +76,11 @@ class CheckpointMixin:
             self.processing_class.save_pretrained(folder)
         self.save_record(folder)
         write_arguments(self.args, folder)
+
+    @property
+    def trained_model(self) -> nn.Module:
+        """With the names of its weights, whatever is around it."""
+        return self.accelerator.unwrap_model(self.model)
 
     @property
     def spread(self) -> bool:
@@ -188,7 +195,11 @@ class CheckpointMixin:
                 )
 
     def _load_best_model(self) -> None:
+        if self.average is not None:
+            self.average.wait()  # for the weights that are to go
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
+            if self.average is not None:
+                self.average.load(self.state.best_model_checkpoint, self.trained_model)
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)

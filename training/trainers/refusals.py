@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from hf_moe.kernels.recomputation import SELECTIVE
 from hf_moe.model.balancing import LOSSES
+from hf_moe.model.configuration_hf_moe import HfMoeConfig
 from hf_moe.model.router import in_float32
 from hf_moe.routers import find_routers, routed_experts
 
@@ -80,6 +82,15 @@ def check_losses_can_be_read(trainer) -> None:
             raise ValueError(f"{name} is {value}, but {type(trainer.moe).__name__} {unread}")
 
 
+def check_rope(trainer) -> None:
+    args, kind = trainer.args, trainer.moe.config.model_type
+    if args.gradient_checkpointing == SELECTIVE and args.use_liger_kernel and kind != HfMoeConfig.model_type:
+        raise ValueError(
+            "activation_checkpointing is selective, and Liger's RoPE writes over products of "
+            f"{type(trainer.moe).__name__} unseen: set use_liger_kernel to false, or activation_checkpointing to true."
+        )
+
+
 def check_groups(trainer) -> None:
     coefficients = trainer.balance.coefficients
     for name in ("device_aux_loss_coef", "comm_aux_loss_coef"):
@@ -129,7 +140,7 @@ def check_devices(trainer) -> None:
         )
 
 
-CHECKS = (check_numbers, check_bias_speed, check_schedules, check_losses_can_be_read)
+CHECKS = (check_numbers, check_bias_speed, check_schedules, check_rope, check_losses_can_be_read)
 CHECKS_OF_ROUTERS = (check_groups, check_policies, check_devices, check_one_type)
 
 

@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_moe.chat import plain_template_errors
 from hf_moe.kernels import liger
+from hf_moe.kernels.recomputation import SELECTIVE, Selective
 from hf_moe.routers import Routing, captured, find_routers
 
 from ..balance.counts import Balance, over_processes
@@ -76,6 +77,7 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
         self.final_dtype = self.merged_dtype = None  # of what is saved in the end, for which there is to be room
         self.tried = False  # to save
         self.mixing = []  # hooks of the dense mixer, while training
+        self.selective = Selective()  # recomputation, while training
         self.copies = None  # of the experts' weights, while training
         self.gathered = None  # what FSDP2 keeps whole for a step, while training
         self.lengths = None  # that processes agree on for a step, while training
@@ -301,6 +303,7 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
         finally:
             while self.mixing:
                 self.mixing.pop().remove()
+            self.selective.end()
             self.leave_held()
             self.copies = self.gathered = self.lengths = None
             self.step.held.clear()  # of a step that was broken off
@@ -315,8 +318,10 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
         self.logged.clear()
         self.mtp_losses.clear()
         if self.average is not None and self.state.global_step == 0:
-            self.average.start(self.accelerator.unwrap_model(self.model))
+            self.average.start(self.trained_model)
         check_checkpointing(self.moe, self.balance.coefficients)
+        if self.args.gradient_checkpointing == SELECTIVE:
+            self.selective.begin(self.model)
         if moe_argument(self.args, "densemixer"):
             self.mixing += add_dense_mixer(self.routers)
         self.copies, self.gathered, self.lengths = copies_of(self), gathered(self), lengths_of(self)
@@ -324,6 +329,8 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
     def end_sums(self) -> None:
         """Called when a step's gradients are summed, before the optimizer moves the weights."""
         check_finite(self.step.losses, self.state.global_step)
+        if self.average is not None:
+            self.average.let_move()
         self.leave_held()
 
     @property
@@ -338,7 +345,7 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
     def end_routing_step(self) -> None:
         """Move the selection biases and keep the step's metrics; called after the optimizer moved."""
         if self.average is not None:
-            self.average.update(self.accelerator.unwrap_model(self.model))
+            self.average.update(self.trained_model)
         logs = self.args.logging_strategy != IntervalStrategy.NO
         if self.balance.multi_token is not None and logs:
             share = torch.as_tensor(self.step.mtp_loss, device=self.args.device)
