@@ -33,11 +33,12 @@ def lab(
     """Run a claim of the lectures as an experiment, or every router on one board: a table, a picture, a verdict."""
     with messages_on_stderr():
         hide_loading_bars()
-        from hf_moe.experiments import page, runner
         from hf_moe.experiments.claims import EXPERIMENTS
         from hf_moe.experiments.experiment import BUDGETS
 
         if names:
+            from hf_moe.experiments import page, runner
+
             given = checked(names, EXPERIMENTS, budget, BUDGETS, seeds, out)
             folders = {name: out if len(names) == 1 else out / name for name in names}
             begun = [runner.Begun(name, EXPERIMENTS[name], given, data, folders[name]) for name in folders]

@@ -228,6 +228,9 @@ def test_the_command(command, here, monkeypatch, tmp_path):  # noqa: F811
     assert code == 0 and all(name in out for name in EXPERIMENTS), err
     code, out, err = command("lab", "hash", "--out", tmp_path / "hash")
     assert code == 0 and "held-out loss" in out and str(tmp_path / "hash" / "page.md") in out, err
+    code, out, err = command("lab", "hash", "no-balancing", "--out", tmp_path / "both")
+    assert code == 0 and out.count("held-out loss") == 2, err
+    assert all((tmp_path / "both" / name / "page.md").is_file() for name in ("hash", "no-balancing"))
     for words, said in (
         (["nothing", "--out", tmp_path], "There is no experiment 'nothing'; there are board"),
         (["hash"], "--out is missing"),
