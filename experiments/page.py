@@ -5,7 +5,7 @@ from typing import Any
 
 from hf_moe.staging import written_aside
 
-from .verdicts import Runs, mean, spread
+from .verdicts import Runs, differ, mean, mean_losses, spread
 
 COLUMNS = {  # name in a run -> title, digits; what else was measured is shown by its name
     "loss_at_start": ("loss at the start", 4),
@@ -23,7 +23,6 @@ SIZES = {  # name of a size -> title; those that differ between the arms are sho
     "kv_cache_bytes_per_token": "bytes a token in the cache",
     "training_flops": "FLOPs of the training",
 }
-DIFFERENT = 0.02  # of the largest
 
 
 def measured(result: dict[str, Any], runs: Runs) -> list[str]:
@@ -43,7 +42,7 @@ def table(result: dict[str, Any], runs: Runs) -> list[list[str]]:
     """A header, and a row an arm; step times beside the first arm's."""
     first = mean(next(iter(runs.values())), "step_ms")
     names = measured(result, runs)
-    sizes = [name for name in SIZES if differ([size[name] for size in result["sizes"].values()])]
+    sizes = [name for name in SIZES if differ(size[name] for size in result["sizes"].values())]
     titles = [COLUMNS[name][0] if name in COLUMNS else name.replace("_", " ") for name in names]
     header = ["arm", *titles, "spread of the loss", "step time", *(SIZES[name] for name in sizes)]
     rows = [
@@ -57,10 +56,6 @@ def table(result: dict[str, Any], runs: Runs) -> list[list[str]]:
         for arm, found in runs.items()
     ]
     return [header, *rows]
-
-
-def differ(values: list[float]) -> bool:
-    return max(values) - min(values) > DIFFERENT * max(values)
 
 
 def page(result: dict[str, Any], runs: Runs) -> str:
@@ -114,8 +109,7 @@ def picture(runs: Runs, path: Path) -> None:
     left.invert_yaxis()
     left.set_xlabel("held-out loss, with its standard deviation over seeds")
     for arm in order:
-        steps = zip(*(run["losses"] for run in runs[arm]), strict=True)
-        right.plot([sum(step) / len(step) for step in steps], label=arm, linewidth=1)
+        right.plot(mean_losses(runs[arm]), label=arm, linewidth=1)
     right.set_xlabel("step")
     right.set_ylabel("training loss")
     if len(order) <= 8:

@@ -18,10 +18,9 @@ from hf_moe.staging import written_aside
 from .experiment import Budget, Experiment
 from .text import read_text
 from .trial import ON_GPU, Job, size_of, train
-from .verdicts import Runs
+from .verdicts import Runs, differ
 
 FILE = "results.json"
-EQUAL = 0.02  # of the largest
 ON_CARD = 6  # runs that share an H200: a step takes 34 ms alone, 43 beside five others, 80 beside seven
 
 
@@ -86,7 +85,7 @@ def check_equal(experiment: Experiment, sizes: dict[str, dict[str, int]]) -> Non
     if experiment.equal is None:
         return
     found = {arm: size[experiment.equal] for arm, size in sizes.items()}
-    if max(found.values()) - min(found.values()) > EQUAL * max(found.values()):
+    if differ(found.values()):
         raise ValueError(f"The arms must have equal {experiment.equal}, but have {found}.")
 
 

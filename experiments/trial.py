@@ -98,7 +98,8 @@ class Trial:
         set_seed(self.seed)
         return HfMoeForCausalLM(config_of(self.arm.fields | fields, self.budget))
 
-    def trainer(self, model: PreTrainedModel, text: Text, output: str, **arguments: Any) -> MoeTrainer:
+    def watched(self, model: PreTrainedModel, text: Text, output: str, **arguments: Any) -> Watch:
+        """A trainer, with what watches it."""
         if ON_GPU and hasattr(model.config, "router_type"):
             model.set_experts_implementation("auto")
         steps = arguments.get("max_steps", self.budget.steps)
@@ -133,16 +134,21 @@ class Trial:
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)
-        return trainer
+        return watch
 
-    def fit(self, model: PreTrainedModel, text: Text, **arguments: Any) -> dict[str, Any]:
+    def fit(self, model: PreTrainedModel, text: Text, **arguments: Any) -> None:
+        """Train it, as what an arm begins with."""
+        with tempfile.TemporaryDirectory() as output:
+            self.watched(model, text, output, **arguments).trainer.train()
+
+    def measured(self, model: PreTrainedModel, text: Text, **arguments: Any) -> dict[str, Any]:
         """Train it; what was measured."""
         with tempfile.TemporaryDirectory() as output:
-            trainer = self.trainer(model, text, output, **arguments)
+            watch = self.watched(model, text, output, **arguments)
+            trainer = watch.trainer
             found = {"loss_at_start": trainer.evaluate()["eval_loss"]}
             trainer.train()
             metrics = trainer.evaluate()
-        watch = next(x for x in trainer.callback_handler.callbacks if isinstance(x, Watch))
         found |= {name: metrics[key] for name, key in MEASURES.items() if key in metrics}
         found["step_ms"] = 1000 * statistics.median(watch.seconds)
         found["losses"] = [round(x["loss"], 4) for x in trainer.state.log_history if "loss" in x]
@@ -176,7 +182,7 @@ def train(job: Job) -> dict[str, Any]:
     trial = Trial(job)
     start = (job.what.begin or random_weights)(trial)
     set_seed(job.seed)
-    found = trial.fit(*start, **job.what.arguments)
+    found = trial.measured(*start, **job.what.arguments)
     if job.measure is not None:
         found |= job.measure(trial, start.model)
     return {"arm": job.arm, "seed": job.seed, **found, "versions": versions()}

@@ -1,9 +1,11 @@
 """Verdicts on what was measured, over seeds."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 HOLDS, DOES_NOT, UNDECIDED = "holds", "does not hold here", "undecided at this size"
+EQUAL = 0.02  # of the largest
 MARGIN = 0.01  # of a number: what counts as no difference, and as one with too few seeds to know their error
 
 Runs = dict[str, list[dict[str, Any]]]  # arm -> what each seed measured
@@ -11,6 +13,17 @@ Runs = dict[str, list[dict[str, Any]]]  # arm -> what each seed measured
 
 def mean(runs: list[dict[str, Any]], name: str) -> float:
     return sum(run[name] for run in runs) / len(runs)
+
+
+def mean_losses(runs: list[dict[str, Any]]) -> list[float]:
+    """The training loss of each step."""
+    return [sum(step) / len(step) for step in zip(*(run["losses"] for run in runs), strict=True)]
+
+
+def differ(sizes: Iterable[float]) -> bool:
+    """Whether sizes of models are not the same, but for what cannot be made equal."""
+    sizes = list(sizes)
+    return max(sizes) - min(sizes) > EQUAL * max(sizes)
 
 
 def spread(runs: list[dict[str, Any]], name: str) -> float:

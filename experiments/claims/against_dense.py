@@ -5,7 +5,7 @@ third of its FLOPs, and in about half the time.
 """
 
 from ..experiment import BALANCED, Arm, Budget, Experiment
-from ..verdicts import Runs, lower
+from ..verdicts import Runs, lower, mean_losses
 
 
 def arms(budget: Budget) -> dict[str, Arm]:
@@ -20,11 +20,6 @@ def reached(runs: Runs) -> float | None:
     """Share of its steps after which the mixture's training loss is the dense model's last, each smoothed."""
     mixture, (*_, last) = (smooth(mean_losses(runs[arm])) for arm in ("mixture", "dense"))
     return next((i / len(mixture) for i, loss in enumerate(mixture, 1) if loss <= last), None)
-
-
-def mean_losses(runs: list[dict]) -> list[float]:
-    """Of each step, over the seeds."""
-    return [sum(step) / len(step) for step in zip(*(run["losses"] for run in runs), strict=True)]
 
 
 def smooth(losses: list[float]) -> list[float]:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hf_moe.staging import written_aside
+
 AVERAGE_FILE = "weight_average.safetensors"
 
 
@@ -144,9 +146,8 @@ def gathered(own: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def write_average(average: dict[str, torch.Tensor], folder: str | Path) -> None:
-    aside = Path(folder) / f".{AVERAGE_FILE}"
-    save_file(average, aside)
-    aside.replace(Path(folder) / AVERAGE_FILE)
+    with written_aside(Path(folder) / AVERAGE_FILE) as aside:
+        save_file(average, aside)
 
 
 def on_cpu(weight: torch.Tensor) -> torch.Tensor:

@@ -82,9 +82,8 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
     if type(routed) not in (HfMoeExperts, HfMoeClampedExperts):  # an adapter does more
         return None
     computed = formula(routed)
-    if computed is None or module.shared_expert_gate is not None or module.scales_input:
-        return None
-    if module.fc1_latent_proj is not None:
+    further = (module.shared_expert_gate, module.fc1_latent_proj)  # between router, experts and sum
+    if computed is None or module.scales_input or any(x is not None for x in further):
         return None
     if rows > experts.MAX_TOKENS:
         return many_forward(module)
