@@ -27,8 +27,24 @@ def plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and linear.bias is None
 
 
+def weight_and_epsilon(norm: HfMoeRMSNorm) -> tuple[torch.Tensor, float]:
+    return norm.weight, norm.variance_epsilon
+
+
 def norm_forward(module: HfMoeRMSNorm, rows: int):
-    return lambda hidden_states: norms.rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    return lambda hidden_states: norms.rms_norm(hidden_states, *weight_and_epsilon(module))
+
+
+def counters(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """Where programs of one launch count who has come to its end."""
+    return torch.zeros(count, dtype=torch.int32, device=weight.device)
+
+
+def summed_and_normed(hidden_states: torch.Tensor, residual: torch.Tensor | None, norm: HfMoeRMSNorm | None):
+    """The sum of both, or the residual alone, which goes on beside a network; and what the network reads."""
+    if norm is None:
+        return residual, hidden_states
+    return norms.add_rms_norm(residual, hidden_states, *weight_and_epsilon(norm))
 
 
 def network(module: HfMoeMLP, rows: int) -> experts.Network | None:
@@ -45,31 +61,31 @@ def network(module: HfMoeMLP, rows: int) -> experts.Network | None:
 def mlp_forward(module: HfMoeMLP, rows: int):
     weights, computed = network(module, rows), Formula(activation(module.act_fn), module.gated)
 
-    def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        x = hidden_states.flatten(0, -2)
+    def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None, norm=None) -> torch.Tensor:
+        residual, x = summed_and_normed(hidden_states, residual, norm)
+        x = x.flatten(0, -2)
         return experts.mixture(x, None, None, None, weights, computed, residual).view_as(hidden_states)
 
     return weights and forward
 
 
-def router_forward(gate: nn.Module, config):
-    """weights and index [T, K] as a function of x [T, D]: by the kernels where the router is a plain one."""
+def route_arguments(gate: nn.Module, config):
+    """What `routers.route` needs beside x, or None where the router is not a plain one."""
     plain_router = type(gate) is HfMoeRouter and config.router_type in routers.SCORES
     limited = config.topk_group < config.n_group or config.router_args.get("eval_capacity_factor")
     if not plain_router or gate.weight.numel() > 2**20 or limited or config.router_args.get("router_bias"):
         return None
-    bias, top_k = gate.e_score_correction_bias, config.num_experts_per_tok
-    settings = (top_k, config.router_type, config.norm_topk_prob, float(config.routed_scaling_factor))
-    return lambda x: routers.route(x, gate.weight, bias, *settings)[1:]
+    settings = (config.num_experts_per_tok, config.router_type, config.norm_topk_prob)
+    return gate.weight, gate.e_score_correction_bias, *settings, float(config.routed_scaling_factor)
 
 
 def chooser(gate: nn.Module):
     """weights and index [T, K] as a function of x [T, D], hidden_states' mask and token ids."""
-    choose = router_forward(gate, gate.config)
+    arguments = route_arguments(gate, gate.config)
 
     def chosen(x: torch.Tensor, token_mask: torch.Tensor | None, input_ids: torch.Tensor | None):
-        if choose is not None:
-            return choose(x)
+        if arguments is not None:
+            return routers.route(x, *arguments)[1:]
         ids = None if input_ids is None else input_ids.reshape(-1)
         mask = None if token_mask is None else token_mask.reshape(-1)
         return gate(x, mask, ids)[1:3]
@@ -94,8 +110,9 @@ def many_forward(module: HfMoeSparseMoeBlock):
     """Of a prompt: the kernels of training."""
     chosen = chooser(module.gate)
 
-    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None) -> torch.Tensor:
-        x = hidden_states.flatten(0, -2)
+    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None):
+        residual, x = summed_and_normed(hidden_states, residual, norm)
+        x = x.flatten(0, -2)
         weights, index = chosen(x, token_mask, input_ids)
         out = hf_moe_experts_forward(module.experts, x, index, weights)
         if module.shared_experts is not None:
@@ -121,11 +138,17 @@ def few_forward(module: HfMoeSparseMoeBlock, computed: Formula, rows: int):
         weights_of = experts.Network(*up.chunk(2, dim=1), routed.down_proj, biases)
     else:
         weights_of = experts.Network(None, up, routed.down_proj, biases and (None, *biases))
-    chosen = chooser(module.gate)
+    chosen, arguments, arrived = chooser(module.gate), route_arguments(module.gate, config), counters(up, rows)
 
-    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None) -> torch.Tensor:
-        x = hidden_states.flatten(0, -2)
-        weights, index = chosen(x, token_mask, input_ids)
+    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None):
+        if norm is not None and arguments is not None:
+            both = (residual.flatten(0, -2), hidden_states.flatten(0, -2).contiguous())
+            settings = (*weight_and_epsilon(norm), *arguments, arrived)
+            residual, x, weights, index = routers.normed_route(*both, *settings)
+        else:
+            residual, x = summed_and_normed(hidden_states, residual, norm)
+            x = x.flatten(0, -2)
+            weights, index = chosen(x, token_mask, input_ids)
         if beside and module.shared_experts is not None:
             added = module.shared_experts(x)
             residual = added if residual is None else added + residual.view_as(added)
@@ -162,20 +185,23 @@ def latent_forward(module: HfMoeLatentAttention, rows: int):
     key_up, value_up = up.view(-1, sum(sizes), config.kv_lora_rank).split(sizes, dim=1)  # [H, d, r]
     original = type(module).forward
 
-    def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, norm=None, **kwargs):
         cached = recorded_layer(past_key_values, module.layer_idx)
         if cached is None:
+            hidden_states = hidden_states if norm is None else norm(hidden_states)
             return original(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        x = hidden_states.squeeze(1)
-        query, new_latent = products.linear(x, first.weight, module.kv_a_proj_with_mqa.weight)
+        x, norm = hidden_states.squeeze(1), norm and weight_and_epsilon(norm)
+        query, new_latent = products.linear(x, first.weight, module.kv_a_proj_with_mqa.weight, norm=norm)
         if config.q_lora_rank is not None:
-            query = products.linear(module.q_a_layernorm(query), module.q_b_proj.weight)[0]
+            norm = weight_and_epsilon(module.q_a_layernorm)
+            query = products.linear(query, module.q_b_proj.weight, norm=norm)[0]
         cos, sin = (part.squeeze(1) for part in position_embeddings)
         out = latent.latent_attention(
             query.view(len(x), len(key_up), -1),
             new_latent,
             module.kv_a_layernorm.weight,
             key_up,
+            value_up,
             cos,
             sin,
             cached.keys,
@@ -187,9 +213,7 @@ def latent_forward(module: HfMoeLatentAttention, rows: int):
             interleaved=config.rope_interleave,
             softcap=config.attn_logit_softcapping,
         )
-        values = x.new_empty(len(x), *value_up.shape[:2])  # [B, H, d_v]
-        products.per_head(out, value_up.transpose(1, 2), values.transpose(0, 1))
-        return products.linear(values.flatten(1), module.o_proj.weight)[0].unsqueeze(1), None
+        return products.linear(out.flatten(1), module.o_proj.weight)[0].unsqueeze(1), None
 
     return forward
 
@@ -205,16 +229,18 @@ def grouped_forward(module: HfMoeAttention, rows: int):
     if not simple:
         return None
     weights = [getattr(module, name).weight for name in names]
+    arrived = counters(weights[0], 1 + rows * config.num_key_value_heads)
     norm_weights = (module.q_norm.weight, module.k_norm.weight) if normed else None
     original = type(module).forward
 
-    def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, norm=None, **kwargs):
         cached = recorded_layer(past_key_values, module.layer_idx)
         cos, sin = (part.squeeze(1) for part in position_embeddings)
         if cached is None or cos.shape[1] != module.head_dim:
+            hidden_states = hidden_states if norm is None else norm(hidden_states)
             return original(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         out = grouped.grouped_attention(
-            *products.linear(hidden_states.squeeze(1), *weights[:3]),
+            *products.linear(hidden_states.squeeze(1), *weights[:3], norm=norm and weight_and_epsilon(norm)),
             norm_weights,
             cos,
             sin,
@@ -222,6 +248,7 @@ def grouped_forward(module: HfMoeAttention, rows: int):
             cached.values,
             cached.cumulative_length,
             visible(attention_mask),
+            arrived,
             scale=module.scaling,
             eps=config.rms_norm_eps,
             interleaved=config.rope_interleave,
@@ -247,18 +274,22 @@ def many_rotated(module: HfMoeAttention, rows: int):
 
 
 def layer_forward(module: HfMoeDecoderLayer, rows: int):
-    norm = getattr(module, "post_attention_layernorm", None)
-    if module.norms != PLACEMENTS["pre"] or module.residual_multiplier != 1 or type(norm) is not HfMoeRMSNorm:
+    first, second = (getattr(module, f"{name}_layernorm", None) for name in ("input", "post_attention"))
+    plain_norms = type(first) is type(second) is HfMoeRMSNorm
+    if module.norms != PLACEMENTS["pre"] or module.residual_multiplier != 1 or not plain_norms:
         return None
 
     def forward(hidden_states, token_mask=None, input_ids=None, layer_cache=None, **kwargs) -> torch.Tensor:
         kwargs["past_key_values"] = layer_cache
         routing = {"token_mask": token_mask, "input_ids": input_ids}
         heads_routing, mlp_routing = (routing if x else {} for x in (module.self_attn.routes, module.sparse))
-        attended, _ = module.self_attn(module.input_layernorm(hidden_states), **heads_routing, **kwargs)
-        hidden_states, normed = norms.add_rms_norm(hidden_states, attended, norm.weight, norm.variance_epsilon)
-        if "forward" in vars(module.mlp):  # one of ours: it adds, too
-            return module.mlp(normed, residual=hidden_states, **mlp_routing)
+        if "forward" in vars(module.self_attn):  # one of ours: it norms, too
+            attended, _ = module.self_attn(hidden_states, norm=first, **heads_routing, **kwargs)
+        else:
+            attended, _ = module.self_attn(first(hidden_states), **heads_routing, **kwargs)
+        if "forward" in vars(module.mlp):  # it adds and norms
+            return module.mlp(attended, residual=hidden_states, norm=second, **mlp_routing)
+        hidden_states, normed = summed_and_normed(attended, hidden_states, second)
         return hidden_states + module.mlp(normed, **mlp_routing)
 
     return forward

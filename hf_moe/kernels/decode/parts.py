@@ -13,12 +13,13 @@ from .overlap import OVERLAP, let_next_start, wait_for_last
 STEP, WARPS, STAGES = 32, 4, 3  # positions of a step, warps, steps in flight
 PROGRAMS = 132  # that run at once: one a processor
 COLUMNS = 32  # of a program that sums the parts
+FEW_PARTS = 16  # are summed on the way by those that have something else to do; more are a launch of many programs
 
 
 @triton.jit
-def bounds(length_ptr, split, splits, STEP: tl.constexpr):
-    """The first position of a part and the one behind its last, the token just written included."""
-    length = tl.load(length_ptr).to(tl.int32) + 1
+def bounds(length, split, splits, STEP: tl.constexpr):
+    """The first of a part of so many positions, and the one behind its last."""
+    length = length.to(tl.int32)
     chunk = tl.cdiv(tl.cdiv(length, splits), STEP) * STEP
     begin = split * chunk
     return begin, tl.minimum(begin + chunk, length)
