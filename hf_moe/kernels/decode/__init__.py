@@ -213,7 +213,9 @@ def latent_forward(module: HfMoeLatentAttention, rows: int):
             interleaved=config.rope_interleave,
             softcap=config.attn_logit_softcapping,
         )
-        return products.linear(out.flatten(1), module.o_proj.weight)[0].unsqueeze(1), None
+        return products.linear(out.flatten(1), module.o_proj.weight, counted=cached.cumulative_length)[0].unsqueeze(
+            1
+        ), None
 
     return forward
 
@@ -229,7 +231,7 @@ def grouped_forward(module: HfMoeAttention, rows: int):
     if not simple:
         return None
     weights = [getattr(module, name).weight for name in names]
-    arrived = counters(weights[0], 1 + rows * config.num_key_value_heads)
+    arrived = counters(weights[0], rows * config.num_key_value_heads)
     norm_weights = (module.q_norm.weight, module.k_norm.weight) if normed else None
     original = type(module).forward
 
@@ -254,7 +256,7 @@ def grouped_forward(module: HfMoeAttention, rows: int):
             interleaved=config.rope_interleave,
             softcap=config.attn_logit_softcapping,
         )
-        return products.linear(out.flatten(1), weights[3])[0].unsqueeze(1), None
+        return products.linear(out.flatten(1), weights[3], counted=cached.cumulative_length)[0].unsqueeze(1), None
 
     return forward
 

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ..activations import ACTIVATIONS, activate
 from ..formula import Formula
+from . import one_token
 from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
 
 MAX_TOKENS = 64  # one tile of rows; with more, sorting by expert is cheaper
@@ -378,6 +379,9 @@ def mixture(
     if shared is not None:
         width = shared.up.shape[1]
         parts = triton.cdiv(width, size)
+    if tokens == 1 and top_k + parts <= one_token.MAX_SLOTS:
+        residual = None if residual is None else residual.contiguous()
+        return one_token.mixture(x, weights, index, routed, shared, formula, residual, size, parts)
     by_slot = tokens * top_k < experts
     programs = parts + (tokens * top_k if by_slot else experts)
     one = routed or shared

@@ -187,7 +187,7 @@ def attention_kernel(
         store_part(parts_ptr, lse_ptr, place * SPLITS + split, column, size, ours, inside, best, total, out)
     ends = SPLITS == 1
     if SUMS and SPLITS > 1:
-        ends = last_of(arrived_ptr + 1 + row * N + key_head, SPLITS)
+        ends = last_of(arrived_ptr + row * N + key_head, SPLITS)
     if ends:
         if SPLITS > 1:
             best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
@@ -207,8 +207,6 @@ def attention_kernel(
         out = out / tl.where(total > 0, total, 1.0)[:, None]
         target = out_ptr + place[:, None] * size + column[None, :]
         tl.store(target, out.to(dtype), mask=ours[:, None] & inside[None, :])
-        if last_of(arrived_ptr, tl.num_programs(0) * N):
-            tl.store(length_ptr, length + 1)
 
 
 def grouped_attention(
@@ -233,8 +231,8 @@ def grouped_attention(
 
     query [B, H d], key and value [B, N d] as projected; `norm_weights` of query and key, [d] or [H d] and [N d]; cos
     and sin [B or 1, d]; mask [B or 1, S], true where a position may be seen, the new token's own taken to be. The
-    cache takes key and value, and `length` grows by one. `arrived` [1 + B N] int32 counts programs: zeros, as it is
-    left.
+    cache takes key and value; who calls counts the token in `length` afterwards. `arrived` [B N] int32 counts
+    programs: zeros, as it is left.
     """
     rows, key_heads, _, size = keys.shape
     heads = query.shape[1] // size
@@ -285,5 +283,5 @@ def grouped_attention(
         **OVERLAP,
     )
     if splits > FEW_PARTS:
-        sum_of_parts(parts, lse, out.transpose(0, 1), length)
+        sum_of_parts(parts, lse, out.transpose(0, 1))
     return out

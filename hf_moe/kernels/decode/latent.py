@@ -219,7 +219,6 @@ def value_kernel(
     lse_ptr,
     value_up_ptr,
     out_ptr,
-    length_ptr,
     up_head,
     up_row,
     rows,
@@ -250,8 +249,6 @@ def value_kernel(
         latent = tl.sum(latents * weight[:, None], axis=0) / tl.maximum(tl.sum(weight, axis=0), 1e-30)
         value = tl.sum(latent.to(dtype).to(tl.float32)[None, :] * value_up.to(tl.float32), axis=1)
         tl.store(out_ptr + (row * H + head) * size + column, value.to(dtype), mask=inside)
-    if (head == 0) & (tl.program_id(1) == 0):
-        tl.store(length_ptr, tl.load(length_ptr) + 1)
 
 
 def latent_attention(
@@ -276,7 +273,8 @@ def latent_attention(
 
     query [B, H, d_nope + d_rope] and latent [B, r + d_rope] as projected, not normed, not rotated; key_up
     [H, d_nope, r]; value_up [H, d_v, r]; cos and sin [B or 1, d_rope]; mask [B or 1, S], true where a position may be
-    seen. The cache takes the token, and `length` grows by one.
+    seen. The cache takes the token; who
+    calls counts it in `length` afterwards.
     """
     rows, heads, _ = query.shape
     rank, rope, nope, size = keys.shape[-1], values.shape[-1], key_up.shape[1], value_up.shape[1]
@@ -357,7 +355,7 @@ def latent_attention(
     out = torch.empty(rows, heads, size, dtype=keys.dtype, device=keys.device)
     if splits > FEW_PARTS or rows > FEW_ROWS:
         latents = torch.empty_like(absorbed)
-        sum_of_parts(parts, lse, latents, length)
+        sum_of_parts(parts, lse, latents)
         per_head(latents, value_up.transpose(1, 2), out.transpose(0, 1))
         return out
     value_kernel[(heads, triton.cdiv(size, VALUES))](
@@ -365,7 +363,6 @@ def latent_attention(
         lse,
         value_up,
         out,
-        length,
         value_up.stride(0),
         value_up.stride(1),
         rows,

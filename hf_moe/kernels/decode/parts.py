@@ -67,7 +67,6 @@ def combine_kernel(
     parts_ptr,
     lse_ptr,
     out_ptr,
-    length_ptr,
     out_head,
     out_row,
     H,
@@ -76,7 +75,7 @@ def combine_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The parts' mean by the exponentials of their sums; the first program counts the new token."""
+    """The parts' mean by the exponentials of their sums."""
     let_next_start()
     wait_for_last()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -93,8 +92,6 @@ def combine_kernel(
     total, mass = tl.sum(rows * weight[:, None], axis=0), tl.sum(weight, axis=0)
     total = total / tl.maximum(mass, 1e-30)
     tl.store(out_ptr + head * out_head + row * out_row + column, total.to(out_ptr.dtype.element_ty), mask=inside)
-    if (row == 0) & (head == 0) & (tl.program_id(2) == 0):
-        tl.store(length_ptr, tl.load(length_ptr) + 1)
 
 
 def step_of(cache: torch.Tensor) -> int:
@@ -113,15 +110,14 @@ def room_for_parts(rows: int, heads: int, programs: int, cache: torch.Tensor) ->
     return parts, torch.empty(parts.shape[:3], dtype=torch.float32, device=cache.device)
 
 
-def sum_of_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, length: torch.Tensor) -> None:
-    """out [H, B, r] of the parts [B, H, splits, r] and the logarithms of their sums; `length` grows by one."""
+def sum_of_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> None:
+    """out [H, B, r] of the parts [B, H, splits, r] and the logarithms of their sums."""
     rows, heads, splits, rank = parts.shape
     columns = min(COLUMNS, triton.next_power_of_2(rank))
     combine_kernel[(rows, heads, triton.cdiv(rank, columns))](
         parts,
         lse,
         out,
-        length,
         out.stride(0),
         out.stride(1),
         heads,

@@ -7,11 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
+from . import one_token
 from .norms import rms_norm
 from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
 
 COLUMNS, DEPTH, STAGES = 16, 512, 4  # of a program, of a step, steps in flight
-NORM_ROWS = tl.constexpr(2)  # with more, each program would read too much of them twice
 
 
 @triton.jit
@@ -23,8 +23,7 @@ def product_kernel(
     out2_ptr,
     weight3_ptr,
     out3_ptr,
-    norm_ptr,
-    eps,
+    count_ptr,
     rows,
     depth,
     columns,
@@ -38,7 +37,7 @@ def product_kernel(
     out_row,
     out_head,
     WEIGHTS: tl.constexpr,
-    NORMED: tl.constexpr,
+    COUNTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -64,18 +63,9 @@ def product_kernel(
         line = tl.minimum(tl.arange(0, LINES) * LINE_VALUES, depth - 1)
         fetch(base + tl.minimum(column, width - 1)[None, :].to(tl.int64) * weight_column + line[:, None])
     wait_for_last()
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    scale = tl.zeros((BLOCK_T,), tl.float32)
-    if NORMED:  # of a row or two it costs less than a launch of its own
-        squares = tl.zeros((NORM_ROWS, BLOCK_A), tl.float32)
-        few = tl.arange(0, NORM_ROWS)
-        for start in range(0, depth, BLOCK_A):
-            inner = (few < rows)[:, None] & (step + start < depth)[None, :]
-            x = tl.load(x_ptr + few[:, None] * x_row + (step + start)[None, :], mask=inner, other=0.0).to(tl.float32)
-            squares += x * x
-        means = tl.sum(squares, axis=1) / depth
-        own = row[:, None] == few[None, :]
-        scale = tl.rsqrt(tl.sum(tl.where(own, means[None, :], 0.0), axis=1) + eps)
+    if COUNTS:  # noqa: SIM102
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(count_ptr, tl.load(count_ptr) + 1)
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for start in range(0, depth, BLOCK_A):
         here = step + start < depth
@@ -84,16 +74,15 @@ def product_kernel(
             mask=real[:, None] & here[None, :],
             other=0.0,
         )
-        if NORMED:
-            x = (x.to(tl.float32) * scale[:, None]).to(dtype).to(tl.float32)
-            x = (x * tl.load(norm_ptr + step + start, mask=here, other=0.0).to(tl.float32)[None, :]).to(dtype)
         weight = tl.load(place + start * weight_depth, mask=here[:, None] & inside[None, :], other=0.0)
         total = tl.dot(x, weight, total, input_precision="ieee")
     target = out + row[:, None] * stride + column[None, :]
     tl.store(target, total.to(out_ptr.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
-def launch(x: torch.Tensor, weights: list, outs: list, columns: list[int], rows, heads, depth, strides, norm) -> None:
+def launch(
+    x: torch.Tensor, weights: list, outs: list, columns: list[int], rows, heads, depth, strides, counted=None
+) -> None:
     count = len(weights)
     missing = [None] * (3 - count)
     blocks = sum(triton.cdiv(size, COLUMNS) for size in columns)
@@ -102,18 +91,16 @@ def launch(x: torch.Tensor, weights: list, outs: list, columns: list[int], rows,
     values = LINE // x.element_size()
     lines = triton.next_power_of_2(triton.cdiv(depth, values)) if strides[4] == 1 else 0
     pairs = [tensor for pair in zip(weights + missing, outs + missing, strict=True) for tensor in pair]
-    norm_weight, eps = norm or (None, 0.0)
     product_kernel[(heads, blocks)](
         x,
         *pairs,
-        norm_weight,
-        eps,
+        counted,
         rows,
         depth,
         *(columns + [0] * (3 - count)),
         *strides,
         WEIGHTS=count,
-        NORMED=norm is not None,
+        COUNTS=counted is not None,
         BLOCK_T=block_t,
         BLOCK_C=COLUMNS,
         BLOCK_A=min(most, max(16, triton.next_power_of_2(depth))),
@@ -126,18 +113,24 @@ def launch(x: torch.Tensor, weights: list, outs: list, columns: list[int], rows,
 
 
 def linear(
-    x: torch.Tensor, *weights: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None
+    x: torch.Tensor,
+    *weights: torch.Tensor,
+    norm: tuple[torch.Tensor, float] | None = None,
+    counted: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """x W^T [T, C] for each of one to three weights [C, A], in one launch, of x [T, A].
 
-    Of x's RMSNorm where `norm` has its weight [A] and epsilon.
+    Of x's RMSNorm where `norm` has its weight [A] and epsilon. The number `counted` grows by one.
     """
     rows, depth = x.shape
+    if rows == 1 and (norm is None or depth <= one_token.TILE):
+        return one_token.linear(x, weights, norm, counted)
+    if norm is not None:
+        x = rms_norm(x, *norm)
     columns = [len(weight) for weight in weights]
-    if norm is not None and (rows > NORM_ROWS.value or norm[0].dtype != x.dtype):
-        x, norm = rms_norm(x, *norm), None
     outs = [torch.empty(rows, size, dtype=x.dtype, device=x.device) for size in columns]
-    launch(x, list(weights), outs, columns, rows, 1, depth, (x.stride(0), 0, 0, depth, 1, columns[0], 0), norm)
+    strides = (x.stride(0), 0, 0, depth, 1, columns[0], 0)
+    launch(x, list(weights), outs, columns, rows, 1, depth, strides, counted)
     return outs
 
 
@@ -145,5 +138,5 @@ def per_head(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.
     """out[n, t, c] = sum_a x[n, t, a] weight[n, a, c] for any strides, x's last one and out's last one being 1."""
     heads, rows, depth = x.shape
     strides = (x.stride(1), x.stride(0), weight.stride(0), weight.stride(2), weight.stride(1), out.stride(1))
-    launch(x, [weight], [out], [weight.shape[2]], rows, heads, depth, (*strides, out.stride(0)), None)
+    launch(x, [weight], [out], [weight.shape[2]], rows, heads, depth, (*strides, out.stride(0)))
     return out

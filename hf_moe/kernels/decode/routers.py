@@ -11,6 +11,7 @@ import triton.language as tl
 from .norms import normalized
 from .overlap import OVERLAP, last_of, let_next_start, wait_for_last
 
+SOME = tl.constexpr(64)  # experts that each is compared with at once
 ROUTER_TILE = 16384  # values of the gate that a program holds
 MANY = 64  # tokens; with more, a matrix product reads the weights less often
 SCORES = {"softmax_topk": 0, "topk_softmax": 1, "sigmoid_topk": 2}
@@ -58,7 +59,7 @@ def choose(
     BLOCK_K: tl.constexpr,
 ):
     """One token's K experts and their weights, of its E logits."""
-    expert, slot, few = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K), tl.arange(0, 16)
+    expert, slot, some = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K), tl.arange(0, SOME)
     real = expert < E
     # Other programs may have written them just now: not from this processor's own cache.
     logits = tl.load(logits_ptr + expert, mask=real, other=float("-inf"), cache_modifier=".cg")
@@ -67,8 +68,8 @@ def choose(
     scores, choice = scores_of(logits, bias_ptr, expert, real, best, mass, SCORE, BIASED)
     # An expert's slot is the number of those before it: no search, which would go through the threads K times.
     before = tl.zeros((BLOCK_E,), tl.int32)
-    for start in range(0, E, 16):
-        other = start + few
+    for start in range(0, E, SOME):
+        other = start + some
         there = other < E
         theirs = tl.load(logits_ptr + other, mask=there, other=float("-inf"), cache_modifier=".cg")
         _, theirs = scores_of(theirs, bias_ptr, other, there, best, mass, SCORE, BIASED)
