@@ -42,11 +42,11 @@ def build(preset: str) -> HfMoeForCausalLM:
 @torch.inference_mode()
 def recorded(model: HfMoeForCausalLM, batch: int, context: int) -> RecordedStep:
     """A step behind `context` positions of a random cache."""
-    cache = HfMoeReservedCache(model.config.num_hidden_layers, context + 64)
+    cache = HfMoeReservedCache(model.config.num_hidden_layers, context + 128)
     ids = torch.randint(3, model.config.vocab_size, (batch, 1), device="cuda")
     model(ids, past_key_values=cache)  # which gives the layers their shapes
     for layer in cache.layers:
-        layer.reserve(context + 64)
+        layer.reserve(context + 128)
         for memory in (layer.keys, layer.values):
             memory[:, :, :context].normal_()
         layer.length = context
@@ -59,16 +59,18 @@ def some_tokens(step: RecordedStep) -> torch.Tensor:
     return torch.arange(3, 3 + len(step.token), device="cuda")
 
 
-def step_microseconds(step: RecordedStep, replays: int = 30) -> float:
+def step_microseconds(step: RecordedStep, rounds: int = 5, replays: int = 8) -> float:
+    """One replay behind the other, as generate() asks for them; the first round warms up."""
     token, times = some_tokens(step), []
-    for _ in range(replays):
+    for _ in range(1 + rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        step(token)
+        for _ in range(replays):
+            step(token)
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000)
-    return statistics.median(times)
+        times.append(start.elapsed_time(end) * 1000 / replays)
+    return statistics.median(times[1:])
 
 
 def kernels_of(step: RecordedStep, replays: int = 5) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ None where this module has what the kernels don't know; its own method then stay
 """
 
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -13,9 +14,16 @@ from ...model.attention import HfMoeAttention
 from ...model.decoding import HfMoeReservedLayer
 from ...model.latent_attention import LATENT_NORM_EPS, HfMoeLatentAttention
 from ...model.mlp import HfMoeMLP
-from ...model.modeling_hf_moe import HfMoeClampedExperts, HfMoeDecoderLayer, HfMoeExperts, HfMoeSparseMoeBlock
+from ...model.modeling_hf_moe import (
+    HfMoeClampedExperts,
+    HfMoeDecoderLayer,
+    HfMoeExperts,
+    HfMoeModel,
+    HfMoeSparseMoeBlock,
+)
 from ...model.norms import PLACEMENTS
 from ...model.rms_norm import HfMoeRMSNorm
+from ...model.rotary import HfMoeRotaryEmbedding
 from ...model.router import HfMoeRouter
 from ..experts import hf_moe_experts_forward
 from ..formula import Formula, activation, formula
@@ -140,10 +148,10 @@ def few_forward(module: HfMoeSparseMoeBlock, computed: Formula, rows: int):
         weights_of = experts.Network(None, up, routed.down_proj, biases and (None, *biases))
     chosen, arguments, arrived = chooser(module.gate), route_arguments(module.gate, config), counters(up, rows)
 
-    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None):
+    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None, ahead=()):
         if norm is not None and arguments is not None:
             both = (residual.flatten(0, -2), hidden_states.flatten(0, -2).contiguous())
-            settings = (*weight_and_epsilon(norm), *arguments, arrived)
+            settings = (*weight_and_epsilon(norm), *arguments, arrived, ahead)
             residual, x, weights, index = routers.normed_route(*both, *settings)
         else:
             residual, x = summed_and_normed(hidden_states, residual, norm)
@@ -275,6 +283,32 @@ def many_rotated(module: HfMoeAttention, rows: int):
     return rotated
 
 
+def angles_forward(module: HfMoeRotaryEmbedding, rows: int):
+    if rows > experts.MAX_TOKENS or "dynamic" in module.rope_type or module.rope_type == "longrope":
+        return None  # those frequencies depend on the length
+    return lambda x, position_ids: rotary.angles(position_ids, module.inv_freq, module.attention_scaling, x.dtype)
+
+
+def masks_of_step(module: HfMoeModel, rows: int):
+    """None for a step's attention without padding: its kernels know how long the text is."""
+    original = module.attention_masks
+    rotary_emb, sizes = (
+        module.rotary_emb,
+        {x.self_attn.head_dim for x in module.layers if type(x.self_attn) is HfMoeAttention},
+    )
+    whole = type(rotary_emb) is HfMoeRotaryEmbedding and sizes <= {2 * len(rotary_emb.inv_freq)}
+    full = set(module.config.layer_types) == {"full_attention"}
+
+    def attention_masks(attention_mask, inputs_embeds, past_key_values, position_ids):
+        kernels = all("forward" in vars(layer.self_attn) for layer in module.layers)
+        cached = all(recorded_layer(past_key_values, index) is not None for index in range(len(module.layers)))
+        if attention_mask is None and whole and full and kernels and cached:
+            return {"full_attention": None}
+        return original(attention_mask, inputs_embeds, past_key_values, position_ids)
+
+    return attention_masks
+
+
 def layer_forward(module: HfMoeDecoderLayer, rows: int):
     first, second = (getattr(module, f"{name}_layernorm", None) for name in ("input", "post_attention"))
     plain_norms = type(first) is type(second) is HfMoeRMSNorm
@@ -290,14 +324,41 @@ def layer_forward(module: HfMoeDecoderLayer, rows: int):
         else:
             attended, _ = module.self_attn(first(hidden_states), **heads_routing, **kwargs)
         if "forward" in vars(module.mlp):  # it adds and norms
+            if rows == 1 and module.sparse:
+                mlp_routing |= {"ahead": forward.ahead}
             return module.mlp(attended, residual=hidden_states, norm=second, **mlp_routing)
         hidden_states, normed = summed_and_normed(attended, hidden_states, second)
         return hidden_states + module.mlp(normed, **mlp_routing)
 
+    forward.ahead = ()
     return forward
 
 
+def first_weights(module: HfMoeDecoderLayer) -> tuple[torch.Tensor, ...]:
+    """What the layer's first launch reads, where that is one of ours."""
+    attention = module.self_attn
+    if "forward" not in vars(attention):
+        return ()
+    names = FIRST[type(attention)]
+    return tuple(getattr(attention, name).weight for name in names if hasattr(attention, name))
+
+
+def look_ahead(model: nn.Module) -> None:
+    """Each layer fetches what the next one reads first."""
+    layers = [module for module in model.modules() if type(module) is HfMoeDecoderLayer]
+    for layer, following in pairwise(layers):
+        if hasattr(vars(layer).get("forward"), "ahead"):
+            layer.forward.ahead = first_weights(following)
+
+
+FIRST = {
+    HfMoeAttention: ("q_proj", "k_proj", "v_proj"),
+    HfMoeLatentAttention: ("q_proj", "q_a_proj", "kv_a_proj_with_mqa"),
+}
+
 METHODS = {
+    HfMoeModel: {"attention_masks": masks_of_step},
+    HfMoeRotaryEmbedding: {"forward": angles_forward},
     HfMoeDecoderLayer: {"forward": layer_forward},
     HfMoeRMSNorm: {"forward": norm_forward},
     HfMoeMLP: {"forward": mlp_forward},
@@ -321,6 +382,7 @@ def fused(model: nn.Module, rows: int):
                 if method is not None:
                     setattr(module, name, method)
                     changed.append((module, name))
+        look_ahead(model)
         yield [getattr(module, name) for module, name in changed]
     finally:
         for module, name in changed:

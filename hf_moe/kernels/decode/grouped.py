@@ -9,7 +9,18 @@ import triton
 import triton.language as tl
 
 from .overlap import OVERLAP, last_of, let_next_start, wait_for_last
-from .parts import FEW_PARTS, STAGES, WARPS, attend, bounds, room_for_parts, step_of, store_part, sum_of_parts
+from .parts import (
+    FEW_PARTS,
+    STAGES,
+    WARPS,
+    attend,
+    bounds,
+    fetch_rows,
+    room_for_parts,
+    step_of,
+    store_part,
+    sum_of_parts,
+)
 
 
 @triton.jit
@@ -67,6 +78,37 @@ def turned(
 
 
 @triton.jit
+def sum_few(
+    parts_ptr,
+    lse_ptr,
+    place,
+    column,
+    size,
+    heads,
+    inside,
+    SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The weights' sum [heads] and the weighted sum [heads, BLOCK_D] of the parts that all programs have written."""
+    best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    for part in tl.static_range(SPLITS):
+        lse = tl.load(lse_ptr + place * SPLITS + part, mask=heads, other=0.0, cache_modifier=".cg")
+        best = tl.maximum(best, lse)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    out = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    for part in tl.static_range(SPLITS):
+        here = place * SPLITS + part
+        lse = tl.load(lse_ptr + here, mask=heads, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.exp(lse - best)
+        total += weight
+        rows = parts_ptr + here[:, None] * size + column[None, :]
+        part_out = tl.load(rows, mask=heads[:, None] & inside[None, :], other=0.0, cache_modifier=".cg")
+        out += weight[:, None] * part_out
+    return total, out
+
+
+@triton.jit
 def attention_kernel(
     query_ptr,
     key_ptr,
@@ -108,11 +150,15 @@ def attention_kernel(
 ):
     """A key head's queries over one part of the positions. The first part has the new token, and writes it."""
     let_next_start()
-    wait_for_last()
     row, key_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = keys_ptr.dtype.element_ty
     half: tl.constexpr = size // 2
-    length, group = tl.load(length_ptr), H // N
+    first = row * cache_row + key_head.to(tl.int64) * cache_head
+    length, group = tl.load(length_ptr), H // N  # of the step before, which has ended, as what it cached
+    begin, end = bounds(length, split, SPLITS, BLOCK_S)
+    fetch_rows(keys_ptr + first, begin, end, size, BLOCK_S)
+    fetch_rows(values_ptr + first, begin, end, size, BLOCK_S)
+    wait_for_last()
     member, pair = tl.arange(0, BLOCK_G), tl.arange(0, HALF)
     head, ours, there = key_head * group + member, member < group, pair < half
     cos_ptr += row * rotary_row
@@ -135,7 +181,6 @@ def attention_kernel(
     )
     column, position = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     inside = column < size
-    first = row * cache_row + key_head.to(tl.int64) * cache_head
 
     best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
@@ -168,7 +213,6 @@ def attention_kernel(
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
         best, total = scores, tl.full((BLOCK_G,), 1.0, tl.float32)
         out += value.to(tl.float32)[None, :]
-    begin, end = bounds(length, split, SPLITS, BLOCK_S)
     for start in range(begin, end, BLOCK_S):
         here = start + position
         seen = here < end
@@ -190,20 +234,7 @@ def attention_kernel(
         ends = last_of(arrived_ptr + row * N + key_head, SPLITS)
     if ends:
         if SPLITS > 1:
-            best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-            for part in tl.static_range(SPLITS):
-                lse = tl.load(lse_ptr + place * SPLITS + part, mask=ours, other=0.0, cache_modifier=".cg")
-                best = tl.maximum(best, lse)
-            total = tl.zeros((BLOCK_G,), tl.float32)
-            out = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-            both = ours[:, None] & inside[None, :]
-            for part in tl.static_range(SPLITS):
-                here = place * SPLITS + part
-                lse = tl.load(lse_ptr + here, mask=ours, other=float("-inf"), cache_modifier=".cg")
-                weight = tl.exp(lse - best)
-                total += weight
-                rows = parts_ptr + here[:, None] * size + column[None, :]
-                out += weight[:, None] * tl.load(rows, mask=both, other=0.0, cache_modifier=".cg")
+            total, out = sum_few(parts_ptr, lse_ptr, place, column, size, ours, inside, SPLITS, BLOCK_G, BLOCK_D)
         out = out / tl.where(total > 0, total, 1.0)[:, None]
         target = out_ptr + place[:, None] * size + column[None, :]
         tl.store(target, out.to(dtype), mask=ours[:, None] & inside[None, :])
@@ -237,7 +268,7 @@ def grouped_attention(
     rows, key_heads, _, size = keys.shape
     heads = query.shape[1] // size
     norm = 0 if norm_weights is None else 1 if norm_weights[0].numel() == size else 2
-    parts, lse = room_for_parts(rows, heads, rows * key_heads, keys)
+    parts, lse = room_for_parts(rows, heads, rows * key_heads, keys, 2 * step_of(keys))
     splits = parts.shape[2]
     out = torch.empty(rows, heads, size, dtype=keys.dtype, device=keys.device)
     attention_kernel[(rows, key_heads, splits)](

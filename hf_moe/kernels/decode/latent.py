@@ -11,10 +11,11 @@ import triton.language as tl
 
 from .norms import normalized
 from .overlap import OVERLAP, let_next_start, wait_for_last
-from .parts import FEW_PARTS, STAGES, WARPS, attend, bounds, room_for_parts, step_of, store_part, sum_of_parts
+from .parts import FEW_PARTS, WARPS, attend, bounds, fetch_rows, room_for_parts, step_of, store_part, sum_of_parts
 from .products import per_head
 
 ABSORBED, VALUES = 64, 16  # columns of a program
+STEP, STAGES, PROGRAMS = 64, 2, 264  # positions of a step, steps in flight; two programs fit a processor
 FEW_ROWS = 2  # of more, one after the other, a program would sum the parts too slowly
 
 
@@ -172,10 +173,11 @@ def split_kernel(
 ):
     """Attention of BLOCK_H heads of a row over one part of the positions, with the logarithm of its sum."""
     let_next_start()
-    wait_for_last()
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     begin, end = bounds(tl.load(length_ptr) + 1, split, splits, BLOCK_S)  # the token just written included
+    fetch_rows(keys_ptr + row * keys_row, begin, end, rank, BLOCK_S)
+    wait_for_last()
     column, turned, position = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_S)
     heads, inside, real = head < H, column < rank, turned < rope
     query = tl.load(
@@ -320,7 +322,8 @@ def latent_attention(
 
     block_h = min(64, max(16, triton.next_power_of_2(heads)))
     blocks_h = triton.cdiv(heads, block_h)
-    parts, lse = room_for_parts(rows, heads, rows * blocks_h, keys)
+    step = step_of(keys, STEP)
+    parts, lse = room_for_parts(rows, heads, rows * blocks_h, keys, step, PROGRAMS)
     splits = parts.shape[2]
     split_kernel[(rows, blocks_h, splits)](
         absorbed,
@@ -345,7 +348,7 @@ def latent_attention(
         MASKED=mask is not None,
         CAPPED=softcap is not None,
         BLOCK_H=block_h,
-        BLOCK_S=step_of(keys),
+        BLOCK_S=step,
         BLOCK_R=block_r,
         BLOCK_P=max(16, block_p),
         num_warps=WARPS if block_h == 16 else 8,

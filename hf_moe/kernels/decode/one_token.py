@@ -3,6 +3,7 @@
 A program holds its few rows of weights in registers and has asked for them before it waits for the launch before it:
 while that ends, the next one's weights are under way. Of experts, the second product can do so, since it knows the
 choice by then. Tensor cores would take 16 tokens, and shared memory that keeps the next launch's programs out.
+Experts' weights, which the next token hardly needs, leave the card's cache first: what was fetched ahead stays.
 
 Shapes: A depth, C columns, D hidden size, I expert intermediate size, E experts, K experts of the token, P parts of a
 shared network.
@@ -16,8 +17,8 @@ from ..activations import ACTIVATIONS, activate
 from ..formula import Formula
 from .overlap import OVERLAP, let_next_start, wait_for_last
 
-TILE, WARPS = 8192, 4  # weights that a program holds, and its warps
-SUM_COLUMNS, SUM_WARPS = 2, 8  # of the sum of experts
+TILE, WARPS = 4096, 2  # weights that a program holds, and its warps
+SUM_COLUMNS, SUM_WARPS = 1, 4  # of the sum of experts
 MAX_SLOTS = 16  # whose weights it can hold
 
 
@@ -173,9 +174,9 @@ def up_kernel(
     for start in range(0, D, BLOCK_A):
         here = step + start < D
         both = inside[:, None] & here[None, :]
-        tile = tl.load(up + place + start, mask=both, other=0.0)
+        tile = tl.load(up + place + start, mask=both, other=0.0, eviction_policy="evict_first")
         if GATED:
-            gate_tile = tl.load(gate + place + start, mask=both, other=0.0)
+            gate_tile = tl.load(gate + place + start, mask=both, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptr + start + step, mask=here, other=0.0).to(tl.float32)[None, :]
         of_up += tl.sum(x * tile.to(tl.float32), axis=1)
         if GATED:
@@ -230,7 +231,7 @@ def sum_kernel(
         width = tl.where(expert < num_experts, I, 0)
         here = inside[:, None] & (step < width)[None, :]
         place = down_ptr + expert * expert_stride + column[:, None].to(tl.int64) * I + step[None, :]
-        tiles = tiles + (tl.load(place, mask=here, other=0.0),)  # noqa: RUF005
+        tiles = tiles + (tl.load(place, mask=here, other=0.0, eviction_policy="evict_first"),)  # noqa: RUF005
     wait_for_last()
     total = tl.zeros((BLOCK_C,), tl.float32)
     for slot in tl.static_range(PARTS + K):

@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .overlap import OVERLAP, let_next_start, wait_for_last
+from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
 
 STEP, WARPS, STAGES = 32, 4, 3  # positions of a step, warps, steps in flight
+LINE_VALUES = tl.constexpr(LINE // 2)  # of two bytes
 PROGRAMS = 132  # that run at once: one a processor
 COLUMNS = 32  # of a program that sums the parts
 FEW_PARTS = 16  # are summed on the way by those that have something else to do; more are a launch of many programs
@@ -23,6 +24,14 @@ def bounds(length, split, splits, STEP: tl.constexpr):
     chunk = tl.cdiv(tl.cdiv(length, splits), STEP) * STEP
     begin = split * chunk
     return begin, tl.minimum(begin + chunk, length)
+
+
+@triton.jit
+def fetch_rows(cache_ptr, begin, end, size, STEP: tl.constexpr):
+    """The first STEP rows of a part, of `size` values each, to the card's cache."""
+    here = tl.minimum(begin + tl.arange(0, STEP), tl.maximum(end - 1, 0))
+    for column in range(0, size, LINE_VALUES):
+        fetch(cache_ptr + here.to(tl.int64) * size + column)
 
 
 @triton.jit
@@ -94,18 +103,21 @@ def combine_kernel(
     tl.store(out_ptr + head * out_head + row * out_row + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def step_of(cache: torch.Tensor) -> int:
+def step_of(cache: torch.Tensor, step: int = STEP) -> int:
     """Positions of a step; of four bytes a value half as many fit."""
-    return STEP if cache.element_size() == 2 else STEP // 2
+    return step if cache.element_size() == 2 else step // 2
 
 
-def room_for_parts(rows: int, heads: int, programs: int, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def room_for_parts(
+    rows: int, heads: int, programs: int, cache: torch.Tensor, least: int, at_once: int = PROGRAMS
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for the parts [B, H, splits, r] and their logarithms, in float32.
 
-    So many parts that all of them, of `programs` programs each, fill the card, and each has two steps at least.
+    So many parts that all of them, of `programs` programs each, fill the card, which runs so many `at_once`, and each
+    has `least` positions.
     """
     positions, size = cache.shape[2:]
-    splits = max(1, min(PROGRAMS // programs, triton.cdiv(positions, 2 * step_of(cache))))
+    splits = max(1, min(at_once // programs, triton.cdiv(positions, least)))
     parts = torch.empty(rows, heads, splits, size, dtype=torch.float32, device=cache.device)
     return parts, torch.empty(parts.shape[:3], dtype=torch.float32, device=cache.device)
 
