@@ -5,7 +5,6 @@ None where this module has what the kernels don't know; its own method then stay
 """
 
 from contextlib import contextmanager
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -148,10 +147,10 @@ def few_forward(module: HfMoeSparseMoeBlock, computed: Formula, rows: int):
         weights_of = experts.Network(None, up, routed.down_proj, biases and (None, *biases))
     chosen, arguments, arrived = chooser(module.gate), route_arguments(module.gate, config), counters(up, rows)
 
-    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None, ahead=()):
+    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None):
         if norm is not None and arguments is not None:
             both = (residual.flatten(0, -2), hidden_states.flatten(0, -2).contiguous())
-            settings = (*weight_and_epsilon(norm), *arguments, arrived, ahead)
+            settings = (*weight_and_epsilon(norm), *arguments, arrived)
             residual, x, weights, index = routers.normed_route(*both, *settings)
         else:
             residual, x = summed_and_normed(hidden_states, residual, norm)
@@ -324,37 +323,12 @@ def layer_forward(module: HfMoeDecoderLayer, rows: int):
         else:
             attended, _ = module.self_attn(first(hidden_states), **heads_routing, **kwargs)
         if "forward" in vars(module.mlp):  # it adds and norms
-            if rows == 1 and module.sparse:
-                mlp_routing |= {"ahead": forward.ahead}
             return module.mlp(attended, residual=hidden_states, norm=second, **mlp_routing)
         hidden_states, normed = summed_and_normed(attended, hidden_states, second)
         return hidden_states + module.mlp(normed, **mlp_routing)
 
-    forward.ahead = ()
     return forward
 
-
-def first_weights(module: HfMoeDecoderLayer) -> tuple[torch.Tensor, ...]:
-    """What the layer's first launch reads, where that is one of ours."""
-    attention = module.self_attn
-    if "forward" not in vars(attention):
-        return ()
-    names = FIRST[type(attention)]
-    return tuple(getattr(attention, name).weight for name in names if hasattr(attention, name))
-
-
-def look_ahead(model: nn.Module) -> None:
-    """Each layer fetches what the next one reads first."""
-    layers = [module for module in model.modules() if type(module) is HfMoeDecoderLayer]
-    for layer, following in pairwise(layers):
-        if hasattr(vars(layer).get("forward"), "ahead"):
-            layer.forward.ahead = first_weights(following)
-
-
-FIRST = {
-    HfMoeAttention: ("q_proj", "k_proj", "v_proj"),
-    HfMoeLatentAttention: ("q_proj", "q_a_proj", "kv_a_proj_with_mqa"),
-}
 
 METHODS = {
     HfMoeModel: {"attention_masks": masks_of_step},
@@ -382,7 +356,6 @@ def fused(model: nn.Module, rows: int):
                 if method is not None:
                     setattr(module, name, method)
                     changed.append((module, name))
-        look_ahead(model)
         yield [getattr(module, name) for module, name in changed]
     finally:
         for module, name in changed:

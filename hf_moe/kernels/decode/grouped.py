@@ -16,6 +16,7 @@ from .parts import (
     attend,
     bounds,
     fetch_rows,
+    number_of_parts,
     room_for_parts,
     step_of,
     store_part,
@@ -32,9 +33,23 @@ def scale_of(vector_ptr, count, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def norm_halves(
+    weight_ptr, head, real, size: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr
+):
+    """The halves [heads, HALF] of some heads' norm weights."""
+    pair = tl.arange(0, HALF)
+    step: tl.constexpr = 1 if INTERLEAVED else size // 2
+    place = head[:, None] * (size if NORM == 2 else 0) + (2 if INTERLEAVED else 1) * pair[None, :]
+    both = real[:, None] & (pair < size // 2)[None, :]
+    a = tl.load(weight_ptr + place, mask=both, other=0.0).to(tl.float32)
+    return a, tl.load(weight_ptr + place + step, mask=both, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def turned(
     vector_ptr,
-    weight_ptr,
+    norm_a,
+    norm_b,
     cos_ptr,
     sin_ptr,
     head,
@@ -50,26 +65,20 @@ def turned(
 ):
     """The halves [heads, HALF] of some heads' vectors, normed and rotated."""
     half: tl.constexpr = size // 2
-    first: tl.constexpr = 2 if INTERLEAVED else 1
     step: tl.constexpr = 1 if INTERLEAVED else half
     pair = tl.arange(0, HALF)
     inside = pair < half
     both = real[:, None] & inside[None, :]
-    place = head[:, None] * size + first * pair[None, :]
+    place = head[:, None] * size + (2 if INTERLEAVED else 1) * pair[None, :]
     a = tl.load(vector_ptr + place, mask=both, other=0.0).to(tl.float32)
     b = tl.load(vector_ptr + place + step, mask=both, other=0.0).to(tl.float32)
     if NORM > 0:
         if NORM == 2:
             scale = scale_of(vector_ptr, count, eps, BLOCK_ALL)
-            a, b = a * scale, b * scale
         else:
-            place = head[:, None] * 0 + first * pair[None, :]
             scale = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / size + eps)[:, None]
-            a, b = a * scale, b * scale
-        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
-        a *= tl.load(weight_ptr + place, mask=both, other=0.0).to(tl.float32)
-        b *= tl.load(weight_ptr + place + step, mask=both, other=0.0).to(tl.float32)
-        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+        a, b = (a * scale).to(dtype).to(tl.float32), (b * scale).to(dtype).to(tl.float32)
+        a, b = (a * norm_a).to(dtype).to(tl.float32), (b * norm_b).to(dtype).to(tl.float32)
     cos_a = tl.load(cos_ptr + pair, mask=inside, other=0.0).to(tl.float32)[None, :]
     cos_b = tl.load(cos_ptr + pair + half, mask=inside, other=0.0).to(tl.float32)[None, :]
     sin_a = tl.load(sin_ptr + pair, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -86,19 +95,19 @@ def sum_few(
     size,
     heads,
     inside,
-    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The weights' sum [heads] and the weighted sum [heads, BLOCK_D] of the parts that all programs have written."""
     best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-    for part in tl.static_range(SPLITS):
-        lse = tl.load(lse_ptr + place * SPLITS + part, mask=heads, other=0.0, cache_modifier=".cg")
+    for part in tl.static_range(PARTS):
+        lse = tl.load(lse_ptr + place * PARTS + part, mask=heads, other=0.0, cache_modifier=".cg")
         best = tl.maximum(best, lse)
     total = tl.zeros((BLOCK_G,), tl.float32)
     out = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    for part in tl.static_range(SPLITS):
-        here = place * SPLITS + part
+    for part in tl.static_range(PARTS):
+        here = place * PARTS + part
         lse = tl.load(lse_ptr + here, mask=heads, other=float("-inf"), cache_modifier=".cg")
         weight = tl.exp(lse - best)
         total += weight
@@ -136,6 +145,7 @@ def attention_kernel(
     N,
     size: tl.constexpr,
     SPLITS: tl.constexpr,
+    NEW: tl.constexpr,
     NORM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -148,7 +158,7 @@ def attention_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A key head's queries over one part of the positions. The first part has the new token, and writes it."""
+    """A key head's queries over one part of the positions; the NEWth has the new token, and writes it."""
     let_next_start()
     row, key_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = keys_ptr.dtype.element_ty
@@ -158,14 +168,20 @@ def attention_kernel(
     begin, end = bounds(length, split, SPLITS, BLOCK_S)
     fetch_rows(keys_ptr + first, begin, end, size, BLOCK_S)
     fetch_rows(values_ptr + first, begin, end, size, BLOCK_S)
-    wait_for_last()
     member, pair = tl.arange(0, BLOCK_G), tl.arange(0, HALF)
     head, ours, there = key_head * group + member, member < group, pair < half
+    own, one = key_head + tl.arange(0, 1), tl.arange(0, 1) == 0
+    norm_a, norm_b, key_norm_a, key_norm_b = 0.0, 0.0, 0.0, 0.0
+    if NORM > 0:
+        norm_a, norm_b = norm_halves(query_weight_ptr, head, ours, size, NORM, INTERLEAVED, HALF)
+        key_norm_a, key_norm_b = norm_halves(key_weight_ptr, own, one, size, NORM, INTERLEAVED, HALF)
+    wait_for_last()
     cos_ptr += row * rotary_row
     sin_ptr += row * rotary_row
     query_a, query_b = turned(
         query_ptr + row * H * size,
-        query_weight_ptr,
+        norm_a,
+        norm_b,
         cos_ptr,
         sin_ptr,
         head,
@@ -182,17 +198,17 @@ def attention_kernel(
     column, position = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     inside = column < size
 
-    best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_G,), tl.float32)
+    best, total = tl.full((BLOCK_G,), float("-inf"), tl.float32), tl.zeros((BLOCK_G,), tl.float32)
     out = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    if split == 0:
+    if split == NEW:
         key_a, key_b = turned(
             key_ptr + row * N * size,
-            key_weight_ptr,
+            key_norm_a,
+            key_norm_b,
             cos_ptr,
             sin_ptr,
-            key_head + tl.arange(0, 1),
-            tl.arange(0, 1) == 0,
+            own,
+            one,
             N * size,
             eps,
             size,
@@ -227,14 +243,14 @@ def attention_kernel(
             scores, value, seen, mask_ptr, row * mask_row + here, softcap, best, total, out, MASKED, CAPPED
         )
     place = row * H + head
-    if SPLITS > 1:
-        store_part(parts_ptr, lse_ptr, place * SPLITS + split, column, size, ours, inside, best, total, out)
-    ends = SPLITS == 1
-    if SUMS and SPLITS > 1:
-        ends = last_of(arrived_ptr + row * N + key_head, SPLITS)
+    if NEW > 0:
+        store_part(parts_ptr, lse_ptr, place * (NEW + 1) + split, column, size, ours, inside, best, total, out)
+    ends = NEW == 0
+    if SUMS and NEW > 0:
+        ends = last_of(arrived_ptr + row * N + key_head, NEW + 1)
     if ends:
-        if SPLITS > 1:
-            total, out = sum_few(parts_ptr, lse_ptr, place, column, size, ours, inside, SPLITS, BLOCK_G, BLOCK_D)
+        if NEW > 0:
+            total, out = sum_few(parts_ptr, lse_ptr, place, column, size, ours, inside, NEW + 1, BLOCK_G, BLOCK_D)
         out = out / tl.where(total > 0, total, 1.0)[:, None]
         target = out_ptr + place[:, None] * size + column[None, :]
         tl.store(target, out.to(dtype), mask=ours[:, None] & inside[None, :])
@@ -268,10 +284,11 @@ def grouped_attention(
     rows, key_heads, _, size = keys.shape
     heads = query.shape[1] // size
     norm = 0 if norm_weights is None else 1 if norm_weights[0].numel() == size else 2
-    parts, lse = room_for_parts(rows, heads, rows * key_heads, keys, 2 * step_of(keys))
-    splits = parts.shape[2]
+    splits = number_of_parts(rows * key_heads, keys, 2 * step_of(keys))
+    new = splits if splits > 1 else 0  # in a part of its own, beside the others
+    parts, lse = room_for_parts(rows, heads, new + 1, keys)
     out = torch.empty(rows, heads, size, dtype=keys.dtype, device=keys.device)
-    attention_kernel[(rows, key_heads, splits)](
+    attention_kernel[(rows, key_heads, new + 1)](
         query,
         key,
         value,
@@ -298,11 +315,12 @@ def grouped_attention(
         key_heads,
         size,
         SPLITS=splits,
+        NEW=new,
         NORM=norm,
         INTERLEAVED=interleaved,
         MASKED=mask is not None,
         CAPPED=softcap is not None,
-        SUMS=splits <= FEW_PARTS,
+        SUMS=new < FEW_PARTS,
         BLOCK_G=max(16, triton.next_power_of_2(heads // key_heads)),
         BLOCK_S=step_of(keys),
         BLOCK_D=max(16, triton.next_power_of_2(size)),
@@ -313,6 +331,6 @@ def grouped_attention(
         num_stages=STAGES,
         **OVERLAP,
     )
-    if splits > FEW_PARTS:
+    if new >= FEW_PARTS:
         sum_of_parts(parts, lse, out.transpose(0, 1))
     return out

@@ -11,7 +11,18 @@ import triton.language as tl
 
 from .norms import normalized
 from .overlap import OVERLAP, let_next_start, wait_for_last
-from .parts import FEW_PARTS, WARPS, attend, bounds, fetch_rows, room_for_parts, step_of, store_part, sum_of_parts
+from .parts import (
+    FEW_PARTS,
+    WARPS,
+    attend,
+    bounds,
+    fetch_rows,
+    number_of_parts,
+    room_for_parts,
+    step_of,
+    store_part,
+    sum_of_parts,
+)
 from .products import per_head
 
 ABSORBED, VALUES = 64, 16  # columns of a program
@@ -323,8 +334,8 @@ def latent_attention(
     block_h = min(64, max(16, triton.next_power_of_2(heads)))
     blocks_h = triton.cdiv(heads, block_h)
     step = step_of(keys, STEP)
-    parts, lse = room_for_parts(rows, heads, rows * blocks_h, keys, step, PROGRAMS)
-    splits = parts.shape[2]
+    splits = number_of_parts(rows * blocks_h, keys, step, PROGRAMS)
+    parts, lse = room_for_parts(rows, heads, splits, keys)
     split_kernel[(rows, blocks_h, splits)](
         absorbed,
         query_rope,

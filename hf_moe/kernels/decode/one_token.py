@@ -233,17 +233,18 @@ def sum_kernel(
         place = down_ptr + expert * expert_stride + column[:, None].to(tl.int64) * I + step[None, :]
         tiles = tiles + (tl.load(place, mask=here, other=0.0, eviction_policy="evict_first"),)  # noqa: RUF005
     wait_for_last()
-    total = tl.zeros((BLOCK_C,), tl.float32)
+    products, total = tl.zeros((BLOCK_C, BLOCK_A), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for slot in tl.static_range(PARTS + K):
         hidden = tl.load(hidden_ptr + slot * I + step, mask=step < I, other=0.0).to(tl.float32)
-        value = tl.sum(hidden[None, :] * tiles[slot].to(tl.float32), axis=1)
         if slot >= PARTS:
+            weight = tl.load(weights_ptr + slot - PARTS).to(tl.float32)
+            hidden *= weight
             if BIASED:
                 expert = tl.load(index_ptr + slot - PARTS)
                 biased = column < tl.where(expert < num_experts, D, 0)
-                value += tl.load(bias_ptr + expert * D + column, mask=biased, other=0.0).to(tl.float32)
-            value *= tl.load(weights_ptr + slot - PARTS).to(tl.float32)
-        total += value
+                total += weight * tl.load(bias_ptr + expert * D + column, mask=biased, other=0.0).to(tl.float32)
+        products += hidden[None, :] * tiles[slot].to(tl.float32)
+    total += tl.sum(products, axis=1)
     total = total.to(out_ptr.dtype.element_ty)
     if ADDS:
         residual = tl.load(residual_ptr + column, mask=inside, other=0.0).to(tl.float32)

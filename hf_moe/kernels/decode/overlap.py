@@ -49,14 +49,6 @@ else:
 
 
 @triton.jit
-def fetch_all(tensor_ptr, lines, program, programs, LINE_VALUES: tl.constexpr):
-    """This program's share of a contiguous tensor's lines."""
-    for start in range(program * 128, lines, programs * 128):
-        line = tl.minimum(start + tl.arange(0, 128), lines - 1).to(tl.int64)
-        fetch(tensor_ptr + line * LINE_VALUES)
-
-
-@triton.jit
 def last_of(arrived_ptr, programs):
     """Whether this program is the last of `programs` to come here: it may read what all of them have written.
 

@@ -108,18 +108,15 @@ def step_of(cache: torch.Tensor, step: int = STEP) -> int:
     return step if cache.element_size() == 2 else step // 2
 
 
-def room_for_parts(
-    rows: int, heads: int, programs: int, cache: torch.Tensor, least: int, at_once: int = PROGRAMS
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for the parts [B, H, splits, r] and their logarithms, in float32.
+def number_of_parts(programs: int, cache: torch.Tensor, least: int, at_once: int = PROGRAMS) -> int:
+    """So many that all, of `programs` programs each, fill the card, which runs `at_once`; of `least` positions each."""
+    return max(1, min(at_once // programs, triton.cdiv(cache.shape[2], least)))
 
-    So many parts that all of them, of `programs` programs each, fill the card, which runs so many `at_once`, and each
-    has `least` positions.
-    """
-    positions, size = cache.shape[2:]
-    splits = max(1, min(at_once // programs, triton.cdiv(positions, least)))
-    parts = torch.empty(rows, heads, splits, size, dtype=torch.float32, device=cache.device)
-    return parts, torch.empty(parts.shape[:3], dtype=torch.float32, device=cache.device)
+
+def room_for_parts(rows: int, heads: int, parts: int, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the parts [B, H, parts, r] and their logarithms, in float32."""
+    values = torch.empty(rows, heads, parts, cache.shape[3], dtype=torch.float32, device=cache.device)
+    return values, torch.empty(values.shape[:3], dtype=torch.float32, device=cache.device)
 
 
 def sum_of_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> None:

@@ -9,10 +9,9 @@ import triton
 import triton.language as tl
 
 from .norms import normalized
-from .overlap import LINE, OVERLAP, fetch_all, last_of, let_next_start, wait_for_last
+from .overlap import OVERLAP, last_of, let_next_start, wait_for_last
 
 SOME = tl.constexpr(64)  # experts that each is compared with at once
-FETCHERS = 132  # programs
 ROUTER_TILE = 16384  # values of the gate that a program holds
 MANY = 64  # tokens; with more, a matrix product reads the weights less often
 SCORES = {"softmax_topk": 0, "topk_softmax": 1, "sigmoid_topk": 2}
@@ -45,6 +44,13 @@ def scores_of(logits, bias_ptr, expert, real, best, mass, SCORE: tl.constexpr, B
 
 
 @triton.jit
+def ahead_of(choice, expert, theirs, other):
+    """How many of others come before each expert: those with more, and of those with as much the earlier ones."""
+    ties = (theirs[None, :] == choice[:, None]) & (other[None, :] < expert[:, None])
+    return tl.sum(((theirs[None, :] > choice[:, None]) | ties).to(tl.int32), axis=1)
+
+
+@triton.jit
 def choose(
     logits_ptr,
     bias_ptr,
@@ -68,14 +74,16 @@ def choose(
     mass = tl.sum(tl.exp(logits - best), axis=0)
     scores, choice = scores_of(logits, bias_ptr, expert, real, best, mass, SCORE, BIASED)
     # An expert's slot is the number of those before it: no search, which would go through the threads K times.
-    before = tl.zeros((BLOCK_E,), tl.int32)
-    for start in range(0, E, SOME):
-        other = start + some
-        there = other < E
-        theirs = tl.load(logits_ptr + other, mask=there, other=float("-inf"), cache_modifier=".cg")
-        _, theirs = scores_of(theirs, bias_ptr, other, there, best, mass, SCORE, BIASED)
-        ties = (theirs[None, :] == choice[:, None]) & (other[None, :] < expert[:, None])
-        before += tl.sum(((theirs[None, :] > choice[:, None]) | ties).to(tl.int32), axis=1)
+    if BLOCK_E <= SOME:
+        before = ahead_of(choice, expert, choice, expert)
+    else:
+        before = tl.zeros((BLOCK_E,), tl.int32)
+        for start in range(0, E, SOME):
+            other = start + some
+            there = other < E
+            theirs = tl.load(logits_ptr + other, mask=there, other=float("-inf"), cache_modifier=".cg")
+            _, theirs = scores_of(theirs, bias_ptr, other, there, best, mass, SCORE, BIASED)
+            before += ahead_of(choice, expert, theirs, other)
     taken = (before[:, None] == slot[None, :]) & real[:, None]
     chosen = tl.sum(tl.where(taken, expert[:, None], 0), axis=0)
     weights = tl.sum(tl.where(taken, (logits if SCORE == 1 else scores)[:, None], 0.0), axis=0)
@@ -136,12 +144,6 @@ def normed_route_kernel(
     weights_ptr,
     index_ptr,
     arrived_ptr,
-    ahead_ptr,
-    ahead2_ptr,
-    ahead3_ptr,
-    lines,
-    lines2,
-    lines3,
     eps,
     D,
     E,
@@ -154,56 +156,40 @@ def normed_route_kernel(
     BLOCK_K: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    LINE_VALUES: tl.constexpr,
 ):
-    """Each of PARTS programs has PART experts of a token; the last one to end chooses among all of them.
-
-    Behind them programs that fetch so many lines of up to three tensors, which a later launch reads.
-    """
+    """Each program has PART experts of a token; the last one to end chooses among all of them."""
     let_next_start()
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if part < PARTS:
-        expert, depth = part * PART + tl.arange(0, PART), tl.arange(0, BLOCK_D)
-        here = depth < D
-        places = gate_ptr + expert[:, None] * D + depth[None, :]
-        gate = tl.load(places, mask=(expert < E)[:, None] & here[None, :], other=0.0)
-        norm = tl.load(norm_ptr + depth, mask=here, other=0.0).to(tl.float32)
-        wait_for_last()
-        x = tl.load(x_ptr + token * D + depth, mask=here, other=0.0).to(tl.float32)
-        x += tl.load(change_ptr + token * D + depth, mask=here, other=0.0).to(tl.float32)
-        total = x.to(x_ptr.dtype.element_ty)
-        normed = normalized(total, norm, D, eps, normed_ptr.dtype.element_ty)
-        if part == 0:
-            tl.store(sum_ptr + token * D + depth, total, mask=here)
-            tl.store(normed_ptr + token * D + depth, normed, mask=here)
-        logits = tl.sum(normed.to(tl.float32)[None, :] * gate.to(tl.float32), axis=1)
-        tl.store(logits_ptr + token * E + expert, logits, mask=expert < E)
-        if last_of(arrived_ptr + token, PARTS):
-            choose(
-                logits_ptr + token * E,
-                bias_ptr,
-                weights_ptr + token * K,
-                index_ptr + token * K,
-                E,
-                K,
-                scale,
-                SCORE,
-                BIASED,
-                NORMED,
-                BLOCK_E,
-                BLOCK_K,
-            )
-    else:
-        fetcher, fetchers = part - PARTS, tl.num_programs(1) - PARTS
-        if AHEAD > 0:
-            fetch_all(ahead_ptr, lines, fetcher, fetchers, LINE_VALUES)
-        if AHEAD > 1:
-            fetch_all(ahead2_ptr, lines2, fetcher, fetchers, LINE_VALUES)
-        if AHEAD > 2:
-            fetch_all(ahead3_ptr, lines3, fetcher, fetchers, LINE_VALUES)
-        wait_for_last()
+    expert, depth = part * PART + tl.arange(0, PART), tl.arange(0, BLOCK_D)
+    here = depth < D
+    places = gate_ptr + expert[:, None] * D + depth[None, :]
+    gate = tl.load(places, mask=(expert < E)[:, None] & here[None, :], other=0.0)
+    norm = tl.load(norm_ptr + depth, mask=here, other=0.0).to(tl.float32)
+    wait_for_last()
+    x = tl.load(x_ptr + token * D + depth, mask=here, other=0.0).to(tl.float32)
+    x += tl.load(change_ptr + token * D + depth, mask=here, other=0.0).to(tl.float32)
+    total = x.to(x_ptr.dtype.element_ty)
+    normed = normalized(total, norm, D, eps, normed_ptr.dtype.element_ty)
+    if part == 0:
+        tl.store(sum_ptr + token * D + depth, total, mask=here)
+        tl.store(normed_ptr + token * D + depth, normed, mask=here)
+    logits = tl.sum(normed.to(tl.float32)[None, :] * gate.to(tl.float32), axis=1)
+    tl.store(logits_ptr + token * E + expert, logits, mask=expert < E)
+    if last_of(arrived_ptr + token, tl.num_programs(1)):
+        choose(
+            logits_ptr + token * E,
+            bias_ptr,
+            weights_ptr + token * K,
+            index_ptr + token * K,
+            E,
+            K,
+            scale,
+            SCORE,
+            BIASED,
+            NORMED,
+            BLOCK_E,
+            BLOCK_K,
+        )
 
 
 def router_logits(x: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor) -> None:
@@ -273,12 +259,10 @@ def normed_route(
     normed: bool,
     scale: float,
     arrived: torch.Tensor,
-    ahead: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x + change [T, D], its norm, and of that the weights and indices of `route`.
 
-    `arrived` [T] int32 counts programs: zeros, as it is left. Up to three weights `ahead` come to the card's cache
-    while the memory has nothing else to do: until the choice is made, no expert's weights can be read.
+    `arrived` [T] int32 counts programs: zeros, as it is left.
     """
     (tokens, dim), experts = x.shape, len(weight)
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -288,10 +272,7 @@ def normed_route(
     index = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
     block_d = triton.next_power_of_2(dim)
     part = max(1, min(8, ROUTER_TILE // block_d))
-    parts, values = triton.cdiv(experts, part), LINE // x.element_size()
-    missing = 3 - len(ahead)
-    lines = [triton.cdiv(tensor.numel(), values) for tensor in ahead] + [0] * missing
-    normed_route_kernel[(tokens, parts + (FETCHERS if ahead else 0))](
+    normed_route_kernel[(tokens, triton.cdiv(experts, part))](
         x,
         change,
         norm_weight,
@@ -303,9 +284,6 @@ def normed_route(
         weights,
         index,
         arrived,
-        *ahead,
-        *[None] * missing,
-        *lines,
         eps,
         dim,
         experts,
@@ -318,9 +296,6 @@ def normed_route(
         BLOCK_K=triton.next_power_of_2(top_k),
         PART=part,
         BLOCK_D=block_d,
-        PARTS=parts,
-        AHEAD=len(ahead),
-        LINE_VALUES=values,
         num_warps=4,
         **OVERLAP,
     )
