@@ -68,7 +68,7 @@ if DEVICE == "cuda":  # the interpreter multiplies the bits of bfloat16, and tak
     CASES += [pytest.param(name, torch.bfloat16, 3, id=f"{name}, bf16") for name in MODELS]
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 5])
 @pytest.mark.parametrize(("name", "dtype", "padding"), CASES)
 @torch.no_grad()
 def test_a_step_with_the_kernels_is_the_step_of_the_modules(name, dtype, padding, rows):

@@ -11,8 +11,6 @@ import triton.language as tl
 from .overlap import OVERLAP, last_of, let_next_start, wait_for_last
 from .parts import (
     FEW_PARTS,
-    STAGES,
-    WARPS,
     attend,
     bounds,
     fetch_rows,
@@ -22,6 +20,8 @@ from .parts import (
     store_part,
     sum_of_parts,
 )
+
+WARPS, STAGES = 8, 2
 
 
 @triton.jit
@@ -100,20 +100,22 @@ def sum_few(
     BLOCK_D: tl.constexpr,
 ):
     """The weights' sum [heads] and the weighted sum [heads, BLOCK_D] of the parts that all programs have written."""
-    best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    logs, rows = (), ()
+    for part in tl.static_range(PARTS):  # all are asked for before the first is used
+        here = place * PARTS + part
+        logs = logs + (tl.load(lse_ptr + here, mask=heads, other=float("-inf"), cache_modifier=".cg"),)  # noqa: RUF005
+        row = parts_ptr + here[:, None] * size + column[None, :]
+        both = heads[:, None] & inside[None, :]
+        rows = rows + (tl.load(row, mask=both, other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
+    best = tl.zeros((BLOCK_G,), tl.float32) + logs[PARTS - 1]  # the new token's, which is seen
     for part in tl.static_range(PARTS):
-        lse = tl.load(lse_ptr + place * PARTS + part, mask=heads, other=0.0, cache_modifier=".cg")
-        best = tl.maximum(best, lse)
+        best = tl.maximum(best, logs[part])
     total = tl.zeros((BLOCK_G,), tl.float32)
     out = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     for part in tl.static_range(PARTS):
-        here = place * PARTS + part
-        lse = tl.load(lse_ptr + here, mask=heads, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.exp(lse - best)
+        weight = tl.where(heads, tl.exp(logs[part] - best), 0.0)
         total += weight
-        rows = parts_ptr + here[:, None] * size + column[None, :]
-        part_out = tl.load(rows, mask=heads[:, None] & inside[None, :], other=0.0, cache_modifier=".cg")
-        out += weight[:, None] * part_out
+        out += weight[:, None] * rows[part]
     return total, out
 
 

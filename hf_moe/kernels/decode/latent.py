@@ -13,7 +13,6 @@ from .norms import normalized
 from .overlap import OVERLAP, let_next_start, wait_for_last
 from .parts import (
     FEW_PARTS,
-    WARPS,
     attend,
     bounds,
     fetch_rows,
@@ -26,7 +25,8 @@ from .parts import (
 from .products import per_head
 
 ABSORBED, VALUES = 64, 16  # columns of a program
-STEP, STAGES, PROGRAMS = 64, 2, 264  # positions of a step, steps in flight; two programs fit a processor
+STEP, WARPS, STAGES = 64, 4, 2  # positions of a step, warps, steps in flight
+PROGRAMS = 256  # at once: nearly two a processor
 FEW_ROWS = 2  # of more, one after the other, a program would sum the parts too slowly
 
 
@@ -255,10 +255,10 @@ def value_kernel(
     for row in range(0, rows):
         first = (row * H + head) * SPLITS
         lse = tl.load(lse_ptr + first + part, mask=real, other=float("-inf"))
-        best = tl.max(lse, axis=0)
-        weight = tl.exp(lse - tl.where(best == float("-inf"), 0.0, best))
         rows_of_parts = parts_ptr + (first + part[:, None]) * rank + channel[None, :]
         latents = tl.load(rows_of_parts, mask=real[:, None] & there[None, :], other=0.0)
+        best = tl.max(lse, axis=0)
+        weight = tl.exp(lse - tl.where(best == float("-inf"), 0.0, best))
         latent = tl.sum(latents * weight[:, None], axis=0) / tl.maximum(tl.sum(weight, axis=0), 1e-30)
         value = tl.sum(latent.to(dtype).to(tl.float32)[None, :] * value_up.to(tl.float32), axis=1)
         tl.store(out_ptr + (row * H + head) * size + column, value.to(dtype), mask=inside)

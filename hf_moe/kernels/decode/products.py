@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import one_token
+from . import few_tokens
 from .norms import rms_norm
 from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
 
@@ -123,8 +123,8 @@ def linear(
     Of x's RMSNorm where `norm` has its weight [A] and epsilon. The number `counted` grows by one.
     """
     rows, depth = x.shape
-    if rows == 1 and (norm is None or depth <= one_token.TILE):
-        return one_token.linear(x, weights, norm, counted)
+    if rows <= few_tokens.MAX_TOKENS and (norm is None or depth <= few_tokens.TILE):
+        return few_tokens.linear(x, weights, norm, counted)
     if norm is not None:
         x = rms_norm(x, *norm)
     columns = [len(weight) for weight in weights]
