@@ -135,6 +135,11 @@ def test_pruned_are_the_experts_that_are_worth_least(source, text, by, tmp_path)
         busy = [max(x) * len(x) / sum(x) for x in (report["load"]["before"][layer], after[layer])]
         numbers = " ".join(str(x) for (x,) in kept)
         assert f"| {layer.split('.')[-1]} | {numbers} | {busy[0]:.3g} | {busy[1]:.3g} |" in card
+        scores = report["scores"][layer]
+        ranked = sorted(range(6), key=lambda expert: (-scores[expert], expert))
+        each = (f"**{x}**: {scores[x]:.4g}" if [x] in kept else f"{x}: {scores[x]:.4g}" for x in ranked)
+        assert f"| {layer.split('.')[-1]} | {', '.join(each)} |" in card
+    assert f"<summary>What each was worth, by {by}</summary>" in card
     assert "](figures/expert_load.png)" in card and (tmp_path / "out" / "figures/expert_load.png").exists()
     assert "no origin" not in card and "fewer experts" in card
 
@@ -286,6 +291,7 @@ def test_grown_with_as_many_more_experts_a_token_it_computes_the_same(source, tm
     folder = source[1]
     report = grow(folder, tmp_path / "out", experts=12, top_k=6, **QUIET)
     assert report["equal_at_step_0"] and report["max_abs_diff"] < 1e-4
+    assert "| `noise` | `3e-07` |" in (tmp_path / "out" / "README.md").read_text()
     model, grown, ids = load(folder), load(tmp_path / "out"), ids_of(folder)
     with torch.no_grad():
         torch.testing.assert_close(grown(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
@@ -571,6 +577,17 @@ def test_refused_in_one_line_with_no_output(function, arguments, said, tmp_path,
         function("model", "out", **arguments, **QUIET)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(("data", "said"), [("empty.txt", "has 0 tokens"), ("missing.txt", "There is no file")])
+def test_texts_to_compare_on_are_looked_at_before_the_calibration(data, said, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules[prune.__module__], "watch", None)
+    save(ours(), tmp_path / "model")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises((ValueError, OSError), match=said):
+        prune("model", "out", experts=4, calibration=text, data=[text, data], **QUIET)
+    assert not (tmp_path / "out").exists()
 
 
 def test_scores_say_what_they_are():
