@@ -10,11 +10,30 @@ from .output import hide_loading_bars, messages_on_stderr
 EXACT = 1e-4
 
 
+def share(word: str) -> float:
+    """A ratio. What is meant for each layer is refused with the reason."""
+    try:
+        return float(word)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{word} is no number: it is one for all layers, as no family's config, nor hf_moe's, holds a number of "
+            "experts for each."
+        ) from None
+
+
 def prune(
     src: Source,
     dst: Output,
     experts: Annotated[int | None, typer.Option(help="Experts that each layer keeps.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Instead: the share of them that is dropped.")] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            parser=share,
+            help="Instead: the share of them that is dropped, one for all layers, as a config holds one number of "
+            "experts.",
+        ),
+    ] = None,
     by: Annotated[
         str,
         typer.Option(

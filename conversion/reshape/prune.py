@@ -20,7 +20,8 @@ from .scores import SCORES, Seen, memory, of_all_layers, watch, windows_of
 class PruneOptions(ConversionOptions):
     """ConversionOptions, and what is kept.
 
-    experts: how many of each layer; or ratio: what share of them is dropped. by: a key of `SCORES`, whose functions
+    experts: how many of each layer; or ratio: what share of them is dropped. Either is one for all layers: no family's
+    config, nor hf_moe's, holds a number of experts for each. by: a key of `SCORES`, whose functions
     say what each measures. merge: experts are not dropped, but made one with the nearest that stays. calibration: a
     file or a folder of text or rows (texts, conversations, or prompts with completions), or a data set's name on the
     Hub, which the model reads; of it calibration_tokens tokens. data: such texts that it is compared on with the

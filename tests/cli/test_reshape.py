@@ -29,6 +29,9 @@ def test_prune_says_what_stays(command, upcycled, text, tmp_path):
     code, out, err = command(*words[:2], tmp_path / "json", *words[3:], "--json")
     report = json.loads(out)
     assert len(report["kept"]) == len(report["scores"]) == 4 and report["domains"][0]["perplexity_b"] > 1
+    code, out, err = command("prune", upcycled, tmp_path / "none", "--ratio", "0.2,0.4")
+    assert code == 2 and "0.2,0.4 is no number: it is one for all layers, as no family's config" in err
+    assert err.count("\n") == 1 and not (tmp_path / "none").exists()
     code, out, err = command("prune", upcycled, tmp_path / "none", "--experts", 1)
     assert code == 2 and "1 experts are fewer than the 2" in err and not (tmp_path / "none").exists()
 
