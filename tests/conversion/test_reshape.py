@@ -10,6 +10,7 @@ from operator import truediv
 import psutil
 import pytest
 import torch
+from hf_moe.conversion import import_checkpoint
 from hf_moe.conversion.reshape import exchange_experts, grow, prune
 from hf_moe.conversion.reshape.model import open_mixture
 from hf_moe.conversion.reshape.prune import best
@@ -321,6 +322,18 @@ def test_grown_with_as_many_experts_a_token_it_computes_the_same(source, tmp_pat
     assert len(set.union(*groups)) > 1  # tokens go to several groups, so that copies will differ
 
 
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "gpt_oss"])
+def test_imported_it_grows_with_as_many_experts_a_token(family, tmp_path):
+    model_type, fields = CASES[family]
+    folder = save(build(model_type, **{**fields, "vocab_size": 512}), tmp_path / "model")
+    import_checkpoint(folder, tmp_path / "imported", verify=False, **QUIET)
+    report = grow(tmp_path / "imported", tmp_path / "out", experts=18, verify=False, **QUIET)
+    assert report["top_k"] == 3 and report["equal_at_step_0"]
+    model, grown, ids = load(folder), load(tmp_path / "out"), ids_of(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(grown(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def alone(family: str):
     """A mixture that sends a token to one expert, of a weight that no other moves."""
     one = {"num_experts_per_tok": 1, "vocab_size": 512}
@@ -458,6 +471,31 @@ def test_a_sibling_gives_its_expert(source, tmp_path):
         assert torch.equal(new.module.weight[4], theirs.module.weight[4])
         assert torch.equal(new.module.weight[3], ours.module.weight[3])
     assert_rest_is_bitwise(folder, tmp_path / "out")
+
+
+def test_a_sibling_with_another_tokenizer_is_none(tmp_path):
+    folder, sibling = save(ours(), tmp_path / "model"), save(ours(), tmp_path / "sibling")
+    said = json.loads((sibling / "tokenizer.json").read_text())
+    (a, first), (b, second) = list(said["model"]["vocab"].items())[-2:]
+    said["model"]["vocab"] |= {a: second, b: first}
+    (sibling / "tokenizer.json").write_text(json.dumps(said))
+    for how in ({"add": [sibling]}, {"swap": [(1, sibling)]}):
+        with pytest.raises(ValueError, match="an expert of one knows nothing of the other's") as error:
+            exchange_experts(folder, tmp_path / "out", **how, **QUIET)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_groups_that_do_not_divide_are_refused(tmp_path, text):
+    folder = save(ours(n_group=3, topk_group=2, num_experts_per_tok=2), tmp_path / "model")
+    for function, arguments, said in (
+        (prune, {"experts": 4, "calibration": text}, "4 experts cannot be kept alike in 3 groups"),
+        (prune, {"ratio": 0.3, "calibration": text}, "4 experts cannot be kept alike in 3 groups"),
+        (exchange_experts, {"add": [folder]}, r"num_experts \(7\) must be a multiple of n_group \(3\)"),
+        (exchange_experts, {"remove": [0]}, r"num_experts \(5\) must be a multiple of n_group \(3\)"),
+    ):
+        with pytest.raises(ValueError, match=said) as error:
+            function(folder, tmp_path / "out", **arguments, **QUIET)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_a_hash_table_follows(tmp_path):
