@@ -134,11 +134,11 @@ def free() -> None:
 
 
 def trained(recipe: str, model: Path, output: Path, setting: Setting, **further) -> Path:
-    """The model that the recipe of that name makes, a step of `setting.rows` rows."""
+    """The model that the recipe of that name makes."""
     shutil.rmtree(output, ignore_errors=True)
     of_all = {"max_length": setting.length, "save_strategy": "no", "logging_steps": 10}
     of_all |= {"per_device_train_batch_size": setting.rows, "activation_checkpointing": False}
-    train(f"{setting.recipes}/{recipe}", str(model), output_dir=str(output), **of_all, **further)
+    train(f"{setting.recipes}/{recipe}", str(model), output_dir=str(output), **of_all | further)
     free()
     return output
 
@@ -272,6 +272,7 @@ def distil(args: argparse.Namespace, setting: Setting, seed: int, parent: Path, 
     of_teacher = {"teacher_model_name_or_path": str(parent), "trainable": "moe_only", "temperature": 1.0}
     how_long = {"max_steps": args.distil_steps, "gradient_accumulation_steps": 1, "learning_rate": RATE}
     rows = {"train_data": str(args.work / "train.jsonl"), "assistant_only_loss": False, "seed": seed}
+    rows["per_device_train_batch_size"] = setting.rows // 2  # the logits of two models are in memory, in float32
     return trained("distil", pruned, args.work / f"distilled-{seed}", setting, **of_teacher, **how_long, **rows)
 
 
@@ -288,8 +289,8 @@ def table(report: dict) -> str:
         "",
         f"{report['model']}, upcycled to {EXPERTS} experts, {TOP_K} a token, and trained for {setting['steps']} steps "
         f"of {setting['rows'] * setting['length']:,} tokens on {len(domains)} domains; distilled for "
-        f"{setting['distil_steps']}. Held-out loss, nats a token, mean over domains; each seed has a mixture of its "
-        "own.",
+        f"{setting['distil_steps']} steps of half as many. Held-out loss, nats a token, mean over domains; each seed "
+        "has a mixture of its own.",
         "",
         f"| | {seeds} | mean | above {PARENT} |",
         f"|---|{'--:|' * (len(runs) + 2)}",
@@ -317,7 +318,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the models of all seeds")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=120, help="of each mixture's training")
-    parser.add_argument("--distil-steps", type=int, default=60)
+    parser.add_argument("--distil-steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
