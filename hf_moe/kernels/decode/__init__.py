@@ -11,7 +11,8 @@ from torch import nn
 
 from ...model.attention import HfMoeAttention
 from ...model.decoding import HfMoeReservedLayer
-from ...model.latent_attention import LATENT_NORM_EPS, HfMoeLatentAttention
+from ...model.host import CACHE
+from ...model.latent_attention import HfMoeLatentAttention
 from ...model.mlp import HfMoeMLP
 from ...model.modeling_hf_moe import HfMoeClampedExperts, HfMoeDecoderLayer, HfMoeExperts, HfMoeSparseMoeBlock
 from ...model.norms import PLACEMENTS
@@ -33,17 +34,17 @@ def norm_forward(module: HfMoeRMSNorm, rows: int):
 
 def network(module: HfMoeMLP, rows: int) -> experts.Network | None:
     """The weights of a dense network, or None where the kernels can't take its place."""
-    names = ["gate_proj"] * module.gated + ["up_proj", "down_proj"]
+    names = [name for name in ("gate_proj", "up_proj", "down_proj") if hasattr(module, name)]
     if rows > experts.MAX_TOKENS or activation(module.act_fn) is None:
         return None
     if not all(plain(getattr(module, name)) for name in names):
         return None
     weights = [getattr(module, name).weight.unsqueeze(0) for name in names]
-    return experts.Network(*weights) if module.gated else experts.Network(None, *weights)
+    return experts.Network(*weights) if len(weights) == 3 else experts.Network(None, *weights)
 
 
 def mlp_forward(module: HfMoeMLP, rows: int):
-    weights, computed = network(module, rows), Formula(activation(module.act_fn), module.gated)
+    weights, computed = network(module, rows), Formula(activation(module.act_fn), hasattr(module, "gate_proj"))
 
     def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         x = hidden_states.flatten(0, -2)
@@ -148,28 +149,34 @@ def visible(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask if mask.dtype == torch.bool else mask == 0  # eager attention adds it
 
 
-def latent_forward(module: HfMoeLatentAttention, rows: int):
+def latent_forward(module: nn.Module, rows: int):
+    """Of our latent attention, and of Transformers' DeepSeek-V2 and V3, which have the same names."""
     if rows > experts.MAX_TOKENS:
         return None
-    config, up = module.config, module.up_projections()
+    config = module.config
     names = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
     first = getattr(module, names[0])
-    linears = [getattr(module, name) for name in (*names, "kv_a_proj_with_mqa", "o_proj")]
-    simple = all(plain(linear) for linear in linears)
-    if up is None or module.absorb is False or not simple:
+    linears = [getattr(module, name) for name in (*names, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")]
+    if getattr(module, "absorb", None) is False or not all(map(plain, linears)):
         return None
     sizes = [config.qk_nope_head_dim, config.v_head_dim]
-    key_up, value_up = up.view(-1, sum(sizes), config.kv_lora_rank).split(sizes, dim=1)  # [H, d, r]
+    up = module.kv_b_proj.weight.view(-1, sum(sizes), config.kv_lora_rank)
+    key_up, value_up = up.split(sizes, dim=1)  # [H, d, r]
     original = type(module).forward
 
-    def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
-        cached = recorded_layer(past_key_values, module.layer_idx)
+    def forward(hidden_states, position_embeddings, attention_mask=None, **kwargs):
+        cached = recorded_layer(kwargs.get("past_key_values", kwargs.get(CACHE)), module.layer_idx)
         if cached is None:
-            return original(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+            return original(module, hidden_states, **kwargs)
         x = hidden_states.squeeze(1)
         query, new_latent = products.linear(x, first.weight, module.kv_a_proj_with_mqa.weight)
         if config.q_lora_rank is not None:
             query = products.linear(module.q_a_layernorm(query), module.q_b_proj.weight)[0]
+        as_complex = isinstance(position_embeddings, torch.Tensor)  # V2's, of one number a pair
+        if as_complex:
+            parts = position_embeddings.real, position_embeddings.imag
+            position_embeddings = [torch.cat((part, part), dim=-1) for part in parts]
         cos, sin = (part.squeeze(1) for part in position_embeddings)
         out = latent.latent_attention(
             query.view(len(x), len(key_up), -1),
@@ -183,9 +190,10 @@ def latent_forward(module: HfMoeLatentAttention, rows: int):
             cached.cumulative_length,
             visible(attention_mask),
             scale=module.scaling,
-            eps=LATENT_NORM_EPS,
-            interleaved=config.rope_interleave,
-            softcap=config.attn_logit_softcapping,
+            eps=module.kv_a_layernorm.variance_epsilon,
+            interleaved=as_complex or config.rope_interleave,
+            paired=as_complex,
+            softcap=getattr(config, "attn_logit_softcapping", None),
         )
         values = x.new_empty(len(x), *value_up.shape[:2])  # [B, H, d_v]
         products.per_head(out, value_up.transpose(1, 2), values.transpose(0, 1))
@@ -275,15 +283,15 @@ METHODS = {
 
 
 @contextmanager
-def fused(model: nn.Module, rows: int):
-    """Inside, the modules of `model` that the kernels know compute `rows` tokens with them, without gradients.
+def fused(model: nn.Module, rows: int, methods: dict[type, dict] = METHODS):
+    """Inside, the modules of `model` that `methods` names compute `rows` tokens with the kernels, without gradients.
 
     Gives the functions that do so: what they hold must live as long as what was recorded.
     """
     changed = []
     try:
         for module in model.modules():
-            for name, make in METHODS.get(type(module), {}).items():
+            for name, make in methods.get(type(module), {}).items():
                 method = None if name in vars(module) else make(module, rows)
                 if method is not None:
                     setattr(module, name, method)

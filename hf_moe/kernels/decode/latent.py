@@ -37,6 +37,7 @@ def prepare_kernel(
     rank,
     rope: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    PAIRED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HALF: tl.constexpr,
@@ -60,6 +61,8 @@ def prepare_kernel(
     real = pair < rope // 2
     first = pair * 2 if INTERLEAVED else pair
     step = 1 if INTERLEAVED else rope // 2
+    out_first = pair * 2 if PAIRED else pair
+    out_step = 1 if PAIRED else rope // 2
     turn = row * rotary_row + pair
     cos_a = tl.load(cos_ptr + turn, mask=real, other=0.0).to(tl.float32)
     cos_b = tl.load(cos_ptr + turn + rope // 2, mask=real, other=0.0).to(tl.float32)
@@ -69,18 +72,18 @@ def prepare_kernel(
     key = latent_ptr + row * latent_row + rank + first
     a = tl.load(key, mask=real, other=0.0).to(tl.float32)
     b = tl.load(key + step, mask=real, other=0.0).to(tl.float32)
-    place = values_ptr + row * values_row + length * rope + pair
+    place = values_ptr + row * values_row + length * rope + out_first
     tl.store(place, (a * cos_a - b * sin_a).to(dtype), mask=real)
-    tl.store(place + rope // 2, (b * cos_b + a * sin_b).to(dtype), mask=real)
+    tl.store(place + out_step, (b * cos_b + a * sin_b).to(dtype), mask=real)
 
     head = tl.arange(0, BLOCK_H)
     both = (head < H)[:, None] & real[None, :]
     query = query_ptr + row * query_row + head[:, None] * query_head + nope + first[None, :]
     a = tl.load(query, mask=both, other=0.0).to(tl.float32)
     b = tl.load(query + step, mask=both, other=0.0).to(tl.float32)
-    place = query_rope_ptr + (row * H + head[:, None]) * rope + pair[None, :]
+    place = query_rope_ptr + (row * H + head[:, None]) * rope + out_first[None, :]
     tl.store(place, (a * cos_a[None, :] - b * sin_a[None, :]).to(dtype), mask=both)
-    tl.store(place + rope // 2, (b * cos_b[None, :] + a * sin_b[None, :]).to(dtype), mask=both)
+    tl.store(place + out_step, (b * cos_b[None, :] + a * sin_b[None, :]).to(dtype), mask=both)
 
 
 @triton.jit
@@ -169,13 +172,15 @@ def latent_attention(
     scale: float,
     eps: float,
     interleaved: bool,
+    paired: bool = False,
     softcap: float | None = None,
 ) -> torch.Tensor:
     """sum_s p_s c_s of the new token of each row: [H, B, r], which the value projection follows.
 
     query [B, H, d_nope + d_rope] and latent [B, r + d_rope] as projected, not normed, not rotated; key_up
     [H, d_nope, r]; cos and sin [B or 1, d_rope]; mask [B or 1, S], true where a position may be seen. The cache takes
-    the token, and `length` grows by one.
+    the token, and `length` grows by one. Where pairs are `interleaved`, rotated ones stay so if `paired`, as
+    DeepSeek-V2's in Transformers; else the first of all pairs come before the second.
     """
     rows, heads, _ = query.shape
     rank, rope, nope = keys.shape[-1], values.shape[-1], key_up.shape[1]
@@ -203,6 +208,7 @@ def latent_attention(
         rank,
         rope,
         INTERLEAVED=interleaved,
+        PAIRED=paired,
         BLOCK_H=triton.next_power_of_2(heads),
         BLOCK_R=block_r,
         HALF=max(1, block_p // 2),

@@ -1,0 +1,239 @@
+"""A decoding step with the kernels in Transformers' own models, and in grafts on them.
+
+What a norm and an expert compute is tried on a few numbers, whatever its class. Attention, networks, blocks and layers
+are those of `HOSTS`, a name a class: a class that is not there stays as it is.
+
+Shapes: B rows of one token each, T = B tokens, D hidden size, E experts, K experts per token.
+"""
+
+from contextlib import AbstractContextManager
+from inspect import signature
+
+import torch
+from torch import nn
+
+from ...model.host import CACHE
+from ...model.modeling_hf_moe_graft import HfMoeGraftedBlock
+from ..formula import formula
+from ..host_norms import KINDS, epsilon, kind_of, may_be_norm
+from . import (
+    METHODS,
+    chooser,
+    experts,
+    fused,
+    grouped,
+    latent_forward,
+    mlp_forward,
+    network,
+    norms,
+    plain,
+    products,
+    recorded_layer,
+    routers,
+    visible,
+)
+
+IS_NORM: dict[type, bool] = {}  # whether a class computes what the kernel for norms does; tried once
+
+
+def norm_of(module: nn.Module) -> tuple[torch.Tensor, float] | None:
+    """Weight and epsilon of a norm that the kernel computes: rounded before the weight, as Llama's."""
+    kind = type(module)
+    if kind not in IS_NORM:
+        IS_NORM[kind] = may_be_norm(module) and kind_of(module) == KINDS[0]
+    return (module.weight, epsilon(module)) if IS_NORM[kind] else None
+
+
+def attention_forward(module: nn.Module, rows: int):
+    """q_proj, k_proj, v_proj and o_proj without biases; RoPE in halves; norms of queries and keys by head or of all."""
+    config, names = module.config, ("q_proj", "k_proj", "v_proj", "o_proj")
+    further = hasattr(module, "sinks") or getattr(config, "clip_qkv", None) is not None
+    if rows > experts.MAX_TOKENS or further or not all(plain(getattr(module, name)) for name in names):
+        return None
+    found = [norm_of(getattr(module, name)) for name in ("q_norm", "k_norm") if hasattr(module, name)]
+    if not all(found):
+        return None
+    *weights, out_weight = (getattr(module, name).weight for name in names)
+    original = type(module).forward
+
+    def forward(hidden_states, position_embeddings, attention_mask=None, **kwargs):
+        cached = recorded_layer(kwargs.get(CACHE), module.layer_idx)
+        cos, sin = (part.squeeze(1) for part in position_embeddings)
+        if cached is None or cos.shape[1] != module.head_dim:  # RoPE on a part of the head
+            kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+            return original(module, hidden_states, **kwargs)
+        out = grouped.grouped_attention(
+            *products.linear(hidden_states.squeeze(1), *weights),
+            tuple(weight for weight, _ in found) or None,
+            cos,
+            sin,
+            cached.keys,
+            cached.values,
+            cached.cumulative_length,
+            visible(attention_mask),
+            scale=module.scaling,
+            eps=found[0][1] if found else 0.0,
+            interleaved=False,
+        )
+        return products.linear(out.flatten(1), out_weight)[0].unsqueeze(1), None
+
+    return forward
+
+
+# What a router of Transformers computes, in the words of `routers.route`: the kind of scores, whether those of a
+# token's experts are divided by their sum, and a factor. None where it does more.
+def softmax_router(gate: nn.Module):
+    return "softmax_topk", gate.norm_topk_prob, 1.0
+
+
+def mixtral_router(gate: nn.Module):
+    return "softmax_topk", True, 1.0
+
+
+def deepseek_v2_router(gate: nn.Module):
+    return ("softmax_topk", False, gate.routed_scaling_factor) if gate.topk_method == "greedy" else None
+
+
+def deepseek_v3_router(gate: nn.Module):
+    limited = gate.topk_group < gate.num_group
+    return None if limited else ("sigmoid_topk", gate.norm_topk_prob, gate.routed_scaling_factor)
+
+
+ROUTERS = {
+    "OlmoeTopKRouter": softmax_router,
+    "Qwen3MoeTopKRouter": softmax_router,
+    "MixtralTopKRouter": mixtral_router,
+    "DeepseekV2TopkRouter": deepseek_v2_router,
+    "DeepseekV3TopkRouter": deepseek_v3_router,
+}
+
+
+def host_chooser(gate: nn.Module):
+    """weights and index [T, K] as a function of x [T, D]: by the kernels, whose logits are those of float32 also where
+    the host rounds them to 16 bits, or by the router itself."""
+    said = ROUTERS.get(type(gate).__name__, lambda gate: None)(gate)
+    if said is None or gate.weight.numel() > 2**20:
+        return lambda x: gate(x)[1:3]
+    bias = getattr(gate, "e_score_correction_bias", None)
+    return lambda x: routers.route(x, gate.weight, bias, gate.top_k, *said)[1:]
+
+
+def routed_network(routed: nn.Module) -> experts.Network | None:
+    """The weights of experts, [E, I, D] and [E, D, I]; None of those that the kernels for few tokens can't read."""
+    if "has_gate" not in vars(routed) or routed.has_post_expert_norm:  # an adapter does more
+        return None
+    computed = formula(routed)
+    if computed is None or computed.transposed or computed.interleaved:
+        return None
+    name, halves = ("gate_up_proj", 2) if computed.gated else ("up_proj", 1)
+    ups, biases = getattr(routed, name).chunk(halves, dim=1), None
+    missing = [None] * (2 - halves)
+    if routed.has_bias:
+        biases = (*missing, *getattr(routed, f"{name}_bias").chunk(halves, dim=1), routed.down_proj_bias)
+    return experts.Network(*missing, *ups, routed.down_proj, biases)
+
+
+def mixture_forward(module: nn.Module, rows: int, choose):
+    """Of a block with `experts`, and with `shared_experts` or without, whose experts `choose` chooses."""
+    if rows > experts.MAX_TOKENS:
+        return None
+    weights_of, shared = routed_network(module.experts), getattr(module, "shared_experts", None)
+    beside = shared and network(shared, rows)
+    if weights_of is None or (shared is not None and beside is None):
+        return None
+    computed = formula(module.experts)
+    if shared is not None and computed.clamped:  # only the routed ones are
+        return None
+
+    def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        x = hidden_states.flatten(0, -2)
+        return experts.mixture(x, *choose(x), weights_of, beside, computed, residual).view_as(hidden_states)
+
+    return forward
+
+
+def block_forward(module: nn.Module, rows: int):
+    return mixture_forward(module, rows, host_chooser(module.gate))
+
+
+def grafted_forward(module: HfMoeGraftedBlock, rows: int):
+    """Of a block in the place of a dense network; a host's layer calls it with hidden states alone, or adds by it."""
+    further = (module.shared_expert_gate, module.fc1_latent_proj)  # between router, experts and sum
+    if module.scales_input or module.scale != 1 or any(x is not None for x in further):
+        return None
+    chosen = chooser(module.gate)
+    return mixture_forward(module, rows, lambda x: chosen(x, *module.text.now[:2]))
+
+
+def layer_forward(module: nn.Module, rows: int):
+    """x + attention(norm(x)), then x + mlp(norm(x)): the first sum in one launch with the norm behind it, the second
+    in that of the experts' sum."""
+    norm = norm_of(module.post_attention_layernorm)
+    if norm is None or "forward" in vars(module.post_attention_layernorm):
+        return None
+
+    def forward(hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
+        hidden_states, normed = norms.add_rms_norm(hidden_states, attended, *norm)
+        if "residual" in signature(module.mlp.forward).parameters:  # one of ours
+            return module.mlp(normed, residual=hidden_states)
+        return hidden_states + module.mlp(normed)
+
+    return forward
+
+
+ATTENTION, LATENT = {"forward": attention_forward}, {"forward": latent_forward}
+BLOCK, MLP, LAYER = {"forward": block_forward}, {"forward": mlp_forward}, {"forward": layer_forward}
+
+# A model's module in Transformers -> its classes -> functions that give the faster methods.
+HOSTS = {
+    "olmoe": {"OlmoeAttention": ATTENTION, "OlmoeSparseMoeBlock": BLOCK, "OlmoeDecoderLayer": LAYER},
+    "mixtral": {"MixtralAttention": ATTENTION, "MixtralSparseMoeBlock": BLOCK, "MixtralDecoderLayer": LAYER},
+    "qwen3_moe": {
+        "Qwen3MoeAttention": ATTENTION,
+        "Qwen3MoeSparseMoeBlock": BLOCK,
+        "Qwen3MoeMLP": MLP,
+        "Qwen3MoeDecoderLayer": LAYER,
+    },
+    "deepseek_v2": {
+        "DeepseekV2Attention": LATENT,
+        "DeepseekV2Moe": BLOCK,
+        "DeepseekV2MLP": MLP,
+        "DeepseekV2DecoderLayer": LAYER,
+    },
+    "deepseek_v3": {
+        "DeepseekV3Attention": LATENT,
+        "DeepseekV3MoE": BLOCK,
+        "DeepseekV3MLP": MLP,
+        "DeepseekV3DecoderLayer": LAYER,
+    },
+    # Of these, experts are a graft's.
+    "llama": {"LlamaAttention": ATTENTION, "LlamaMLP": MLP, "LlamaDecoderLayer": LAYER},
+    "mistral": {"MistralAttention": ATTENTION, "MistralMLP": MLP, "MistralDecoderLayer": LAYER},
+    "qwen2": {"Qwen2Attention": ATTENTION, "Qwen2MLP": MLP, "Qwen2DecoderLayer": LAYER},
+    "qwen3": {"Qwen3Attention": ATTENTION, "Qwen3MLP": MLP, "Qwen3DecoderLayer": LAYER},
+}
+
+
+def host_norm_forward(module: nn.Module, rows: int):
+    weight, eps = norm_of(module)
+    return lambda hidden_states: norms.rms_norm(hidden_states, weight, eps)
+
+
+def host_methods(model: nn.Module) -> dict[type, dict]:
+    """As METHODS, of the classes of Transformers that the model has modules of."""
+    found = {}
+    for kind, module in {type(x): x for x in model.modules()}.items():
+        if not kind.__module__.startswith("transformers.models."):
+            continue
+        known = HOSTS.get(kind.__module__.split(".")[2], {})
+        if kind.__name__ in known:
+            found[kind] = known[kind.__name__]
+        elif norm_of(module) is not None:
+            found[kind] = {"forward": host_norm_forward}
+    return found
+
+
+def fused_model(model: nn.Module, rows: int) -> AbstractContextManager:
+    """As `fused`, of our models, of Transformers' own and of grafts."""
+    return fused(model, rows, METHODS | {HfMoeGraftedBlock: {"forward": grafted_forward}} | host_methods(model))

@@ -1,0 +1,202 @@
+"""A decoding step with the kernels in Transformers' own models and in grafts, against what they compute by themselves."""
+
+from importlib import import_module
+from inspect import signature
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from hf_moe import HfMoeGraftConfig, HfMoeGraftForCausalLM
+from hf_moe.kernels.decode.host_models import ATTENTION, BLOCK, HOSTS, LATENT, LAYER, MLP, ROUTERS, fused_model
+from hf_moe.model.decoding import HfMoeReservedCache
+from hf_moe.model.host import CACHE
+from tests.families import tiny
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+ALL = dict.fromkeys(("num_experts_per_tok", "topk_group"), 8)  # of eight: rounding may then choose no other experts
+
+# What a forward must take for its kernel to stand in for it; a host that differs is to be read again.
+TAKES = {
+    "attention": {"hidden_states", "position_embeddings", "attention_mask", CACHE, "kwargs"},
+    "layer": {"hidden_states", "position_embeddings", "attention_mask", "position_ids", CACHE, "kwargs"},
+    "block": {"hidden_states"},
+    "network": {"x"},
+    "router": {"hidden_states"},
+}
+ROLES = [(ATTENTION, "attention"), (LATENT, "attention"), (LAYER, "layer"), (BLOCK, "block"), (MLP, "network")]
+LISTED = [(family, name, next(x for y, x in ROLES if y is made)) for family in HOSTS for name, made in HOSTS[family].items()]
+
+
+def of_the_host(family: str) -> dict[str, type]:
+    return vars(import_module(f"transformers.models.{family}.modeling_{family}"))
+
+
+@pytest.mark.parametrize(("family", "name", "role"), LISTED, ids=lambda x: str(x))
+def test_a_listed_class_is_there_and_takes_what_it_took(family, name, role):
+    found = set(signature(of_the_host(family)[name].forward).parameters) - {"self", "use_cache"}
+    assert found == TAKES[role]
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_listed_router_is_there_and_takes_what_it_took(name):
+    (router,) = {x[name] for x in map(of_the_host, HOSTS) if name in x}
+    assert set(signature(router.forward).parameters) - {"self"} == TAKES["router"]
+
+
+# ---- one step ----
+
+CASES = {
+    "olmoe": {},
+    "olmoe, norm_topk_prob": {"norm_topk_prob": True},
+    "mixtral": {},
+    "mixtral, window": {"sliding_window": 5},
+    "qwen3_moe": {"mlp_only_layers": [1], "norm_topk_prob": True, "head_dim": 10},
+    "qwen3_moe, window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    "deepseek_v2": {"routed_scaling_factor": 1.5, "v_head_dim": 10},
+    "deepseek_v2, no groups": {"topk_method": "greedy", "q_lora_rank": None, "n_group": 1},
+    "deepseek_v3": {"v_head_dim": 10},
+    "deepseek_v3, no groups": {"q_lora_rank": None, "n_group": 1, "rope_interleave": False, "n_shared_experts": 2},
+}
+GRAFTS = {
+    "llama": (LlamaConfig, {}, {}),
+    "mistral, window, one layer": (MistralConfig, {"sliding_window": 5}, {"sparse_layers": [1]}),
+    "qwen3, shared": (Qwen3Config, {"head_dim": 10}, {"n_shared_experts": 1}),
+    "qwen2, biases": (Qwen2Config, {}, {"router_type": "sigmoid_topk", "norm_topk_prob": True}),
+}
+# The last two have what the kernels don't know: they are recorded as they are.
+OTHERS = {"qwen2_moe": {}, "gpt_oss": {}}
+
+
+def model_of(name: str, dtype: torch.dtype, **changes) -> PreTrainedModel:
+    """With wide weights, and norms that are not one."""
+    torch.manual_seed(0)
+    if name in GRAFTS:
+        kind, fields, graft = GRAFTS[name]
+        sizes = {"vocab_size": 128, "hidden_size": 40, "intermediate_size": 24, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+        backbone = kind(**sizes | fields, max_position_embeddings=64, pad_token_id=0)
+        graft = graft | {key: 6 for key in changes if key == "num_experts_per_tok"}
+        config = HfMoeGraftConfig(backbone=backbone, **{"num_experts": 6, "num_experts_per_tok": 2} | graft)
+        model = HfMoeGraftForCausalLM(config)
+    else:
+        fields = (CASES | OTHERS)[name] | {"initializer_range": 0.2} | changes
+        model = tiny(name.split(",")[0], **fields)
+    for key, x in model.named_parameters():
+        if x.dim() == 1 and "norm" in key:
+            torch.nn.init.uniform_(x, 0.5, 1.5)
+    return model.to(DEVICE, dtype).eval()
+
+
+def steps(model: PreTrainedModel, rows: int, padding: int, unwritten: float = float("nan")):
+    """Logits of three steps [B, 3, V], as the model has them for the whole text and with the kernels; and the names of
+    the classes that these changed."""
+    length, new = 11, 3
+    ids = torch.randint(3, 100, (rows, length + new), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[-1, :padding] = 0
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    model.set_experts_implementation("eager")
+    expected = model(ids, attention_mask=mask, position_ids=position_ids).logits[:, length:]
+
+    cache = HfMoeReservedCache(model.config.num_hidden_layers, 20)
+    prompt = {"attention_mask": mask[:, :length], "position_ids": position_ids[:, :length], CACHE: cache}
+    with fused_model(model, rows * length):
+        model(ids[:, :length], use_cache=True, **prompt)
+    whole = torch.ones(rows, cache.layers[0].max_cache_len, dtype=torch.bool, device=DEVICE)
+    whole[:, : length + new] = mask.bool()
+    with fused_model(model, rows):
+        changed = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+        for layer in cache.layers:
+            layer.recorded = True
+            layer.cumulative_length.fill_(length)
+            # Nothing may read what isn't written.
+            layer.keys[:, :, length:] = layer.values[:, :, length:] = unwritten
+        actual = [
+            model(
+                ids[:, place : place + 1],
+                attention_mask=whole if padding else None,
+                position_ids=position_ids[:, place : place + 1],
+                use_cache=True,
+                **{CACHE: cache},
+            ).logits
+            for place in range(length, length + new)
+        ]
+    assert all("forward" not in vars(module) for module in model.modules())
+    return torch.cat(actual, dim=1).float(), expected.float(), changed
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE[dtype] * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("rows", "padding"), [(3, 4), (1, 0)], ids=["three rows, padding", "one row"])
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_a_step_is_that_of_transformers(name, rows, padding):
+    model = model_of(name, torch.float32)
+    actual, expected, changed = steps(model, rows, padding)
+    assert_close(actual, expected, torch.float32)
+    listed = {kind for kind in HOSTS[name.split(",")[0]] if any(type(x).__name__ == kind for x in model.modules())}
+    assert listed < changed  # and norms
+
+
+@pytest.mark.parametrize(("rows", "padding"), [(3, 4), (1, 0)], ids=["three rows, padding", "one row"])
+@pytest.mark.parametrize("name", GRAFTS)
+@torch.no_grad()
+def test_a_step_of_a_graft_is_that_of_the_graft(name, rows, padding):
+    biased = "biases" in name
+    actual, expected, changed = steps(model_of(name, torch.float32), rows, padding, 0.0 if biased else float("nan"))
+    assert_close(actual, expected, torch.float32)
+    assert "HfMoeGraftedBlock" in changed
+    assert biased != any(kind.endswith("Attention") for kind in changed)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@torch.no_grad()
+def test_a_step_of_what_is_not_listed_is_that_of_transformers(name):
+    actual, expected, changed = steps(model_of(name, torch.float32), 3, 4, unwritten=0.0)
+    assert_close(actual, expected, torch.float32)
+    assert all(kind.endswith("Norm") for kind in changed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*CASES, *GRAFTS])
+@torch.no_grad()
+def test_a_step_in_bf16(name):
+    model = model_of(name, torch.bfloat16, **(ALL if "groups" not in name else {"num_experts_per_tok": 8}))
+    assert_close(*steps(model, 3, 4, 0.0)[:2], torch.bfloat16)
+
+
+# ---- what the kernels don't compute ----
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "kind"),
+    [
+        ("olmoe", {"clip_qkv": 0.5}, "OlmoeAttention"),
+        ("olmoe", {"attention_bias": True}, "OlmoeAttention"),
+        ("deepseek_v3", {"attention_bias": True}, "DeepseekV3Attention"),
+        ("mixtral", {"hidden_act": "mish"}, "MixtralSparseMoeBlock"),
+    ],
+)
+@torch.no_grad()
+def test_what_the_kernels_do_not_compute_stays_as_it_is(name, fields, kind):
+    model = model_of(name, torch.float32, **fields)
+    actual, expected, changed = steps(model, 2, 0, unwritten=0.0)
+    assert_close(actual, expected, torch.float32)
+    assert kind not in changed and kind in {type(x).__name__ for x in model.modules()}
+
+
+def test_experts_with_an_adapter_are_left_as_they_are():
+    peft = pytest.importorskip("peft")
+    model = model_of("olmoe", torch.float32)
+    names = [name.split(".", 2)[-1] for name, x in model.named_parameters() if x.ndim == 3]
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=names))
+    with fused_model(model, 1):
+        changed = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+    assert "OlmoeAttention" in changed and "OlmoeSparseMoeBlock" not in changed
