@@ -28,9 +28,7 @@ class FastGeneration(HfMoeDecoding):
             reason = f"{generation_mode.value} has no recorded step, greedy decoding and sampling have"
         if reason is not None:
             logger.warning_once(f"Generating as before fast_generate: {reason}.")
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, positions
-        )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, positions)
 
     def __reduce_ex__(self, protocol):
         """Pickled by the host's class: this one is found under no name."""

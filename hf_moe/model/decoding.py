@@ -246,7 +246,7 @@ def obstacles(model: nn.Module) -> Iterator[str]:
     if not all(type(x) in (nn.Parameter, torch.Tensor) and x.device == device for x in model.parameters()):
         yield f"parameters of {name} are not plain tensors on {device}"
     if config._attn_implementation not in ("eager", "sdpa"):
-        yield f"its attention is {config._attn_implementation!r}: model.set_attn_implementation('sdpa') can be recorded"
+        yield f"its attention is {config._attn_implementation!r}, not 'sdpa' or 'eager'"
     # The experts of Transformers' interface know whether they are gated.
     routed = any(hasattr(x, "has_gate") or getattr(x, "routes", False) for x in modules)
     if routed and config._experts_implementation == "eager":

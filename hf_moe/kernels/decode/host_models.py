@@ -45,7 +45,7 @@ def norm_of(module: nn.Module) -> tuple[torch.Tensor, float] | None:
 
 
 def attention_forward(module: nn.Module, rows: int):
-    """q_proj, k_proj, v_proj and o_proj without biases; RoPE in halves; norms of queries and keys by head or of all."""
+    """Of q_proj, k_proj, v_proj and o_proj without biases, RoPE in halves, norms of each query and key or of all."""
     config, names = module.config, ("q_proj", "k_proj", "v_proj", "o_proj")
     further = hasattr(module, "sinks") or getattr(config, "clip_qkv", None) is not None
     if rows > experts.MAX_TOKENS or further or not all(plain(getattr(module, name)) for name in names):
