@@ -1,6 +1,7 @@
 """Recorded decoding for Transformers' own mixtures of experts, and for grafts."""
 
 from functools import cache
+from itertools import chain
 from typing import TypeVar
 
 from transformers import DynamicCache, PreTrainedModel
@@ -8,7 +9,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
-from .model.decoding import RECORDED, HfMoeDecoding, obstacles
+from .model.decoding import HfMoeDecoding, obstacles, wishes
 
 logger = logging.get_logger(__name__)
 
@@ -22,13 +23,11 @@ HOSTS_EXPERTS = ("eager", "grouped_mm", "batched_mm")  # which may wait for the 
 class FastGeneration(HfMoeDecoding):
     """`generate()` of a host's model with recorded steps, or one warning why it is as before."""
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, positions):
-        reason = next(obstacles(self), None)
-        if generation_mode not in RECORDED:
-            reason = f"{generation_mode.value} has no recorded step, greedy decoding and sampling have"
-        if reason is not None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *sizes):
+        reasons = chain(wishes(generation_config, model_kwargs, generation_mode), obstacles(self))
+        if (reason := next(reasons, None)) is not None:
             logger.warning_once(f"Generating as before fast_generate: {reason}.")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, positions)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *sizes)
 
     def __reduce_ex__(self, protocol):
         """Pickled by the host's class: this one is found under no name."""

@@ -262,6 +262,20 @@ def recordable(model: nn.Module) -> bool:
     return next(obstacles(model), None) is None
 
 
+def wishes(generation_config, model_kwargs: dict, generation_mode: GenerationMode) -> Iterator[str]:
+    """What the caller of `generate` asked for that a recorded step does not do."""
+    if not isinstance(model_kwargs.get(CACHE), HfMoeReservedCache | None):
+        yield "a cache was given"
+    if generation_config.cache_implementation is not None:
+        yield f"cache_implementation is {generation_config.cache_implementation!r}"
+    if generation_mode not in RECORDED:
+        yield f"{generation_mode.value} has no recorded step, as greedy decoding and sampling have"
+    if generation_config.disable_compile:
+        yield "disable_compile is true"
+    if generation_config.use_cache is False:
+        yield "use_cache is false"
+
+
 class LateFlag:
     """A flag on the device, read one step late, so that the host never waits for the step it has just asked for."""
 
@@ -291,10 +305,8 @@ class HfMoeDecoding:
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, positions):
-        chosen = model_kwargs.get(CACHE) is not None or generation_config.cache_implementation is not None
-        plain = generation_mode in RECORDED
-        off = generation_config.disable_compile or generation_config.use_cache is False
-        if chosen or not plain or off or not recordable(self):
+        other = next(wishes(generation_config, model_kwargs, generation_mode), None)
+        if model_kwargs.get(CACHE) is not None or other is not None or not recordable(self):
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, positions
             )
