@@ -23,8 +23,18 @@ from tests.families import tiny
 
 DENSE = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0}
 DENSE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, "max_position_embeddings": 64}
-# With kernels of attention, blocks and layers; gpt_oss and qwen2_moe with those of norms, or none.
-FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v2", "gpt_oss", "qwen2_moe", "graft")
+# With kernels of attention, blocks and layers; glm4_moe with those of norms, gpt_oss with none.
+FAMILIES = (
+    "olmoe",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "deepseek_v2",
+    "granitemoe",
+    "graft",
+    "glm4_moe",
+    "gpt_oss",
+)
 CPU_FAMILIES = ("olmoe", "deepseek_v2", "gpt_oss", "graft")
 
 

@@ -14,19 +14,15 @@ from hf_moe import HfMoeGraftConfig, HfMoeGraftForCausalLM
 from hf_moe.kernels.decode.host_models import ATTENTION, BLOCK, HOSTS, LATENT, LAYER, MLP, ROUTERS, fused_model
 from hf_moe.model.decoding import HfMoeReservedCache
 from hf_moe.model.host import CACHE
-from tests.families import tiny
+from tests.families import EXPERTS, TOP_K, tiny
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-ALL = dict.fromkeys(("num_experts_per_tok", "topk_group"), 8)  # of eight: rounding may then choose no other experts
 
 # What a forward must take for its kernel to stand in for it; a host that differs is to be read again.
 TAKES = {
     "attention": {"hidden_states", "position_embeddings", "attention_mask", CACHE, "kwargs"},
     "layer": {"hidden_states", "position_embeddings", "attention_mask", "position_ids", CACHE, "kwargs"},
-    "block": {"hidden_states"},
-    "network": {"x"},
-    "router": {"hidden_states"},
 }
 ROLES = [(ATTENTION, "attention"), (LATENT, "attention"), (LAYER, "layer"), (BLOCK, "block"), (MLP, "network")]
 LISTED = [
@@ -41,13 +37,17 @@ def of_the_host(family: str) -> dict[str, type]:
 @pytest.mark.parametrize(("family", "name", "role"), LISTED, ids=lambda x: str(x))
 def test_a_listed_class_is_there_and_takes_what_it_took(family, name, role):
     found = set(signature(of_the_host(family)[name].forward).parameters) - {"self", "use_cache"}
-    assert found == TAKES[role]
+    assert found == TAKES[role] if role in TAKES else len(found) == 1
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_listed_router_is_there_and_takes_what_it_took(name):
     (router,) = {x[name] for x in map(of_the_host, HOSTS) if name in x}
-    assert set(signature(router.forward).parameters) - {"self"} == TAKES["router"]
+    assert set(signature(router.forward).parameters) == {"self", "hidden_states"}
+
+
+def test_each_listed_family_is_tried():
+    assert set(HOSTS) == {name.split(",")[0] for name in (*CASES, *GRAFTS)}
 
 
 # ---- one step ----
@@ -59,6 +59,12 @@ CASES = {
     "mixtral, window": {"sliding_window": 5},
     "qwen3_moe": {"mlp_only_layers": [0], "norm_topk_prob": True, "head_dim": 10},
     "qwen3_moe, window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    "olmoe, biases": {"attention_bias": True},
+    "mellum": {"head_dim": 10},
+    "granitemoe": {"attention_multiplier": 0.4, "residual_multiplier": 0.7, "logits_scaling": 2.0},
+    "ernie4_5_moe": {"head_dim": 10},
+    "qwen2_moe": {},
+    "glm4_moe_lite": {"v_head_dim": 10},
     "deepseek_v2": {"routed_scaling_factor": 1.5, "v_head_dim": 10},
     "deepseek_v2, no groups": {"topk_method": "greedy", "q_lora_rank": None, "n_group": 1},
     "deepseek_v3": {"v_head_dim": 10},
@@ -71,7 +77,7 @@ GRAFTS = {
     "qwen2, biases": (Qwen2Config, {}, {"router_type": "sigmoid_topk", "norm_topk_prob": True}),
 }
 # What the kernels don't know, which is recorded as it is.
-OTHERS = {"qwen2_moe": {}, "gpt_oss": {}}
+OTHERS = {"glm4_moe": {}, "gpt_oss": {}}
 
 
 def model_of(name: str, dtype: torch.dtype, **changes) -> PreTrainedModel:
@@ -82,8 +88,8 @@ def model_of(name: str, dtype: torch.dtype, **changes) -> PreTrainedModel:
         sizes = {"vocab_size": 128, "hidden_size": 40, "intermediate_size": 24, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
         backbone = kind(**sizes | fields, max_position_embeddings=64, pad_token_id=0)
-        graft = graft | {key: 6 for key in changes if key == "num_experts_per_tok"}
-        config = HfMoeGraftConfig(backbone=backbone, **{"num_experts": 6, "num_experts_per_tok": 2} | graft)
+        experts = {"num_experts": EXPERTS, "num_experts_per_tok": TOP_K} | graft | changes
+        config = HfMoeGraftConfig(backbone=backbone, **experts)
         model = HfMoeGraftForCausalLM(config)
     else:
         fields = {"num_hidden_layers": 2, "initializer_range": 0.2} | (CASES | OTHERS)[name] | changes
@@ -141,7 +147,8 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
 @torch.no_grad()
 def test_a_step_is_that_of_transformers(name, rows, padding):
     model = model_of(name, torch.float32)
-    actual, expected, changed = steps(model, rows, padding)
+    own_attention = "ernie" in name  # reads the whole cache, and masks
+    actual, expected, changed = steps(model, rows, padding, 0.0 if own_attention else float("nan"))
     assert_close(actual, expected, torch.float32)
     listed = {kind for kind in HOSTS[name.split(",")[0]] if any(type(x).__name__ == kind for x in model.modules())}
     assert listed < changed  # and norms
@@ -150,11 +157,10 @@ def test_a_step_is_that_of_transformers(name, rows, padding):
 @pytest.mark.parametrize("name", GRAFTS)
 @torch.no_grad()
 def test_a_step_of_a_graft_is_that_of_the_graft(name):
-    biased = "biases" in name
-    actual, expected, changed = steps(model_of(name, torch.float32), 3, 4, 0.0 if biased else float("nan"))
+    actual, expected, changed = steps(model_of(name, torch.float32), 3, 4)
     assert_close(actual, expected, torch.float32)
-    assert "HfMoeGraftedBlock" in changed
-    assert biased != any(kind.endswith("Attention") for kind in changed)
+    kind = name.split(",")[0].capitalize()
+    assert {"HfMoeGraftedBlock", f"{kind}Attention", f"{kind}DecoderLayer", f"{kind}RMSNorm"} <= changed
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -169,8 +175,10 @@ def test_a_step_of_what_is_not_listed_is_that_of_transformers(name):
 @pytest.mark.parametrize("name", [*CASES, *GRAFTS])
 @torch.no_grad()
 def test_a_step_in_bf16(name):
-    model = model_of(name, torch.bfloat16, **(ALL if "groups" not in name else {"num_experts_per_tok": 8}))
-    assert_close(*steps(model, 3, 4, 0.0)[:2], torch.bfloat16)
+    every = {"num_experts_per_tok": EXPERTS}  # rounding may then choose no others
+    if name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"):
+        every["topk_group"] = 2
+    assert_close(*steps(model_of(name, torch.bfloat16, **every), 3, 4, 0.0)[:2], torch.bfloat16)
 
 
 # ---- what the kernels don't compute ----
@@ -180,7 +188,6 @@ def test_a_step_in_bf16(name):
     ("name", "fields", "kind"),
     [
         ("olmoe", {"clip_qkv": 0.5}, "OlmoeAttention"),
-        ("olmoe", {"attention_bias": True}, "OlmoeAttention"),
         ("deepseek_v3", {"attention_bias": True}, "DeepseekV3Attention"),
         ("mixtral", {"hidden_act": "mish"}, "MixtralSparseMoeBlock"),
     ],

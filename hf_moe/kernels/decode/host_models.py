@@ -45,15 +45,17 @@ def norm_of(module: nn.Module) -> tuple[torch.Tensor, float] | None:
 
 
 def attention_forward(module: nn.Module, rows: int):
-    """Of q_proj, k_proj, v_proj and o_proj without biases, RoPE in halves, norms of each query and key or of all."""
-    config, names = module.config, ("q_proj", "k_proj", "v_proj", "o_proj")
-    further = hasattr(module, "sinks") or getattr(config, "clip_qkv", None) is not None
-    if rows > experts.MAX_TOKENS or further or not all(plain(getattr(module, name)) for name in names):
+    """Of RoPE in halves over a whole head, with norms of each query and key, or of all of them at once, or without.
+
+    A projection that has a bias, or does more, is called as it is.
+    """
+    further = hasattr(module, "sinks") or getattr(module.config, "clip_qkv", None) is not None
+    if rows > experts.MAX_TOKENS or further:
         return None
     found = [norm_of(getattr(module, name)) for name in ("q_norm", "k_norm") if hasattr(module, name)]
     if not all(found):
         return None
-    *weights, out_weight = (getattr(module, name).weight for name in names)
+    project, back = projected(module.q_proj, module.k_proj, module.v_proj), projected(module.o_proj)
     original = type(module).forward
 
     def forward(hidden_states, position_embeddings, attention_mask=None, **kwargs):
@@ -63,7 +65,7 @@ def attention_forward(module: nn.Module, rows: int):
             kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
             return original(module, hidden_states, **kwargs)
         out = grouped.grouped_attention(
-            *products.linear(hidden_states.squeeze(1), *weights),
+            *project(hidden_states.squeeze(1)),
             tuple(weight for weight, _ in found) or None,
             cos,
             sin,
@@ -75,9 +77,17 @@ def attention_forward(module: nn.Module, rows: int):
             eps=found[0][1] if found else 0.0,
             interleaved=False,
         )
-        return products.linear(out.flatten(1), out_weight)[0].unsqueeze(1), None
+        return back(out.flatten(1))[0].unsqueeze(1), None
 
     return forward
+
+
+def projected(*linears: nn.Module):
+    """The products [T, C] of x [T, A] with up to three layers, in one launch where weights are all that they have."""
+    if not all(map(plain, linears)):
+        return lambda x: [linear(x) for linear in linears]
+    weights = [linear.weight for linear in linears]
+    return lambda x: products.linear(x, *weights)
 
 
 # What a router of Transformers computes, in the words of `routers.route`: the kind of scores, whether those of a
@@ -88,6 +98,10 @@ def softmax_router(gate: nn.Module):
 
 def mixtral_router(gate: nn.Module):
     return "softmax_topk", True, 1.0
+
+
+def granite_router(gate: nn.Module):
+    return "topk_softmax", False, 1.0
 
 
 def deepseek_v2_router(gate: nn.Module):
@@ -103,8 +117,11 @@ ROUTERS = {
     "OlmoeTopKRouter": softmax_router,
     "Qwen3MoeTopKRouter": softmax_router,
     "MixtralTopKRouter": mixtral_router,
+    "MellumTopKRouter": softmax_router,
+    "GraniteMoeTopKRouter": granite_router,
     "DeepseekV2TopkRouter": deepseek_v2_router,
     "DeepseekV3TopkRouter": deepseek_v3_router,
+    "Glm4MoeLiteTopkRouter": deepseek_v3_router,
 }
 
 
@@ -153,7 +170,8 @@ def mixture_forward(module: nn.Module, rows: int, choose):
 
 
 def block_forward(module: nn.Module, rows: int):
-    return mixture_forward(module, rows, host_chooser(module.gate))
+    gate = module.gate if hasattr(module, "gate") else module.router
+    return mixture_forward(module, rows, host_chooser(gate))
 
 
 def grafted_forward(module: HfMoeGraftedBlock, rows: int):
@@ -207,6 +225,25 @@ HOSTS = {
         "DeepseekV3MLP": MLP,
         "DeepseekV3DecoderLayer": LAYER,
     },
+    "glm4_moe_lite": {
+        "Glm4MoeLiteAttention": LATENT,
+        "Glm4MoeLiteMoE": BLOCK,
+        "Glm4MoeLiteMLP": MLP,
+        "Glm4MoeLiteDecoderLayer": LAYER,
+    },
+    "mellum": {
+        "MellumAttention": ATTENTION,
+        "MellumSparseMoeBlock": BLOCK,
+        "MellumMLP": MLP,
+        "MellumDecoderLayer": LAYER,
+    },
+    "granitemoe": {"GraniteMoeAttention": ATTENTION, "GraniteMoeMoE": BLOCK},  # its layers scale what they add
+    "ernie4_5_moe": {  # RoPE of pairs
+        "Ernie4_5_MoeSparseMoeBlock": BLOCK,
+        "Ernie4_5_MoeMLP": MLP,
+        "Ernie4_5_MoeDecoderLayer": LAYER,
+    },
+    "qwen2_moe": {"Qwen2MoeAttention": ATTENTION, "Qwen2MoeMLP": MLP, "Qwen2MoeDecoderLayer": LAYER},
     # Of these, experts are a graft's.
     "llama": {"LlamaAttention": ATTENTION, "LlamaMLP": MLP, "LlamaDecoderLayer": LAYER},
     "mistral": {"MistralAttention": ATTENTION, "MistralMLP": MLP, "MistralDecoderLayer": LAYER},
