@@ -70,6 +70,16 @@ def test_saved_files_names_and_classes_stay(family, tmp_path):
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "after")) is kind
 
 
+def test_a_forward_and_what_it_records_stay():
+    plain, model = model_of("olmoe"), fast_generate(model_of("olmoe"))
+    model.set_experts_implementation("grouped_mm")  # ours would be interpreted
+    asked = {"output_hidden_states": True, "output_router_logits": True, "labels": prompts("cpu")["input_ids"]}
+    expected, actual = (x(**prompts("cpu"), **asked) for x in (plain, model))
+    assert len(actual.router_logits) == len(expected.router_logits) == 2
+    for name in ("loss", "logits", "aux_loss", "hidden_states", "router_logits"):
+        torch.testing.assert_close(actual[name], expected[name])
+
+
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_a_copy_is_fast_too(twin):
     model = fast_generate(model_of("olmoe"))

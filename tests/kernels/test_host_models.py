@@ -171,6 +171,18 @@ def test_a_step_of_what_is_not_listed_is_that_of_transformers(name):
     assert all(kind.endswith("Norm") for kind in changed)
 
 
+@pytest.mark.parametrize("name", ["olmoe", "granitemoe", "deepseek_v2", "llama"])
+@torch.no_grad()
+def test_a_prompt_of_many_tokens_is_that_of_transformers(name):
+    model = model_of(name, torch.float32)
+    ids = torch.randint(3, 100, (3, 23), device=DEVICE)  # more tokens than a step has
+    model.set_experts_implementation("eager")
+    expected = model(ids).logits
+    with fused_model(model, ids.numel()) as methods:
+        assert methods
+        assert_close(model(ids).logits, expected, torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*CASES, *GRAFTS])
 @torch.no_grad()
