@@ -74,6 +74,7 @@ GRAFTS = {
     "llama": (LlamaConfig, {}, {}),
     "mistral, window, one layer": (MistralConfig, {"sliding_window": 5}, {"sparse_layers": [1]}),
     "qwen3, shared": (Qwen3Config, {"head_dim": 10}, {"n_shared_experts": 1}),
+    "llama, gated shared": (LlamaConfig, {}, {"n_shared_experts": 1, "shared_expert_gate": True}),
     "qwen2, biases": (Qwen2Config, {}, {"router_type": "sigmoid_topk", "norm_topk_prob": True}),
 }
 # What the kernels don't know, which is recorded as it is.
@@ -142,8 +143,12 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE[dtype] * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize(("rows", "padding"), [(3, 4), (1, 0)], ids=["three rows, padding", "one row"])
-@pytest.mark.parametrize("name", CASES)
+ONE_ROW = ("olmoe", "mixtral, window", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "padding"), [*((name, 3, 4) for name in CASES), *((name, 1, 0) for name in ONE_ROW)]
+)
 @torch.no_grad()
 def test_a_step_is_that_of_transformers(name, rows, padding):
     model = model_of(name, torch.float32)

@@ -117,6 +117,7 @@ ROUTERS = {
     "OlmoeTopKRouter": softmax_router,
     "Qwen3MoeTopKRouter": softmax_router,
     "MixtralTopKRouter": mixtral_router,
+    "Qwen2MoeTopKRouter": softmax_router,
     "MellumTopKRouter": softmax_router,
     "GraniteMoeTopKRouter": granite_router,
     "DeepseekV2TopkRouter": deepseek_v2_router,
@@ -128,11 +129,14 @@ ROUTERS = {
 def host_chooser(gate: nn.Module):
     """weights and index [T, K] as a function of x [T, D]: by the kernels, whose logits are those of float32 also where
     the host rounds them to 16 bits, or by the router itself."""
-    said = ROUTERS.get(type(gate).__name__, lambda gate: None)(gate)
+    said = ROUTERS[type(gate).__name__](gate) if type(gate).__name__ in ROUTERS else None
     if said is None or gate.weight.numel() > 2**20:
         return lambda x: gate(x)[1:3]
     bias = getattr(gate, "e_score_correction_bias", None)
     return lambda x: routers.route(x, gate.weight, bias, gate.top_k, *said)[1:]
+
+
+SHARED = ("shared_experts", "shared_expert")  # what blocks call the network that every token takes
 
 
 def routed_network(routed: nn.Module) -> experts.Network | None:
@@ -151,19 +155,23 @@ def routed_network(routed: nn.Module) -> experts.Network | None:
 
 
 def mixture_forward(module: nn.Module, rows: int, choose):
-    """Of a block with `experts`, and with `shared_experts` or without, whose experts `choose` chooses."""
-    if rows > experts.MAX_TOKENS:
+    """Of a block with `experts`, which `choose` chooses, and with a shared network or without.
+
+    The shared one is in the experts' launches, unless it has a gate, or an activation of its own.
+    """
+    weights_of = routed_network(module.experts)
+    if rows > experts.MAX_TOKENS or weights_of is None:
         return None
-    weights_of, shared = routed_network(module.experts), getattr(module, "shared_experts", None)
-    beside = shared and network(shared, rows)
-    if weights_of is None or (shared is not None and beside is None):
-        return None
-    computed = formula(module.experts)
-    if shared is not None and computed.clamped:  # only the routed ones are
-        return None
+    computed, gate = formula(module.experts), getattr(module, "shared_expert_gate", None)
+    shared = next((x for name in SHARED if (x := getattr(module, name, None)) is not None), None)
+    beside = None if shared is None or gate is not None or computed.clamped else network(shared, rows)
+    alone = shared is not None and beside is None
 
     def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         x = hidden_states.flatten(0, -2)
+        if alone:
+            added = shared(x) if gate is None else gate(x).sigmoid() * shared(x)
+            residual = added if residual is None else added + residual.view_as(added)
         return experts.mixture(x, *choose(x), weights_of, beside, computed, residual).view_as(hidden_states)
 
     return forward
@@ -176,8 +184,7 @@ def block_forward(module: nn.Module, rows: int):
 
 def grafted_forward(module: HfMoeGraftedBlock, rows: int):
     """Of a block in the place of a dense network; a host's layer calls it with hidden states alone, or adds by it."""
-    further = (module.shared_expert_gate, module.fc1_latent_proj)  # between router, experts and sum
-    if module.scales_input or module.scale != 1 or any(x is not None for x in further):
+    if module.scales_input or module.scale != 1 or module.fc1_latent_proj is not None:
         return None
     chosen = chooser(module.gate)
     return mixture_forward(module, rows, lambda x: chosen(x, *module.text.now[:2]))
@@ -243,7 +250,12 @@ HOSTS = {
         "Ernie4_5_MoeMLP": MLP,
         "Ernie4_5_MoeDecoderLayer": LAYER,
     },
-    "qwen2_moe": {"Qwen2MoeAttention": ATTENTION, "Qwen2MoeMLP": MLP, "Qwen2MoeDecoderLayer": LAYER},
+    "qwen2_moe": {
+        "Qwen2MoeAttention": ATTENTION,
+        "Qwen2MoeSparseMoeBlock": BLOCK,
+        "Qwen2MoeMLP": MLP,
+        "Qwen2MoeDecoderLayer": LAYER,
+    },
     # Of these, experts are a graft's.
     "llama": {"LlamaAttention": ATTENTION, "LlamaMLP": MLP, "LlamaDecoderLayer": LAYER},
     "mistral": {"MistralAttention": ATTENTION, "MistralMLP": MLP, "MistralDecoderLayer": LAYER},
