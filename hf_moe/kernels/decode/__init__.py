@@ -5,6 +5,7 @@ None where this module has what the kernels don't know; its own method then stay
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,9 +15,16 @@ from ...model.decoding import HfMoeReservedLayer
 from ...model.host import CACHE
 from ...model.latent_attention import HfMoeLatentAttention
 from ...model.mlp import HfMoeMLP
-from ...model.modeling_hf_moe import HfMoeClampedExperts, HfMoeDecoderLayer, HfMoeExperts, HfMoeSparseMoeBlock
+from ...model.modeling_hf_moe import (
+    HfMoeClampedExperts,
+    HfMoeDecoderLayer,
+    HfMoeExperts,
+    HfMoeModel,
+    HfMoeSparseMoeBlock,
+)
 from ...model.norms import PLACEMENTS
 from ...model.rms_norm import HfMoeRMSNorm
+from ...model.rotary import HfMoeRotaryEmbedding
 from ...model.router import HfMoeRouter
 from ..experts import hf_moe_experts_forward
 from ..formula import Formula, activation, formula
@@ -28,8 +36,24 @@ def plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and linear.bias is None
 
 
+def weight_and_epsilon(norm: HfMoeRMSNorm) -> tuple[torch.Tensor, float]:
+    return norm.weight, norm.variance_epsilon
+
+
 def norm_forward(module: HfMoeRMSNorm, rows: int):
-    return lambda hidden_states: norms.rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    return lambda hidden_states: norms.rms_norm(hidden_states, *weight_and_epsilon(module))
+
+
+def counters(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """Where programs of one launch count who has come to its end."""
+    return torch.zeros(count, dtype=torch.int32, device=weight.device)
+
+
+def summed_and_normed(hidden_states: torch.Tensor, residual: torch.Tensor | None, norm: HfMoeRMSNorm | None):
+    """The sum of both, or the residual alone, which goes on beside a network; and what the network reads."""
+    if norm is None:
+        return residual, hidden_states
+    return norms.add_rms_norm(residual, hidden_states, *weight_and_epsilon(norm))
 
 
 def network(module: HfMoeMLP, rows: int) -> experts.Network | None:
@@ -46,31 +70,31 @@ def network(module: HfMoeMLP, rows: int) -> experts.Network | None:
 def mlp_forward(module: HfMoeMLP, rows: int):
     weights, computed = network(module, rows), Formula(activation(module.act_fn), hasattr(module, "gate_proj"))
 
-    def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        x = hidden_states.flatten(0, -2)
+    def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None, norm=None) -> torch.Tensor:
+        residual, x = summed_and_normed(hidden_states, residual, norm)
+        x = x.flatten(0, -2)
         return experts.mixture(x, None, None, None, weights, computed, residual).view_as(hidden_states)
 
     return weights and forward
 
 
-def router_forward(gate: nn.Module, config):
-    """weights and index [T, K] as a function of x [T, D]: by the kernels where the router is a plain one."""
+def route_arguments(gate: nn.Module, config):
+    """What `routers.route` needs beside x, or None where the router is not a plain one."""
     plain_router = type(gate) is HfMoeRouter and config.router_type in routers.SCORES
     limited = config.topk_group < config.n_group or config.router_args.get("eval_capacity_factor")
     if not plain_router or gate.weight.numel() > 2**20 or limited or config.router_args.get("router_bias"):
         return None
-    bias, top_k = gate.e_score_correction_bias, config.num_experts_per_tok
-    settings = (top_k, config.router_type, config.norm_topk_prob, float(config.routed_scaling_factor))
-    return lambda x: routers.route(x, gate.weight, bias, *settings)[1:]
+    settings = (config.num_experts_per_tok, config.router_type, config.norm_topk_prob)
+    return gate.weight, gate.e_score_correction_bias, *settings, float(config.routed_scaling_factor)
 
 
 def chooser(gate: nn.Module):
     """weights and index [T, K] as a function of x [T, D], hidden_states' mask and token ids."""
-    choose = router_forward(gate, gate.config)
+    arguments = route_arguments(gate, gate.config)
 
     def chosen(x: torch.Tensor, token_mask: torch.Tensor | None, input_ids: torch.Tensor | None):
-        if choose is not None:
-            return choose(x)
+        if arguments is not None:
+            return routers.route(x, *arguments)[1:]
         ids = None if input_ids is None else input_ids.reshape(-1)
         mask = None if token_mask is None else token_mask.reshape(-1)
         return gate(x, mask, ids)[1:3]
@@ -95,8 +119,9 @@ def many_forward(module: HfMoeSparseMoeBlock):
     """Of a prompt: the kernels of training."""
     chosen = chooser(module.gate)
 
-    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None) -> torch.Tensor:
-        x = hidden_states.flatten(0, -2)
+    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None):
+        residual, x = summed_and_normed(hidden_states, residual, norm)
+        x = x.flatten(0, -2)
         weights, index = chosen(x, token_mask, input_ids)
         out = hf_moe_experts_forward(module.experts, x, index, weights)
         if module.shared_experts is not None:
@@ -105,6 +130,17 @@ def many_forward(module: HfMoeSparseMoeBlock):
         return out if residual is None else out + residual
 
     return forward
+
+
+def routed_rows(hidden_states, residual, norm, arguments, arrived: torch.Tensor, choose):
+    """The residual, x [T, D] and what `choose` has of it, weights and index [T, K]; in one launch with the sum and the
+    norm before them where `routers.route` can take the router's place, by its `arguments`."""
+    if norm is not None and arguments is not None:
+        both = (residual.flatten(0, -2), hidden_states.flatten(0, -2).contiguous())
+        return routers.normed_route(*both, *weight_and_epsilon(norm), *arguments, arrived)
+    residual, x = summed_and_normed(hidden_states, residual, norm)
+    x = x.flatten(0, -2)
+    return residual, x, *choose(x)
 
 
 def few_forward(module: HfMoeSparseMoeBlock, computed: Formula, rows: int):
@@ -122,11 +158,11 @@ def few_forward(module: HfMoeSparseMoeBlock, computed: Formula, rows: int):
         weights_of = experts.Network(*up.chunk(2, dim=1), routed.down_proj, biases)
     else:
         weights_of = experts.Network(None, up, routed.down_proj, biases and (None, *biases))
-    chosen = chooser(module.gate)
+    chosen, arguments, arrived = chooser(module.gate), route_arguments(module.gate, config), counters(up, rows)
 
-    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None) -> torch.Tensor:
-        x = hidden_states.flatten(0, -2)
-        weights, index = chosen(x, token_mask, input_ids)
+    def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None):
+        choose = partial(chosen, token_mask=token_mask, input_ids=input_ids)
+        residual, x, weights, index = routed_rows(hidden_states, residual, norm, arguments, arrived, choose)
         if beside and module.shared_experts is not None:
             added = module.shared_experts(x)
             residual = added if residual is None else added + residual.view_as(added)
@@ -164,15 +200,17 @@ def latent_forward(module: nn.Module, rows: int):
     key_up, value_up = up.split(sizes, dim=1)  # [H, d, r]
     original = type(module).forward
 
-    def forward(hidden_states, position_embeddings, attention_mask=None, **kwargs):
+    def forward(hidden_states, position_embeddings, attention_mask=None, norm=None, **kwargs):
         cached = recorded_layer(kwargs.get("past_key_values", kwargs.get(CACHE)), module.layer_idx)
         if cached is None:
+            hidden_states = hidden_states if norm is None else norm(hidden_states)
             kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
             return original(module, hidden_states, **kwargs)
-        x = hidden_states.squeeze(1)
-        query, new_latent = products.linear(x, first.weight, module.kv_a_proj_with_mqa.weight)
+        x, norm = hidden_states.squeeze(1), norm and weight_and_epsilon(norm)
+        query, new_latent = products.linear(x, first.weight, module.kv_a_proj_with_mqa.weight, norm=norm)
         if config.q_lora_rank is not None:
-            query = products.linear(module.q_a_layernorm(query), module.q_b_proj.weight)[0]
+            norm = weight_and_epsilon(module.q_a_layernorm)
+            query = products.linear(query, module.q_b_proj.weight, norm=norm)[0]
         as_complex = isinstance(position_embeddings, torch.Tensor)  # V2's, of one number a pair
         if as_complex:
             parts = position_embeddings.real, position_embeddings.imag
@@ -183,6 +221,7 @@ def latent_forward(module: nn.Module, rows: int):
             new_latent,
             module.kv_a_layernorm.weight,
             key_up,
+            value_up,
             cos,
             sin,
             cached.keys,
@@ -195,9 +234,9 @@ def latent_forward(module: nn.Module, rows: int):
             paired=as_complex,
             softcap=getattr(config, "attn_logit_softcapping", None),
         )
-        values = x.new_empty(len(x), *value_up.shape[:2])  # [B, H, d_v]
-        products.per_head(out, value_up.transpose(1, 2), values.transpose(0, 1))
-        return products.linear(values.flatten(1), module.o_proj.weight)[0].unsqueeze(1), None
+        return products.linear(out.flatten(1), module.o_proj.weight, counted=cached.cumulative_length)[0].unsqueeze(
+            1
+        ), None
 
     return forward
 
@@ -213,16 +252,18 @@ def grouped_forward(module: HfMoeAttention, rows: int):
     if not simple:
         return None
     weights = [getattr(module, name).weight for name in names]
+    arrived = counters(weights[0], rows * config.num_key_value_heads)
     norm_weights = (module.q_norm.weight, module.k_norm.weight) if normed else None
     original = type(module).forward
 
-    def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, norm=None, **kwargs):
         cached = recorded_layer(past_key_values, module.layer_idx)
         cos, sin = (part.squeeze(1) for part in position_embeddings)
         if cached is None or cos.shape[1] != module.head_dim:
+            hidden_states = hidden_states if norm is None else norm(hidden_states)
             return original(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         out = grouped.grouped_attention(
-            *products.linear(hidden_states.squeeze(1), *weights[:3]),
+            *products.linear(hidden_states.squeeze(1), *weights[:3], norm=norm and weight_and_epsilon(norm)),
             norm_weights,
             cos,
             sin,
@@ -230,12 +271,13 @@ def grouped_forward(module: HfMoeAttention, rows: int):
             cached.values,
             cached.cumulative_length,
             visible(attention_mask),
+            arrived,
             scale=module.scaling,
             eps=config.rms_norm_eps,
             interleaved=config.rope_interleave,
             softcap=config.attn_logit_softcapping,
         )
-        return products.linear(out.flatten(1), weights[3])[0].unsqueeze(1), None
+        return products.linear(out.flatten(1), weights[3], counted=cached.cumulative_length)[0].unsqueeze(1), None
 
     return forward
 
@@ -254,25 +296,57 @@ def many_rotated(module: HfMoeAttention, rows: int):
     return rotated
 
 
+def angles_forward(module: HfMoeRotaryEmbedding, rows: int):
+    if rows > experts.MAX_TOKENS or "dynamic" in module.rope_type or module.rope_type == "longrope":
+        return None  # those frequencies depend on the length
+    return lambda x, position_ids: rotary.angles(position_ids, module.inv_freq, module.attention_scaling, x.dtype)
+
+
+def masks_of_step(module: HfMoeModel, rows: int):
+    """None for a step's attention without padding: its kernels know how long the text is."""
+    original = module.attention_masks
+    rotary_emb, sizes = (
+        module.rotary_emb,
+        {x.self_attn.head_dim for x in module.layers if type(x.self_attn) is HfMoeAttention},
+    )
+    whole = type(rotary_emb) is HfMoeRotaryEmbedding and sizes <= {2 * len(rotary_emb.inv_freq)}
+    full = set(module.config.layer_types) == {"full_attention"}
+
+    def attention_masks(attention_mask, inputs_embeds, past_key_values, position_ids):
+        kernels = all("forward" in vars(layer.self_attn) for layer in module.layers)
+        cached = all(recorded_layer(past_key_values, index) is not None for index in range(len(module.layers)))
+        if attention_mask is None and whole and full and kernels and cached:
+            return {"full_attention": None}
+        return original(attention_mask, inputs_embeds, past_key_values, position_ids)
+
+    return attention_masks
+
+
 def layer_forward(module: HfMoeDecoderLayer, rows: int):
-    norm = getattr(module, "post_attention_layernorm", None)
-    if module.norms != PLACEMENTS["pre"] or module.residual_multiplier != 1 or type(norm) is not HfMoeRMSNorm:
+    first, second = (getattr(module, f"{name}_layernorm", None) for name in ("input", "post_attention"))
+    plain_norms = type(first) is type(second) is HfMoeRMSNorm
+    if module.norms != PLACEMENTS["pre"] or module.residual_multiplier != 1 or not plain_norms:
         return None
 
     def forward(hidden_states, token_mask=None, input_ids=None, layer_cache=None, **kwargs) -> torch.Tensor:
         kwargs["past_key_values"] = layer_cache
         routing = {"token_mask": token_mask, "input_ids": input_ids}
         heads_routing, mlp_routing = (routing if x else {} for x in (module.self_attn.routes, module.sparse))
-        attended, _ = module.self_attn(module.input_layernorm(hidden_states), **heads_routing, **kwargs)
-        hidden_states, normed = norms.add_rms_norm(hidden_states, attended, norm.weight, norm.variance_epsilon)
-        if "forward" in vars(module.mlp):  # one of ours: it adds, too
-            return module.mlp(normed, residual=hidden_states, **mlp_routing)
+        if "forward" in vars(module.self_attn):  # one of ours: it norms, too
+            attended, _ = module.self_attn(hidden_states, norm=first, **heads_routing, **kwargs)
+        else:
+            attended, _ = module.self_attn(first(hidden_states), **heads_routing, **kwargs)
+        if "forward" in vars(module.mlp):  # it adds and norms
+            return module.mlp(attended, residual=hidden_states, norm=second, **mlp_routing)
+        hidden_states, normed = summed_and_normed(attended, hidden_states, second)
         return hidden_states + module.mlp(normed, **mlp_routing)
 
     return forward
 
 
 METHODS = {
+    HfMoeModel: {"attention_masks": masks_of_step},
+    HfMoeRotaryEmbedding: {"forward": angles_forward},
     HfMoeDecoderLayer: {"forward": layer_forward},
     HfMoeRMSNorm: {"forward": norm_forward},
     HfMoeMLP: {"forward": mlp_forward},

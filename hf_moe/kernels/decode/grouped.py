@@ -1,4 +1,4 @@
-"""Multi-head, grouped-query and multi-query attention for one new token a row, in three launches.
+"""Multi-head, grouped-query and multi-query attention for one new token a row: one launch, of a long context two.
 
 Shapes: B rows, H query heads, N key heads, d head size, S positions of the cache. The cache has keys and values
 [B, N, S, d], and on the device how many positions are filled.
@@ -8,44 +8,117 @@ import torch
 import triton
 import triton.language as tl
 
-from .overlap import OVERLAP, let_next_start, wait_for_last
-from .parts import STAGES, WARPS, attend, bounds, room_for_parts, step_of, store_part, sum_of_parts
+from .overlap import OVERLAP, last_of, let_next_start, wait_for_last
+from .parts import (
+    FEW_PARTS,
+    STAGES,
+    WARPS,
+    attend,
+    bounds,
+    fetch_rows,
+    number_of_parts,
+    room_for_parts,
+    step_of,
+    store_part,
+    sum_of_parts,
+)
 
 
 @triton.jit
-def normed(
-    a,
-    b,
-    weight_ptr,
+def scale_of(vector_ptr, count, eps, BLOCK: tl.constexpr):
+    """What RMSNorm multiplies all heads' values with."""
+    place = tl.arange(0, BLOCK)
+    x = tl.load(vector_ptr + place, mask=place < count, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x, axis=0) / count + eps)
+
+
+@triton.jit
+def norm_halves(
+    weight_ptr, head, real, size: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr
+):
+    """The halves [heads, HALF] of some heads' norm weights."""
+    pair = tl.arange(0, HALF)
+    step: tl.constexpr = 1 if INTERLEAVED else size // 2
+    place = head[:, None] * (size if NORM == 2 else 0) + (2 if INTERLEAVED else 1) * pair[None, :]
+    both = real[:, None] & (pair < size // 2)[None, :]
+    a = tl.load(weight_ptr + place, mask=both, other=0.0).to(tl.float32)
+    return a, tl.load(weight_ptr + place + step, mask=both, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def turned(
+    vector_ptr,
+    norm_a,
+    norm_b,
+    cos_ptr,
+    sin_ptr,
     head,
-    pair,
-    both,
+    real,
     count,
     eps,
     size: tl.constexpr,
-    first: tl.constexpr,
-    step: tl.constexpr,
-    WHOLE: tl.constexpr,
+    NORM: tl.constexpr,  # 0 none, 1 a head, 2 all heads
+    INTERLEAVED: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_ALL: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """RMSNorm of the vectors whose halves are a and b, each head's or all heads' at once."""
-    squares = tl.sum(a * a + b * b, axis=1)
-    if WHOLE:
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / count + eps)
-        a, b = a * scale, b * scale
-        place = weight_ptr + head[:, None] * size + first * pair[None, :]
-    else:
-        scale = tl.rsqrt(squares / size + eps)[:, None]
-        a, b = a * scale, b * scale
-        place = weight_ptr + head[:, None] * 0 + first * pair[None, :]
-    a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
-    a *= tl.load(place, mask=both, other=0.0).to(tl.float32)
-    b *= tl.load(place + step, mask=both, other=0.0).to(tl.float32)
-    return a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+    """The halves [heads, HALF] of some heads' vectors, normed and rotated."""
+    half: tl.constexpr = size // 2
+    step: tl.constexpr = 1 if INTERLEAVED else half
+    pair = tl.arange(0, HALF)
+    inside = pair < half
+    both = real[:, None] & inside[None, :]
+    place = head[:, None] * size + (2 if INTERLEAVED else 1) * pair[None, :]
+    a = tl.load(vector_ptr + place, mask=both, other=0.0).to(tl.float32)
+    b = tl.load(vector_ptr + place + step, mask=both, other=0.0).to(tl.float32)
+    if NORM > 0:
+        if NORM == 2:
+            scale = scale_of(vector_ptr, count, eps, BLOCK_ALL)
+        else:
+            scale = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / size + eps)[:, None]
+        a, b = (a * scale).to(dtype).to(tl.float32), (b * scale).to(dtype).to(tl.float32)
+        a, b = (a * norm_a).to(dtype).to(tl.float32), (b * norm_b).to(dtype).to(tl.float32)
+    cos_a = tl.load(cos_ptr + pair, mask=inside, other=0.0).to(tl.float32)[None, :]
+    cos_b = tl.load(cos_ptr + pair + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin_a = tl.load(sin_ptr + pair, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin_b = tl.load(sin_ptr + pair + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return (a * cos_a - b * sin_a).to(dtype), (b * cos_b + a * sin_b).to(dtype)
 
 
 @triton.jit
-def prepare_kernel(
+def sum_few(
+    parts_ptr,
+    lse_ptr,
+    place,
+    column,
+    size,
+    heads,
+    inside,
+    PARTS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The weights' sum [heads] and the weighted sum [heads, BLOCK_D] of the parts that all programs have written."""
+    best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    for part in tl.static_range(PARTS):
+        lse = tl.load(lse_ptr + place * PARTS + part, mask=heads, other=0.0, cache_modifier=".cg")
+        best = tl.maximum(best, lse)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    out = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    for part in tl.static_range(PARTS):
+        here = place * PARTS + part
+        lse = tl.load(lse_ptr + here, mask=heads, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.exp(lse - best)
+        total += weight
+        rows = parts_ptr + here[:, None] * size + column[None, :]
+        part_out = tl.load(rows, mask=heads[:, None] & inside[None, :], other=0.0, cache_modifier=".cg")
+        out += weight[:, None] * part_out
+    return total, out
+
+
+@triton.jit
+def attention_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
@@ -53,123 +126,134 @@ def prepare_kernel(
     key_weight_ptr,
     cos_ptr,
     sin_ptr,
-    turned_ptr,
-    keys_ptr,
-    values_ptr,
-    length_ptr,
-    eps,
-    rotary_row,
-    cache_row,
-    cache_head,
-    H,
-    N,
-    size: tl.constexpr,
-    NORM: tl.constexpr,  # 0 none, 1 a head, 2 all heads
-    INTERLEAVED: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """Norm and rotate query and key; the query to `turned`, key and value to the cache's next place."""
-    let_next_start()
-    wait_for_last()
-    row, length = tl.program_id(0).to(tl.int64), tl.load(length_ptr)
-    dtype: tl.constexpr = keys_ptr.dtype.element_ty
-    half: tl.constexpr = size // 2
-    first: tl.constexpr = 2 if INTERLEAVED else 1
-    step: tl.constexpr = 1 if INTERLEAVED else half
-    pair = tl.arange(0, HALF)
-    real = pair < half
-    turn = row * rotary_row + pair
-    cos_a = tl.load(cos_ptr + turn, mask=real, other=0.0).to(tl.float32)[None, :]
-    cos_b = tl.load(cos_ptr + turn + half, mask=real, other=0.0).to(tl.float32)[None, :]
-    sin_a = tl.load(sin_ptr + turn, mask=real, other=0.0).to(tl.float32)[None, :]
-    sin_b = tl.load(sin_ptr + turn + half, mask=real, other=0.0).to(tl.float32)[None, :]
-
-    if tl.program_id(1) == 0:
-        head = tl.arange(0, BLOCK_H)
-        both = (head < H)[:, None] & real[None, :]
-        place = query_ptr + (row * H + head[:, None]) * size + first * pair[None, :]
-        a = tl.load(place, mask=both, other=0.0).to(tl.float32)
-        b = tl.load(place + step, mask=both, other=0.0).to(tl.float32)
-        if NORM > 0:
-            a, b = normed(a, b, query_weight_ptr, head, pair, both, H * size, eps, size, first, step, NORM == 2, dtype)
-        place = turned_ptr + (row * H + head[:, None]) * size + pair[None, :]
-        tl.store(place, (a * cos_a - b * sin_a).to(dtype), mask=both)
-        tl.store(place + half, (b * cos_b + a * sin_b).to(dtype), mask=both)
-    else:
-        # Names of their own: both branches are compiled, and the sizes differ.
-        key_head = tl.arange(0, BLOCK_N)
-        inside = (key_head < N)[:, None] & real[None, :]
-        source = key_ptr + (row * N + key_head[:, None]) * size + first * pair[None, :]
-        c = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(source + step, mask=inside, other=0.0).to(tl.float32)
-        if NORM > 0:
-            c, d = normed(
-                c, d, key_weight_ptr, key_head, pair, inside, N * size, eps, size, first, step, NORM == 2, dtype
-            )
-        cached = row * cache_row + key_head[:, None] * cache_head + length * size + pair[None, :]
-        tl.store(keys_ptr + cached, (c * cos_a - d * sin_a).to(dtype), mask=inside)
-        tl.store(keys_ptr + cached + half, (d * cos_b + c * sin_b).to(dtype), mask=inside)
-        source = value_ptr + (row * N + key_head[:, None]) * size + pair[None, :]
-        tl.store(values_ptr + cached, tl.load(source, mask=inside, other=0.0), mask=inside)
-        tl.store(values_ptr + cached + half, tl.load(source + half, mask=inside, other=0.0), mask=inside)
-
-
-@triton.jit
-def split_kernel(
-    query_ptr,
     keys_ptr,
     values_ptr,
     mask_ptr,
     length_ptr,
-    out_ptr,
+    parts_ptr,
     lse_ptr,
+    out_ptr,
+    arrived_ptr,
+    eps,
     scale,
     softcap,
+    rotary_row,
     cache_row,
     cache_head,
     mask_row,
     H,
     N,
-    splits,
-    size,
+    size: tl.constexpr,
+    SPLITS: tl.constexpr,
+    NEW: tl.constexpr,
+    NORM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     MASKED: tl.constexpr,
     CAPPED: tl.constexpr,
+    SUMS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Attention of a key head's queries over one part of the positions, with the logarithm of its sum."""
+    """A key head's queries over one part of the positions; the NEWth has the new token, and writes it."""
     let_next_start()
-    wait_for_last()
     row, key_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    group = H // N
-    member = tl.arange(0, BLOCK_G)
-    head = key_head * group + member
-    begin, end = bounds(length_ptr, split, splits, BLOCK_S)
+    dtype: tl.constexpr = keys_ptr.dtype.element_ty
+    half: tl.constexpr = size // 2
+    first = row * cache_row + key_head.to(tl.int64) * cache_head
+    length, group = tl.load(length_ptr), H // N  # of the step before, which has ended, as what it cached
+    begin, end = bounds(length, split, SPLITS, BLOCK_S)
+    fetch_rows(keys_ptr + first, begin, end, size, BLOCK_S)
+    fetch_rows(values_ptr + first, begin, end, size, BLOCK_S)
+    member, pair = tl.arange(0, BLOCK_G), tl.arange(0, HALF)
+    head, ours, there = key_head * group + member, member < group, pair < half
+    own, one = key_head + tl.arange(0, 1), tl.arange(0, 1) == 0
+    norm_a, norm_b, key_norm_a, key_norm_b = 0.0, 0.0, 0.0, 0.0
+    if NORM > 0:
+        norm_a, norm_b = norm_halves(query_weight_ptr, head, ours, size, NORM, INTERLEAVED, HALF)
+        key_norm_a, key_norm_b = norm_halves(key_weight_ptr, own, one, size, NORM, INTERLEAVED, HALF)
+    wait_for_last()
+    cos_ptr += row * rotary_row
+    sin_ptr += row * rotary_row
+    query_a, query_b = turned(
+        query_ptr + row * H * size,
+        norm_a,
+        norm_b,
+        cos_ptr,
+        sin_ptr,
+        head,
+        ours,
+        H * size,
+        eps,
+        size,
+        NORM,
+        INTERLEAVED,
+        HALF,
+        BLOCK_H,
+        dtype,
+    )
     column, position = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     inside = column < size
-    heads = (member < group)[:, None] & inside[None, :]
-    query = tl.load(query_ptr + (row * H + head[:, None]) * size + column[None, :], mask=heads, other=0.0)
-    first = row * cache_row + key_head.to(tl.int64) * cache_head
 
-    best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_G,), tl.float32)
+    best, total = tl.full((BLOCK_G,), float("-inf"), tl.float32), tl.zeros((BLOCK_G,), tl.float32)
     out = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    if split == NEW:
+        key_a, key_b = turned(
+            key_ptr + row * N * size,
+            key_norm_a,
+            key_norm_b,
+            cos_ptr,
+            sin_ptr,
+            own,
+            one,
+            N * size,
+            eps,
+            size,
+            NORM,
+            INTERLEAVED,
+            HALF,
+            BLOCK_N,
+            dtype,
+        )
+        value = tl.load(value_ptr + (row * N + key_head) * size + column, mask=inside, other=0.0)
+        place = first + length * size
+        tl.store(keys_ptr + place + pair[None, :], key_a, mask=there[None, :])
+        tl.store(keys_ptr + place + half + pair[None, :], key_b, mask=there[None, :])
+        tl.store(values_ptr + place + column, value, mask=inside)
+        scores = tl.sum(query_a.to(tl.float32) * key_a.to(tl.float32), axis=1)
+        scores = (scores + tl.sum(query_b.to(tl.float32) * key_b.to(tl.float32), axis=1)) * scale
+        if CAPPED:
+            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+        best, total = scores, tl.full((BLOCK_G,), 1.0, tl.float32)
+        out += value.to(tl.float32)[None, :]
     for start in range(begin, end, BLOCK_S):
         here = start + position
         seen = here < end
-        place = first + here[:, None].to(tl.int64) * size + column[None, :]
-        tile = seen[:, None] & inside[None, :]
-        key = tl.load(keys_ptr + place, mask=tile, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        value = tl.load(values_ptr + place, mask=tile, other=0.0)
+        place = first + here[:, None].to(tl.int64) * size
+        both = seen[:, None] & there[None, :]
+        key_a = tl.load(keys_ptr + place + pair[None, :], mask=both, other=0.0)
+        key_b = tl.load(keys_ptr + place + half + pair[None, :], mask=both, other=0.0)
+        scores = tl.dot(query_a, tl.trans(key_a), input_precision="ieee")
+        scores = tl.dot(query_b, tl.trans(key_b), scores, input_precision="ieee") * scale
+        value = tl.load(values_ptr + place + column[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
         best, total, out = attend(
             scores, value, seen, mask_ptr, row * mask_row + here, softcap, best, total, out, MASKED, CAPPED
         )
-    place = (row * H + head) * splits + split
-    store_part(out_ptr, lse_ptr, place, column, size, member < group, inside, best, total, out)
+    place = row * H + head
+    if NEW > 0:
+        store_part(parts_ptr, lse_ptr, place * (NEW + 1) + split, column, size, ours, inside, best, total, out)
+    ends = NEW == 0
+    if SUMS and NEW > 0:
+        ends = last_of(arrived_ptr + row * N + key_head, NEW + 1)
+    if ends:
+        if NEW > 0:
+            total, out = sum_few(parts_ptr, lse_ptr, place, column, size, ours, inside, NEW + 1, BLOCK_G, BLOCK_D)
+        out = out / tl.where(total > 0, total, 1.0)[:, None]
+        target = out_ptr + place[:, None] * size + column[None, :]
+        tl.store(target, out.to(dtype), mask=ours[:, None] & inside[None, :])
 
 
 def grouped_attention(
@@ -183,6 +267,7 @@ def grouped_attention(
     values: torch.Tensor,
     length: torch.Tensor,
     mask: torch.Tensor | None,
+    arrived: torch.Tensor,
     *,
     scale: float,
     eps: float,
@@ -192,14 +277,18 @@ def grouped_attention(
     """Attention [B, H, d] of the new token of each row.
 
     query [B, H d], key and value [B, N d] as projected; `norm_weights` of query and key, [d] or [H d] and [N d]; cos
-    and sin [B or 1, d]; mask [B or 1, S], true where a position may be seen. The cache takes key and value, and
-    `length` grows by one.
+    and sin [B or 1, d]; mask [B or 1, S], true where a position may be seen, the new token's own taken to be. The
+    cache takes key and value; who calls counts the token in `length` afterwards. `arrived` [B N] int32 counts
+    programs: zeros, as it is left.
     """
     rows, key_heads, _, size = keys.shape
     heads = query.shape[1] // size
     norm = 0 if norm_weights is None else 1 if norm_weights[0].numel() == size else 2
-    turned = torch.empty(rows, heads, size, dtype=keys.dtype, device=keys.device)
-    prepare_kernel[(rows, 2)](
+    splits = number_of_parts(rows * key_heads, keys, 2 * step_of(keys))
+    new = splits if splits > 1 else 0  # in a part of its own, beside the others
+    parts, lse = room_for_parts(rows, heads, new + 1, keys)
+    out = torch.empty(rows, heads, size, dtype=keys.dtype, device=keys.device)
+    attention_kernel[(rows, key_heads, new + 1)](
         query,
         key,
         value,
@@ -207,53 +296,41 @@ def grouped_attention(
         norm_weights and norm_weights[1],
         cos,
         sin,
-        turned,
-        keys,
-        values,
-        length,
-        eps,
-        cos.stride(0) if len(cos) > 1 else 0,
-        keys.stride(0),
-        keys.stride(1),
-        heads,
-        key_heads,
-        size,
-        NORM=norm,
-        INTERLEAVED=interleaved,
-        BLOCK_H=triton.next_power_of_2(heads),
-        BLOCK_N=triton.next_power_of_2(key_heads),
-        HALF=triton.next_power_of_2(size // 2),
-        num_warps=4,
-        **OVERLAP,
-    )
-    parts, lse = room_for_parts(rows, heads, rows * key_heads, keys)
-    splits = parts.shape[2]
-    split_kernel[(rows, key_heads, splits)](
-        turned,
         keys,
         values,
         mask,
         length,
         parts,
         lse,
+        out,
+        arrived,
+        eps,
         scale,
         softcap or 0.0,
+        cos.stride(0) if len(cos) > 1 else 0,
         keys.stride(0),
         keys.stride(1),
         0 if mask is None or len(mask) == 1 else mask.stride(0),
         heads,
         key_heads,
-        splits,
         size,
+        SPLITS=splits,
+        NEW=new,
+        NORM=norm,
+        INTERLEAVED=interleaved,
         MASKED=mask is not None,
         CAPPED=softcap is not None,
+        SUMS=new < FEW_PARTS,
         BLOCK_G=max(16, triton.next_power_of_2(heads // key_heads)),
         BLOCK_S=step_of(keys),
         BLOCK_D=max(16, triton.next_power_of_2(size)),
+        HALF=max(16, triton.next_power_of_2(size // 2)),
+        BLOCK_H=triton.next_power_of_2(heads * size),
+        BLOCK_N=triton.next_power_of_2(key_heads * size),
         num_warps=WARPS,
         num_stages=STAGES,
         **OVERLAP,
     )
-    out = torch.empty(rows, heads, size, dtype=keys.dtype, device=keys.device)
-    sum_of_parts(parts, lse, out.transpose(0, 1), length)
+    if new >= FEW_PARTS:
+        sum_of_parts(parts, lse, out.transpose(0, 1))
     return out

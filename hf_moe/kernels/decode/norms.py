@@ -8,6 +8,14 @@ from .overlap import OVERLAP, let_next_start, wait_for_last
 
 
 @triton.jit
+def normalized(x, weight, size, eps, dtype: tl.constexpr):
+    """RMSNorm of a vector: rounded to its dtype before the weight, as the definition does."""
+    values = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
+    return ((values * scale).to(x.dtype).to(tl.float32) * weight).to(dtype)
+
+
+@triton.jit
 def rms_norm_kernel(
     x_ptr, change_ptr, weight_ptr, sum_ptr, out_ptr, size, stride, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -16,17 +24,13 @@ def rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
-    x = tl.load(x_ptr + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-    if ADDS:
-        x += tl.load(change_ptr + row * size + columns, mask=inside, other=0.0).to(tl.float32)
-        x = x.to(x_ptr.dtype.element_ty)
-        tl.store(sum_ptr + row * size + columns, x, mask=inside)
-        x = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
-    # Rounded to the dtype of x before the weight, as the definition does.
-    normed = (x * scale).to(x_ptr.dtype.element_ty).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * size + columns, (normed * weight).to(out_ptr.dtype.element_ty), mask=inside)
+    x = tl.load(x_ptr + row * stride + columns, mask=inside, other=0.0)
+    if ADDS:
+        change = tl.load(change_ptr + row * size + columns, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + change.to(tl.float32)).to(x_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * size + columns, x, mask=inside)
+    tl.store(out_ptr + row * size + columns, normalized(x, weight, size, eps, out_ptr.dtype.element_ty), mask=inside)
 
 
 def launch(x: torch.Tensor, change: torch.Tensor | None, weight: torch.Tensor, eps: float):

@@ -46,3 +46,16 @@ else:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
         )
+
+
+@triton.jit
+def last_of(arrived_ptr, programs):
+    """Whether this program is the last of `programs` to come here: it may read what all of them have written.
+
+    The count, 0 at first, is 0 again after it. What others wrote is read with `cache_modifier=".cg"`.
+    """
+    tl.debug_barrier()  # all of this program's threads have written
+    last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(arrived_ptr, 0)
+    return last

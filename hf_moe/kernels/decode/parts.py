@@ -8,20 +8,30 @@ import torch
 import triton
 import triton.language as tl
 
-from .overlap import OVERLAP, let_next_start, wait_for_last
+from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
 
 STEP, WARPS, STAGES = 32, 4, 3  # positions of a step, warps, steps in flight
+LINE_VALUES = tl.constexpr(LINE // 2)  # of two bytes
 PROGRAMS = 132  # that run at once: one a processor
 COLUMNS = 32  # of a program that sums the parts
+FEW_PARTS = 16  # are summed on the way by those that have something else to do; more are a launch of many programs
 
 
 @triton.jit
-def bounds(length_ptr, split, splits, STEP: tl.constexpr):
-    """The first position of a part and the one behind its last, the token just written included."""
-    length = tl.load(length_ptr).to(tl.int32) + 1
+def bounds(length, split, splits, STEP: tl.constexpr):
+    """The first of a part of so many positions, and the one behind its last."""
+    length = length.to(tl.int32)
     chunk = tl.cdiv(tl.cdiv(length, splits), STEP) * STEP
     begin = split * chunk
     return begin, tl.minimum(begin + chunk, length)
+
+
+@triton.jit
+def fetch_rows(cache_ptr, begin, end, size, STEP: tl.constexpr):
+    """The first STEP rows of a part, of `size` values each, to the card's cache."""
+    here = tl.minimum(begin + tl.arange(0, STEP), tl.maximum(end - 1, 0))
+    for column in range(0, size, LINE_VALUES):
+        fetch(cache_ptr + here.to(tl.int64) * size + column)
 
 
 @triton.jit
@@ -66,7 +76,6 @@ def combine_kernel(
     parts_ptr,
     lse_ptr,
     out_ptr,
-    length_ptr,
     out_head,
     out_row,
     H,
@@ -75,7 +84,7 @@ def combine_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The parts' mean by the exponentials of their sums; the first program counts the new token."""
+    """The parts' mean by the exponentials of their sums."""
     let_next_start()
     wait_for_last()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -92,35 +101,32 @@ def combine_kernel(
     total, mass = tl.sum(rows * weight[:, None], axis=0), tl.sum(weight, axis=0)
     total = total / tl.maximum(mass, 1e-30)
     tl.store(out_ptr + head * out_head + row * out_row + column, total.to(out_ptr.dtype.element_ty), mask=inside)
-    if (row == 0) & (head == 0) & (tl.program_id(2) == 0):
-        tl.store(length_ptr, tl.load(length_ptr) + 1)
 
 
-def step_of(cache: torch.Tensor) -> int:
+def step_of(cache: torch.Tensor, step: int = STEP) -> int:
     """Positions of a step; of four bytes a value half as many fit."""
-    return STEP if cache.element_size() == 2 else STEP // 2
+    return step if cache.element_size() == 2 else step // 2
 
 
-def room_for_parts(rows: int, heads: int, programs: int, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for the parts [B, H, splits, r] and their logarithms, in float32.
-
-    So many parts that all of them, of `programs` programs each, fill the card, and each has two steps at least.
-    """
-    positions, size = cache.shape[2:]
-    splits = max(1, min(PROGRAMS // programs, triton.cdiv(positions, 2 * step_of(cache))))
-    parts = torch.empty(rows, heads, splits, size, dtype=torch.float32, device=cache.device)
-    return parts, torch.empty(parts.shape[:3], dtype=torch.float32, device=cache.device)
+def number_of_parts(programs: int, cache: torch.Tensor, least: int, at_once: int = PROGRAMS) -> int:
+    """So many that all, of `programs` programs each, fill the card, which runs `at_once`; of `least` positions each."""
+    return max(1, min(at_once // programs, triton.cdiv(cache.shape[2], least)))
 
 
-def sum_of_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, length: torch.Tensor) -> None:
-    """out [H, B, r] of the parts [B, H, splits, r] and the logarithms of their sums; `length` grows by one."""
+def room_for_parts(rows: int, heads: int, parts: int, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the parts [B, H, parts, r] and their logarithms, in float32."""
+    values = torch.empty(rows, heads, parts, cache.shape[3], dtype=torch.float32, device=cache.device)
+    return values, torch.empty(values.shape[:3], dtype=torch.float32, device=cache.device)
+
+
+def sum_of_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> None:
+    """out [H, B, r] of the parts [B, H, splits, r] and the logarithms of their sums."""
     rows, heads, splits, rank = parts.shape
     columns = min(COLUMNS, triton.next_power_of_2(rank))
     combine_kernel[(rows, heads, triton.cdiv(rank, columns))](
         parts,
         lse,
         out,
-        length,
         out.stride(0),
         out.stride(1),
         heads,

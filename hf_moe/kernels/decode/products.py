@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import one_token
+from .norms import rms_norm
 from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
 
 COLUMNS, DEPTH, STAGES = 16, 512, 4  # of a program, of a step, steps in flight
@@ -21,6 +23,7 @@ def product_kernel(
     out2_ptr,
     weight3_ptr,
     out3_ptr,
+    count_ptr,
     rows,
     depth,
     columns,
@@ -34,6 +37,7 @@ def product_kernel(
     out_row,
     out_head,
     WEIGHTS: tl.constexpr,
+    COUNTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -47,11 +51,11 @@ def product_kernel(
     if WEIGHTS > 1:  # noqa: SIM102
         if block >= tl.cdiv(columns, BLOCK_C):
             block -= tl.cdiv(columns, BLOCK_C)
-            base, out, width, stride = weight2_ptr + head, out2_ptr + head, columns2, columns2
+            base, out, width, stride = weight2_ptr, out2_ptr, columns2, columns2
             if WEIGHTS > 2:  # noqa: SIM102
                 if block >= tl.cdiv(columns2, BLOCK_C):
                     block -= tl.cdiv(columns2, BLOCK_C)
-                    base, out, width, stride = weight3_ptr + head, out3_ptr + head, columns3, columns3
+                    base, out, width, stride = weight3_ptr, out3_ptr, columns3, columns3
     column += block * BLOCK_C
     real, inside = row < rows, column < width
     place = base + column[None, :].to(tl.int64) * weight_column + step[:, None] * weight_depth
@@ -59,6 +63,9 @@ def product_kernel(
         line = tl.minimum(tl.arange(0, LINES) * LINE_VALUES, depth - 1)
         fetch(base + tl.minimum(column, width - 1)[None, :].to(tl.int64) * weight_column + line[:, None])
     wait_for_last()
+    if COUNTS:  # noqa: SIM102
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(count_ptr, tl.load(count_ptr) + 1)
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for start in range(0, depth, BLOCK_A):
         here = step + start < depth
@@ -73,7 +80,9 @@ def product_kernel(
     tl.store(target, total.to(out_ptr.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
-def launch(x: torch.Tensor, weights: list, outs: list, columns: list[int], rows, heads, depth, strides) -> None:
+def launch(
+    x: torch.Tensor, weights: list, outs: list, columns: list[int], rows, heads, depth, strides, counted=None
+) -> None:
     count = len(weights)
     missing = [None] * (3 - count)
     blocks = sum(triton.cdiv(size, COLUMNS) for size in columns)
@@ -85,11 +94,13 @@ def launch(x: torch.Tensor, weights: list, outs: list, columns: list[int], rows,
     product_kernel[(heads, blocks)](
         x,
         *pairs,
+        counted,
         rows,
         depth,
         *(columns + [0] * (3 - count)),
         *strides,
         WEIGHTS=count,
+        COUNTS=counted is not None,
         BLOCK_T=block_t,
         BLOCK_C=COLUMNS,
         BLOCK_A=min(most, max(16, triton.next_power_of_2(depth))),
@@ -101,12 +112,25 @@ def launch(x: torch.Tensor, weights: list, outs: list, columns: list[int], rows,
     )
 
 
-def linear(x: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
-    """x W^T [T, C] for each of one to three weights [C, A], in one launch, of x [T, A]."""
+def linear(
+    x: torch.Tensor,
+    *weights: torch.Tensor,
+    norm: tuple[torch.Tensor, float] | None = None,
+    counted: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """x W^T [T, C] for each of one to three weights [C, A], in one launch, of x [T, A].
+
+    Of x's RMSNorm where `norm` has its weight [A] and epsilon. The number `counted` grows by one.
+    """
     rows, depth = x.shape
+    if rows == 1 and (norm is None or depth <= one_token.TILE):
+        return one_token.linear(x, weights, norm, counted)
+    if norm is not None:
+        x = rms_norm(x, *norm)
     columns = [len(weight) for weight in weights]
     outs = [torch.empty(rows, size, dtype=x.dtype, device=x.device) for size in columns]
-    launch(x, list(weights), outs, columns, rows, 1, depth, (x.stride(0), 0, 0, depth, 1, columns[0], 0))
+    strides = (x.stride(0), 0, 0, depth, 1, columns[0], 0)
+    launch(x, list(weights), outs, columns, rows, 1, depth, strides, counted)
     return outs
 
 

@@ -1,4 +1,4 @@
-"""RoPE of queries and keys of many tokens in one launch.
+"""RoPE of queries and keys of many tokens in one launch, and its cosines and sines in one.
 
 Shapes: B rows, S tokens of a row, H query heads, N key heads, d head size.
 """
@@ -6,6 +6,8 @@ Shapes: B rows, S tokens of a row, H query heads, N key heads, d head size.
 import torch
 import triton
 import triton.language as tl
+
+from .overlap import OVERLAP, let_next_start, wait_for_last
 
 
 @triton.jit
@@ -74,3 +76,47 @@ def rotated(
         num_warps=4,
     )
     return tuple(x.transpose(1, 2) for x in turned)
+
+
+@triton.jit
+def angles_kernel(
+    position_ptr,
+    frequency_ptr,
+    cos_ptr,
+    sin_ptr,
+    scaling,
+    half,
+    HALF: tl.constexpr,
+):
+    let_next_start()
+    wait_for_last()
+    row, pair = tl.program_id(0), tl.arange(0, HALF)
+    real = pair < half
+    angle = tl.load(position_ptr + row).to(tl.float32) * tl.load(frequency_ptr + pair, mask=real, other=0.0)
+    cos, sin = tl.cos(angle) * scaling, tl.sin(angle) * scaling
+    place = row * 2 * half + pair
+    dtype: tl.constexpr = cos_ptr.dtype.element_ty
+    tl.store(cos_ptr + place, cos.to(dtype), mask=real)
+    tl.store(cos_ptr + place + half, cos.to(dtype), mask=real)
+    tl.store(sin_ptr + place, sin.to(dtype), mask=real)
+    tl.store(sin_ptr + place + half, sin.to(dtype), mask=real)
+
+
+def angles(
+    positions: torch.Tensor, frequencies: torch.Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [B, S, d] of positions [B, S] times frequencies [d / 2] (float32), scaled; each half is the same."""
+    half = len(frequencies)
+    cos, sin = (torch.empty(*positions.shape, 2 * half, dtype=dtype, device=positions.device) for _ in range(2))
+    angles_kernel[(positions.numel(),)](
+        positions.contiguous(),
+        frequencies,
+        cos,
+        sin,
+        scaling,
+        half,
+        HALF=triton.next_power_of_2(half),
+        num_warps=1,
+        **OVERLAP,
+    )
+    return cos, sin

@@ -1,4 +1,5 @@
-"""A token's experts in two launches: logits in float32; then scores, choice and weights.
+"""A token's experts in two launches: logits in float32; then scores, choice and weights. Of few tokens in
+one, with the norm before the router.
 
 Shapes: T tokens, D hidden size, E experts, K experts per token.
 """
@@ -7,8 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .overlap import OVERLAP, let_next_start, wait_for_last
+from .norms import normalized
+from .overlap import OVERLAP, last_of, let_next_start, wait_for_last
 
+SOME = tl.constexpr(64)  # experts that each is compared with at once
+ROUTER_TILE = 16384  # values of the gate that a program holds
 MANY = 64  # tokens; with more, a matrix product reads the weights less often
 SCORES = {"softmax_topk": 0, "topk_softmax": 1, "sigmoid_topk": 2}
 
@@ -30,6 +34,70 @@ def logits_kernel(x_ptr, weight_ptr, logits_ptr, D, E, BLOCK_E: tl.constexpr, BL
 
 
 @triton.jit
+def scores_of(logits, bias_ptr, expert, real, best, mass, SCORE: tl.constexpr, BIASED: tl.constexpr):
+    """The scores of some experts, and what they are chosen by; -inf where there is no expert."""
+    scores = tl.sigmoid(logits) if SCORE == 2 else tl.exp(logits - best) / mass
+    choice = scores
+    if BIASED:
+        choice += tl.load(bias_ptr + expert, mask=real, other=0.0)
+    return scores, tl.where(real, choice, float("-inf"))
+
+
+@triton.jit
+def ahead_of(choice, expert, theirs, other):
+    """How many of others come before each expert: those with more, and of those with as much the earlier ones."""
+    ties = (theirs[None, :] == choice[:, None]) & (other[None, :] < expert[:, None])
+    return tl.sum(((theirs[None, :] > choice[:, None]) | ties).to(tl.int32), axis=1)
+
+
+@triton.jit
+def choose(
+    logits_ptr,
+    bias_ptr,
+    weights_ptr,
+    index_ptr,
+    E,
+    K,
+    scale,
+    SCORE: tl.constexpr,
+    BIASED: tl.constexpr,
+    NORMED: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One token's K experts and their weights, of its E logits."""
+    expert, slot, some = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K), tl.arange(0, SOME)
+    real = expert < E
+    # Other programs may have written them just now: not from this processor's own cache.
+    logits = tl.load(logits_ptr + expert, mask=real, other=float("-inf"), cache_modifier=".cg")
+    best = tl.max(logits, axis=0)
+    mass = tl.sum(tl.exp(logits - best), axis=0)
+    scores, choice = scores_of(logits, bias_ptr, expert, real, best, mass, SCORE, BIASED)
+    # An expert's slot is the number of those before it: no search, which would go through the threads K times.
+    if BLOCK_E <= SOME:
+        before = ahead_of(choice, expert, choice, expert)
+    else:
+        before = tl.zeros((BLOCK_E,), tl.int32)
+        for start in range(0, E, SOME):
+            other = start + some
+            there = other < E
+            theirs = tl.load(logits_ptr + other, mask=there, other=float("-inf"), cache_modifier=".cg")
+            _, theirs = scores_of(theirs, bias_ptr, other, there, best, mass, SCORE, BIASED)
+            before += ahead_of(choice, expert, theirs, other)
+    taken = (before[:, None] == slot[None, :]) & real[:, None]
+    chosen = tl.sum(tl.where(taken, expert[:, None], 0), axis=0)
+    weights = tl.sum(tl.where(taken, (logits if SCORE == 1 else scores)[:, None], 0.0), axis=0)
+    weights = tl.where(slot < K, weights, float("-inf") if SCORE == 1 else 0.0)
+    if SCORE == 1:
+        exps = tl.exp(weights - tl.max(weights, axis=0))
+        weights = exps / tl.sum(exps, axis=0)
+    elif NORMED:
+        weights = weights / tl.maximum(tl.sum(weights, axis=0), 1.1754943508222875e-38)
+    tl.store(weights_ptr + slot, weights * scale, mask=slot < K)
+    tl.store(index_ptr + slot, chosen.to(tl.int64), mask=slot < K)
+
+
+@triton.jit
 def choice_kernel(
     logits_ptr,
     bias_ptr,
@@ -46,35 +114,82 @@ def choice_kernel(
 ):
     let_next_start()
     wait_for_last()
-    token = tl.program_id(0)
-    expert, slot = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
-    real = expert < E
-    logits = tl.load(logits_ptr + token * E + expert, mask=real, other=float("-inf"))
+    token = tl.program_id(0).to(tl.int64)
+    choose(
+        logits_ptr + token * E,
+        bias_ptr,
+        weights_ptr + token * K,
+        index_ptr + token * K,
+        E,
+        K,
+        scale,
+        SCORE,
+        BIASED,
+        NORMED,
+        BLOCK_E,
+        BLOCK_K,
+    )
 
-    if SCORE == 2:
-        scores = tl.sigmoid(logits)
-    else:
-        exps = tl.exp(logits - tl.max(logits, axis=0))
-        scores = exps / tl.sum(exps, axis=0)
-    choice = scores
-    if BIASED:
-        choice += tl.load(bias_ptr + expert, mask=real, other=0.0)
-    choice = tl.where(real, choice, float("-inf"))
-    chosen = tl.zeros((BLOCK_K,), tl.int32)
-    weights = tl.full((BLOCK_K,), float("-inf") if SCORE == 1 else 0.0, tl.float32)
-    for k in range(K):
-        best = tl.argmax(choice, axis=0)
-        value = tl.sum(tl.where(expert == best, logits if SCORE == 1 else scores, 0.0), axis=0)
-        chosen = tl.where(slot == k, best, chosen)
-        weights = tl.where(slot == k, value, weights)
-        choice = tl.where(expert == best, float("-inf"), choice)
-    if SCORE == 1:
-        exps = tl.exp(weights - tl.max(weights, axis=0))
-        weights = exps / tl.sum(exps, axis=0)
-    elif NORMED:
-        weights = weights / tl.maximum(tl.sum(weights, axis=0), 1.1754943508222875e-38)
-    tl.store(weights_ptr + token * K + slot, weights * scale, mask=slot < K)
-    tl.store(index_ptr + token * K + slot, chosen.to(tl.int64), mask=slot < K)
+
+@triton.jit
+def normed_route_kernel(
+    x_ptr,
+    change_ptr,
+    norm_ptr,
+    gate_ptr,
+    bias_ptr,
+    sum_ptr,
+    normed_ptr,
+    logits_ptr,
+    weights_ptr,
+    index_ptr,
+    arrived_ptr,
+    eps,
+    D,
+    E,
+    K,
+    scale,
+    SCORE: tl.constexpr,
+    BIASED: tl.constexpr,
+    NORMED: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Each program has PART experts of a token; the last one to end chooses among all of them."""
+    let_next_start()
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    expert, depth = part * PART + tl.arange(0, PART), tl.arange(0, BLOCK_D)
+    here = depth < D
+    places = gate_ptr + expert[:, None] * D + depth[None, :]
+    gate = tl.load(places, mask=(expert < E)[:, None] & here[None, :], other=0.0)
+    norm = tl.load(norm_ptr + depth, mask=here, other=0.0).to(tl.float32)
+    wait_for_last()
+    x = tl.load(x_ptr + token * D + depth, mask=here, other=0.0).to(tl.float32)
+    x += tl.load(change_ptr + token * D + depth, mask=here, other=0.0).to(tl.float32)
+    total = x.to(x_ptr.dtype.element_ty)
+    normed = normalized(total, norm, D, eps, normed_ptr.dtype.element_ty)
+    if part == 0:
+        tl.store(sum_ptr + token * D + depth, total, mask=here)
+        tl.store(normed_ptr + token * D + depth, normed, mask=here)
+    logits = tl.sum(normed.to(tl.float32)[None, :] * gate.to(tl.float32), axis=1)
+    tl.store(logits_ptr + token * E + expert, logits, mask=expert < E)
+    if last_of(arrived_ptr + token, tl.num_programs(1)):
+        choose(
+            logits_ptr + token * E,
+            bias_ptr,
+            weights_ptr + token * K,
+            index_ptr + token * K,
+            E,
+            K,
+            scale,
+            SCORE,
+            BIASED,
+            NORMED,
+            BLOCK_E,
+            BLOCK_K,
+        )
 
 
 def router_logits(x: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor) -> None:
@@ -126,7 +241,62 @@ def route(
         NORMED=normed,
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_K=triton.next_power_of_2(top_k),
-        num_warps=1 if experts <= 256 else 4,
+        num_warps=4,
         **OVERLAP,
     )
     return logits, weights, index
+
+
+def normed_route(
+    x: torch.Tensor,
+    change: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    router_type: str,
+    normed: bool,
+    scale: float,
+    arrived: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x + change [T, D], its norm, and of that the weights and indices of `route`.
+
+    `arrived` [T] int32 counts programs: zeros, as it is left.
+    """
+    (tokens, dim), experts = x.shape, len(weight)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, norm_weight.dtype), device=x.device)
+    logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
+    index = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
+    block_d = triton.next_power_of_2(dim)
+    part = max(1, min(8, ROUTER_TILE // block_d))
+    normed_route_kernel[(tokens, triton.cdiv(experts, part))](
+        x,
+        change,
+        norm_weight,
+        weight,
+        bias,
+        total,
+        out,
+        logits,
+        weights,
+        index,
+        arrived,
+        eps,
+        dim,
+        experts,
+        top_k,
+        scale,
+        SCORE=SCORES[router_type],
+        BIASED=bias is not None,
+        NORMED=normed,
+        BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_K=triton.next_power_of_2(top_k),
+        PART=part,
+        BLOCK_D=block_d,
+        num_warps=4,
+        **OVERLAP,
+    )
+    return total, out, weights, index
