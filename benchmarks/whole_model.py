@@ -6,8 +6,8 @@
 forward and backward over 2 x 4096 tokens, with the memory at its peak, weights and gradients included, and with
 Liger's kernels where they know the model; of generate() with one token after 8192; of greedy decoding after 128
 tokens, the time of 1 + new tokens less that of 1. Medians of several rounds, after a warm-up. Transformers' model runs
-as it is loaded, then (`compiled`) with a static cache and the compiled step that comes with it. `floor` of decoding is
-the bytes that a step must read, at the speed of a large copy.
+as it is loaded, then (`compiled`) with a static cache and the compiled step that comes with it, and after
+`hf_moe.fast_generate`. `floor` of decoding is the bytes that a step must read, at the speed of a large copy.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 
-from hf_moe import HfMoeConfig, HfMoeForCausalLM
+from hf_moe import HfMoeConfig, HfMoeForCausalLM, fast_generate
 from hf_moe.kernels import liger
 from hf_moe.version import __version__
 
@@ -51,6 +51,7 @@ PEERS = {
     "transformers, hf_moe's experts": (transformers_model, "hf_moe", None),
     "transformers, SonicMoE": (transformers_model, "sonicmoe", None),
     "transformers, compiled": (transformers_model, None, {"cache_implementation": "static"}),
+    "transformers, fast_generate": (lambda: fast_generate(transformers_model()), None, {}),
 }
 
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from . import kernels as kernels  # its import registers the experts implementation "hf_moe"
+from .fast_generation import fast_generate
 from .hub.model_class import push_to_hub
 from .kernels.recorded import decoding_kernels
 from .model.configuration_hf_moe import HfMoeConfig
@@ -112,4 +113,5 @@ __all__ = [
     "HfMoeGraftForImageTextToText",
     "HfMoeModel",
     "__version__",
+    "fast_generate",
 ]

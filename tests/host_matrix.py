@@ -23,6 +23,8 @@ HOST_TESTS = (
     *(f"tests/conversion/test_{name}.py" for name in ("verify", "families", "export", "upcycle")),
     *(f"tests/training/test_{name}.py" for name in ("host", "trainer", "resume", "sft", "dpo", "grpo", "adapters")),
     *(
+        "tests/test_fast_generation.py",
+        "tests/kernels/test_host_models.py",
         "tests/kernels/test_low_rank.py",
         "tests/kernels/test_varlen.py",
         "tests/telemetry/test_report.py",

@@ -16,6 +16,7 @@ PUBLIC = {
         "HfMoeGraftForImageTextToText",
         "HfMoeModel",
         "__version__",
+        "fast_generate",
     },
     "hf_moe.conversion": {
         *("exchange_experts", "export_checkpoint", "grow", "import_checkpoint", "nearest_families", "prune"),

@@ -56,10 +56,11 @@ def epsilon(module: nn.Module) -> float | None:
 def kind_of(module: nn.Module) -> tuple[float, str] | None:
     """Which of KINDS gives the same bits as the module's forward, on random numbers in float32 and bfloat16."""
     size = module.weight.numel()
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator("cpu").manual_seed(0)
     found = list(KINDS)
     for dtype in (torch.float32, torch.bfloat16):
-        weight, states = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((size,), (5, size)))
+        shapes = (size,), (5, size)  # on a CPU, whatever torch.set_default_device says
+        weight, states = (torch.randn(*shape, generator=draw, device="cpu").to(dtype) for shape in shapes)
         said = with_weight(module, weight)(states)
         found = [kind for kind in found if is_equal(said, rms_norm(states, weight, epsilon(module), *kind))]
     return found[0] if found else None

@@ -21,10 +21,10 @@ def decoding_kernels(model: nn.Module, rows: int) -> AbstractContextManager:
         )
         return nullcontext()
     try:
-        from .decode import fused
+        from .decode.host_models import fused_model
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         logger.warning_once("Decoding without hf_moe's kernels, which need Triton: pip install triton")
         return nullcontext()
-    return fused(model, rows)
+    return fused_model(model, rows)

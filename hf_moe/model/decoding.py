@@ -8,7 +8,7 @@ Shapes: B rows, N tokens of the text, S positions that the cache has room for, V
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
@@ -25,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 ROUND = 256  # capacities are multiples of this, so that texts of about one length share a cache and its graph
 WORTH_RECORDING = 8  # steps; recording costs about as much as three
+RECORDED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 # Ways to be faster that these files lack: each takes the model and the number of tokens, and is a context in which the
 # prompt is read and the step recorded. hf_moe.kernels adds its own.
@@ -132,8 +133,8 @@ class RecordedStep:
                 input_ids=self.token,
                 attention_mask=self.mask,
                 position_ids=self.position,
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE: cache},
             )
             self.position.add_(1)
             return outputs.logits[:, -1].float()
@@ -190,8 +191,8 @@ class EagerStep:
             input_ids=token.unsqueeze(1),
             attention_mask=self.mask,
             position_ids=self.position,
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE: self.cache},
         )
         self.position = self.position + 1
         if self.mask is not None:
@@ -230,22 +231,49 @@ def watched(module: nn.Module) -> bool:
     return not all(map(of_recording, hooks))
 
 
+def obstacles(model: nn.Module) -> Iterator[str]:
+    """Why a step can't be recorded: what of it waits for the device, or for Python, or is not on one GPU."""
+    config, modules, name = model.config, list(model.modules()), type(model).__name__
+    device = model.device  # looks through all parameters
+    if device.type != "cuda":
+        yield f"{name} is on {device}, not on a GPU"
+    if model.training:
+        yield f"{name} is in training mode: call model.eval()"
+    if getattr(model, "hf_quantizer", None) is not None:
+        yield f"{name} is quantised"
+    if len(set(getattr(model, "hf_device_map", {"": 0}).values())) != 1:
+        yield f"{name} is on several devices"
+    if not all(type(x) in (nn.Parameter, torch.Tensor) and x.device == device for x in model.parameters()):
+        yield f"parameters of {name} are not plain tensors on {device}"
+    if config._attn_implementation not in ("eager", "sdpa"):
+        yield f"its attention is {config._attn_implementation!r}, not 'sdpa' or 'eager'"
+    # The experts of Transformers' interface know whether they are gated.
+    routed = any(hasattr(x, "has_gate") or getattr(x, "routes", False) for x in modules)
+    if routed and config._experts_implementation == "eager":
+        yield "eager experts count tokens on the host: model.set_experts_implementation('hf_moe') does not"
+    if any(map(watched, modules)):
+        yield "a hook on a module is to see every call"
+    if any(kind in str(getattr(config, "rope_parameters", None)) for kind in ("dynamic", "longrope")):
+        yield "its RoPE looks at the length on the host"
+
+
 def recordable(model: nn.Module) -> bool:
-    """Whether nothing in a step waits for the device, or for Python, and everything is on one GPU."""
-    config, device = model.config, model.device  # which looks through all parameters
-    ropes = str(config.rope_parameters)
-    sparse = "sparse" in config.mlp_layer_types or config.attention_type == "moa"
-    return (
-        device.type == "cuda"
-        and not model.training
-        and getattr(model, "hf_quantizer", None) is None
-        and len(set(getattr(model, "hf_device_map", {"": 0}).values())) == 1
-        and all(type(x) in (nn.Parameter, torch.Tensor) and x.device == device for x in model.parameters())
-        and config._attn_implementation in ("eager", "sdpa")
-        and not (sparse and config._experts_implementation == "eager")  # counts tokens on the host
-        and not any(map(watched, model.modules()))
-        and not any(kind in ropes for kind in ("dynamic", "longrope"))  # look at the length on the host
-    )
+    """Whether nothing is in a recording's way."""
+    return next(obstacles(model), None) is None
+
+
+def wishes(generation_config, model_kwargs: dict, generation_mode: GenerationMode) -> Iterator[str]:
+    """What the caller of `generate` asked for that a recorded step does not do."""
+    if not isinstance(model_kwargs.get(CACHE), HfMoeReservedCache | None):
+        yield "a cache was given"
+    if generation_config.cache_implementation is not None:
+        yield f"cache_implementation is {generation_config.cache_implementation!r}"
+    if generation_mode not in RECORDED:
+        yield f"{generation_mode.value} has no recorded step, as greedy decoding and sampling have"
+    if generation_config.disable_compile:
+        yield "disable_compile is true"
+    if generation_config.use_cache is False:
+        yield "use_cache is false"
 
 
 class LateFlag:
@@ -277,10 +305,8 @@ class HfMoeDecoding:
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, positions):
-        chosen = model_kwargs.get(CACHE) is not None or generation_config.cache_implementation is not None
-        plain = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-        off = generation_config.disable_compile or generation_config.use_cache is False
-        if chosen or not plain or off or not recordable(self):
+        other = next(wishes(generation_config, model_kwargs, generation_mode), None)
+        if model_kwargs.get(CACHE) is not None or other is not None or not recordable(self):
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, positions
             )

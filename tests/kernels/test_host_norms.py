@@ -29,6 +29,8 @@ class Doubled(nn.Module):
 def test_what_a_family_s_norm_computes(family, kind):
     found = norms(tiny(family))
     assert found and {host_norms.kind_of(module) for module in found} == {kind}
+    with torch.device("meta"):  # as any other device that is the default
+        assert host_norms.kind_of(found[0]) == kind
 
 
 def test_what_computes_something_else_stays():

@@ -5,13 +5,15 @@ None where this module has what the kernels don't know; its own method then stay
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 
 from ...model.attention import HfMoeAttention
 from ...model.decoding import HfMoeReservedLayer
-from ...model.latent_attention import LATENT_NORM_EPS, HfMoeLatentAttention
+from ...model.host import CACHE
+from ...model.latent_attention import HfMoeLatentAttention
 from ...model.mlp import HfMoeMLP
 from ...model.modeling_hf_moe import (
     HfMoeClampedExperts,
@@ -56,17 +58,17 @@ def summed_and_normed(hidden_states: torch.Tensor, residual: torch.Tensor | None
 
 def network(module: HfMoeMLP, rows: int) -> experts.Network | None:
     """The weights of a dense network, or None where the kernels can't take its place."""
-    names = ["gate_proj"] * module.gated + ["up_proj", "down_proj"]
+    names = [name for name in ("gate_proj", "up_proj", "down_proj") if hasattr(module, name)]
     if rows > experts.MAX_TOKENS or activation(module.act_fn) is None:
         return None
     if not all(plain(getattr(module, name)) for name in names):
         return None
     weights = [getattr(module, name).weight.unsqueeze(0) for name in names]
-    return experts.Network(*weights) if module.gated else experts.Network(None, *weights)
+    return experts.Network(*weights) if len(weights) == 3 else experts.Network(None, *weights)
 
 
 def mlp_forward(module: HfMoeMLP, rows: int):
-    weights, computed = network(module, rows), Formula(activation(module.act_fn), module.gated)
+    weights, computed = network(module, rows), Formula(activation(module.act_fn), hasattr(module, "gate_proj"))
 
     def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None, norm=None) -> torch.Tensor:
         residual, x = summed_and_normed(hidden_states, residual, norm)
@@ -130,6 +132,17 @@ def many_forward(module: HfMoeSparseMoeBlock):
     return forward
 
 
+def routed_rows(hidden_states, residual, norm, arguments, arrived: torch.Tensor, choose):
+    """The residual, x [T, D] and what `choose` has of it, weights and index [T, K]; in one launch with the sum and the
+    norm before them where `routers.route` can take the router's place, by its `arguments`."""
+    if norm is not None and arguments is not None:
+        both = (residual.flatten(0, -2), hidden_states.flatten(0, -2).contiguous())
+        return routers.normed_route(*both, *weight_and_epsilon(norm), *arguments, arrived)
+    residual, x = summed_and_normed(hidden_states, residual, norm)
+    x = x.flatten(0, -2)
+    return residual, x, *choose(x)
+
+
 def few_forward(module: HfMoeSparseMoeBlock, computed: Formula, rows: int):
     routed, config, shared = module.experts, module.gate.config, None
     beside = computed.clamped  # only the routed ones are: the shared ones then are a launch of their own
@@ -148,14 +161,8 @@ def few_forward(module: HfMoeSparseMoeBlock, computed: Formula, rows: int):
     chosen, arguments, arrived = chooser(module.gate), route_arguments(module.gate, config), counters(up, rows)
 
     def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None):
-        if norm is not None and arguments is not None:
-            both = (residual.flatten(0, -2), hidden_states.flatten(0, -2).contiguous())
-            settings = (*weight_and_epsilon(norm), *arguments, arrived)
-            residual, x, weights, index = routers.normed_route(*both, *settings)
-        else:
-            residual, x = summed_and_normed(hidden_states, residual, norm)
-            x = x.flatten(0, -2)
-            weights, index = chosen(x, token_mask, input_ids)
+        choose = partial(chosen, token_mask=token_mask, input_ids=input_ids)
+        residual, x, weights, index = routed_rows(hidden_states, residual, norm, arguments, arrived, choose)
         if beside and module.shared_experts is not None:
             added = module.shared_experts(x)
             residual = added if residual is None else added + residual.view_as(added)
@@ -178,30 +185,36 @@ def visible(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask if mask.dtype == torch.bool else mask == 0  # eager attention adds it
 
 
-def latent_forward(module: HfMoeLatentAttention, rows: int):
+def latent_forward(module: nn.Module, rows: int):
+    """Of our latent attention, and of Transformers' DeepSeek-V2 and V3, which have the same names."""
     if rows > experts.MAX_TOKENS:
         return None
-    config, up = module.config, module.up_projections()
+    config = module.config
     names = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
     first = getattr(module, names[0])
-    linears = [getattr(module, name) for name in (*names, "kv_a_proj_with_mqa", "o_proj")]
-    simple = all(plain(linear) for linear in linears)
-    if up is None or module.absorb is False or not simple:
+    linears = [getattr(module, name) for name in (*names, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")]
+    if getattr(module, "absorb", None) is False or not all(map(plain, linears)):
         return None
     sizes = [config.qk_nope_head_dim, config.v_head_dim]
-    key_up, value_up = up.view(-1, sum(sizes), config.kv_lora_rank).split(sizes, dim=1)  # [H, d, r]
+    up = module.kv_b_proj.weight.view(-1, sum(sizes), config.kv_lora_rank)
+    key_up, value_up = up.split(sizes, dim=1)  # [H, d, r]
     original = type(module).forward
 
-    def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, norm=None, **kwargs):
-        cached = recorded_layer(past_key_values, module.layer_idx)
+    def forward(hidden_states, position_embeddings, attention_mask=None, norm=None, **kwargs):
+        cached = recorded_layer(kwargs.get("past_key_values", kwargs.get(CACHE)), module.layer_idx)
         if cached is None:
             hidden_states = hidden_states if norm is None else norm(hidden_states)
-            return original(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+            return original(module, hidden_states, **kwargs)
         x, norm = hidden_states.squeeze(1), norm and weight_and_epsilon(norm)
         query, new_latent = products.linear(x, first.weight, module.kv_a_proj_with_mqa.weight, norm=norm)
         if config.q_lora_rank is not None:
             norm = weight_and_epsilon(module.q_a_layernorm)
             query = products.linear(query, module.q_b_proj.weight, norm=norm)[0]
+        as_complex = isinstance(position_embeddings, torch.Tensor)  # V2's, of one number a pair
+        if as_complex:
+            parts = position_embeddings.real, position_embeddings.imag
+            position_embeddings = [torch.cat((part, part), dim=-1) for part in parts]
         cos, sin = (part.squeeze(1) for part in position_embeddings)
         out = latent.latent_attention(
             query.view(len(x), len(key_up), -1),
@@ -216,9 +229,10 @@ def latent_forward(module: HfMoeLatentAttention, rows: int):
             cached.cumulative_length,
             visible(attention_mask),
             scale=module.scaling,
-            eps=LATENT_NORM_EPS,
-            interleaved=config.rope_interleave,
-            softcap=config.attn_logit_softcapping,
+            eps=module.kv_a_layernorm.variance_epsilon,
+            interleaved=as_complex or config.rope_interleave,
+            paired=as_complex,
+            softcap=getattr(config, "attn_logit_softcapping", None),
         )
         return products.linear(out.flatten(1), module.o_proj.weight, counted=cached.cumulative_length)[0].unsqueeze(
             1
@@ -343,15 +357,15 @@ METHODS = {
 
 
 @contextmanager
-def fused(model: nn.Module, rows: int):
-    """Inside, the modules of `model` that the kernels know compute `rows` tokens with them, without gradients.
+def fused(model: nn.Module, rows: int, methods: dict[type, dict] = METHODS):
+    """Inside, the modules of `model` that `methods` names compute `rows` tokens with the kernels, without gradients.
 
     Gives the functions that do so: what they hold must live as long as what was recorded.
     """
     changed = []
     try:
         for module in model.modules():
-            for name, make in METHODS.get(type(module), {}).items():
+            for name, make in methods.get(type(module), {}).items():
                 method = None if name in vars(module) else make(module, rows)
                 if method is not None:
                     setattr(module, name, method)

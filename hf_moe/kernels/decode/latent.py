@@ -60,6 +60,7 @@ def prepare(
     FIRST,
     rope: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    PAIRED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HALF: tl.constexpr,
 ):
@@ -68,16 +69,18 @@ def prepare(
     dtype: tl.constexpr = keys_ptr.dtype.element_ty
     pair, channel = tl.arange(0, HALF), tl.arange(0, BLOCK_R)
     turned, there = pair < rope // 2, channel < rank
+    target = pair * 2 if PAIRED else pair
+    step = 1 if PAIRED else rope // 2
     a, b = rotated(query_ptr, cos_ptr, sin_ptr, pair, rope, INTERLEAVED)
-    tl.store(query_rope_ptr + pair, a.to(dtype), mask=turned)
-    tl.store(query_rope_ptr + pair + rope // 2, b.to(dtype), mask=turned)
+    tl.store(query_rope_ptr + target, a.to(dtype), mask=turned)
+    tl.store(query_rope_ptr + target + step, b.to(dtype), mask=turned)
     if FIRST:
         latent = tl.load(latent_ptr + channel, mask=there, other=0.0)
         weight = tl.load(weight_ptr + channel, mask=there, other=0.0).to(tl.float32)
         tl.store(keys_ptr + channel, normalized(latent, weight, rank, eps, dtype), mask=there)
         a, b = rotated(latent_ptr + rank, cos_ptr, sin_ptr, pair, rope, INTERLEAVED)
-        tl.store(values_ptr + pair, a.to(dtype), mask=turned)
-        tl.store(values_ptr + pair + rope // 2, b.to(dtype), mask=turned)
+        tl.store(values_ptr + target, a.to(dtype), mask=turned)
+        tl.store(values_ptr + target + step, b.to(dtype), mask=turned)
 
 
 @triton.jit
@@ -108,6 +111,7 @@ def absorb_kernel(
     rank,
     rope: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    PAIRED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -149,6 +153,7 @@ def absorb_kernel(
             head == 0,
             rope,
             INTERLEAVED,
+            PAIRED,
             BLOCK_R,
             HALF,
         )
@@ -280,14 +285,15 @@ def latent_attention(
     scale: float,
     eps: float,
     interleaved: bool,
+    paired: bool = False,
     softcap: float | None = None,
 ) -> torch.Tensor:
     """sum_s p_s W_UV c_s of the new token of each row: [B, H, d_v].
 
     query [B, H, d_nope + d_rope] and latent [B, r + d_rope] as projected, not normed, not rotated; key_up
     [H, d_nope, r]; value_up [H, d_v, r]; cos and sin [B or 1, d_rope]; mask [B or 1, S], true where a position may be
-    seen. The cache takes the token; who
-    calls counts it in `length` afterwards.
+    seen. The cache takes the token; who calls counts it in `length` afterwards. Where pairs are `interleaved`, turned
+    ones stay so if `paired`, as DeepSeek-V2's in Transformers; else the first of all pairs come before the second.
     """
     rows, heads, _ = query.shape
     rank, rope, nope, size = keys.shape[-1], values.shape[-1], key_up.shape[1], value_up.shape[1]
@@ -322,6 +328,7 @@ def latent_attention(
         rank,
         rope,
         INTERLEAVED=interleaved,
+        PAIRED=paired,
         BLOCK_T=max(16, triton.next_power_of_2(rows)),
         BLOCK_A=max(16, triton.next_power_of_2(nope)),
         BLOCK_C=block_c,
