@@ -158,7 +158,7 @@ class RecordedStep:
 
     def __init__(self, model: nn.Module, cache: HfMoeReservedCache, rows: int, padded: bool):
         self.model, self.cache = model, cache
-        device, positions = model.device, cache.layers[0].max_cache_len
+        device, positions = model.device, max(part.layers[0].max_cache_len for part in cache.parts)
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)  # of the first token to come
         self.mask = torch.ones(rows, positions, dtype=torch.bool, device=device) if padded else None
@@ -286,6 +286,12 @@ def reserve_cache(model: nn.Module, rows: int, positions: int) -> HfMoeReservedC
         return HfMoeReservedCache(model.config.num_hidden_layers, positions)
     cache.reset()
     return cache
+
+
+def keep_for_the_next(model: nn.Module, cache: HfMoeReservedCache, config) -> None:
+    """Text, unless somebody has the cache of this one."""
+    if not config.return_dict_in_generate and not of_the_user(cache):
+        KEPT[model] = cache
 
 
 def watched(module: nn.Module) -> bool:
@@ -434,8 +440,7 @@ class HfMoeDecoding:
         if ended_before:  # one token earlier
             text.take_back()
             cache.crop(-1)
-        if not config.return_dict_in_generate and not of_the_user(cache):
-            KEPT[self] = cache
+        keep_for_the_next(self, cache, config)
         return text.output(cache)
 
     def _read_prompt(self, ids: torch.Tensor, config, model_kwargs: dict) -> tuple[torch.Tensor, dict]:

@@ -1,0 +1,215 @@
+"""Self-speculation on a GPU: reading, verifying and drafting are one CUDA graph a round, which asks the host nothing.
+
+The host learns of a round while the next one runs; a text may so have one round too many, which is left out.
+
+Shapes: B rows, C drafts a round, one of each MTP module, D hidden size, V vocabulary. Before a round the decoder has
+read all tokens but the last one. It reads that and the drafts, C + 1 tokens; some of what it says is kept, and its
+cache goes back to that. Each module then reads W = 2 C entries: those of these C + 1 tokens, and the C - 1 before,
+whose later modules read drafts that were not yet text. What is behind the kept ones is written over in the next round.
+"""
+
+import torch
+from torch import nn
+from transformers.generation import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .attention import MASKS
+from .decoding import HfMoeReservedCache, Late, RecordedStep, beyond
+from .growing_text import GrowingText
+from .host import pad_token
+from .padding import valid_tokens
+from .rotary import position_embeddings
+from .verifying import draw, follow, kept
+
+# The host's processors that look at scores alone, and so at all places at once; and the criteria that `kept` knows.
+BY_SCORES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+KNOWN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+
+
+def watchers(text: GrowingText) -> list[str]:
+    """What must see token after token, or their scores, and so keeps a round from being recorded."""
+    names = [type(x).__name__ for x in text.processors if type(x) not in BY_SCORES]
+    names += [type(x).__name__ for x in text.criteria if type(x) not in KNOWN_CRITERIA]
+    return names + [name for name in ("output_scores", "output_logits") if getattr(text.config, name)]
+
+
+class Choice:
+    """How tokens are chosen from logits; `repr` says all of it."""
+
+    def __init__(self, text: GrowingText):
+        self.sample, self.processors = text.config.do_sample, LogitsProcessorList(text.processors)
+        ends = [x.eos_token_id for x in text.criteria if isinstance(x, EosTokenCriteria)]
+        self.ends = torch.cat([x.flatten() for x in ends]).to(text.ids.device) if ends else None
+        self.padding = pad_token(text.config) if text.ends else None
+
+    def __repr__(self) -> str:
+        processors = [(type(x).__name__, vars(x)) for x in self.processors]
+        return repr((self.sample, processors, self.ends, self.padding))
+
+    def draft(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A token [B] of logits [B, V] and, if sampling, the distribution [B, V] that it was drawn from."""
+        scores = self.processors(None, logits)
+        if not self.sample:
+            return scores.argmax(dim=-1), None
+        distribution = scores.softmax(dim=-1)
+        return draw(distribution), distribution
+
+    def verify(
+        self, logits: torch.Tensor, drafts: torch.Tensor, distributions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [B, C + 1] of logits [B, C + 1, V], and which of them are the drafts [B, C], the last one never."""
+        scores = self.processors(None, logits.flatten(0, 1)).view_as(logits)
+        if not self.sample:
+            tokens = scores.argmax(dim=-1)
+            return tokens, nn.functional.pad(tokens[:, :-1] == drafts, (0, 1))
+        tokens, same = follow(scores[:, :-1], drafts, distributions, sample=True)
+        last, _ = follow(scores[:, -1], None, None, sample=True)
+        return torch.cat((tokens, last.unsqueeze(1)), dim=1), nn.functional.pad(same, (0, 1))
+
+
+class RecordedRound(RecordedStep):
+    """C + 1 tokens of every row through the model, the choice among them, and C new drafts, as one recording."""
+
+    def __init__(self, model: nn.Module, cache: HfMoeReservedCache, rows: int, padded: bool, choice: Choice):
+        super().__init__(model, cache, rows, padded)
+        self.choice, self.modules = choice, model.model.mtp_layers
+        count, device, config = len(self.modules), model.device, model.config
+        self.ahead = torch.arange(2 * count, device=device)
+        self.ids = torch.zeros(rows, count + 1, dtype=torch.long, device=device)  # the last of the text, and drafts
+        self.unfinished = torch.ones(rows, dtype=torch.bool, device=device)
+        # Of the C - 1 entries that are read again: their hidden states, and the tokens that the first module read.
+        self.again = torch.zeros(rows, count - 1, config.hidden_size, dtype=model.dtype, device=device)
+        self.read_again = torch.zeros(rows, count - 1, dtype=torch.long, device=device)
+        shape = (rows, count, config.vocab_size)
+        self.distributions = torch.zeros(shape, device=device) if choice.sample else None
+
+    def begin_with(
+        self,
+        text: GrowingText,
+        drafts: torch.Tensor,
+        distributions: torch.Tensor | None,
+        again: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> None:
+        """Start behind a text that has `drafts` [B, C] from `distributions` [B, C, V]; `again` [B, C - 1, D]."""
+        self.begin(position_ids[:, -1:], attention_mask)
+        self.ids.copy_(torch.cat((text.ids[:, -1:], drafts), dim=1))
+        self.unfinished.copy_(text.unfinished)
+        self.again.copy_(again)
+        self.read_again.copy_(text.ids[:, text.ids.shape[1] - again.shape[1] :])
+        if self.distributions is not None:
+            self.distributions.copy_(distributions)
+
+    def run(self) -> torch.Tensor:
+        """What the host is told, [3 + C + B (C + 1)]: how many tokens were kept, how many rows were unfinished before,
+        whether any is behind them, how many of these accepted a draft at each place, and the tokens."""
+        decoder, count = self.model.model, len(self.modules)
+        position_ids = self.position + self.ahead[: count + 1]
+        hidden_states = decoder(
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        logits = self.model.project(hidden_states).float()
+        tokens, same = self.choice.verify(logits, self.ids[:, 1:], self.distributions)
+        added, before, after = kept(tokens, same, self.unfinished, self.choice.ends)
+        if self.choice.padding is not None:
+            tokens = torch.where(before, tokens, self.choice.padding.to(tokens))
+        agreed = (same & before).sum(dim=0)[:-1] * (self.ahead[:count] < added)
+        last = (added - 1).view(1)
+        after = after.index_select(1, last).squeeze(1)
+        told = torch.stack((added, self.unfinished.sum(), after.any().long()))
+        told = torch.cat((told, agreed, tokens.flatten()))
+
+        self.unfinished.copy_(after)
+        self.lengths[0].add_(added - (count + 1))
+        self.draft(hidden_states, tokens, added)
+        self.position.add_(added)
+        return told
+
+    def draft(self, hidden_states: torch.Tensor, tokens: torch.Tensor, added: torch.Tensor) -> None:
+        """New `ids`, of the decoder's hidden_states [B, C + 1, D] and the tokens [B, C + 1], of which `added` count.
+
+        Module k reads the token k behind each entry's; entry C - 2 + added is the last that counts.
+        """
+        decoder, cache, count = self.model.model, self.cache.drafts, len(self.modules)
+        entries, rows = 2 * count, len(tokens)
+        chain = torch.cat((self.again, hidden_states), dim=1)  # [B, W, D]
+        # What the first module reads, and behind it what the others read besides.
+        line = torch.cat((self.read_again, tokens, torch.zeros_like(self.read_again)), dim=1)  # [B, W + C - 1]
+        kind = self.model.config.layer_types[-1]
+        position_ids = self.position + self.ahead - (count - 1)
+        shared = {
+            "attention_mask": MASKS[kind](decoder.config, chain, self.mask, cache),
+            "position_ids": position_ids,
+            "position_embeddings": position_embeddings(decoder.rotary_emb, chain, position_ids, [kind])[kind],
+            "token_mask": valid_tokens(self.mask, rows, entries, cache),
+            "layer_cache": cache,
+        }
+        self.again.copy_(chain.index_select(1, self.ahead[: count - 1] + added))
+        ids, entry = [tokens.index_select(1, (added - 1).view(1)).squeeze(1)], (added + count - 2).view(1)
+        for depth, module in enumerate(self.modules):
+            read = line[:, depth : depth + entries]
+            chain = module(chain, decoder.scaled(decoder.embed_tokens(read)), input_ids=read, **shared)
+            logits = self.model.project(chain.index_select(1, entry).squeeze(1)).float()
+            token, distribution = self.choice.draft(logits)
+            ids.append(token)
+            if depth + 1 < count:
+                line.index_copy_(1, entry + depth + 1, token.unsqueeze(1))
+            if distribution is not None:
+                self.distributions[:, depth].copy_(distribution)
+        self.ids.copy_(torch.stack(ids, dim=1))
+        self.read_again.copy_(line.index_select(1, self.ahead[: count - 1] + added))
+        self.lengths[1].add_(added - entries)
+
+    def __call__(self) -> torch.Tensor:
+        """As `run`; overwritten by the next call."""
+        return self.replay()
+
+
+def reserve(cache: HfMoeReservedCache, modules: int, rows: int, length: int) -> HfMoeReservedCache:
+    """A cache for the modules' entries of a text of so many tokens: that of the last text where it fits."""
+    positions = length + beyond(modules)
+    if cache.drafts is not None and cache.drafts.fits(rows, positions):
+        cache.drafts.reset()
+        return cache.drafts
+    return HfMoeReservedCache(modules, positions)
+
+
+def write(step: RecordedRound, text: GrowingText) -> tuple[int, int, int]:
+    """Round after round until `text` ends; gives the rounds, the drafts that they read, and those accepted.
+
+    A round is noticed one late. Drafts beyond the longest text, and all of a round too many, do not count.
+    """
+    count, known = len(step.modules), text.ids.shape[1]
+    rounds = drafted = accepted = 0
+    late, new, goes_on = Late(), [], True
+    while goes_on and known < text.limit:
+        told = late.put(step())
+        if told is None:
+            continue
+        added, unfinished, goes_on, *agreed = told[: 3 + count].tolist()
+        room = text.limit - known
+        within = min(count, room - 1)
+        rounds, drafted, accepted = rounds + 1, drafted + within * unfinished, accepted + sum(agreed[:within])
+        tokens = told[3 + count :].view(len(text.ids), count + 1)[:, : min(added, room)].clone()
+        if text.streamer is not None:
+            for token in tokens.unbind(dim=1):
+                text.streamer.put(token)
+        new.append(tokens)
+        known += tokens.shape[1]
+    text.ids = torch.cat((text.ids, torch.cat(new, dim=1).to(text.ids.device)), dim=1)
+    text.unfinished = text.unfinished & bool(goes_on)
+    for layer in step.cache.layers:
+        layer.length = known - 1
+    return rounds, drafted, accepted

@@ -1,0 +1,55 @@
+"""Tokens of a text with drafts: which the model gives, and how many of them are kept.
+
+Shapes: B rows, C drafts, V vocabulary. Nothing here waits for the device.
+"""
+
+import torch
+
+
+def draw(p: torch.Tensor) -> torch.Tensor:
+    """Indices [...] drawn from p [..., V], not necessarily normed.
+
+    argmax of p / e with e ~ Exp(1): the same random numbers, and so the same tokens, as torch.multinomial's.
+    """
+    return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)
+
+
+def follow(
+    scores: torch.Tensor, draft: torch.Tensor | None, distribution: torch.Tensor | None, sample: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token [B] of a place whose processed scores are [B, V], and whether it is the row's `draft` [B].
+
+    Greedy: the likeliest token. Sampling accepts a draft from a `distribution` [B, V] with probability min(1, p / q),
+    and draws else from norm(max(0, p - q)) (speculative sampling, https://arxiv.org/abs/2211.17192, 2.3, algorithm 1).
+    """
+    if not sample:
+        token = scores.argmax(dim=-1)
+        return token, torch.zeros_like(token, dtype=torch.bool) if draft is None else token == draft
+    p = scores.softmax(dim=-1)
+    if draft is None:
+        token = draw(p)
+        return token, torch.zeros_like(token, dtype=torch.bool)
+    p_draft, q_draft = (x.gather(-1, draft.unsqueeze(-1)).squeeze(-1) for x in (p, distribution))
+    accepted = torch.rand_like(p_draft) * q_draft < p_draft
+    rest = (p - distribution).clamp_min(0)
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q: never rejected
+    return torch.where(accepted, draft, draw(rest)), accepted
+
+
+def kept(
+    tokens: torch.Tensor, same: torch.Tensor, unfinished: torch.Tensor, ends: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How many of the `tokens` [B, C + 1] a text takes, all at once.
+
+    `same` [B, C + 1] tells which of them are the drafts that were read behind them (the last never is); `unfinished`
+    [B] which rows go on before the first; `ends` the ids that end a row. Place by place, as text by text: up to the
+    first where an unfinished row rejects its draft, or where the last row has ended.
+
+    Gives that number, a scalar from 1 to C + 1; [B, C + 1] whether a row was unfinished before a place, and the same
+    behind it.
+    """
+    ended = torch.zeros_like(same) if ends is None else (tokens.unsqueeze(-1) == ends).any(dim=-1)
+    after = unfinished.unsqueeze(1) & (ended.cumsum(dim=1) == 0)
+    before = torch.cat((unfinished.unsqueeze(1), after[:, :-1]), dim=1)
+    goes_on = (same | ~before).all(dim=0) & after.any(dim=0)
+    return 1 + goes_on[:-1].long().cumprod(dim=0).sum(), before, after
