@@ -157,7 +157,7 @@ class RecordedStep:
     """
 
     def __init__(self, model: nn.Module, cache: HfMoeReservedCache, rows: int, padded: bool):
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.tokens = model, cache, rows
         device, positions = model.device, max(part.layers[0].max_cache_len for part in cache.parts)
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)  # of the first token to come
@@ -168,7 +168,7 @@ class RecordedStep:
         self.lengths = [counted_together(part) for part in self.cache.parts]
         try:
             self.count_on_device(True)
-            self.replay = Recording(self.run, self.model, self.ids.numel())
+            self.replay = Recording(self.run, self.model, self.tokens)
         finally:
             self.count_on_device(False)
 
@@ -219,7 +219,7 @@ class EagerStep:
     """The same step as it is, where it isn't worth a recording or can't be recorded."""
 
     def __init__(self, model: nn.Module, cache: HfMoeReservedCache):
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.tokens = model, cache, rows
 
     def begin(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """As RecordedStep.begin."""

@@ -47,7 +47,7 @@ class Choice:
         self.sample, self.processors = text.config.do_sample, LogitsProcessorList(text.processors)
         ends = [x.eos_token_id for x in text.criteria if isinstance(x, EosTokenCriteria)]
         self.ends = torch.cat([x.flatten() for x in ends]).to(text.ids.device) if ends else None
-        self.padding = pad_token(text.config) if text.ends else None
+        self.padding = pad_token(text.config).to(text.ids) if text.ends else None
 
     def __repr__(self) -> str:
         processors = [(type(x).__name__, vars(x)) for x in self.processors]
@@ -81,6 +81,7 @@ class RecordedRound(RecordedStep):
         super().__init__(model, cache, rows, padded)
         self.choice, self.modules = choice, model.model.mtp_layers
         count, device, config = len(self.modules), model.device, model.config
+        self.tokens = 2 * count * rows
         self.ahead = torch.arange(2 * count, device=device)
         self.ids = torch.zeros(rows, count + 1, dtype=torch.long, device=device)  # the last of the text, and drafts
         self.unfinished = torch.ones(rows, dtype=torch.bool, device=device)
@@ -124,7 +125,7 @@ class RecordedRound(RecordedStep):
         tokens, same = self.choice.verify(logits, self.ids[:, 1:], self.distributions)
         added, before, after = kept(tokens, same, self.unfinished, self.choice.ends)
         if self.choice.padding is not None:
-            tokens = torch.where(before, tokens, self.choice.padding.to(tokens))
+            tokens = torch.where(before, tokens, self.choice.padding)
         agreed = (same & before).sum(dim=0)[:-1] * (self.ahead[:count] < added)
         last = (added - 1).view(1)
         after = after.index_select(1, last).squeeze(1)
