@@ -170,6 +170,20 @@ def test_the_logits_of_a_round_are_those_of_the_text(half_learned, unrecorded, r
     torch.testing.assert_close(logits, expected[:, :15], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("variant", "depth"), [("gqa", 1), ("mla", 2)])
+def test_kernels_write_the_same_text(unrecorded, rounds, monkeypatch, variant, depth):
+    pytest.importorskip("triton")
+    from hf_moe.kernels.decode import fused
+
+    monkeypatch.setattr(decoding, "SPEEDUPS", [fused])
+    model = learned(depth, **VARIANTS[variant])
+    options = {"max_new_tokens": 11, **GREEDY, **inputs_of(2, "cpu", padding=2)}
+    asked = model.generate(**options, **TOLD, use_mtp=True, disable_compile=True)
+    out = model.generate(**options, **TOLD, use_mtp=True)
+    assert torch.equal(out.sequences, asked.sequences) and counts(out) == counts(asked)
+    assert len({told[0] for told in rounds}) > 1
+
+
 def test_sampled_text_has_the_models_distribution(unrecorded, rounds):
     """Also of the likeliest tokens alone, which the host's processors leave, at one place or at all."""
     small = {"vocab_size": 4, "num_hidden_layers": 1, "mlp_layer_types": ["dense"], "initializer_range": 0.1}
