@@ -158,14 +158,15 @@ class RecordedStep:
 
     def __init__(self, model: nn.Module, cache: HfMoeReservedCache, rows: int, padded: bool):
         self.model, self.cache, self.tokens = model, cache, rows
-        device, positions = model.device, max(part.layers[0].max_cache_len for part in cache.parts)
+        self.layers = [layer for part in cache.parts for layer in part.layers]
+        device, positions = model.device, max(layer.max_cache_len for layer in self.layers)
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)  # of the first token to come
         self.mask = torch.ones(rows, positions, dtype=torch.bool, device=device) if padded else None
 
     def record(self) -> None:
         """Raises as `Recording` does."""
-        self.lengths = [counted_together(part) for part in self.cache.parts]
+        self.lengths = counted_together(self.layers)
         try:
             self.count_on_device(True)
             self.replay = Recording(self.run, self.model, self.tokens)
@@ -173,10 +174,9 @@ class RecordedStep:
             self.count_on_device(False)
 
     def count_on_device(self, recorded: bool) -> None:
-        for part, lengths in zip(self.cache.parts, self.lengths, strict=True):
-            for layer in part.layers:
-                layer.recorded = recorded
-            lengths.fill_(part.layers[0].length)
+        for layer in self.layers:
+            layer.recorded = recorded
+        self.lengths.copy_(torch.tensor([layer.length for layer in self.layers], device="cpu"))
 
     def begin(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """Start behind what the cache holds: the next tokens' positions [B, 1], and the mask [B, N] up to them."""
@@ -206,11 +206,10 @@ class RecordedStep:
         return logits
 
 
-def counted_together(cache: HfMoeReservedCache) -> torch.Tensor:
-    """The lengths [layers] on the device, one tensor, so that one launch changes all: the layers have its parts."""
-    first = cache.layers[0].cumulative_length
-    lengths = first.new_zeros(len(cache.layers), 2)[:, 0]  # 16 bytes apart, as kernels like addresses
-    for layer, length in zip(cache.layers, lengths.unbind(), strict=True):
+def counted_together(layers: list[HfMoeReservedLayer]) -> torch.Tensor:
+    """The layers' lengths on the device as one tensor, of which they have the elements: one launch changes all."""
+    lengths = layers[0].cumulative_length.new_zeros(len(layers), 2)[:, 0]  # 16 bytes apart, as kernels like addresses
+    for layer, length in zip(layers, lengths.unbind(), strict=True):
         layer.cumulative_length = length
     return lengths
 

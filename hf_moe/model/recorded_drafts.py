@@ -83,6 +83,9 @@ class RecordedRound(RecordedStep):
         count, device, config = len(self.modules), model.device, model.config
         self.tokens = 2 * count * rows
         self.ahead = torch.arange(2 * count, device=device)
+        # By what a round sets lengths back if no draft is kept: one of C + 1 tokens is, and one of W entries.
+        back = torch.tensor([-count, 1 - 2 * count])
+        self.back = back.repeat_interleave(torch.tensor([len(part.layers) for part in cache.parts])).to(device)
         self.ids = torch.zeros(rows, count + 1, dtype=torch.long, device=device)  # the last of the text, and drafts
         self.unfinished = torch.ones(rows, dtype=torch.bool, device=device)
         # Of the C - 1 entries that are read again: their hidden states, and the tokens that the first module read.
@@ -110,68 +113,63 @@ class RecordedRound(RecordedStep):
             self.distributions.copy_(distributions)
 
     def run(self) -> torch.Tensor:
-        """What the host is told, [3 + C + B (C + 1)]: how many tokens were kept, how many rows were unfinished before,
-        whether any is behind them, how many of these accepted a draft at each place, and the tokens."""
-        decoder, count = self.model.model, len(self.modules)
-        position_ids = self.position + self.ahead[: count + 1]
-        hidden_states = decoder(
+        """The tokens [B, C + 1] that the model gives beside which of them are the drafts: [B, 2 (C + 1)]."""
+        hidden_states = self.model.model(
             input_ids=self.ids,
             attention_mask=self.mask,
-            position_ids=position_ids,
+            position_ids=self.position + self.ahead[: self.ids.shape[1]],
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
         logits = self.model.project(hidden_states).float()
         tokens, same = self.choice.verify(logits, self.ids[:, 1:], self.distributions)
-        added, before, after = kept(tokens, same, self.unfinished, self.choice.ends)
-        if self.choice.padding is not None:
-            tokens = torch.where(before, tokens, self.choice.padding)
-        agreed = (same & before).sum(dim=0)[:-1] * (self.ahead[:count] < added)
-        last = (added - 1).view(1)
-        after = after.index_select(1, last).squeeze(1)
-        told = torch.stack((added, self.unfinished.sum(), after.any().long()))
-        told = torch.cat((told, agreed, tokens.flatten()))
-
-        self.unfinished.copy_(after)
-        self.lengths[0].add_(added - (count + 1))
-        self.draft(hidden_states, tokens, added)
-        self.position.add_(added)
+        told = torch.cat((tokens, same.long()), dim=1)
+        number, _, after = kept(tokens, same, self.unfinished, self.choice.ends)
+        number = number.view(1)
+        if self.choice.ends is not None:
+            self.unfinished.copy_(after.index_select(1, number).squeeze(1))
+        self.draft(hidden_states, tokens, number)
+        self.position.add_(number + 1)
+        self.lengths.add_(number + self.back)
         return told
 
-    def draft(self, hidden_states: torch.Tensor, tokens: torch.Tensor, added: torch.Tensor) -> None:
-        """New `ids`, of the decoder's hidden_states [B, C + 1, D] and the tokens [B, C + 1], of which `added` count.
+    def draft(self, hidden_states: torch.Tensor, tokens: torch.Tensor, number: torch.Tensor) -> None:
+        """New `ids`, of the decoder's hidden_states [B, C + 1, D] and its tokens [B, C + 1], `number` [1] drafts kept.
 
-        Module k reads the token k behind each entry's; entry C - 2 + added is the last that counts.
+        Module k reads the token k behind each entry's; entry C - 1 + `number` is the last that counts.
         """
         decoder, cache, count = self.model.model, self.cache.drafts, len(self.modules)
-        entries, rows = 2 * count, len(tokens)
-        chain = torch.cat((self.again, hidden_states), dim=1)  # [B, W, D]
-        # What the first module reads, and behind it what the others read besides.
-        line = torch.cat((self.read_again, tokens, torch.zeros_like(self.read_again)), dim=1)  # [B, W + C - 1]
-        kind = self.model.config.layer_types[-1]
-        position_ids = self.position + self.ahead - (count - 1)
+        entry = number + (count - 1)
+        chain, line = hidden_states, tokens
+        if count > 1:
+            chain = torch.cat((self.again, hidden_states), dim=1)  # [B, W, D]
+            # What the first module reads, and behind it what the others read besides.
+            line = torch.cat((self.read_again, tokens, torch.zeros_like(self.read_again)), dim=1)  # [B, W + C - 1]
+            again = self.ahead[: count - 1] + (number + 1)
+            self.again.copy_(chain.index_select(1, again))
+        kind, entries = self.model.config.layer_types[-1], chain.shape[1]
+        position_ids = self.position + (self.ahead - (count - 1))
         shared = {
             "attention_mask": MASKS[kind](decoder.config, chain, self.mask, cache),
             "position_ids": position_ids,
             "position_embeddings": position_embeddings(decoder.rotary_emb, chain, position_ids, [kind])[kind],
-            "token_mask": valid_tokens(self.mask, rows, entries, cache),
+            "token_mask": valid_tokens(self.mask, *chain.shape[:2], cache),
             "layer_cache": cache,
         }
-        self.again.copy_(chain.index_select(1, self.ahead[: count - 1] + added))
-        ids, entry = [tokens.index_select(1, (added - 1).view(1)).squeeze(1)], (added + count - 2).view(1)
+        ids = [tokens.index_select(1, number)]
         for depth, module in enumerate(self.modules):
             read = line[:, depth : depth + entries]
             chain = module(chain, decoder.scaled(decoder.embed_tokens(read)), input_ids=read, **shared)
             logits = self.model.project(chain.index_select(1, entry).squeeze(1)).float()
             token, distribution = self.choice.draft(logits)
-            ids.append(token)
+            ids.append(token.unsqueeze(1))
             if depth + 1 < count:
-                line.index_copy_(1, entry + depth + 1, token.unsqueeze(1))
+                line.index_copy_(1, entry + (depth + 1), ids[-1])
             if distribution is not None:
                 self.distributions[:, depth].copy_(distribution)
-        self.ids.copy_(torch.stack(ids, dim=1))
-        self.read_again.copy_(line.index_select(1, self.ahead[: count - 1] + added))
-        self.lengths[1].add_(added - entries)
+        torch.cat(ids, dim=1, out=self.ids)
+        if count > 1:
+            self.read_again.copy_(line.index_select(1, again))
 
     def __call__(self) -> torch.Tensor:
         """As `run`; overwritten by the next call."""
@@ -192,25 +190,27 @@ def write(step: RecordedRound, text: GrowingText) -> tuple[int, int, int]:
 
     A round is noticed one late. Drafts beyond the longest text, and all of a round too many, do not count.
     """
-    count, known = len(step.modules), text.ids.shape[1]
+    choice, count, known = step.choice, len(step.modules), text.ids.shape[1]
+    ends, padding = (x if x is None else x.cpu() for x in (choice.ends, choice.padding))
     rounds = drafted = accepted = 0
-    late, new, goes_on = Late(), [], True
-    while goes_on and known < text.limit:
+    late, new, unfinished = Late(), [], text.unfinished.cpu()
+    while known < text.limit and bool(unfinished.any()):
         told = late.put(step())
         if told is None:
             continue
-        added, unfinished, goes_on, *agreed = told[: 3 + count].tolist()
-        room = text.limit - known
-        within = min(count, room - 1)
-        rounds, drafted, accepted = rounds + 1, drafted + within * unfinished, accepted + sum(agreed[:within])
-        tokens = told[3 + count :].view(len(text.ids), count + 1)[:, : min(added, room)].clone()
+        tokens, same = told[:, : count + 1], told[:, count + 1 :].bool()
+        number, before, after = kept(tokens, same, unfinished, ends)
+        within = min(count, text.limit - known - 1)
+        rounds, drafted = rounds + 1, drafted + within * int(unfinished.sum())
+        accepted += int((same & before)[:, : min(number + 1, within)].sum())
+        tokens = tokens.clone() if padding is None else tokens.where(before, padding)
+        new.append(tokens[:, : min(number + 1, text.limit - known)])
+        unfinished, known = after[:, number], known + new[-1].shape[1]
         if text.streamer is not None:
-            for token in tokens.unbind(dim=1):
+            for token in new[-1].unbind(dim=1):
                 text.streamer.put(token)
-        new.append(tokens)
-        known += tokens.shape[1]
     text.ids = torch.cat((text.ids, torch.cat(new, dim=1).to(text.ids.device)), dim=1)
-    text.unfinished = text.unfinished & bool(goes_on)
+    text.unfinished = unfinished.to(text.ids.device)
     for layer in step.cache.layers:
         layer.length = known - 1
     return rounds, drafted, accepted

@@ -39,17 +39,18 @@ def follow(
 def kept(
     tokens: torch.Tensor, same: torch.Tensor, unfinished: torch.Tensor, ends: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How many of the `tokens` [B, C + 1] a text takes, all at once.
+    """How many drafts a text takes at once, of `tokens` [B, C + 1] that the model gives; one more is its own token.
 
-    `same` [B, C + 1] tells which of them are the drafts that were read behind them (the last never is); `unfinished`
-    [B] which rows go on before the first; `ends` the ids that end a row. Place by place, as text by text: up to the
-    first where an unfinished row rejects its draft, or where the last row has ended.
+    `same` [B, C + 1] tells which tokens are drafts (the last never is); `unfinished` [B] which rows go on before the
+    first; `ends` the ids that end a row, without which all rows go on. Drafts are taken up to the place where an
+    unfinished row rejects its own, or where the last row ends.
 
-    Gives that number, a scalar from 1 to C + 1; [B, C + 1] whether a row was unfinished before a place, and the same
-    behind it.
+    Gives their number, a scalar; and [B, C + 1] whether a row is unfinished before a place, and behind it.
     """
-    ended = torch.zeros_like(same) if ends is None else (tokens.unsqueeze(-1) == ends).any(dim=-1)
-    after = unfinished.unsqueeze(1) & (ended.cumsum(dim=1) == 0)
-    before = torch.cat((unfinished.unsqueeze(1), after[:, :-1]), dim=1)
-    goes_on = (same | ~before).all(dim=0) & after.any(dim=0)
-    return 1 + goes_on[:-1].long().cumprod(dim=0).sum(), before, after
+    before = after = unfinished.unsqueeze(1).expand_as(same)
+    goes_on = same.all(dim=0)
+    if ends is not None:
+        after = before & ((tokens.unsqueeze(-1) == ends).any(dim=-1).cumsum(dim=1) == 0)
+        before = torch.cat((unfinished.unsqueeze(1), after[:, :-1]), dim=1)
+        goes_on = (same | ~before).all(dim=0) & after.any(dim=0)
+    return goes_on[:-1].cumprod(dim=0, dtype=torch.long).sum(), before, after
