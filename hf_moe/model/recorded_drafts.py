@@ -83,6 +83,7 @@ class RecordedRound(RecordedStep):
         count, device, config = len(self.modules), model.device, model.config
         self.tokens = 2 * count * rows
         self.ahead = torch.arange(2 * count, device=device)
+        self.window = self.ahead - (count - 1)  # where a module's entries are, from the first new token on
         # By what a round sets lengths back if no draft is kept: one of C + 1 tokens is, and one of W entries.
         back = torch.tensor([-count, 1 - 2 * count])
         self.back = back.repeat_interleave(torch.tensor([len(part.layers) for part in cache.parts])).to(device)
@@ -148,7 +149,7 @@ class RecordedRound(RecordedStep):
             again = self.ahead[: count - 1] + (number + 1)
             self.again.copy_(chain.index_select(1, again))
         kind, entries = self.model.config.layer_types[-1], chain.shape[1]
-        position_ids = self.position + (self.ahead - (count - 1))
+        position_ids = self.position + self.window
         shared = {
             "attention_mask": MASKS[kind](decoder.config, chain, self.mask, cache),
             "position_ids": position_ids,
@@ -178,11 +179,11 @@ class RecordedRound(RecordedStep):
 
 def reserve(cache: HfMoeReservedCache, modules: int, rows: int, length: int) -> HfMoeReservedCache:
     """A cache for the modules' entries of a text of so many tokens: that of the last text where it fits."""
-    positions = length + beyond(modules)
-    if cache.drafts is not None and cache.drafts.fits(rows, positions):
-        cache.drafts.reset()
-        return cache.drafts
-    return HfMoeReservedCache(modules, positions)
+    drafts, positions = cache.drafts, length + beyond(modules)
+    if drafts is None or len(drafts.layers) != modules or not drafts.fits(rows, positions):
+        return HfMoeReservedCache(modules, positions)
+    drafts.reset()
+    return drafts
 
 
 def write(step: RecordedRound, text: GrowingText) -> tuple[int, int, int]:

@@ -179,7 +179,7 @@ def test_kernels_write_the_same_text(unrecorded, rounds, monkeypatch, variant):
 
     monkeypatch.setattr(decoding, "SPEEDUPS", [fused])
     model = tiny_model(num_mtp_layers=1, num_hidden_layers=1, mlp_layer_types=["dense"], **VARIANTS[variant])
-    options = {"max_new_tokens": 6, **GREEDY, **inputs_of(2, "cpu", padding=2)}
+    options = {"max_new_tokens": 4, **GREEDY, **inputs_of(1, "cpu", padding=2)}
     asked = model.generate(**options, **TOLD, use_mtp=True, disable_compile=True)
     out = model.generate(**options, **TOLD, use_mtp=True)
     assert torch.equal(out.sequences, asked.sequences) and counts(out) == counts(asked)
