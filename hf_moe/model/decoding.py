@@ -108,11 +108,12 @@ class HfMoeReservedCache(Cache):
     def parts(self) -> list["HfMoeReservedCache"]:
         return [self] if self.drafts is None else [self, self.drafts]
 
-    def fits(self, rows: int, positions: int) -> bool:
+    def fits(self, rows: int, positions: int, device: torch.device) -> bool:
         """Whether a text of so many rows and positions may take this cache's memory."""
         first = self.layers[0]
         return (
             first.is_initialized
+            and first.keys.device == device
             and first.keys.shape[0] == rows
             and positions <= first.max_cache_len <= 4 * max(positions, ROUND)
             and first.keys.is_inference() == torch.is_inference_mode_enabled()
@@ -280,7 +281,7 @@ def beyond(drafts: int) -> int:
 def reserve_cache(model: nn.Module, rows: int, positions: int) -> HfMoeReservedCache:
     """The cache of the last text where it fits, or a new one."""
     cache = KEPT.pop(model, None)
-    if cache is None or not cache.fits(rows, positions):
+    if cache is None or not cache.fits(rows, positions, model.device):
         del cache  # before the new one takes memory
         return HfMoeReservedCache(model.config.num_hidden_layers, positions)
     cache.reset()

@@ -177,10 +177,11 @@ class RecordedRound(RecordedStep):
         return self.replay()
 
 
-def reserve(cache: HfMoeReservedCache, modules: int, rows: int, length: int) -> HfMoeReservedCache:
+def reserve(model: nn.Module, cache: HfMoeReservedCache, rows: int, length: int) -> HfMoeReservedCache:
     """A cache for the modules' entries of a text of so many tokens: that of the last text where it fits."""
+    modules = len(model.model.mtp_layers)
     drafts, positions = cache.drafts, length + beyond(modules)
-    if drafts is None or len(drafts.layers) != modules or not drafts.fits(rows, positions):
+    if drafts is None or len(drafts.layers) != modules or not drafts.fits(rows, positions, model.device):
         return HfMoeReservedCache(modules, positions)
     drafts.reset()
     return drafts

@@ -230,8 +230,7 @@ class Speculation:
         self.processors = LogitsProcessorList(filter(stateless, text.processors))
         # One that `generate` has reserved, as it does where a step can be recorded.
         self.ours = isinstance(cache, HfMoeReservedCache) and not of_the_user(cache)
-        rows, count = len(text.ids), len(model.model.mtp_layers)
-        own = reserve(cache, count, rows, text.config.max_length) if self.ours else None
+        own = reserve(model, cache, len(text.ids), text.config.max_length) if self.ours else None
         self.drafter = Drafter(model, self.seen, self.choose, own)
         self.drafts, self.distributions = text.ids[:, :0], None
         self.passes = self.drafted = self.accepted = 0

@@ -115,6 +115,8 @@ def counts(out):
 
 @pytest.mark.parametrize(("batch", "padding"), [(1, 0), (3, 3), (3, 0)], ids=["one", "padded rows", "rows"])
 def test_text_and_counts_are_those_of_rounds_that_ask(half_learned, device, rounds, batch, padding):
+    if device == "cuda" and half_learned.config.attention_type == "moa":
+        pytest.skip("Transformers' grouped product of float32 waits for the device")
     model, inputs = half_learned.to(device), inputs_of(batch, device, padding)
     options = {"max_new_tokens": 23, **GREEDY, **inputs}
     plain = model.generate(**options, disable_compile=True)
@@ -153,23 +155,43 @@ def test_a_text_ends_within_drafts(three, device, rounds, batch):
 
 
 @pytest.mark.parametrize("padding", [0, 2])
-def test_the_logits_of_a_round_are_those_of_the_text(half_learned, unrecorded, rounds, monkeypatch, padding):
-    seen, verify, model = [], Choice.verify, half_learned
+def test_a_rounds_logits_are_those_of_reading_everything_again(half_learned, unrecorded, rounds, monkeypatch, padding):
+    """The model's at all places that are kept, and each module's at the last entry."""
+    read, ahead, verify, draft = [], [], Choice.verify, Choice.draft
 
-    def heard(choice, logits, drafts, distributions):
-        seen.append(logits)
+    def heard_verifying(choice, logits, drafts, distributions):
+        read.append(logits)
+        ahead.append([])
         return verify(choice, logits, drafts, distributions)
 
-    monkeypatch.setattr(Choice, "verify", heard)
-    inputs = inputs_of(2, "cpu", padding)
-    text = model.generate(**inputs, max_new_tokens=16, use_mtp=True, **GREEDY)
-    mask = nn.functional.pad(inputs["attention_mask"], (0, 16), value=1)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    with torch.no_grad():
-        expected = model(text, attention_mask=mask, position_ids=positions).logits[:, 7:]
-    seen = zip(seen, rounds, strict=False)  # the last one was not noticed
-    logits = torch.cat([logits[:, : number + 1] for logits, (number, _) in seen], dim=1)[:, :15]
-    torch.testing.assert_close(logits, expected[:, :15], rtol=1e-3, atol=1e-3)
+    def heard_drafting(choice, logits):
+        ahead[-1].append(logits)
+        return draft(choice, logits)
+
+    monkeypatch.setattr(Choice, "verify", heard_verifying)
+    monkeypatch.setattr(Choice, "draft", heard_drafting)
+    model, inputs, new = half_learned, inputs_of(2, "cpu", padding), 24
+    text, known = model.generate(**inputs, max_new_tokens=new, use_mtp=True, **GREEDY), 8
+    assert len(rounds) > 4
+    for logits, drafted, (number, _) in zip(read, ahead, rounds, strict=False):  # the last one was not noticed
+        drafts = torch.stack([x.argmax(-1) for x in drafted], dim=1)
+        begin, known = known - 1, known + number + 1
+        if known > text.shape[1]:
+            break
+        whole = torch.cat((text[:, :known], drafts), dim=1)
+        mask = nn.functional.pad(inputs["attention_mask"], (0, whole.shape[1] - 7), value=1)
+        with torch.no_grad():
+            outputs = model.model(
+                whole,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+                output_mtp_hidden_states=True,
+                use_cache=False,
+            )
+            expected = model.project(outputs.last_hidden_state[:, begin : known - 1])
+            of_modules = [model.project(x[:, known - 2]) for x in outputs.mtp_hidden_states]
+        torch.testing.assert_close(logits[:, : number + 1], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(torch.stack(drafted), torch.stack(of_modules), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["gqa", "mla"])
