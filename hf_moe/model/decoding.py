@@ -219,7 +219,7 @@ class EagerStep:
     """The same step as it is, where it isn't worth a recording or can't be recorded."""
 
     def __init__(self, model: nn.Module, cache: HfMoeReservedCache):
-        self.model, self.cache, self.tokens = model, cache, rows
+        self.model, self.cache = model, cache
 
     def begin(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """As RecordedStep.begin."""

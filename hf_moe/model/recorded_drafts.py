@@ -20,7 +20,6 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from .attention import MASKS
 from .decoding import HfMoeReservedCache, Late, RecordedStep, beyond
 from .growing_text import GrowingText
 from .host import pad_token
@@ -151,7 +150,7 @@ class RecordedRound(RecordedStep):
         kind, entries = self.model.config.layer_types[-1], chain.shape[1]
         position_ids = self.position + self.window
         shared = {
-            "attention_mask": MASKS[kind](decoder.config, chain, self.mask, cache),
+            "attention_mask": decoder.attention_masks(self.mask, chain, cache, position_ids)[kind],
             "position_ids": position_ids,
             "position_embeddings": position_embeddings(decoder.rotary_emb, chain, position_ids, [kind])[kind],
             "token_mask": valid_tokens(self.mask, *chain.shape[:2], cache),

@@ -46,6 +46,7 @@ def product_kernel(
     columns2,
     columns3,
     count_ptr,
+    counted,
     x_row,
     TOKENS: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -75,7 +76,7 @@ def product_kernel(
     wait_for_last()
     if COUNTS:  # noqa: SIM102
         if tl.program_id(0) == 0:
-            tl.store(count_ptr, tl.load(count_ptr) + 1)
+            tl.store(count_ptr, tl.load(count_ptr) + counted)
     for row in tl.static_range(TOKENS):
         x = tl.load(x_ptr + row * x_row + step, mask=step < depth, other=0.0)
         if NORMED:  # of one tile
@@ -100,11 +101,11 @@ def linear(
     x: torch.Tensor,
     weights: tuple[torch.Tensor, ...],
     norm: tuple[torch.Tensor, float] | None,
-    counted: torch.Tensor | None,
+    counted: tuple[torch.Tensor, int] | None,
 ) -> list[torch.Tensor]:
     """x W^T [T, C] for each of one to three weights [C, A], of x [T, A] or its norm, whose depth a tile must hold.
 
-    `counted` grows by one.
+    The first that is `counted` grows by the second.
     """
     depth, columns, cut = x.shape[1], [len(weight) for weight in weights], sizes(x.shape[1], len(x))
     outs = [torch.empty(len(x), size, dtype=x.dtype, device=x.device) for size in columns]
@@ -118,7 +119,7 @@ def linear(
         eps,
         depth,
         *(columns + [0] * len(missing)),
-        counted,
+        *(counted or (None, 0)),
         x.stride(0),
         TOKENS=len(x),
         WEIGHTS=len(weights),
