@@ -89,7 +89,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--new", type=int, default=192)
+    parser.add_argument("--new", type=int, default=384)
     parser.add_argument("--prompts", type=int, default=5)
     args = parser.parse_args()
     config = HfMoeConfig.from_preset("olmoe-1b-7b", num_mtp_layers=1, eos_token_id=None)

@@ -242,6 +242,20 @@ def test_the_seed_decides_a_sampled_text():
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["gqa", "mla", "v3-router"])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_in_bf16_each_token_is_the_likeliest_or_nearly(rounds, variant, batch):
+    """One way of products for few tokens, another for more; which may choose other experts than the eager model."""
+    model, inputs = learned(2, **VARIANTS[variant]).cuda().to(torch.bfloat16), inputs_of(batch, "cuda")
+    text = model.generate(**inputs, max_new_tokens=60, use_mtp=True, **GREEDY)
+    assert rounds and type(KEPT[model].step) is RecordedRound
+    with torch.no_grad():
+        logits = model(text).logits[:, 6:-1].float()
+    chosen = logits.gather(-1, text[:, 7:, None]).squeeze(-1)
+    assert (logits.amax(-1) - chosen).mean() <= 0.02 * logits.abs().amax()
+
+
 def test_the_next_text_takes_the_same_round(three, device):
     model = three.to(device)
     KEPT.pop(model, None)
