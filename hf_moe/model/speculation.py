@@ -335,11 +335,9 @@ class Speculation:
         if step is not None:
             step.begin_with(text, self.drafts, self.distributions, again, self.position_ids, self.attention_mask)
             passes, drafted, accepted = write(step, text)
-            self.passes, self.drafted, self.accepted = (
-                self.passes + passes,
-                self.drafted + drafted,
-                self.accepted + accepted,
-            )
+            self.passes += passes
+            self.drafted += drafted
+            self.accepted += accepted
 
 
 def speculative_decoding(

@@ -9,9 +9,12 @@ import torch
 def draw(p: torch.Tensor) -> torch.Tensor:
     """Indices [...] drawn from p [..., V], not necessarily normed.
 
-    argmax of p / e with e ~ Exp(1): the same random numbers, and so the same tokens, as torch.multinomial's.
+    argmax of p / e with e ~ Exp(1): the same random numbers, and so the same tokens, as torch.multinomial's. Raises
+    RuntimeError, on a GPU late, where p is not finite.
     """
-    return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)
+    index = (p / torch.empty_like(p).exponential_()).argmax(dim=-1, keepdim=True)
+    torch._assert_async((p.gather(-1, index) > 0).all(), "probabilities to draw from are not finite")
+    return index.squeeze(-1)
 
 
 def follow(

@@ -357,3 +357,6 @@ def test_drawn_as_multinomial_draws():
     expected = torch.multinomial(p, num_samples=1).squeeze(1)
     torch.manual_seed(3)
     assert torch.equal(draw(p), expected)
+    p[2, 7] = torch.nan
+    with pytest.raises(RuntimeError, match="not finite"):
+        draw(p)
