@@ -158,12 +158,17 @@ class RecordedStep:
     """
 
     def __init__(self, model: nn.Module, cache: HfMoeReservedCache, rows: int, padded: bool):
-        self.model, self.cache, self.tokens = model, cache, rows
+        self.model_of, self.cache, self.tokens = weakref.ref(model), cache, rows
         self.layers = [layer for part in cache.parts for layer in part.layers]
         device, positions = model.device, max(layer.max_cache_len for layer in self.layers)
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)  # of the first token to come
         self.mask = torch.ones(rows, positions, dtype=torch.bool, device=device) if padded else None
+
+    @property
+    def model(self) -> nn.Module:
+        """Which is not kept alive: it keeps the cache of its last text, and that its step."""
+        return self.model_of()
 
     def record(self) -> None:
         """Raises as `Recording` does."""

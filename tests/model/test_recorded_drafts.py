@@ -3,7 +3,9 @@
 Without a GPU the rounds run as they are, each noticed one late, as a recording's are.
 """
 
+import gc
 import itertools
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -24,13 +26,13 @@ class Unrecorded:
     """`Recording` on a CPU: the function itself, with caches as a recording sees them."""
 
     def __init__(self, run, model, tokens):
-        self.run, self.layers, self.arguments = run, run.__self__.layers, (model, tokens)
+        self.run, self.layers, self.tokens = run, run.__self__.layers, tokens
 
     def __call__(self):
         for layer in self.layers:
             layer.recorded = True
         try:
-            with decoding.sped_up(*self.arguments):
+            with decoding.sped_up(self.run.__self__.model, self.tokens):
                 return self.run()
         finally:
             for layer in self.layers:
@@ -170,7 +172,7 @@ def test_a_rounds_logits_are_those_of_reading_everything_again(half_learned, unr
 
     monkeypatch.setattr(Choice, "verify", heard_verifying)
     monkeypatch.setattr(Choice, "draft", heard_drafting)
-    model, inputs, new = half_learned, inputs_of(2, "cpu", padding), 24
+    model, inputs, new = half_learned.to("cpu"), inputs_of(2, "cpu", padding), 24
     text, known = model.generate(**inputs, max_new_tokens=new, use_mtp=True, **GREEDY), 8
     assert len(rounds) > 4
     for logits, drafted, (number, _) in zip(read, ahead, rounds, strict=False):  # the last one was not noticed
@@ -254,6 +256,18 @@ def test_in_bf16_each_token_is_the_likeliest_or_nearly(rounds, variant, batch):
         logits = model(text).logits[:, 6:-1].float()
     chosen = logits.gather(-1, text[:, 7:, None]).squeeze(-1)
     assert (logits.amax(-1) - chosen).mean() <= 0.02 * logits.abs().amax()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_mtp": True}], ids=["plain", "drafts"])
+def test_a_model_is_not_kept_by_its_last_text(device, options):
+    """Which it keeps, for the next one."""
+    model = learned(1).to(device)
+    model.generate(**options, max_new_tokens=20, **GREEDY, **inputs_of(1, device))
+    assert KEPT[model].step is not None
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_the_next_text_takes_the_same_round(three, device):
