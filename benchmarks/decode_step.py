@@ -51,12 +51,13 @@ def recorded(model: HfMoeForCausalLM, batch: int, context: int) -> RecordedStep:
             memory[:, :, :context].normal_()
         layer.length = context
     step = RecordedStep(model, cache, batch, padded=False)
+    step.record()
     step.begin(torch.full((batch, 1), context, device="cuda"), None)
     return step
 
 
 def some_tokens(step: RecordedStep) -> torch.Tensor:
-    return torch.arange(3, 3 + len(step.token), device="cuda")
+    return torch.arange(3, 3 + len(step.ids), device="cuda")
 
 
 def step_microseconds(step: RecordedStep, rounds: int = 5, replays: int = 8) -> float:

@@ -13,7 +13,8 @@ A seed is an experiment of its own: router, order of the rows, calibration texts
 one mixture for all of them, three calibrations would choose nearly the same experts, and count as three.
 
 Held-out loss is in nats a token, in float32, each domain's by itself and their mean; no piece of text is both trained
-on and held out. A .md with the tables comes to stand beside the .json.
+on and held out. A .md with the tables comes to stand beside the .json. Both are written after each seed, and the same
+command goes on behind the seeds that are there, on another machine, too. It needs hf_moe[train,merge].
 """
 
 import argparse
@@ -22,10 +23,11 @@ import json
 import os
 import random
 import shutil
+import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
-from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +37,7 @@ from hf_moe.conversion import prune, upcycle
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_moe import train
+from hf_moe.staging import written_aside
 from hf_moe.texts import texts
 
 EXPERTS, TOP_K, KEPT = 8, 2, 6
@@ -43,7 +46,7 @@ PIECE = 1500  # characters of a row, at most
 OF_DOMAIN = 1_200_000  # characters that are trained on; of the larger domains, as much of all their parts
 HELD_OUT = 16  # one of so many pieces is
 CALIBRATION = {"pieces": 12, "characters": 300}  # of each domain
-SEEN = 8192  # tokens of them, at most
+SEEN = 4096  # tokens of them, at most
 RATE = 2e-4  # of the distillation, between what the mixture was trained with first and last
 
 
@@ -67,6 +70,7 @@ PRUNED = {
     "merged by reap": {"by": "reap", "merge": True},
 }
 PARENT, DISTILLED = "all 8 experts", "reap, distilled"
+PACKAGES = ("hf_moe", "torch", "transformers", "trl", "datasets", "scipy")
 
 
 def pieces(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -88,7 +92,9 @@ def domains_of(data: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, tupl
         every = pieces(path, tokenizer)
         held_out = every[HELD_OUT // 2 :: HELD_OUT]
         rest = [piece for number, piece in enumerate(every) if number % HELD_OUT != HELD_OUT // 2]
-        found[path.stem] = rest[:: max(1, len(rest) * PIECE // OF_DOMAIN)], held_out
+        found[path.stem] = rest[:: max(1, sum(map(len, rest)) // OF_DOMAIN)], held_out
+    if not found:
+        raise SystemExit(f"There are no .txt files in {data}.")
     return found
 
 
@@ -128,11 +134,11 @@ def free() -> None:
 
 
 def trained(recipe: str, model: Path, output: Path, setting: Setting, **further) -> Path:
-    """The model that the recipe of that name makes, a step of `setting.rows` rows."""
+    """The model that the recipe of that name makes."""
     shutil.rmtree(output, ignore_errors=True)
     of_all = {"max_length": setting.length, "save_strategy": "no", "logging_steps": 10}
     of_all |= {"per_device_train_batch_size": setting.rows, "activation_checkpointing": False}
-    train(f"{setting.recipes}/{recipe}", str(model), output_dir=str(output), **of_all, **further)
+    train(f"{setting.recipes}/{recipe}", str(model), output_dir=str(output), **of_all | further)
     free()
     return output
 
@@ -149,72 +155,124 @@ def mixture(args: argparse.Namespace, setting: Setting, seed: int) -> Path:
     return output
 
 
-def prunings(
-    pool: ProcessPoolExecutor, parent: Path, calibration: Path, work: Path, seed: int
-) -> dict[str, tuple[Path, Future]]:
-    """Name -> the folder of a pruned model, and the report that it will have."""
-    found = {}
+class Begun(NamedTuple):
+    """A seed whose mixture is trained and being pruned. pruned: name -> the folder of a pruned model, and the report
+    that it will have. seconds: of each part."""
+
+    seed: int
+    parent: Path
+    pruned: dict[str, tuple[Path, Future]]
+    seconds: dict[str, float]
+
+
+def timed(seconds: dict[str, float], part: str, function: Callable, *arguments):
+    start = time.perf_counter()
+    result = function(*arguments)
+    seconds[part] = round(seconds.get(part, 0.0) + time.perf_counter() - start, 1)
+    return result
+
+
+def begin(
+    args: argparse.Namespace, setting: Setting, seed: int, domains: list[list[str]], pool: ProcessPoolExecutor
+) -> Begun:
+    seconds: dict[str, float] = {}
+    parent = timed(seconds, "training", mixture, args, setting, seed)
+    calibration = args.work / f"calibration-{seed}.txt"
+    calibration.write_text(calibration_text(domains, seed))
+    pruned = {}
     for name, how in PRUNED.items():
-        folder = work / f"{name.replace(' ', '_')}-{seed}"
+        folder = args.work / f"{name.replace(' ', '_')}-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
         given = {"experts": KEPT, "calibration": str(calibration), "calibration_tokens": SEEN, "seed": seed}
         report = pool.submit(prune, str(parent), str(folder), **given, **how, verify=False, progress=False)
-        found[name] = folder, report
-    return found
+        pruned[name] = folder, report
+    return Begun(seed, parent, pruned, seconds)
 
 
-def experiment(args: argparse.Namespace, setting: Setting, device: str) -> dict:
+def finish(args: argparse.Namespace, setting: Setting, begun: Begun, held_out: dict, device: str) -> dict:
+    """The losses of a seed's models, which are then removed."""
+    seed, parent, pruned, seconds = begun
+    found, kept = {PARENT: timed(seconds, "losses", losses, parent, held_out, device)}, {}
+    for name, (folder, report) in pruned.items():
+        kept[name] = timed(seconds, "waiting for what is pruned", report.result)["kept"]
+        found[name] = timed(seconds, "losses", losses, folder, held_out, device)
+    distilled = timed(seconds, "distillation", distil, args, setting, seed, parent, pruned["reap"][0])
+    found[DISTILLED] = timed(seconds, "losses", losses, distilled, held_out, device)
+    for folder in (parent, distilled, *(folder for folder, _ in pruned.values())):
+        shutil.rmtree(folder)
+    return {"seed": seed, "losses": found, "kept": kept, "seconds": seconds}
+
+
+def experiment(args: argparse.Namespace, setting: Setting, device: str) -> None:
+    versions = installed()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     domains = domains_of(args.data, tokenizer)
-    if not domains:
-        raise SystemExit(f"There are no .txt files in {args.data}.")
-    args.work.mkdir(parents=True, exist_ok=True)
-    write_rows(args.work / "train.jsonl", [piece for rows, _ in domains.values() for piece in rows])
     held_out = {name: windows(rows, tokenizer, setting) for name, (_, rows) in domains.items()}
-    seconds, began, runs = {}, time.perf_counter(), []
-
-    def timed(part: str, function):
-        start = time.perf_counter()
-        result = function()
-        seconds[part] = round(seconds.get(part, 0.0) + time.perf_counter() - start, 1)
-        return result
-
+    for name, ids_NT in held_out.items():
+        if not len(ids_NT):
+            raise SystemExit(f"{name}.txt is too short: held out of it is less than a row of {setting.length} tokens.")
+    report = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "versions": versions,
+        "model": args.model.name,
+        "setting": setting._asdict() | {"steps": args.steps, "distil_steps": args.distil_steps, "seen": SEEN},
+        "domains": list(domains),
+        "held_out_tokens": sum(x.numel() for x in held_out.values()),
+        "runs": [],
+    }
+    report["runs"] = runs_of(args.out, report)
+    done = [run["seed"] for run in report["runs"]]
+    args.work.mkdir(parents=True, exist_ok=True)
+    train_rows = [rows for rows, _ in domains.values()]
+    write_rows(args.work / "train.jsonl", [piece for rows in train_rows for piece in rows])
     workers = len(PRUNED)
     threads = max(1, (os.cpu_count() or 1) // workers)
     # The CPU prunes one mixture while the next one is trained.
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        made = {}
-        for seed in range(args.seeds):
-            parent = timed("training", partial(mixture, args, setting, seed))
-            calibration = args.work / f"calibration-{seed}.txt"
-            calibration.write_text(calibration_text([rows for rows, _ in domains.values()], seed))
-            made[seed] = parent, prunings(pool, parent, calibration, args.work, seed)
-        for seed, (parent, pruned) in made.items():
-            found, kept = {PARENT: timed("losses", partial(losses, parent, held_out, device))}, {}
-            for name, (folder, report) in pruned.items():
-                kept[name] = timed("waiting for what is pruned", report.result)["kept"]
-                found[name] = timed("losses", partial(losses, folder, held_out, device))
-            distilled = timed("distillation", partial(distil, args, setting, seed, parent, pruned["reap"][0]))
-            found[DISTILLED] = timed("losses", partial(losses, distilled, held_out, device))
-            for folder in (parent, distilled, *(folder for folder, _ in pruned.values())):
-                shutil.rmtree(folder)
-            runs.append({"seed": seed, "losses": found, "kept": kept})
-            print(json.dumps({"seed": seed} | {name: round(x["mean"], 4) for name, x in found.items()}), flush=True)
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "versions": {name: version(name) for name in ("hf_moe", "torch", "transformers", "trl")},
-        "model": args.model.name,
-        "setting": setting._asdict() | {"steps": args.steps, "distil_steps": args.distil_steps},
-        "held_out_tokens": sum(x.numel() for x in held_out.values()),
-        "seconds": seconds | {"all": round(time.perf_counter() - began, 1)},
-        "runs": runs,
-    }
+        before = None
+        for seed in [*(seed for seed in range(args.seeds) if seed not in done), None]:
+            begun = None if seed is None else begin(args, setting, seed, train_rows, pool)
+            if before is not None:
+                report["runs"].append(finish(args, setting, before, held_out, device))
+                report["runs"].sort(key=lambda run: run["seed"])
+                write(args.out, report)
+            before = begun
+    print(table(report))
+
+
+def installed() -> dict[str, str]:
+    try:
+        return {name: version(name) for name in PACKAGES}
+    except PackageNotFoundError as error:
+        raise SystemExit(f"{error.name} is not installed: pip install 'hf_moe[train,merge]'") from error
+
+
+def runs_of(out: Path, report: dict) -> list[dict]:
+    """The seeds that are in a file of such a report; of another one nothing is lost, but SystemExit raised."""
+    if not out.exists():
+        return []
+    there = json.loads(out.read_text())
+    for name in report.keys() - {"runs"}:
+        if there.get(name) != report[name]:
+            raise SystemExit(f"{out} has {name} {there.get(name)}, now it is {report[name]}: name another --out.")
+    return there["runs"]
+
+
+def write(out: Path, report: dict) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in ((out, json.dumps(report, indent=1) + "\n"), (out.with_suffix(".md"), table(report))):
+        with written_aside(path) as aside:
+            aside.write_text(text)
+    run = report["runs"][-1]
+    means = {name: round(x["mean"], 4) for name, x in run["losses"].items()}
+    print(json.dumps({"seeds": len(report["runs"]), "of the last": means}), file=sys.stderr, flush=True)
 
 
 def distil(args: argparse.Namespace, setting: Setting, seed: int, parent: Path, pruned: Path) -> Path:
     of_teacher = {"teacher_model_name_or_path": str(parent), "trainable": "moe_only", "temperature": 1.0}
     how_long = {"max_steps": args.distil_steps, "gradient_accumulation_steps": 1, "learning_rate": RATE}
     rows = {"train_data": str(args.work / "train.jsonl"), "assistant_only_loss": False, "seed": seed}
+    rows["per_device_train_batch_size"] = setting.rows // 2  # the logits of two models are in memory, in float32
     return trained("distil", pruned, args.work / f"distilled-{seed}", setting, **of_teacher, **how_long, **rows)
 
 
@@ -231,8 +289,8 @@ def table(report: dict) -> str:
         "",
         f"{report['model']}, upcycled to {EXPERTS} experts, {TOP_K} a token, and trained for {setting['steps']} steps "
         f"of {setting['rows'] * setting['length']:,} tokens on {len(domains)} domains; distilled for "
-        f"{setting['distil_steps']}. Held-out loss, nats a token, mean over domains; each seed has a mixture of its "
-        "own.",
+        f"{setting['distil_steps']} steps of half as many. Held-out loss, nats a token, mean over domains; each seed "
+        "has a mixture of its own.",
         "",
         f"| | {seeds} | mean | above {PARENT} |",
         f"|---|{'--:|' * (len(runs) + 2)}",
@@ -249,7 +307,7 @@ def table(report: dict) -> str:
     lines += ["", "By domain, mean over seeds:", "", f"| | {' | '.join(names)} |", f"|---|{'--:|' * len(names)}"]
     lines += [f"| {domain} | " + " | ".join(f"{mean(x, domain):.3f}" for x in names) + " |" for domain in domains]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    took = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
+    took = ", ".join(f"{name} {sum(run['seconds'][name] for run in runs):.0f} s" for name in runs[0]["seconds"])
     return "\n".join([*lines, "", f"{report['device']}; {versions}; {took}.", ""])
 
 
@@ -258,18 +316,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of the dense model")
     parser.add_argument("--data", type=Path, required=True, help="folder of .txt files, one a domain")
     parser.add_argument("--work", type=Path, required=True, help="folder for the models of all seeds")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=120, help="of each mixture's training")
-    parser.add_argument("--distil-steps", type=int, default=60)
+    parser.add_argument("--distil-steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    report = experiment(args, SETTINGS[device], device)
-    print(table(report))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(table(report))
+    experiment(args, SETTINGS[device], device)
 
 
 if __name__ == "__main__":

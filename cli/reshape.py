@@ -1,7 +1,5 @@
 """`hf-moe prune`, `hf-moe grow` and `hf-moe experts`: a trained mixture in another shape."""
 
-import shutil
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,11 +10,30 @@ from .output import hide_loading_bars, messages_on_stderr
 EXACT = 1e-4
 
 
+def share(word: str) -> float:
+    """A ratio. What is meant for each layer is refused with the reason."""
+    try:
+        return float(word)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{word} is no number: it is one for all layers, as no family's config, nor hf_moe's, holds a number of "
+            "experts for each."
+        ) from None
+
+
 def prune(
     src: Source,
     dst: Output,
     experts: Annotated[int | None, typer.Option(help="Experts that each layer keeps.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Instead: the share of them that is dropped.")] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            parser=share,
+            help="Instead: the share of them that is dropped, one for all layers, as a config holds one number of "
+            "experts.",
+        ),
+    ] = None,
     by: Annotated[
         str,
         typer.Option(
@@ -139,7 +156,12 @@ def experts(
         typer.Option(metavar="SIBLING", help="The sibling's last expert joins; SIBLING:J names another."),
     ] = None,
     tune_router: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Then train the routers alone on a text, or rows of text.")
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Then train the routers alone on a text: a file or a folder of text or rows, or a data set's name on "
+            "the Hub.",
+        ),
     ] = None,
     tune_tokens: Annotated[int, typer.Option(help="How many of its tokens.")] = 100_000,
     max_shard_size: ShardSize = "5GB",
@@ -151,38 +173,24 @@ def experts(
     """Add a sibling's expert to each layer, take one out, or put one in another's place; all else stays as it is."""
     with messages_on_stderr():
         hide_loading_bars()
-        from hf_moe.conversion import exchange_experts
+        given = {
+            "swap": [numbered(word) for word in swap or ()],
+            "remove": remove or (),
+            "add": add or (),
+            "max_shard_size": max_shard_size,
+            "dry_run": dry_run,
+            "resume": resume,
+            "verify": not no_verify,
+        }
+        if tune_router is None:
+            from hf_moe.conversion import exchange_experts
 
-        from hf_moe.staging import check_destination
+            report = exchange_experts(src, dst, **given)
+        else:
+            from hf_moe.training.router_tuning import exchange_and_tune
 
-        if tune_router is not None and not Path(tune_router).exists():
-            raise FileNotFoundError(f"There is no text {tune_router} to tune the routers on.")
-        check_destination(dst, resume)
-        tuned = tune_router is not None and not dry_run
-        report = exchange_experts(
-            src,
-            untuned(dst) if tuned else dst,
-            swap=[numbered(word) for word in swap or ()],
-            remove=remove or (),
-            add=add or (),
-            max_shard_size=max_shard_size,
-            dry_run=dry_run,
-            resume=resume,
-            verify=not no_verify,
-        )
-        if tuned:
-            from hf_moe.training.router_tuning import tune_router as tune
-
-            try:
-                report |= {"output": str(dst)} | tune(untuned(dst), tune_router, dst, tune_tokens)
-            finally:
-                shutil.rmtree(untuned(dst))
+            report = exchange_and_tune(src, dst, tune_router, tune_tokens, **given)
     finish(report, json)
-
-
-def untuned(folder: Path) -> Path:
-    """Where the model lies until its routers are tuned."""
-    return folder.with_name(f".{folder.name}.untuned")
 
 
 def numbered(word: str) -> tuple[int, str]:

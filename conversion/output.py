@@ -29,7 +29,7 @@ from .files.source import Source
 from .files.tokenizer import keep_class, load_tokenizer
 from .files.writer import Output, Shard, check_space, plan_shards, write_shards
 from .options import ConversionOptions
-from .verify import MAX_TOKENS, WINDOW, check_memory, memory_needed, token_ids, unusable, verify
+from .verify import WINDOW, check_memory, memory_needed, token_ids, unusable, verify
 
 # A source, and the text that it is compared on (None: the usual one).
 Domain = tuple[Source, str | Path | None]
@@ -74,7 +74,7 @@ def convert(
         # Not after hours of writing.
         positions(source.config.get_text_config(), WINDOW)
         for sibling, text in domains:
-            token_ids(sibling.checkpoint.folder, text, model.vocab_size, MAX_TOKENS, seed=0)
+            token_ids(sibling.checkpoint.folder, text, model.vocab_size)
     check_space(dst, report["disk_bytes"])
     tokenizer = load_tokenizer(source.checkpoint.folder)
     plan = plan_of(source, config, shards, provenance, options.max_shard_size)
@@ -174,11 +174,14 @@ def plan_of(
     provenance: dict[str, Any],
     max_shard_size: int | str,
 ) -> dict[str, Any]:
-    """All that decides which bytes a conversion writes."""
+    """All that decides which bytes a conversion writes.
+
+    Scores are not: they decide what is kept, and have other last digits where more threads add them up.
+    """
     arguments = provenance.get("arguments", {})
     layout = b"".join(shard.header for shard in shards)
     return {
-        **{name: value for name, value in provenance.items() if name != "arguments"},
+        **{name: value for name, value in provenance.items() if name not in ("arguments", "scores")},
         **arguments,
         "max_shard_size": max_shard_size,
         "source": source.name,

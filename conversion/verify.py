@@ -178,7 +178,7 @@ def opened(model: str | Path, trust_remote_code: bool) -> tuple[Path, PreTrained
 
 
 def token_ids(
-    folder: Path, data: str | Path | None, vocab_size: int, max_tokens: int, seed: int
+    folder: Path, data: str | Path | None, vocab_size: int, max_tokens: int = MAX_TOKENS, seed: int = 0
 ) -> tuple[torch.Tensor, str]:
     """The tokens to compare on, [T] int64, and what they are. OSError or ValueError where there are none."""
     tokenizer = load_tokenizer(folder)

@@ -174,7 +174,7 @@ def test_each_obstacle_is_named(change, reason):
 
 
 class LateOnCpu:
-    """LateFlag without a device to wait for."""
+    """`Late` without a device to wait for."""
 
     def __init__(self):
         self.last = False
@@ -189,7 +189,7 @@ def steps_on_cpu(monkeypatch):
     """The loop of recorded steps, each as it is in place of a recording."""
     monkeypatch.setattr(decoding, "recordable", lambda model: True)
     monkeypatch.setattr(decoding, "WORTH_RECORDING", 1000)
-    monkeypatch.setattr(decoding, "LateFlag", LateOnCpu)
+    monkeypatch.setattr(decoding, "Late", LateOnCpu)
     monkeypatch.setattr(decoding, "SPEEDUPS", [])
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
 

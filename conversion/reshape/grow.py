@@ -91,7 +91,8 @@ def grow(src: str | Path, dst: str | Path, options: GrowOptions) -> dict[str, An
     numbers = list(range(old.num_experts))
     even = numbers * times if grouped else [number for number in numbers for _ in range(times)]
     copies = dict.fromkeys(mixture.layers, even)
-    arguments = {"experts": options.experts, "top_k": top_k, "noise": options.noise, "seed": options.seed}
+    rows = Rows(mixture, grouped, times if sums_to_1 and not alone else 1, options)
+    arguments = {"experts": options.experts, "top_k": top_k, "noise": rows.largest_noise, "seed": options.seed}
     provenance, told = {"method": "grow", "arguments": arguments}, {}
     if windows:
         found = {} if options.dry_run else loads(mixture, windows, options.progress)
@@ -101,7 +102,6 @@ def grow(src: str | Path, dst: str | Path, options: GrowOptions) -> dict[str, An
         if not options.dry_run:
             told["copies"] = provenance["copies"] = copies
     experts = {layer: [Expert(mixture, number) for number in copied] for layer, copied in copies.items()}
-    rows = Rows(mixture, grouped, times if sums_to_1 and not alone else 1, options)
     outputs = with_experts(mixture, experts, rows.of_copy)
     report = write(mixture, config, outputs, dst, options, provenance, memory=memory(mixture, windows))
     exact = rows.largest_noise <= EXACT

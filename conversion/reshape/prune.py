@@ -10,6 +10,7 @@ import torch
 from ...staging import check_destination
 from ..files.texts import MAX_TOKENS, name_of
 from ..options import ConversionOptions, takes
+from ..verify import token_ids
 from .merge import merged
 from .model import Expert, Mixture, changed, open_mixture, with_experts, write
 from .scores import SCORES, Seen, memory, of_all_layers, watch, windows_of
@@ -19,7 +20,8 @@ from .scores import SCORES, Seen, memory, of_all_layers, watch, windows_of
 class PruneOptions(ConversionOptions):
     """ConversionOptions, and what is kept.
 
-    experts: how many of each layer; or ratio: what share of them is dropped. by: a key of `SCORES`, whose functions
+    experts: how many of each layer; or ratio: what share of them is dropped. Either is one for all layers: no family's
+    config, nor hf_moe's, holds a number of experts for each. by: a key of `SCORES`, whose functions
     say what each measures. merge: experts are not dropped, but made one with the nearest that stays. calibration: a
     file or a folder of text or rows (texts, conversations, or prompts with completions), or a data set's name on the
     Hub, which the model reads; of it calibration_tokens tokens. data: such texts that it is compared on with the
@@ -56,6 +58,8 @@ def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, 
     if options.by not in SCORES:
         raise ValueError(f"by is {options.by!r}; it can be {', '.join(SCORES)}.")
     windows = read(mixture, options)
+    for text in options.data:  # not after all of that was read
+        token_ids(mixture.source.checkpoint.folder, text, config.vocab_size)
     seen = {} if options.dry_run else watch(mixture, windows, options.progress)
     before = tokens_of(seen)
     seen = of_all_layers(mixture, seen, Seen.nothing(mixture.config.num_experts))
@@ -75,6 +79,7 @@ def prune(src: str | Path, dst: str | Path, options: PruneOptions) -> dict[str, 
     if not options.dry_run:
         told["kept"] = provenance["kept"] = {name: [list(x.experts) for x in found] for name, found in experts.items()}
         told["scores"] = {layer: x.tolist() for layer, x in scores.items()}
+        provenance["scores"] = {layer: [float(f"{x:.4g}") for x in each] for layer, each in told["scores"].items()}
     domains = [(mixture.source, text) for text in options.data]
 
     def measure(folder: Path) -> dict[str, Any]:

@@ -118,6 +118,19 @@ def kept_rows(provenance: dict[str, Any]) -> list[list[str]]:
     return found
 
 
+def score_rows(provenance: dict[str, Any]) -> list[list[str]]:
+    """What each expert of a pruned model's source was worth, the most first, those that stay or lead bold: a heading
+    and a row each."""
+    found = [["Layer", "Expert: score"]]
+    for number, layer in numbered_layers(provenance["scores"]):
+        leads = {numbers[0] for numbers in provenance["kept"][layer]}
+        scores = provenance["scores"][layer]
+        ranked = sorted(range(len(scores)), key=lambda expert: -scores[expert])
+        said = ((f"**{expert}**" if expert in leads else str(expert), scores[expert]) for expert in ranked)
+        found.append([number, ", ".join(f"{expert}: {score:.4g}" for expert, score in said)])
+    return found
+
+
 def busiest(tokens: list[int]) -> float:
     """The largest load of an expert, 1 at balance."""
     return expert_load(torch.tensor(tokens).double()).max().item()

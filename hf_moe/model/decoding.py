@@ -9,7 +9,7 @@ Shapes: B rows, N tokens of the text, S positions that the cache has room for, V
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -102,61 +102,82 @@ class HfMoeReservedCache(Cache):
         capacity = -(-positions // ROUND) * ROUND
         super().__init__(layers=[HfMoeReservedLayer(capacity) for _ in range(layers)])
         self.step: RecordedStep | None = None
+        self.drafts: HfMoeReservedCache | None = None  # that of the MTP modules, where they draft beside it
 
-    def fits(self, rows: int, positions: int) -> bool:
+    @property
+    def parts(self) -> list["HfMoeReservedCache"]:
+        return [self] if self.drafts is None else [self, self.drafts]
+
+    def fits(self, rows: int, positions: int, device: torch.device) -> bool:
         """Whether a text of so many rows and positions may take this cache's memory."""
         first = self.layers[0]
         return (
             first.is_initialized
+            and first.keys.device == device
             and first.keys.shape[0] == rows
             and positions <= first.max_cache_len <= 4 * max(positions, ROUND)
             and first.keys.is_inference() == torch.is_inference_mode_enabled()
         )
 
 
-class RecordedStep:
-    """One token of every row through the model, as a CUDA graph that `cache` belongs to.
+@contextmanager
+def sped_up(model: nn.Module, tokens: int):
+    """Inside, `model` reads so many tokens as fast as `SPEEDUPS` make it; gives what they hold."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(speedup(model, tokens)) for speedup in SPEEDUPS]
 
-    Raises what the model raises when it can't be recorded, such as where it waits for the device.
+
+class Recording:
+    """What `run` launches, as a CUDA graph: each call does it again, and gives the same tensors, overwritten.
+
+    `run` is called twice, for the first time to load kernels and fill workspaces, which can't be recorded. Raises what
+    it raises where it can't be recorded, such as where it waits for the device.
+    """
+
+    def __init__(self, run: Callable, model: nn.Module, tokens: int):
+        device = model.device
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with sped_up(model, tokens) as self.held:
+            # What it draws at random is not drawn: a text after a recording is that of its seed.
+            with torch.random.fork_rng([device]), torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.result = run()
+
+    def __call__(self):
+        self.graph.replay()
+        return self.result
+
+
+class RecordedStep:
+    """One token of every row through the model, as a recording that `cache` belongs to.
+
+    `run` is what is recorded; the classes below this one record more.
     """
 
     def __init__(self, model: nn.Module, cache: HfMoeReservedCache, rows: int, padded: bool):
-        self.cache, self.key = cache, recording_key(model, cache, padded)
-        device, positions = model.device, cache.layers[0].max_cache_len
-        self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.model, self.cache, self.tokens = model, cache, rows
+        self.layers = [layer for part in cache.parts for layer in part.layers]
+        device, positions = model.device, max(layer.max_cache_len for layer in self.layers)
+        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)  # of the first token to come
         self.mask = torch.ones(rows, positions, dtype=torch.bool, device=device) if padded else None
-        self.graph = torch.cuda.CUDAGraph()
 
-        def run() -> torch.Tensor:
-            outputs = model(
-                input_ids=self.token,
-                attention_mask=self.mask,
-                position_ids=self.position,
-                use_cache=True,
-                **{CACHE: cache},
-            )
-            self.position.add_(1)
-            return outputs.logits[:, -1].float()
-
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with ExitStack() as speedups:
-            self.held = [speedups.enter_context(speedup(model, rows)) for speedup in SPEEDUPS]
+    def record(self) -> None:
+        """Raises as `Recording` does."""
+        self.lengths = counted_together(self.layers)
+        try:
             self.count_on_device(True)
-            try:
-                with torch.cuda.stream(stream):
-                    run()  # loads kernels and fills workspaces, which can't be recorded
-                torch.cuda.current_stream(device).wait_stream(stream)
-                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                    self.logits = run()
-            finally:
-                self.count_on_device(False)
+            self.replay = Recording(self.run, self.model, self.tokens)
+        finally:
+            self.count_on_device(False)
 
     def count_on_device(self, recorded: bool) -> None:
-        for layer in self.cache.layers:
+        for layer in self.layers:
             layer.recorded = recorded
-            layer.cumulative_length.fill_(layer.length)
+        self.lengths.copy_(torch.tensor([layer.length for layer in self.layers], device="cpu"))
 
     def begin(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """Start behind what the cache holds: the next tokens' positions [B, 1], and the mask [B, N] up to them."""
@@ -166,13 +187,32 @@ class RecordedStep:
             self.mask.fill_(True)
             self.mask[:, : attention_mask.shape[1]] = attention_mask.bool()
 
+    def run(self) -> torch.Tensor:
+        outputs = self.model(
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            position_ids=self.position,
+            use_cache=True,
+            **{CACHE: self.cache},
+        )
+        self.position.add_(1)
+        return outputs.logits[:, -1].float()
+
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] in float32 after the tokens [B]; overwritten by the next call."""
-        self.token.copy_(token.unsqueeze(1))
-        self.graph.replay()
+        self.ids.copy_(token.unsqueeze(1))
+        logits = self.replay()
         for layer in self.cache.layers:
             layer.length += 1
-        return self.logits
+        return logits
+
+
+def counted_together(layers: list[HfMoeReservedLayer]) -> torch.Tensor:
+    """The layers' lengths on the device as one tensor, of which they have the elements: one launch changes all."""
+    lengths = layers[0].cumulative_length.new_zeros(len(layers), 2)[:, 0]  # 16 bytes apart, as kernels like addresses
+    for layer, length in zip(layers, lengths.unbind(), strict=True):
+        layer.cumulative_length = length
+    return lengths
 
 
 class EagerStep:
@@ -200,29 +240,58 @@ class EagerStep:
         return outputs.logits[:, -1].float()
 
 
-def recording_key(model: nn.Module, cache: HfMoeReservedCache, padded: bool):
-    """Equal where a recorded step may be replayed: it holds addresses, and all that was decided on the way."""
+def recording_key(model: nn.Module, cache: HfMoeReservedCache):
+    """Equal where what was recorded may be replayed: it holds addresses, and all that was decided on the way."""
     modules = list(model.modules())
     if any(hasattr(module, "base_layer") for module in modules):
         return object()  # adapters can be switched on and off in ways that show nowhere else
     tensors = [
         *model.parameters(),
         *model.buffers(),
-        *(x for layer in cache.layers for x in (layer.keys, layer.values)),
+        *(x for part in cache.parts for layer in part.layers for x in (layer.keys, layer.values)),
     ]
-    hooked = [id(m) for m in modules if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
+    changed = [id(m) for m in modules if "forward" in vars(m)]
     pointers = tuple((x.data_ptr(), x.dtype) for x in tensors)
-    return padded, pointers, tuple(map(id, modules)), tuple(hooked), repr(vars(model.config))
+    return pointers, tuple(map(id, modules)), tuple(changed), repr(vars(model.config))
+
+
+def recorded(kind: type[RecordedStep], model: nn.Module, cache: HfMoeReservedCache, steps: int, *settings):
+    """The `kind` of step with its `settings` that `cache` has, or a new one; None where it isn't worth it, with so few
+    steps to come, or can't be recorded."""
+    key = kind, repr(settings), recording_key(model, cache)
+    if cache.step is not None and cache.step.key == key:
+        return cache.step
+    cache.step = None
+    if steps >= WORTH_RECORDING:
+        try:
+            step = kind(model, cache, *settings)
+            step.record()
+        except RuntimeError as error:
+            logger.warning_once(f"Decoding without a CUDA graph, which could not be recorded: {error}")
+        else:
+            cache.step, step.key = step, key
+    return cache.step
+
+
+def beyond(drafts: int) -> int:
+    """Positions that are read past a text's last token: drafts, and those of a round that is noticed too late."""
+    return 2 * drafts + 1
 
 
 def reserve_cache(model: nn.Module, rows: int, positions: int) -> HfMoeReservedCache:
     """The cache of the last text where it fits, or a new one."""
     cache = KEPT.pop(model, None)
-    if cache is None or not cache.fits(rows, positions):
+    if cache is None or not cache.fits(rows, positions, model.device):
         del cache  # before the new one takes memory
         return HfMoeReservedCache(model.config.num_hidden_layers, positions)
     cache.reset()
     return cache
+
+
+def keep_for_the_next(model: nn.Module, cache: HfMoeReservedCache, config) -> None:
+    """Text, unless somebody has the cache of this one."""
+    if not config.return_dict_in_generate and not of_the_user(cache):
+        KEPT[model] = cache
 
 
 def watched(module: nn.Module) -> bool:
@@ -262,13 +331,13 @@ def recordable(model: nn.Module) -> bool:
     return next(obstacles(model), None) is None
 
 
-def wishes(generation_config, model_kwargs: dict, generation_mode: GenerationMode) -> Iterator[str]:
-    """What the caller of `generate` asked for that a recorded step does not do."""
+def wishes(generation_config, model_kwargs: dict, generation_mode: GenerationMode, drafts: int = 0) -> Iterator[str]:
+    """What the caller of `generate` asked for that a recorded step, or a round of `drafts`, does not do."""
     if not isinstance(model_kwargs.get(CACHE), HfMoeReservedCache | None):
         yield "a cache was given"
     if generation_config.cache_implementation is not None:
         yield f"cache_implementation is {generation_config.cache_implementation!r}"
-    if generation_mode not in RECORDED:
+    if generation_mode not in RECORDED and not drafts:
         yield f"{generation_mode.value} has no recorded step, as greedy decoding and sampling have"
     if generation_config.disable_compile:
         yield "disable_compile is true"
@@ -276,23 +345,24 @@ def wishes(generation_config, model_kwargs: dict, generation_mode: GenerationMod
         yield "use_cache is false"
 
 
-class LateFlag:
-    """A flag on the device, read one step late, so that the host never waits for the step it has just asked for."""
+class Late:
+    """What a step leaves on the device, read one step late, so that the host never waits for the step it has just
+    asked for."""
 
     def __init__(self):
-        self.flags = [torch.zeros((), dtype=torch.bool, pin_memory=True) for _ in range(2)]
-        self.events = [torch.cuda.Event() for _ in range(2)]
-        self.count = 0
+        self.copies, self.events, self.count = [], [torch.cuda.Event() for _ in range(2)], 0
 
-    def put(self, flag: torch.Tensor) -> bool:
-        """Take this step's flag and give the last one's; False at first."""
+    def put(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Take this step's tensor and give the last one's, until the next call; None at first."""
+        if not self.copies:
+            self.copies = [torch.zeros_like(x, device="cpu", pin_memory=True) for _ in range(2)]
         slot, self.count = self.count % 2, self.count + 1
-        self.flags[slot].copy_(flag, non_blocking=True)
+        self.copies[slot].copy_(x, non_blocking=True)
         self.events[slot].record()
         if self.count == 1:
-            return False
+            return None
         self.events[1 - slot].synchronize()
-        return bool(self.flags[1 - slot])
+        return self.copies[1 - slot]
 
 
 class HfMoeDecoding:
@@ -304,32 +374,24 @@ class HfMoeDecoding:
         kwargs = {name: value for name, value in kwargs.items() if name not in OF_GENERATE}
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
+    def recorded_drafts(self, generation_config) -> int:
+        """Drafts that a recorded round has."""
+        return 0
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, positions):
-        other = next(wishes(generation_config, model_kwargs, generation_mode), None)
+        drafts = self.recorded_drafts(generation_config)
+        other = next(wishes(generation_config, model_kwargs, generation_mode, drafts), None)
         if model_kwargs.get(CACHE) is not None or other is not None or not recordable(self):
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, positions
             )
             return
         rows = batch_size * generation_config.num_return_sequences
-        model_kwargs[CACHE] = reserve_cache(self, rows, positions)
+        model_kwargs[CACHE] = reserve_cache(self, rows, positions + beyond(drafts))
 
     def _optimize_model_for_decode(self):
         """Nothing: Transformers would switch to batched_mm here, which copies the weights of each token's experts."""
         return nullcontext()
-
-    def _recorded_step(self, cache: HfMoeReservedCache, rows: int, attention_mask: torch.Tensor | None, steps: int):
-        """The step to replay, or None where it isn't worth it or can't be recorded."""
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        if cache.step is not None and cache.step.key == recording_key(self, cache, padded):
-            return cache.step
-        cache.step = None
-        if steps >= WORTH_RECORDING:
-            try:
-                cache.step = RecordedStep(self, cache, rows, padded)
-            except RuntimeError as error:
-                logger.warning_once(f"Decoding without a CUDA graph, which could not be recorded: {error}")
-        return cache.step
 
     def _sample(
         self,
@@ -362,7 +424,7 @@ class HfMoeDecoding:
         text = GrowingText(ids, logits_processor, stopping_criteria, config, streamer)
         logits, model_kwargs = self._read_prompt(ids, config, model_kwargs)
         step = self._step_after(text, cache, model_kwargs)
-        late = LateFlag() if text.watched and streamer is None else None
+        late = Late() if text.watched and streamer is None else None
         while True:
             scores = text.process(logits)
             if config.do_sample:
@@ -370,7 +432,7 @@ class HfMoeDecoding:
             else:
                 token = scores.argmax(dim=-1)
             token = text.add(token)
-            ended_before = late is not None and late.put(text.ended)
+            ended_before = late is not None and bool(late.put(text.ended))
             if ended_before or text.full or (late is None and text.watched and bool(text.ended)):
                 break
             logits = step(token)
@@ -378,15 +440,12 @@ class HfMoeDecoding:
         if ended_before:  # one token earlier
             text.take_back()
             cache.crop(-1)
-        if not config.return_dict_in_generate and not of_the_user(cache):
-            KEPT[self] = cache
+        keep_for_the_next(self, cache, config)
         return text.output(cache)
 
     def _read_prompt(self, ids: torch.Tensor, config, model_kwargs: dict) -> tuple[torch.Tensor, dict]:
         """Logits [B, V] after the prompt, in float32 and memory of their own, and the arguments of what follows."""
-        with ExitStack() as speedups:
-            for speedup in SPEEDUPS:
-                speedups.enter_context(speedup(self, ids.numel()))
+        with sped_up(self, ids.numel()):
             outputs = self._prefill(ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
         model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
         return outputs.logits[:, -1].to(copy=True, dtype=torch.float32), model_kwargs
@@ -404,6 +463,7 @@ class HfMoeDecoding:
             position = torch.full((rows, 1), cache.get_seq_length(), device=text.ids.device)
         else:
             position = positions[:, -1:].expand(rows, 1)
-        step = self._recorded_step(cache, rows, attention_mask, steps) or EagerStep(self, cache)
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        step = recorded(RecordedStep, self, cache, steps, rows, padded) or EagerStep(self, cache)
         step.begin(position, attention_mask)
         return step

@@ -130,6 +130,9 @@ class HfMoeMultiToken:
                 f"weights, such as {missing[0]}: load it with fewer, and add new ones with model.add_mtp_layers()."
             )
 
+    def recorded_drafts(self, generation_config) -> int:
+        return len(self.model.mtp_layers) if generation_config.use_mtp else 0
+
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         check_batches(self.config, generation_mode, generation_config)
         if generation_config.use_mtp:

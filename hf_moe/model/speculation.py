@@ -4,6 +4,7 @@ Shapes: B rows, N tokens known so far, C drafts, D hidden size, V vocabulary. Th
 decoding, and is the same where that is greedy.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,17 @@ from transformers.generation import (
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.utils import logging
 
 from .attention import MASKS
+from .decoding import HfMoeReservedCache, beyond, keep_for_the_next, recorded, sped_up
 from .growing_text import GrowingText
-from .host import QuantizedLayer
+from .host import QuantizedLayer, of_the_user
+from .recorded_drafts import Choice, RecordedRound, reserve, watchers, write
 from .rotary import position_embeddings
+from .verifying import draw, follow
+
+logger = logging.get_logger(__name__)
 
 # The host's processors that count their calls, run the model, or call what a user gave.
 STATEFUL = (
@@ -59,10 +66,10 @@ class HfMoeSpeculativeOutput(GenerateDecoderOnlyOutput):
 class Drafter:
     """The MTP modules of `model`, with a cache of their own, from position `start` on."""
 
-    def __init__(self, model: nn.Module, start: int, choose):
+    def __init__(self, model: nn.Module, start: int, choose, cache: Cache | None = None):
         self.model, self.decoder, self.choose = model, model.model, choose
         self.start = self.cached = start  # positions from start to cached are in the cache
-        self.cache = DynamicCache()
+        self.cache = DynamicCache() if cache is None else cache
         self.hidden_states = None  # of the entries to come, [B, entries, D]
 
     def draft(
@@ -95,7 +102,7 @@ class Drafter:
                 self.decoder.rotary_emb, embeds, position_ids[:, window], [last]
             )[last],
             "token_mask": None if attention_mask is None else attention_mask[:, window],
-            "past_key_values": self.cache,
+            "layer_cache": self.cache,
         }
         chain, distributions = hidden_states, []
         for depth, layer in enumerate(self.decoder.mtp_layers[:count], start=1):
@@ -110,28 +117,6 @@ class Drafter:
         self.cache.crop(-again)
         self.cached = known - 1 - again
         return ids[:, known:], None if distributions[0] is None else torch.stack(distributions, dim=1)
-
-
-def follow(
-    scores: torch.Tensor, draft: torch.Tensor | None, distribution: torch.Tensor | None, sample: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token [B] of a place whose processed scores are [B, V], and whether it is the row's `draft` [B].
-
-    Greedy: the likeliest token. Sampling accepts a draft from a `distribution` [B, V] with probability min(1, p / q),
-    and draws else from norm(max(0, p - q)) (speculative sampling, https://arxiv.org/abs/2211.17192, 2.3, algorithm 1).
-    """
-    if not sample:
-        token = scores.argmax(dim=-1)
-        return token, torch.zeros_like(token, dtype=torch.bool) if draft is None else token == draft
-    p = scores.softmax(dim=-1)
-    if draft is None:
-        token = torch.multinomial(p, num_samples=1).squeeze(1)
-        return token, torch.zeros_like(token, dtype=torch.bool)
-    p_draft, q_draft = (x.gather(-1, draft.unsqueeze(1)).squeeze(1) for x in (p, distribution))
-    accepted = torch.rand_like(p_draft) * q_draft < p_draft
-    rest = (p - distribution).clamp_min(0)
-    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q: never rejected
-    return torch.where(accepted, draft, torch.multinomial(rest, num_samples=1).squeeze(1)), accepted
 
 
 def stateless(processor: LogitsProcessor) -> bool:
@@ -243,7 +228,10 @@ class Speculation:
         self.seen = int(cache.get_seq_length())  # tokens that the cache holds, and that are kept
         self.sample = text.config.do_sample
         self.processors = LogitsProcessorList(filter(stateless, text.processors))
-        self.drafter = Drafter(model, self.seen, self.choose)
+        # One that `generate` has reserved, as it does where a step can be recorded.
+        self.ours = isinstance(cache, HfMoeReservedCache) and not of_the_user(cache)
+        own = reserve(model, cache, len(text.ids), text.config.max_length) if self.ours else None
+        self.drafter = Drafter(model, self.seen, self.choose, own)
         self.drafts, self.distributions = text.ids[:, :0], None
         self.passes = self.drafted = self.accepted = 0
 
@@ -253,7 +241,7 @@ class Speculation:
         if not self.sample:
             return logits.argmax(dim=-1, keepdim=True), None
         distribution = logits.softmax(dim=-1)
-        return torch.multinomial(distribution, num_samples=1), distribution
+        return draw(distribution).unsqueeze(1), distribution
 
     def positions(self, count: int) -> torch.Tensor:
         """Those of the text and of `count` more tokens."""
@@ -263,6 +251,14 @@ class Speculation:
     def mask(self, count: int) -> torch.Tensor | None:
         """That of the text and of `count` more tokens."""
         return None if self.attention_mask is None else nn.functional.pad(self.attention_mask, (0, count), value=1)
+
+    def round(self) -> None:
+        """Read, verify, and draft anew if the text goes on."""
+        outputs = self.read()
+        added = self.keep(outputs.logits.to(dtype=torch.float32, device=self.text.ids.device))
+        self.take_back(added)
+        if not self.done:
+            self.draft(outputs.hidden_states[-1], added)
 
     def read(self):
         """The decoder's outputs for what it hasn't read of the text, and for the drafts."""
@@ -321,6 +317,28 @@ class Speculation:
                 text.ids, hidden_states, self.position_ids, self.attention_mask, count
             )
 
+    def write_recorded(self) -> None:
+        """The rest of the text by recorded rounds, where they may be recorded, and a text is long enough for it."""
+        model, text, cache, count = self.model, self.text, self.cache, len(self.model.model.mtp_layers)
+        names = watchers(text) + [name for name, value in self.inputs.items() if value is not None]
+        if names:
+            logger.warning_once(f"use_mtp decodes without CUDA graphs: {', '.join(names)} must see token after token.")
+        again = self.drafter.hidden_states
+        if names or text.limit is None or self.drafts.shape[1] < count or again.shape[1] < count - 1:
+            return
+        cache.drafts = self.drafter.cache
+        for layer in (*cache.layers, *cache.drafts.layers):
+            layer.reserve(text.limit + beyond(count))
+        steps = (text.limit - text.ids.shape[1]) // (count + 1)
+        padded = self.attention_mask is not None and not bool(self.attention_mask.all())
+        step = recorded(RecordedRound, model, cache, steps, len(text.ids), padded, Choice(text))
+        if step is not None:
+            step.begin_with(text, self.drafts, self.distributions, again, self.position_ids, self.attention_mask)
+            passes, drafted, accepted = write(step, text)
+            self.passes += passes
+            self.drafted += drafted
+            self.accepted += accepted
+
 
 def speculative_decoding(
     model: nn.Module,
@@ -349,13 +367,15 @@ def speculative_decoding(
 
     text = GrowingText(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     speculation = Speculation(model, text, cache, position_ids, attention_mask, inputs)
-    while True:
-        outputs = speculation.read()
-        added = speculation.keep(outputs.logits.to(dtype=torch.float32, device=input_ids.device))
-        speculation.take_back(added)
-        if speculation.done:
-            break
-        speculation.draft(outputs.hidden_states[-1], added)
+    with torch.cuda.device(model.device) if speculation.ours else nullcontext():  # where kernels and streams go
+        with sped_up(model, input_ids.numel()) if speculation.ours else nullcontext():
+            speculation.round()
+        if speculation.ours and not speculation.done:
+            speculation.write_recorded()
+        while not speculation.done:
+            speculation.round()
+    if speculation.ours:
+        keep_for_the_next(model, cache, generation_config)
     return text.output(
         cache,
         HfMoeSpeculativeOutput,

@@ -10,6 +10,7 @@ from operator import truediv
 import psutil
 import pytest
 import torch
+from hf_moe.conversion import import_checkpoint
 from hf_moe.conversion.reshape import exchange_experts, grow, prune
 from hf_moe.conversion.reshape.model import open_mixture
 from hf_moe.conversion.reshape.prune import best
@@ -135,6 +136,11 @@ def test_pruned_are_the_experts_that_are_worth_least(source, text, by, tmp_path)
         busy = [max(x) * len(x) / sum(x) for x in (report["load"]["before"][layer], after[layer])]
         numbers = " ".join(str(x) for (x,) in kept)
         assert f"| {layer.split('.')[-1]} | {numbers} | {busy[0]:.3g} | {busy[1]:.3g} |" in card
+        scores = report["scores"][layer]
+        ranked = sorted(range(6), key=lambda expert: (-scores[expert], expert))
+        each = (f"**{x}**: {scores[x]:.4g}" if [x] in kept else f"{x}: {scores[x]:.4g}" for x in ranked)
+        assert f"| {layer.split('.')[-1]} | {', '.join(each)} |" in card
+    assert f"<summary>What each was worth, by {by}</summary>" in card
     assert "](figures/expert_load.png)" in card and (tmp_path / "out" / "figures/expert_load.png").exists()
     assert "no origin" not in card and "fewer experts" in card
 
@@ -286,6 +292,7 @@ def test_grown_with_as_many_more_experts_a_token_it_computes_the_same(source, tm
     folder = source[1]
     report = grow(folder, tmp_path / "out", experts=12, top_k=6, **QUIET)
     assert report["equal_at_step_0"] and report["max_abs_diff"] < 1e-4
+    assert "| `noise` | `3e-07` |" in (tmp_path / "out" / "README.md").read_text()
     model, grown, ids = load(folder), load(tmp_path / "out"), ids_of(folder)
     with torch.no_grad():
         torch.testing.assert_close(grown(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
@@ -313,6 +320,18 @@ def test_grown_with_as_many_experts_a_token_it_computes_the_same(source, tmp_pat
     groups = [{e // 6 for e in row} for routing in routings.values() for row in routing.index_SK.tolist()]
     assert all(len(x) == 1 for x in groups)
     assert len(set.union(*groups)) > 1  # tokens go to several groups, so that copies will differ
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "gpt_oss"])
+def test_imported_it_grows_with_as_many_experts_a_token(family, tmp_path):
+    model_type, fields = CASES[family]
+    folder = save(build(model_type, **{**fields, "vocab_size": 512}), tmp_path / "model")
+    import_checkpoint(folder, tmp_path / "imported", verify=False, **QUIET)
+    report = grow(tmp_path / "imported", tmp_path / "out", experts=18, verify=False, **QUIET)
+    assert report["top_k"] == 3 and report["equal_at_step_0"]
+    model, grown, ids = load(folder), load(tmp_path / "out"), ids_of(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(grown(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def alone(family: str):
@@ -454,6 +473,31 @@ def test_a_sibling_gives_its_expert(source, tmp_path):
     assert_rest_is_bitwise(folder, tmp_path / "out")
 
 
+def test_a_sibling_with_another_tokenizer_is_none(tmp_path):
+    folder, sibling = save(ours(), tmp_path / "model"), save(ours(), tmp_path / "sibling")
+    said = json.loads((sibling / "tokenizer.json").read_text())
+    (a, first), (b, second) = list(said["model"]["vocab"].items())[-2:]
+    said["model"]["vocab"] |= {a: second, b: first}
+    (sibling / "tokenizer.json").write_text(json.dumps(said))
+    for how in ({"add": [sibling]}, {"swap": [(1, sibling)]}):
+        with pytest.raises(ValueError, match="an expert of one knows nothing of the other's") as error:
+            exchange_experts(folder, tmp_path / "out", **how, **QUIET)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_groups_that_do_not_divide_are_refused(tmp_path, text):
+    folder = save(ours(n_group=3, topk_group=2, num_experts_per_tok=2), tmp_path / "model")
+    for function, arguments, said in (
+        (prune, {"experts": 4, "calibration": text}, "4 experts cannot be kept alike in 3 groups"),
+        (prune, {"ratio": 0.3, "calibration": text}, "4 experts cannot be kept alike in 3 groups"),
+        (exchange_experts, {"add": [folder]}, r"num_experts \(7\) must be a multiple of n_group \(3\)"),
+        (exchange_experts, {"remove": [0]}, r"num_experts \(5\) must be a multiple of n_group \(3\)"),
+    ):
+        with pytest.raises(ValueError, match=said) as error:
+            function(folder, tmp_path / "out", **arguments, **QUIET)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
 def test_a_hash_table_follows(tmp_path):
     model = ours(router_type="hash", router_args={}, num_experts_per_tok=2)
     save(model, tmp_path / "model")
@@ -571,6 +615,17 @@ def test_refused_in_one_line_with_no_output(function, arguments, said, tmp_path,
         function("model", "out", **arguments, **QUIET)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(("data", "said"), [("empty.txt", "has 0 tokens"), ("missing.txt", "There is no file")])
+def test_texts_to_compare_on_are_looked_at_before_the_calibration(data, said, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules[prune.__module__], "watch", None)
+    save(ours(), tmp_path / "model")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises((ValueError, OSError), match=said):
+        prune("model", "out", experts=4, calibration=text, data=[text, data], **QUIET)
+    assert not (tmp_path / "out").exists()
 
 
 def test_scores_say_what_they_are():

@@ -35,7 +35,7 @@ MODELS = {
     | {"num_hidden_layers": 2}
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
     "gqa, norm a head, window": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6, "qk_norm": "head"}
-    | {"sliding_window": 5, "rope_interleave": True},
+    | {"sliding_window": 2, "rope_interleave": True},
     "mha, norm of all heads": {"num_attention_heads": 5, "qk_norm": "projection", "attn_logit_softcapping": 5.0},
     "mla, norm on sparse output": LATENT | {"sparse_output_norm": True, "n_shared_experts": 1},
     "gqa, plain MLP with biases": {
@@ -61,20 +61,35 @@ def model_of(fields: dict, dtype: torch.dtype) -> HfMoeForCausalLM:
     return model
 
 
-CASES = [pytest.param(name, torch.float32, 3 * ("mla" in name or "norm" in name), id=name) for name in MODELS]
-CASES += [pytest.param(name, torch.float32, 0, id=f"{name}, no padding") for name in list(MODELS)[:1]]
-if DEVICE == "cuda":  # the interpreter multiplies the bits of bfloat16, and takes its time
-    CASES += [pytest.param(name, torch.float16, 3, id=f"{name}, fp16") for name in list(MODELS)[1:4:2]]
-    CASES += [pytest.param(name, torch.bfloat16, 3, id=f"{name}, bf16") for name in MODELS]
+MANY = ("mla, softmax_topk, shared", "gqa, topk_softmax, dense first", "gqa, plain MLP with biases")
+DRAFTS = {"mla, softmax_topk, shared": 3, "gqa, norm a head, window": 3, "mha, norm of all heads": 0}  # padding
+ONE, SEVERAL = (1, 1), (3, 2)  # tokens of two steps
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("name", "dtype", "padding"), CASES)
+def cases():
+    """Of a few rows the kernels are others than of one more."""
+    for name in MODELS:
+        for rows in (1, 3, 5)[: 3 if name in MANY or DEVICE == "cuda" else 2]:
+            padding = 3 * ("mla" in name or "norm" in name)
+            yield pytest.param(name, torch.float32, padding, rows, ONE, id=f"{name}, {rows}")
+            if DEVICE == "cuda":  # the interpreter multiplies the bits of bfloat16, and takes its time
+                yield pytest.param(name, torch.bfloat16, 3, rows, ONE, id=f"{name}, {rows}, bf16")
+                yield pytest.param(name, torch.bfloat16, 3, rows, SEVERAL, id=f"{name}, {rows}, drafts, bf16")
+    yield pytest.param(MANY[0], torch.float32, 0, 3, ONE, id=f"{MANY[0]}, no padding")
+    for name, padding in DRAFTS.items():
+        for rows in (1, 2):
+            yield pytest.param(name, torch.float32, padding, rows, SEVERAL, id=f"{name}, {rows}, drafts")
+    if DEVICE == "cuda":
+        yield from (pytest.param(name, torch.float16, 3, 3, ONE, id=f"{name}, fp16") for name in list(MODELS)[1:4:2])
+
+
+@pytest.mark.parametrize(("name", "dtype", "padding", "rows", "steps"), cases())
 @torch.no_grad()
-def test_a_step_with_the_kernels_is_the_step_of_the_modules(name, dtype, padding, rows):
+def test_a_step_with_the_kernels_is_the_step_of_the_modules(name, dtype, padding, rows, steps):
     all_experts = ALL if dtype == torch.bfloat16 and "groups" not in name else {}
     model, length = model_of(MODELS[name] | all_experts, dtype), 11
-    ids = torch.randint(1, 37, (rows, length + 2), device=DEVICE)
+    end = length + sum(steps)
+    ids = torch.randint(1, 37, (rows, end), device=DEVICE)
     mask = torch.ones_like(ids)
     mask[rows // 2, :padding] = 0
     position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -85,24 +100,25 @@ def test_a_step_with_the_kernels_is_the_step_of_the_modules(name, dtype, padding
         ids[:, :length], attention_mask=mask[:, :length], position_ids=position_ids[:, :length], past_key_values=cache
     )
     whole = torch.ones(rows, cache.layers[0].max_cache_len, dtype=torch.bool, device=DEVICE)
-    whole[:, : length + 2] = mask.bool()
-    with fused(model, rows):
+    whole[:, :end] = mask.bool()
+    with fused(model, rows * max(steps)):
         for layer in cache.layers:
             layer.recorded = True
             layer.cumulative_length.fill_(length)
             # Nothing may read what isn't written.
             layer.keys[:, :, length:] = layer.values[:, :, length:] = float("nan")
-        steps = [
+        logits = [
             model(
-                ids[:, place : place + 1],
+                ids[:, place : place + tokens],
                 attention_mask=whole if padding else None,
-                position_ids=position_ids[:, place : place + 1],
+                position_ids=position_ids[:, place : place + tokens],
                 past_key_values=cache,
             ).logits
-            for place in (length, length + 1)
+            for place, tokens in zip((length, length + steps[0]), steps, strict=True)
         ]
+        assert all(int(layer.cumulative_length) == end for layer in cache.layers)
     tolerance = TOLERANCE[dtype] * float(expected.float().abs().max())
-    torch.testing.assert_close(torch.cat(steps, dim=1).float(), expected.float(), rtol=0, atol=tolerance)
+    torch.testing.assert_close(torch.cat(logits, dim=1).float(), expected.float(), rtol=0, atol=tolerance)
     assert all("forward" not in vars(module) for module in model.modules())
 
 

@@ -105,7 +105,7 @@ def test_a_cache_that_was_handed_out_stays_its_owners():
 
 
 class LateOnCpu:
-    """LateFlag without a device to wait for."""
+    """`Late` without a device to wait for."""
 
     def __init__(self):
         self.last = False
@@ -121,7 +121,7 @@ def device(request, monkeypatch):
     if request.param == "cpu":
         monkeypatch.setattr(decoding, "recordable", lambda model: True)
         monkeypatch.setattr(decoding, "WORTH_RECORDING", 1000)
-        monkeypatch.setattr(decoding, "LateFlag", LateOnCpu)
+        monkeypatch.setattr(decoding, "Late", LateOnCpu)
         monkeypatch.setattr(decoding, "SPEEDUPS", [])
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return request.param

@@ -1,4 +1,4 @@
-"""Generation with fewer and faster launches: what modules' methods become for a prompt, or for a step of one token.
+"""Generation with fewer and faster launches: what modules' methods become for a prompt, or a step of few tokens.
 
 `METHODS` names, for a class of modules, the functions that give a module's faster methods for a number of tokens, or
 None where this module has what the kernels don't know; its own method then stays.
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...model.attention import HfMoeAttention
-from ...model.decoding import HfMoeReservedLayer
+from ...model.decoding import HfMoeReservedCache, HfMoeReservedLayer
 from ...model.host import CACHE
 from ...model.latent_attention import HfMoeLatentAttention
 from ...model.mlp import HfMoeMLP
@@ -178,13 +178,13 @@ def recorded_layer(past_key_values, layer_idx: int) -> HfMoeReservedLayer | None
 
 
 def visible(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """[B, S], true where a position may be seen, of what sdpa or eager attention gets [B, 1, 1, S].
+    """[B, Q, S], true where a position may be seen, of what sdpa or eager attention gets [B, 1, Q, S].
 
     None where all may, which a single column says, too.
     """
     if attention_mask is None or attention_mask.shape[-1] == 1:
         return None
-    mask = attention_mask[:, 0, 0]
+    mask = attention_mask[:, 0]
     return mask if mask.dtype == torch.bool else mask == 0  # eager attention adds it
 
 
@@ -209,7 +209,7 @@ def latent_forward(module: nn.Module, rows: int):
             hidden_states = hidden_states if norm is None else norm(hidden_states)
             kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
             return original(module, hidden_states, **kwargs)
-        x, norm = hidden_states.squeeze(1), norm and weight_and_epsilon(norm)
+        x, norm = hidden_states.flatten(0, 1), norm and weight_and_epsilon(norm)
         query, new_latent = products.linear(x, first.weight, module.kv_a_proj_with_mqa.weight, norm=norm)
         if config.q_lora_rank is not None:
             norm = weight_and_epsilon(module.q_a_layernorm)
@@ -218,7 +218,7 @@ def latent_forward(module: nn.Module, rows: int):
         if as_complex:
             parts = position_embeddings.real, position_embeddings.imag
             position_embeddings = [torch.cat((part, part), dim=-1) for part in parts]
-        cos, sin = (part.squeeze(1) for part in position_embeddings)
+        cos, sin = position_embeddings
         out = latent.latent_attention(
             query.view(len(x), len(key_up), -1),
             new_latent,
@@ -237,9 +237,9 @@ def latent_forward(module: nn.Module, rows: int):
             paired=as_complex,
             softcap=getattr(config, "attn_logit_softcapping", None),
         )
-        return products.linear(out.flatten(1), module.o_proj.weight, counted=cached.cumulative_length)[0].unsqueeze(
-            1
-        ), None
+        count = (cached.cumulative_length, cos.shape[1])
+        out = products.linear(out.flatten(1), module.o_proj.weight, counted=count)[0]
+        return out.view_as(hidden_states), None
 
     return forward
 
@@ -261,12 +261,12 @@ def grouped_forward(module: HfMoeAttention, rows: int):
 
     def forward(hidden_states, position_embeddings, attention_mask=None, past_key_values=None, norm=None, **kwargs):
         cached = recorded_layer(past_key_values, module.layer_idx)
-        cos, sin = (part.squeeze(1) for part in position_embeddings)
-        if cached is None or cos.shape[1] != module.head_dim:
+        cos, sin = position_embeddings
+        if cached is None or cos.shape[-1] != module.head_dim:
             hidden_states = hidden_states if norm is None else norm(hidden_states)
             return original(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         out = grouped.grouped_attention(
-            *products.linear(hidden_states.squeeze(1), *weights[:3], norm=norm and weight_and_epsilon(norm)),
+            *products.linear(hidden_states.flatten(0, 1), *weights[:3], norm=norm and weight_and_epsilon(norm)),
             norm_weights,
             cos,
             sin,
@@ -280,13 +280,14 @@ def grouped_forward(module: HfMoeAttention, rows: int):
             interleaved=config.rope_interleave,
             softcap=config.attn_logit_softcapping,
         )
-        return products.linear(out.flatten(1), weights[3], counted=cached.cumulative_length)[0].unsqueeze(1), None
+        count = (cached.cumulative_length, cos.shape[1])
+        return products.linear(out.flatten(1), weights[3], counted=count)[0].view_as(hidden_states), None
 
     return forward
 
 
 def many_rotated(module: HfMoeAttention, rows: int):
-    """RoPE of a prompt's queries and keys; one token's is part of `grouped_forward`."""
+    """RoPE of a prompt's queries and keys; a step's is part of `grouped_forward`."""
     if rows <= experts.MAX_TOKENS:
         return None
     interleaved, original = module.config.rope_interleave, type(module).rotated
@@ -307,17 +308,15 @@ def angles_forward(module: HfMoeRotaryEmbedding, rows: int):
 
 def masks_of_step(module: HfMoeModel, rows: int):
     """None for a step's attention without padding: its kernels know how long the text is."""
-    original = module.attention_masks
-    rotary_emb, sizes = (
-        module.rotary_emb,
-        {x.self_attn.head_dim for x in module.layers if type(x.self_attn) is HfMoeAttention},
-    )
+    original, rotary_emb = module.attention_masks, module.rotary_emb
+    attentions = [x.self_attn for x in module.layers] + [x.block.self_attn for x in module.mtp_layers]
+    sizes = {x.head_dim for x in attentions if type(x) is HfMoeAttention}
     whole = type(rotary_emb) is HfMoeRotaryEmbedding and sizes <= {2 * len(rotary_emb.inv_freq)}
     full = set(module.config.layer_types) == {"full_attention"}
 
     def attention_masks(attention_mask, inputs_embeds, past_key_values, position_ids):
-        kernels = all("forward" in vars(layer.self_attn) for layer in module.layers)
-        cached = all(recorded_layer(past_key_values, index) is not None for index in range(len(module.layers)))
+        kernels = all("forward" in vars(attention) for attention in attentions)
+        cached = isinstance(past_key_values, HfMoeReservedCache) and past_key_values.is_compileable
         if attention_mask is None and whole and full and kernels and cached:
             return {"full_attention": None}
         return original(attention_mask, inputs_embeds, past_key_values, position_ids)

@@ -3,9 +3,7 @@
 Shapes: T tokens, D hidden size, I expert intermediate size, E experts, K experts per token, P parts of a shared
 network, each at most I wide. Up to 64 tokens fit one tile of a matrix product, so nothing is sorted: the program of an
 expert reads the tokens that chose it and leaves the others' rows alone. A shared network is P more experts that every
-token takes, in the same launch. Sums have a fixed order. Where fewer experts are chosen than there are, a program of
-the second product has some columns of all that are chosen, and so their sum; else programs of each expert write rows,
-and a third launch sums them.
+token takes, in the same launch. Sums have a fixed order. A few tokens go another way: few_tokens.py.
 """
 
 from typing import NamedTuple
@@ -16,8 +14,8 @@ import triton.language as tl
 
 from ..activations import ACTIVATIONS, activate
 from ..formula import Formula
-from . import one_token
-from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
+from . import few_tokens
+from .overlap import OVERLAP, let_next_start, wait_for_last
 
 MAX_TOKENS = 64  # one tile of rows; with more, sorting by expert is cheaper
 MAX_PART = 1024  # of a dense network: its sum over the width is cut, so that there are programs for the whole card
@@ -41,7 +39,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-TILES = {"up": Tile(64, 128, 4, 4), "down": Tile(64, 128, 4, 4), "sum": Tile(16, 512, 4, 4)}
+TILES = {"up": Tile(64, 128, 4, 4), "down": Tile(64, 128, 4, 4)}
 
 
 def tile_arguments(name: str, x: torch.Tensor, columns: str, depth: str) -> dict[str, int]:
@@ -123,8 +121,8 @@ def up_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    let_next_start()
     wait_for_last()
-    let_next_start()  # only now: the next one fetches the weights of the experts that `index` names
     which, is_shared, place, taken, ours = work_of(
         index_ptr, tokens, K, parts, num_experts, ROUTED, BY_SLOT, BLOCK_T, BLOCK_K
     )
@@ -227,102 +225,6 @@ def down_kernel(
 
 
 @triton.jit
-def sum_kernel(
-    hidden_ptr,
-    down_ptr,
-    bias_ptr,
-    shared_down_ptr,
-    index_ptr,
-    weights_ptr,
-    residual_ptr,
-    out_ptr,
-    tokens,
-    num_experts,
-    expert_stride,
-    shared_width,
-    D,
-    I,  # noqa: E741
-    K,
-    parts,
-    ROUTED: tl.constexpr,
-    SHARED: tl.constexpr,
-    BIASED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ADDS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    LINES: tl.constexpr,
-    LINE_VALUES: tl.constexpr,
-):
-    """Some columns of the down-projections of all that is chosen, weighted and summed slot by slot."""
-    let_next_start()
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    depth, row = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_T)
-    inside, real = column < D, row < tokens
-    some = tl.minimum(column, D - 1)[None, :].to(tl.int64)
-    line = tl.minimum(tl.arange(0, LINES) * LINE_VALUES, I - 1)[:, None]
-    if ROUTED:
-        for slot in range(0, tokens * K):
-            expert = tl.load(index_ptr + slot)
-            if expert < num_experts:
-                fetch(down_ptr + expert * expert_stride + some * I + line)
-    wait_for_last()
-    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    steps = tl.cdiv(I, BLOCK_I)
-    if ROUTED:
-        # All at once: a load of one number a step would wait for it.
-        every = tl.arange(0, SLOTS)
-        index = tl.load(index_ptr + every, mask=every < tokens * K, other=0)
-        weights = tl.load(weights_ptr + every, mask=every < tokens * K, other=0.0).to(tl.float32)
-        for step in range(0, tokens * K * steps):
-            slot, start = step // steps, step % steps * BLOCK_I
-            expert = tl.sum(tl.where(every == slot, index, 0), axis=0)
-            weight = tl.sum(tl.where(every == slot, weights, 0.0), axis=0)
-            width = tl.where(expert < num_experts, I, 0)  # that of another rank adds nothing
-            here = depth + start < width
-            mine = row == slot // K
-            hidden = tl.load(
-                hidden_ptr + (slot + slot // K * parts) * I + (depth + start)[None, :] + row[:, None] * 0,
-                mask=mine[:, None] & here[None, :],
-                other=0.0,
-            )
-            tile = tl.load(
-                down_ptr + expert * expert_stride + column[None, :].to(tl.int64) * I + (depth + start)[:, None],
-                mask=here[:, None] & inside[None, :],
-                other=0.0,
-            )
-            total += weight * tl.dot(hidden, tile, input_precision="ieee")
-            if BIASED:
-                biased = column < tl.where((start == 0) & (width > 0), D, 0)
-                bias = tl.load(bias_ptr + expert * D + column, mask=biased, other=0.0).to(tl.float32)
-                total += tl.where(mine[:, None], weight * bias[None, :], 0.0)
-    if SHARED:
-        stride = tl.multiple_of(shared_width, 16) if ALIGNED else shared_width
-        for step in range(0, parts * steps):
-            part, start = step // steps, step % steps * BLOCK_I
-            here = depth + start < tl.minimum(I, shared_width - part * I)
-            hidden = tl.load(
-                hidden_ptr + (row[:, None] * (K + parts) + K + part) * I + (depth + start)[None, :],
-                mask=real[:, None] & here[None, :],
-                other=0.0,
-            )
-            tile = tl.load(
-                shared_down_ptr + part * I + column[None, :].to(tl.int64) * stride + (depth + start)[:, None],
-                mask=here[:, None] & inside[None, :],
-                other=0.0,
-            )
-            total = tl.dot(hidden, tile, total, input_precision="ieee")
-    place, both = row[:, None] * D + column[None, :], real[:, None] & inside[None, :]
-    total = total.to(out_ptr.dtype.element_ty)
-    if ADDS:
-        residual = tl.load(residual_ptr + place, mask=both, other=0.0).to(tl.float32)
-        total = (total.to(tl.float32) + residual).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + place, total, mask=both)
-
-
-@triton.jit
 def combine_kernel(
     rows_ptr,
     weights_ptr,
@@ -379,9 +281,10 @@ def mixture(
     if shared is not None:
         width = shared.up.shape[1]
         parts = triton.cdiv(width, size)
-    if tokens == 1 and top_k + parts <= one_token.MAX_SLOTS:
-        residual = None if residual is None else residual.contiguous()
-        return one_token.mixture(x, weights, index, routed, shared, formula, residual, size, parts)
+    residual = None if residual is None else residual.contiguous()
+    few = few_tokens.MAX_TOKENS if routed is not None else 1  # of several, a dense network's weights serve all
+    if tokens <= few and top_k + parts <= few_tokens.MAX_SLOTS:
+        return few_tokens.mixture(x, weights, index, routed, shared, formula, residual, size, parts)
     by_slot = tokens * top_k < experts
     programs = parts + (tokens * top_k if by_slot else experts)
     one = routed or shared
@@ -419,38 +322,7 @@ def mixture(
         **OVERLAP,
     )
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
-    residual = None if residual is None else residual.contiguous()
     aligned = size % 16 == 0 and width % 16 == 0
-    if by_slot or routed is None:
-        values = LINE // x.element_size()
-        del settings["BLOCK_K"], settings["BY_SLOT"]
-        sum_kernel[(triton.cdiv(dim, TILES["sum"].columns),)](
-            hidden,
-            one.down,
-            down_bias,
-            other.down,
-            index,
-            weights,
-            residual,
-            out,
-            tokens,
-            experts,
-            one.down.stride(0),
-            width,
-            dim,
-            size,
-            top_k,
-            parts,
-            ALIGNED=aligned,
-            ADDS=residual is not None,
-            SLOTS=triton.next_power_of_2(max(1, tokens * top_k)),
-            LINES=triton.next_power_of_2(triton.cdiv(size, values)),
-            LINE_VALUES=values,
-            **settings,
-            **tile_arguments("sum", x, "BLOCK_D", "BLOCK_I"),
-            **OVERLAP,
-        )
-        return out
     rows = torch.empty(tokens * (top_k + parts), dim, dtype=torch.float32, device=x.device)
     down_kernel[(programs, triton.cdiv(dim, TILES["down"].columns))](
         hidden,

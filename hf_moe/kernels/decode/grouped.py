@@ -1,7 +1,8 @@
-"""Multi-head, grouped-query and multi-query attention for one new token a row: one launch, of a long context two.
+"""Multi-head, grouped-query and multi-query attention for few new tokens a row: one launch, of a long context two.
 
-Shapes: B rows, H query heads, N key heads, d head size, S positions of the cache. The cache has keys and values
-[B, N, S, d], and on the device how many positions are filled.
+Shapes: B rows, Q new tokens of each, H query heads, N key heads, d head size, S positions of the cache. The cache has
+keys and values [B, N, S, d], and on the device how many positions are filled. Several tokens of a row are as many rows
+that share a cache, and that see those before them beside it.
 """
 
 import torch
@@ -11,8 +12,6 @@ import triton.language as tl
 from .overlap import OVERLAP, last_of, let_next_start, wait_for_last
 from .parts import (
     FEW_PARTS,
-    STAGES,
-    WARPS,
     attend,
     bounds,
     fetch_rows,
@@ -22,6 +21,8 @@ from .parts import (
     store_part,
     sum_of_parts,
 )
+
+WARPS, STAGES = 8, 2
 
 
 @triton.jit
@@ -87,6 +88,32 @@ def turned(
 
 
 @triton.jit
+def attend_one(query_a, query_b, key_a, key_b, value, seen, scale, softcap, best, total, out, CAPPED: tl.constexpr):
+    """`parts.attend` for one key, in halves as the queries [heads, HALF], and its value [d]."""
+    scores = tl.sum(query_a.to(tl.float32) * key_a.to(tl.float32), axis=1)
+    scores = (scores + tl.sum(query_b.to(tl.float32) * key_b.to(tl.float32), axis=1)) * scale
+    if CAPPED:
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+    scores = tl.where(seen, scores, float("-inf"))
+    new_best = tl.maximum(best, scores)
+    safe = tl.where(new_best == float("-inf"), 0.0, new_best)
+    weight, shrink = tl.exp(scores - safe), tl.exp(best - safe)
+    return new_best, total * shrink + weight, out * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
+
+
+@triton.jit
+def cache_token(
+    keys_ptr, values_ptr, key_a, key_b, value, size: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write a key [1, HALF] in halves and a value to their place."""
+    pair, column = tl.arange(0, HALF), tl.arange(0, BLOCK)
+    half: tl.constexpr = size // 2
+    tl.store(keys_ptr + pair[None, :], key_a, mask=(pair < half)[None, :])
+    tl.store(keys_ptr + half + pair[None, :], key_b, mask=(pair < half)[None, :])
+    tl.store(values_ptr + column, value, mask=column < size)
+
+
+@triton.jit
 def sum_few(
     parts_ptr,
     lse_ptr,
@@ -100,20 +127,22 @@ def sum_few(
     BLOCK_D: tl.constexpr,
 ):
     """The weights' sum [heads] and the weighted sum [heads, BLOCK_D] of the parts that all programs have written."""
-    best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    logs, rows = (), ()
+    for part in tl.static_range(PARTS):  # all are asked for before the first is used
+        here = place * PARTS + part
+        logs = logs + (tl.load(lse_ptr + here, mask=heads, other=float("-inf"), cache_modifier=".cg"),)  # noqa: RUF005
+        row = parts_ptr + here[:, None] * size + column[None, :]
+        both = heads[:, None] & inside[None, :]
+        rows = rows + (tl.load(row, mask=both, other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
+    best = tl.zeros((BLOCK_G,), tl.float32) + logs[PARTS - 1]  # the new token's, which is seen
     for part in tl.static_range(PARTS):
-        lse = tl.load(lse_ptr + place * PARTS + part, mask=heads, other=0.0, cache_modifier=".cg")
-        best = tl.maximum(best, lse)
+        best = tl.maximum(best, logs[part])
     total = tl.zeros((BLOCK_G,), tl.float32)
     out = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     for part in tl.static_range(PARTS):
-        here = place * PARTS + part
-        lse = tl.load(lse_ptr + here, mask=heads, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.exp(lse - best)
+        weight = tl.where(heads, tl.exp(logs[part] - best), 0.0)
         total += weight
-        rows = parts_ptr + here[:, None] * size + column[None, :]
-        part_out = tl.load(rows, mask=heads[:, None] & inside[None, :], other=0.0, cache_modifier=".cg")
-        out += weight[:, None] * part_out
+        out += weight[:, None] * rows[part]
     return total, out
 
 
@@ -141,9 +170,11 @@ def attention_kernel(
     cache_row,
     cache_head,
     mask_row,
+    mask_token,
     H,
     N,
     size: tl.constexpr,
+    TOKENS: tl.constexpr,
     SPLITS: tl.constexpr,
     NEW: tl.constexpr,
     NORM: tl.constexpr,
@@ -158,9 +189,10 @@ def attention_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A key head's queries over one part of the positions; the NEWth has the new token, and writes it."""
+    """A key head's queries over one part of the positions; the NEWth has the new tokens, and writes its own."""
     let_next_start()
-    row, key_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    item, key_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    row, token = item // TOKENS, item % TOKENS
     dtype: tl.constexpr = keys_ptr.dtype.element_ty
     half: tl.constexpr = size // 2
     first = row * cache_row + key_head.to(tl.int64) * cache_head
@@ -176,14 +208,14 @@ def attention_kernel(
         norm_a, norm_b = norm_halves(query_weight_ptr, head, ours, size, NORM, INTERLEAVED, HALF)
         key_norm_a, key_norm_b = norm_halves(key_weight_ptr, own, one, size, NORM, INTERLEAVED, HALF)
     wait_for_last()
-    cos_ptr += row * rotary_row
-    sin_ptr += row * rotary_row
+    if MASKED:
+        mask_ptr += row * mask_row + token * mask_token
     query_a, query_b = turned(
-        query_ptr + row * H * size,
+        query_ptr + item * H * size,
         norm_a,
         norm_b,
-        cos_ptr,
-        sin_ptr,
+        cos_ptr + row * rotary_row + token * size,
+        sin_ptr + row * rotary_row + token * size,
         head,
         ours,
         H * size,
@@ -201,34 +233,36 @@ def attention_kernel(
     best, total = tl.full((BLOCK_G,), float("-inf"), tl.float32), tl.zeros((BLOCK_G,), tl.float32)
     out = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     if split == NEW:
-        key_a, key_b = turned(
-            key_ptr + row * N * size,
-            key_norm_a,
-            key_norm_b,
-            cos_ptr,
-            sin_ptr,
-            own,
-            one,
-            N * size,
-            eps,
-            size,
-            NORM,
-            INTERLEAVED,
-            HALF,
-            BLOCK_N,
-            dtype,
-        )
-        value = tl.load(value_ptr + (row * N + key_head) * size + column, mask=inside, other=0.0)
-        place = first + length * size
-        tl.store(keys_ptr + place + pair[None, :], key_a, mask=there[None, :])
-        tl.store(keys_ptr + place + half + pair[None, :], key_b, mask=there[None, :])
-        tl.store(values_ptr + place + column, value, mask=inside)
-        scores = tl.sum(query_a.to(tl.float32) * key_a.to(tl.float32), axis=1)
-        scores = (scores + tl.sum(query_b.to(tl.float32) * key_b.to(tl.float32), axis=1)) * scale
-        if CAPPED:
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-        best, total = scores, tl.full((BLOCK_G,), 1.0, tl.float32)
-        out += value.to(tl.float32)[None, :]
+        for new in tl.static_range(TOKENS):
+            if new <= token:
+                key_a, key_b = turned(
+                    key_ptr + (row * TOKENS + new) * N * size,
+                    key_norm_a,
+                    key_norm_b,
+                    cos_ptr + row * rotary_row + new * size,
+                    sin_ptr + row * rotary_row + new * size,
+                    own,
+                    one,
+                    N * size,
+                    eps,
+                    size,
+                    NORM,
+                    INTERLEAVED,
+                    HALF,
+                    BLOCK_N,
+                    dtype,
+                )
+                source = value_ptr + ((row * TOKENS + new) * N + key_head) * size
+                value = tl.load(source + column, mask=inside, other=0.0)
+                if new == token:
+                    place = first + (length + new) * size
+                    cache_token(keys_ptr + place, values_ptr + place, key_a, key_b, value, size, HALF, BLOCK_D)
+                seen = new <= token
+                if MASKED:
+                    seen = (new == token) | (tl.load(mask_ptr + length + new) != 0)
+                best, total, out = attend_one(
+                    query_a, query_b, key_a, key_b, value, seen, scale, softcap, best, total, out, CAPPED
+                )
     for start in range(begin, end, BLOCK_S):
         here = start + position
         seen = here < end
@@ -239,15 +273,13 @@ def attention_kernel(
         scores = tl.dot(query_a, tl.trans(key_a), input_precision="ieee")
         scores = tl.dot(query_b, tl.trans(key_b), scores, input_precision="ieee") * scale
         value = tl.load(values_ptr + place + column[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
-        best, total, out = attend(
-            scores, value, seen, mask_ptr, row * mask_row + here, softcap, best, total, out, MASKED, CAPPED
-        )
-    place = row * H + head
+        best, total, out = attend(scores, value, seen, mask_ptr, here, softcap, best, total, out, MASKED, CAPPED)
+    place = item * H + head
     if NEW > 0:
         store_part(parts_ptr, lse_ptr, place * (NEW + 1) + split, column, size, ours, inside, best, total, out)
     ends = NEW == 0
     if SUMS and NEW > 0:
-        ends = last_of(arrived_ptr + row * N + key_head, NEW + 1)
+        ends = last_of(arrived_ptr + item * N + key_head, NEW + 1)
     if ends:
         if NEW > 0:
             total, out = sum_few(parts_ptr, lse_ptr, place, column, size, ours, inside, NEW + 1, BLOCK_G, BLOCK_D)
@@ -274,15 +306,15 @@ def grouped_attention(
     interleaved: bool,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention [B, H, d] of the new token of each row.
+    """Attention [B Q, H, d] of the new tokens of each row.
 
-    query [B, H d], key and value [B, N d] as projected; `norm_weights` of query and key, [d] or [H d] and [N d]; cos
-    and sin [B or 1, d]; mask [B or 1, S], true where a position may be seen, the new token's own taken to be. The
-    cache takes key and value; who calls counts the token in `length` afterwards. `arrived` [B N] int32 counts
+    query [B Q, H d], key and value [B Q, N d] as projected; `norm_weights` of query and key, [d] or [H d] and [N d];
+    cos and sin [B or 1, Q, d]; mask [B or 1, Q, S], true where a position may be seen, a token's own taken to be. The
+    cache takes key and value; who calls counts the tokens in `length` afterwards. `arrived` [B Q N] int32 counts
     programs: zeros, as it is left.
     """
-    rows, key_heads, _, size = keys.shape
-    heads = query.shape[1] // size
+    _, key_heads, _, size = keys.shape
+    rows, heads, tokens = len(query), query.shape[1] // size, cos.shape[1]
     norm = 0 if norm_weights is None else 1 if norm_weights[0].numel() == size else 2
     splits = number_of_parts(rows * key_heads, keys, 2 * step_of(keys))
     new = splits if splits > 1 else 0  # in a part of its own, beside the others
@@ -311,9 +343,11 @@ def grouped_attention(
         keys.stride(0),
         keys.stride(1),
         0 if mask is None or len(mask) == 1 else mask.stride(0),
+        0 if mask is None else mask.stride(1),
         heads,
         key_heads,
         size,
+        TOKENS=tokens,
         SPLITS=splits,
         NEW=new,
         NORM=norm,

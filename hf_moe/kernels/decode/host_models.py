@@ -3,7 +3,7 @@
 What a norm and an expert compute is tried on a few numbers, whatever its class. Attention, networks, blocks and layers
 are those of `HOSTS`, a name a class: a class that is not there stays as it is.
 
-Shapes: B rows of one token each, T = B tokens, D hidden size, E experts, K experts per token.
+Shapes: B rows, T tokens of all of them, D hidden size, E experts, K experts per token.
 """
 
 from contextlib import AbstractContextManager
@@ -67,12 +67,12 @@ def attention_forward(module: nn.Module, rows: int):
 
     def forward(hidden_states, position_embeddings, attention_mask=None, norm=None, **kwargs):
         cached = recorded_layer(kwargs.get(CACHE), module.layer_idx)
-        cos, sin = (part.squeeze(1) for part in position_embeddings)
-        if cached is None or cos.shape[1] != module.head_dim:  # RoPE on a part of the head
+        cos, sin = position_embeddings
+        if cached is None or cos.shape[-1] != module.head_dim:  # RoPE on a part of the head
             kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
             return original(module, hidden_states if norm is None else norm(hidden_states), **kwargs)
         out = grouped.grouped_attention(
-            *project(hidden_states.squeeze(1), norm=norm and weight_and_epsilon(norm)),
+            *project(hidden_states.flatten(0, 1), norm=norm and weight_and_epsilon(norm)),
             tuple(weight for weight, _ in found) or None,
             cos,
             sin,
@@ -85,7 +85,8 @@ def attention_forward(module: nn.Module, rows: int):
             eps=found[0][1] if found else 0.0,
             interleaved=False,
         )
-        return back(out.flatten(1), counted=cached.cumulative_length)[0].unsqueeze(1), None
+        count = (cached.cumulative_length, cos.shape[1])
+        return back(out.flatten(1), counted=count)[0].view_as(hidden_states), None
 
     return forward
 
@@ -96,10 +97,10 @@ def projected(*linears: nn.Module):
     if all(map(plain, linears)):
         return lambda x, **further: products.linear(x, *weights, **further)
 
-    def project(x: torch.Tensor, norm=None, counted: torch.Tensor | None = None) -> list[torch.Tensor]:
+    def project(x: torch.Tensor, norm=None, counted: tuple[torch.Tensor, int] | None = None) -> list[torch.Tensor]:
         x = x if norm is None else norms.rms_norm(x, *norm)
         if counted is not None:
-            counted.add_(1)
+            counted[0].add_(counted[1])
         return [linear(x) for linear in linears]
 
     return project

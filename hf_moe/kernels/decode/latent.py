@@ -1,8 +1,8 @@
-"""Latent attention for one new token a row: three launches, of a long context or many rows four.
+"""Latent attention for few new tokens a row: three launches, of a long context or many rows four.
 
-Shapes: B rows, H heads, S positions of the cache, r = kv_lora_rank, d_nope and d_rope the sizes of a key's parts. The
-cache has latents [B, 1, S, r] as keys, rotated keys [B, 1, S, d_rope] as values, and on the device how many positions
-are filled.
+Shapes: B rows, Q new tokens of each, H heads, S positions of the cache, r = kv_lora_rank, d_nope and d_rope the sizes
+of a key's parts. The cache has latents [B, 1, S, r] as keys, rotated keys [B, 1, S, d_rope] as values, and on the
+device how many positions are filled.
 """
 
 import torch
@@ -13,7 +13,6 @@ from .norms import normalized
 from .overlap import OVERLAP, let_next_start, wait_for_last
 from .parts import (
     FEW_PARTS,
-    WARPS,
     attend,
     bounds,
     fetch_rows,
@@ -26,7 +25,8 @@ from .parts import (
 from .products import per_head
 
 ABSORBED, VALUES = 64, 16  # columns of a program
-STEP, STAGES, PROGRAMS = 64, 2, 264  # positions of a step, steps in flight; two programs fit a processor
+STEP, WARPS, STAGES = 64, 4, 2  # positions of a step, warps, steps in flight
+PROGRAMS = 256  # at once: nearly two a processor
 FEW_ROWS = 2  # of more, one after the other, a program would sum the parts too slowly
 
 
@@ -109,6 +109,7 @@ def absorb_kernel(
     H,
     nope,
     rank,
+    tokens,
     rope: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PAIRED: tl.constexpr,
@@ -120,7 +121,7 @@ def absorb_kernel(
 ):
     """q·(W_UK c) = (W_UK^T q)·c: some columns of a head's query, moved to the latent's side by the up-projection.
 
-    Behind a head's last columns a program for each row: `prepare`.
+    Behind a head's last columns a program for each new token: `prepare`.
     """
     let_next_start()
     head, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.cdiv(rank, BLOCK_C)
@@ -138,16 +139,18 @@ def absorb_kernel(
         target = absorbed_ptr + (head * rows + row[:, None]) * rank + column[None, :]
         tl.store(target, absorbed, mask=real[:, None] & inside[None, :])
     else:
-        one, length = tl.zeros((), tl.int64) + block - blocks, tl.load(length_ptr)
+        one = tl.zeros((), tl.int64) + block - blocks
+        cache, token = one // tokens, one % tokens
+        length, turn = tl.load(length_ptr) + token, cache * rotary_row + token * rope
         prepare(
             query_ptr + one * query_row + head * query_head + nope,
             latent_ptr + one * latent_row,
             weight_ptr,
-            cos_ptr + one * rotary_row,
-            sin_ptr + one * rotary_row,
+            cos_ptr + turn,
+            sin_ptr + turn,
             query_rope_ptr + (one * H + head) * rope,
-            keys_ptr + one * keys_row + length * rank,
-            values_ptr + one * values_row + length * rope,
+            keys_ptr + cache * keys_row + length * rank,
+            values_ptr + cache * values_row + length * rope,
             eps,
             rank,
             head == 0,
@@ -176,10 +179,12 @@ def split_kernel(
     keys_row,
     values_row,
     mask_row,
+    mask_token,
     H,
     splits,
     rank,
     rope,
+    tokens,
     MASKED: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -191,8 +196,9 @@ def split_kernel(
     let_next_start()
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    begin, end = bounds(tl.load(length_ptr) + 1, split, splits, BLOCK_S)  # the token just written included
-    fetch_rows(keys_ptr + row * keys_row, begin, end, rank, BLOCK_S)
+    cache, token = row // tokens, row % tokens
+    begin, end = bounds(tl.load(length_ptr) + token + 1, split, splits, BLOCK_S)  # itself, just written, included
+    fetch_rows(keys_ptr + cache * keys_row, begin, end, rank, BLOCK_S)
     wait_for_last()
     column, turned, position = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_S)
     heads, inside, real = head < H, column < rank, turned < rope
@@ -213,20 +219,19 @@ def split_kernel(
         here = start + position
         seen = here < end
         latent = tl.load(
-            keys_ptr + row * keys_row + here[:, None].to(tl.int64) * rank + column[None, :],
+            keys_ptr + cache * keys_row + here[:, None].to(tl.int64) * rank + column[None, :],
             mask=seen[:, None] & inside[None, :],
             other=0.0,
         )
         key = tl.load(
-            values_ptr + row * values_row + here[None, :].to(tl.int64) * rope + turned[:, None],
+            values_ptr + cache * values_row + here[None, :].to(tl.int64) * rope + turned[:, None],
             mask=seen[None, :] & real[:, None],
             other=0.0,
         )
         scores = tl.dot(query, tl.trans(latent), input_precision="ieee")
         scores = tl.dot(query_rope, key, scores, input_precision="ieee") * scale
-        best, total, out = attend(
-            scores, latent, seen, mask_ptr, row * mask_row + here, softcap, best, total, out, MASKED, CAPPED
-        )
+        place = cache * mask_row + token * mask_token + here
+        best, total, out = attend(scores, latent, seen, mask_ptr, place, softcap, best, total, out, MASKED, CAPPED)
     place = (row * H + head) * splits + split
     store_part(out_ptr, lse_ptr, place, column, rank, heads, inside, best, total, out)
 
@@ -260,10 +265,10 @@ def value_kernel(
     for row in range(0, rows):
         first = (row * H + head) * SPLITS
         lse = tl.load(lse_ptr + first + part, mask=real, other=float("-inf"))
-        best = tl.max(lse, axis=0)
-        weight = tl.exp(lse - tl.where(best == float("-inf"), 0.0, best))
         rows_of_parts = parts_ptr + (first + part[:, None]) * rank + channel[None, :]
         latents = tl.load(rows_of_parts, mask=real[:, None] & there[None, :], other=0.0)
+        best = tl.max(lse, axis=0)
+        weight = tl.exp(lse - tl.where(best == float("-inf"), 0.0, best))
         latent = tl.sum(latents * weight[:, None], axis=0) / tl.maximum(tl.sum(weight, axis=0), 1e-30)
         value = tl.sum(latent.to(dtype).to(tl.float32)[None, :] * value_up.to(tl.float32), axis=1)
         tl.store(out_ptr + (row * H + head) * size + column, value.to(dtype), mask=inside)
@@ -288,14 +293,15 @@ def latent_attention(
     paired: bool = False,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """sum_s p_s W_UV c_s of the new token of each row: [B, H, d_v].
+    """sum_s p_s W_UV c_s of the new tokens of each row: [B Q, H, d_v].
 
-    query [B, H, d_nope + d_rope] and latent [B, r + d_rope] as projected, not normed, not rotated; key_up
-    [H, d_nope, r]; value_up [H, d_v, r]; cos and sin [B or 1, d_rope]; mask [B or 1, S], true where a position may be
-    seen. The cache takes the token; who calls counts it in `length` afterwards. Where pairs are `interleaved`, turned
-    ones stay so if `paired`, as DeepSeek-V2's in Transformers; else the first of all pairs come before the second.
+    query [B Q, H, d_nope + d_rope] and latent [B Q, r + d_rope] as projected, not normed, not rotated; key_up
+    [H, d_nope, r]; value_up [H, d_v, r]; cos and sin [B or 1, Q, d_rope]; mask [B or 1, Q, S], true where a position
+    may be seen. The cache takes the tokens; who calls counts them in `length` afterwards. Where pairs are
+    `interleaved`, turned ones stay so if `paired`, as DeepSeek-V2's in Transformers; else the first of all pairs come
+    before the second.
     """
-    rows, heads, _ = query.shape
+    (rows, heads, _), tokens = query.shape, cos.shape[1]
     rank, rope, nope, size = keys.shape[-1], values.shape[-1], key_up.shape[1], value_up.shape[1]
     query_rope = torch.empty(rows, heads, rope, dtype=keys.dtype, device=keys.device)
     absorbed = torch.empty(heads, rows, rank, dtype=keys.dtype, device=keys.device)
@@ -326,6 +332,7 @@ def latent_attention(
         heads,
         nope,
         rank,
+        tokens,
         rope,
         INTERLEAVED=interleaved,
         PAIRED=paired,
@@ -359,10 +366,12 @@ def latent_attention(
         keys.stride(0),
         values.stride(0),
         0 if mask is None or len(mask) == 1 else mask.stride(0),
+        0 if mask is None else mask.stride(1),
         heads,
         splits,
         rank,
         rope,
+        tokens,
         MASKED=mask is not None,
         CAPPED=softcap is not None,
         BLOCK_H=block_h,

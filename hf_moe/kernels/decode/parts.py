@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
 
-STEP, WARPS, STAGES = 32, 4, 3  # positions of a step, warps, steps in flight
+STEP = 32  # positions of a step
 LINE_VALUES = tl.constexpr(LINE // 2)  # of two bytes
 PROGRAMS = 132  # that run at once: one a processor
 COLUMNS = 32  # of a program that sums the parts
@@ -109,7 +109,7 @@ def step_of(cache: torch.Tensor, step: int = STEP) -> int:
 
 
 def number_of_parts(programs: int, cache: torch.Tensor, least: int, at_once: int = PROGRAMS) -> int:
-    """So many that all, of `programs` programs each, fill the card, which runs `at_once`; of `least` positions each."""
+    """So many that all, of `programs` programs each, fill the card, which runs `at_once`; of `least` positions."""
     return max(1, min(at_once // programs, triton.cdiv(cache.shape[2], least)))
 
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import one_token
+from . import few_tokens
 from .norms import rms_norm
 from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
 
@@ -24,6 +24,7 @@ def product_kernel(
     weight3_ptr,
     out3_ptr,
     count_ptr,
+    counted,
     rows,
     depth,
     columns,
@@ -65,7 +66,7 @@ def product_kernel(
     wait_for_last()
     if COUNTS:  # noqa: SIM102
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            tl.store(count_ptr, tl.load(count_ptr) + 1)
+            tl.store(count_ptr, tl.load(count_ptr) + counted)
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for start in range(0, depth, BLOCK_A):
         here = step + start < depth
@@ -94,7 +95,7 @@ def launch(
     product_kernel[(heads, blocks)](
         x,
         *pairs,
-        counted,
+        *(counted or (None, 0)),
         rows,
         depth,
         *(columns + [0] * (3 - count)),
@@ -116,15 +117,15 @@ def linear(
     x: torch.Tensor,
     *weights: torch.Tensor,
     norm: tuple[torch.Tensor, float] | None = None,
-    counted: torch.Tensor | None = None,
+    counted: tuple[torch.Tensor, int] | None = None,
 ) -> list[torch.Tensor]:
     """x W^T [T, C] for each of one to three weights [C, A], in one launch, of x [T, A].
 
-    Of x's RMSNorm where `norm` has its weight [A] and epsilon. The number `counted` grows by one.
+    Of x's RMSNorm where `norm` has its weight [A] and epsilon. The first that is `counted` grows by the second.
     """
     rows, depth = x.shape
-    if rows == 1 and (norm is None or depth <= one_token.TILE):
-        return one_token.linear(x, weights, norm, counted)
+    if rows <= few_tokens.MAX_TOKENS and (norm is None or depth <= few_tokens.TILE):
+        return few_tokens.linear(x, weights, norm, counted)
     if norm is not None:
         x = rms_norm(x, *norm)
     columns = [len(weight) for weight in weights]

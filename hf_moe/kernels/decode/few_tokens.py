@@ -1,12 +1,14 @@
-"""The products of a single token: as fast as weights are read, by programs so small that many wait side by side.
+"""The products of a few tokens: as fast as weights are read, by programs so small that many wait side by side.
 
 A program holds its few rows of weights in registers and has asked for them before it waits for the launch before it:
 while that ends, the next one's weights are under way. Of experts, the second product can do so, since it knows the
 choice by then. Tensor cores would take 16 tokens, and shared memory that keeps the next launch's programs out.
-Experts' weights, which the next token hardly needs, leave the card's cache first: what was fetched ahead stays.
+Programs that read the same weights for different tokens are neighbours, so that the card's cache has them.
 
-Shapes: A depth, C columns, D hidden size, I expert intermediate size, E experts, K experts of the token, P parts of a
-shared network.
+A thread's loads stand before the first use of any: it waits where a value is used, not where it is asked for.
+
+Shapes: T tokens, A depth, C columns, D hidden size, I expert intermediate size, E experts, K experts per token, P
+parts of a shared network.
 """
 
 import torch
@@ -20,6 +22,7 @@ from .overlap import OVERLAP, let_next_start, wait_for_last
 TILE, WARPS = 4096, 2  # weights that a program holds, and its warps
 SUM_COLUMNS, SUM_WARPS = 1, 4  # of the sum of experts
 MAX_SLOTS = 16  # whose weights it can hold
+MAX_TOKENS = 4
 
 
 @triton.jit
@@ -43,13 +46,16 @@ def product_kernel(
     columns2,
     columns3,
     count_ptr,
+    counted,
+    x_row,
+    TOKENS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     NORMED: tl.constexpr,
     COUNTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
-    """Some columns of one of up to three products of x [A], or of its RMSNorm."""
+    """Some columns of one of up to three products of x [T, A], or of its RMSNorm."""
     let_next_start()
     block, step = tl.program_id(0), tl.arange(0, BLOCK_A)
     weight, out, width = weight_ptr, out_ptr, columns
@@ -65,44 +71,44 @@ def product_kernel(
     inside = column < width
     place = weight + column[:, None].to(tl.int64) * depth + step[None, :]
     tile = tl.load(place, mask=inside[:, None] & (step < depth)[None, :], other=0.0)
-    scale = tl.zeros((1,), tl.float32)
     if NORMED:
         norm = tl.load(norm_ptr + step, mask=step < depth, other=0.0)
     wait_for_last()
     if COUNTS:  # noqa: SIM102
         if tl.program_id(0) == 0:
-            tl.store(count_ptr, tl.load(count_ptr) + 1)
-    x = tl.load(x_ptr + step, mask=step < depth, other=0.0)
-    if NORMED:  # of one tile
-        scale = norm_scale(x.to(tl.float32), depth, eps)
-        x = ((x.to(tl.float32) * scale).to(x.dtype).to(tl.float32) * norm.to(tl.float32)).to(x.dtype)
-    total = tl.sum(x.to(tl.float32)[None, :] * tile.to(tl.float32), axis=1)
-    for start in range(BLOCK_A, depth, BLOCK_A):
-        here = step + start < depth
-        x = tl.load(x_ptr + start + step, mask=here, other=0.0)
-        tile = tl.load(place + start, mask=inside[:, None] & here[None, :], other=0.0)
-        total += tl.sum(x.to(tl.float32)[None, :] * tile.to(tl.float32), axis=1)
-    tl.store(out + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(count_ptr, tl.load(count_ptr) + counted)
+    for row in tl.static_range(TOKENS):
+        x = tl.load(x_ptr + row * x_row + step, mask=step < depth, other=0.0)
+        if NORMED:  # of one tile
+            scale = norm_scale(x.to(tl.float32), depth, eps)
+            x = ((x.to(tl.float32) * scale).to(x.dtype).to(tl.float32) * norm.to(tl.float32)).to(x.dtype)
+        total = tl.sum(x.to(tl.float32)[None, :] * tile.to(tl.float32), axis=1)
+        for start in range(BLOCK_A, depth, BLOCK_A):
+            here = step + start < depth
+            x = tl.load(x_ptr + row * x_row + start + step, mask=here, other=0.0)
+            further = tl.load(place + start, mask=inside[:, None] & here[None, :], other=0.0)
+            total += tl.sum(x.to(tl.float32)[None, :] * further.to(tl.float32), axis=1)
+        tl.store(out + row * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def sizes(depth: int, rows: int = 1) -> dict[str, int]:
-    """How a program's tile is cut, `rows` of it for each column."""
+    """How a program's tile is cut, of as many registers for each column as `rows` of it take."""
     block = min(TILE, triton.next_power_of_2(depth))
-    return {"BLOCK_C": max(1, TILE // block // rows), "BLOCK_A": block, "num_warps": WARPS}
+    return {"BLOCK_C": max(1, TILE // block // triton.next_power_of_2(rows)), "BLOCK_A": block, "num_warps": WARPS}
 
 
 def linear(
     x: torch.Tensor,
     weights: tuple[torch.Tensor, ...],
     norm: tuple[torch.Tensor, float] | None,
-    counted: torch.Tensor | None,
+    counted: tuple[torch.Tensor, int] | None,
 ) -> list[torch.Tensor]:
-    """x W^T [1, C] for each of one to three weights [C, A], of x [1, A] or its norm, whose depth a tile must hold.
+    """x W^T [T, C] for each of one to three weights [C, A], of x [T, A] or its norm, whose depth a tile must hold.
 
-    `counted` grows by one.
+    The first that is `counted` grows by the second.
     """
-    depth, columns, cut = x.shape[1], [len(weight) for weight in weights], sizes(x.shape[1])
-    outs = [torch.empty(1, size, dtype=x.dtype, device=x.device) for size in columns]
+    depth, columns, cut = x.shape[1], [len(weight) for weight in weights], sizes(x.shape[1], len(x))
+    outs = [torch.empty(len(x), size, dtype=x.dtype, device=x.device) for size in columns]
     missing = [None] * (3 - len(weights))
     pairs = [y for pair in zip([*weights, *missing], outs + missing, strict=True) for y in pair]
     norm_weight, eps = norm or (None, 0.0)
@@ -113,7 +119,9 @@ def linear(
         eps,
         depth,
         *(columns + [0] * len(missing)),
-        counted,
+        *(counted or (None, 0)),
+        x.stride(0),
+        TOKENS=len(x),
         WEIGHTS=len(weights),
         NORMED=norm is not None,
         COUNTS=counted is not None,
@@ -134,12 +142,14 @@ def up_kernel(
     shared_up_ptr,
     index_ptr,
     out_ptr,
+    tokens,
     num_experts,
     expert_stride,
     bias_stride,
     shared_width,
     D,
     I,  # noqa: E741
+    K,
     parts,
     ROUTED: tl.constexpr,
     SHARED: tl.constexpr,
@@ -151,8 +161,9 @@ def up_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
-    """Some columns of a shared part, of which there are P first, or of the expert of a slot."""
-    program, step = tl.program_id(0), tl.arange(0, BLOCK_A)
+    """Some columns of one of a token's P parts of the shared network, which come first, or of a slot's expert."""
+    token, program, step = tl.program_id(0) % tokens, tl.program_id(0) // tokens, tl.arange(0, BLOCK_A)
+    place = token * (parts + K) + program
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     wait_for_last()
     let_next_start()  # only now: the next one needs `index` before it waits
@@ -160,7 +171,7 @@ def up_kernel(
     gate = gate_ptr if GATED else up_ptr
     expert = tl.zeros((), tl.int64)
     if ROUTED:
-        expert += tl.load(index_ptr + tl.maximum(program - parts, 0))
+        expert += tl.load(index_ptr + token * K + tl.maximum(program - parts, 0))
         width = tl.where(expert < num_experts, I, 0)  # that of another rank
         up, gate = up + expert * expert_stride, gate + expert * expert_stride
     if SHARED:  # noqa: SIM102
@@ -169,15 +180,15 @@ def up_kernel(
             up = shared_up_ptr + program.to(tl.int64) * I * D
             gate = (shared_gate_ptr if GATED else shared_up_ptr) + program.to(tl.int64) * I * D
     inside = column < width
-    place = column[:, None].to(tl.int64) * D + step[None, :]
+    weight = column[:, None].to(tl.int64) * D + step[None, :]
     of_up, of_gate = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, D, BLOCK_A):
         here = step + start < D
         both = inside[:, None] & here[None, :]
-        tile = tl.load(up + place + start, mask=both, other=0.0, eviction_policy="evict_first")
+        tile = tl.load(up + weight + start, mask=both, other=0.0, eviction_policy="evict_first")
         if GATED:
-            gate_tile = tl.load(gate + place + start, mask=both, other=0.0, eviction_policy="evict_first")
-        x = tl.load(x_ptr + start + step, mask=here, other=0.0).to(tl.float32)[None, :]
+            gate_tile = tl.load(gate + weight + start, mask=both, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + token * D + start + step, mask=here, other=0.0).to(tl.float32)[None, :]
         of_up += tl.sum(x * tile.to(tl.float32), axis=1)
         if GATED:
             of_gate += tl.sum(x * gate_tile.to(tl.float32), axis=1)
@@ -188,9 +199,7 @@ def up_kernel(
             of_gate += tl.load(gate_bias_ptr + expert * bias_stride + column, mask=biased, other=0.0).to(tl.float32)
     hidden, _, _ = activate(of_gate if GATED else of_up, of_up, ACTIVATION, GATED, LIMIT, SHIFT)
     # Zero where there is nothing, so that the next launch need not know where that is.
-    tl.store(
-        out_ptr + program * I + column, tl.where(inside, hidden, 0.0).to(out_ptr.dtype.element_ty), mask=column < I
-    )
+    tl.store(out_ptr + place * I + column, tl.where(inside, hidden, 0.0).to(out_ptr.dtype.element_ty), mask=column < I)
 
 
 @triton.jit
@@ -216,51 +225,57 @@ def sum_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
-    """Some columns of the down-projections of all parts and slots, weighted, and their sum."""
+    """Some columns of the down-projections of all of a token's parts and slots, weighted, and their sum."""
     let_next_start()
-    column, step = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_A)
-    inside = column < D
+    token, step = tl.program_id(0), tl.arange(0, BLOCK_A)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside, slots = column < D, token * K
     stride = tl.multiple_of(shared_width, 16) if ALIGNED else shared_width
-    tiles = ()
+    chosen, tiles, rows, weights = (), (), (), ()
+    for slot in tl.static_range(K):
+        chosen = chosen + (tl.load(index_ptr + slots + slot),)  # noqa: RUF005
     for part in tl.static_range(PARTS):
         here = inside[:, None] & (step < tl.minimum(I, shared_width - part * I))[None, :]
         place = shared_down_ptr + part * I + column[:, None].to(tl.int64) * stride + step[None, :]
         tiles = tiles + (tl.load(place, mask=here, other=0.0),)  # noqa: RUF005
     for slot in tl.static_range(K):
-        expert = tl.load(index_ptr + slot)
-        width = tl.where(expert < num_experts, I, 0)
+        width = tl.where(chosen[slot] < num_experts, I, 0)
         here = inside[:, None] & (step < width)[None, :]
-        place = down_ptr + expert * expert_stride + column[:, None].to(tl.int64) * I + step[None, :]
+        place = down_ptr + chosen[slot] * expert_stride + column[:, None].to(tl.int64) * I + step[None, :]
         tiles = tiles + (tl.load(place, mask=here, other=0.0, eviction_policy="evict_first"),)  # noqa: RUF005
     wait_for_last()
-    products, total = tl.zeros((BLOCK_C, BLOCK_A), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for slot in tl.static_range(PARTS + K):
-        hidden = tl.load(hidden_ptr + slot * I + step, mask=step < I, other=0.0).to(tl.float32)
-        if slot >= PARTS:
-            weight = tl.load(weights_ptr + slot - PARTS).to(tl.float32)
-            hidden *= weight
-            if BIASED:
-                expert = tl.load(index_ptr + slot - PARTS)
-                biased = column < tl.where(expert < num_experts, D, 0)
-                total += weight * tl.load(bias_ptr + expert * D + column, mask=biased, other=0.0).to(tl.float32)
-        products += hidden[None, :] * tiles[slot].to(tl.float32)
-    total += tl.sum(products, axis=1)
-    total = total.to(out_ptr.dtype.element_ty)
+        place = hidden_ptr + (token * (PARTS + K) + slot) * I + step
+        rows = rows + (tl.load(place, mask=step < I, other=0.0),)  # noqa: RUF005
+    for slot in tl.static_range(K):
+        weights = weights + (tl.load(weights_ptr + slots + slot),)  # noqa: RUF005
+    products, total = tl.zeros((BLOCK_C, BLOCK_A), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    for part in tl.static_range(PARTS):
+        products += rows[part].to(tl.float32)[None, :] * tiles[part].to(tl.float32)
+    for slot in tl.static_range(K):
+        row = rows[PARTS + slot].to(tl.float32) * weights[slot].to(tl.float32)
+        products += row[None, :] * tiles[PARTS + slot].to(tl.float32)
+        if BIASED:
+            biased = column < tl.where(chosen[slot] < num_experts, D, 0)
+            bias = tl.load(bias_ptr + chosen[slot] * D + column, mask=biased, other=0.0).to(tl.float32)
+            total += weights[slot].to(tl.float32) * bias
+    total = (total + tl.sum(products, axis=1)).to(out_ptr.dtype.element_ty)
     if ADDS:
-        residual = tl.load(residual_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + token * D + column, mask=inside, other=0.0).to(tl.float32)
         total = (total.to(tl.float32) + residual).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + column, total, mask=inside)
+    tl.store(out_ptr + token * D + column, total, mask=inside)
 
 
 def mixture(x, weights, index, routed, shared, formula: Formula, residual, size: int, parts: int) -> torch.Tensor:
-    """`experts.mixture` of one token, `parts` parts of `size`."""
-    dim, top_k, one, other = x.shape[1], 0 if routed is None else index.shape[1], routed or shared, shared or routed
+    """`experts.mixture` of few tokens, `parts` parts of `size`."""
+    (tokens, dim), one, other = x.shape, routed or shared, shared or routed
+    top_k = 0 if routed is None else index.shape[1]
     width = 0 if shared is None else shared.up.shape[1]
     gate_bias, up_bias, down_bias = one.biases or (None, None, None)
-    hidden = torch.empty(parts + top_k, size, dtype=x.dtype, device=x.device)
+    hidden = torch.empty(tokens * (parts + top_k), size, dtype=x.dtype, device=x.device)
     cut = sizes(dim, 1 if one.gate is None else 2)
     experts = 0 if routed is None else len(routed.up)
-    up_kernel[(parts + top_k, triton.cdiv(size, cut["BLOCK_C"]))](
+    up_kernel[(tokens * (parts + top_k), triton.cdiv(size, cut["BLOCK_C"]))](
         x,
         one.gate,
         one.up,
@@ -270,12 +285,14 @@ def mixture(x, weights, index, routed, shared, formula: Formula, residual, size:
         other.up,
         index,
         hidden,
+        tokens,
         experts,
         one.up.stride(0),
         0 if up_bias is None else up_bias.stride(0),
         width,
         dim,
         size,
+        top_k,
         parts,
         ROUTED=routed is not None,
         SHARED=shared is not None,
@@ -287,8 +304,8 @@ def mixture(x, weights, index, routed, shared, formula: Formula, residual, size:
         **cut,
         **OVERLAP,
     )
-    out = torch.empty(1, dim, dtype=x.dtype, device=x.device)
-    sum_kernel[(triton.cdiv(dim, SUM_COLUMNS),)](
+    out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
+    sum_kernel[(tokens, triton.cdiv(dim, SUM_COLUMNS))](
         hidden,
         one.down,
         down_bias,
