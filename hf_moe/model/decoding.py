@@ -158,12 +158,17 @@ class RecordedStep:
     """
 
     def __init__(self, model: nn.Module, cache: HfMoeReservedCache, rows: int, padded: bool):
-        self.model, self.cache, self.tokens = model, cache, rows
+        self.model_ref = weakref.ref(model)  # whose cache is kept for it alone: nothing there may keep it
+        self.cache, self.tokens = cache, rows
         self.layers = [layer for part in cache.parts for layer in part.layers]
         device, positions = model.device, max(layer.max_cache_len for layer in self.layers)
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)  # of the first token to come
         self.mask = torch.ones(rows, positions, dtype=torch.bool, device=device) if padded else None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.model_ref()
 
     def record(self) -> None:
         """Raises as `Recording` does."""
