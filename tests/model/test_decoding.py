@@ -1,5 +1,7 @@
 """Recorded decoding: the cache that it reserves, and on a GPU that its text is that of ordinary decoding."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -90,6 +92,17 @@ def test_the_next_text_replays_the_graph_and_changes_are_seen():
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.neg())  # elsewhere: recorded again
     assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False), first)
     assert KEPT[model].step is not graph
+
+
+@pytest.mark.gpu
+def test_what_is_kept_of_a_text_does_not_keep_its_model():
+    model = tiny("cuda", **CONFIGS["mla"])
+    model.generate(**prompts("cuda", 2), max_new_tokens=20, do_sample=False)
+    assert KEPT[model].step is not None
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.gpu

@@ -178,8 +178,11 @@ def recorded_layer(past_key_values, layer_idx: int) -> HfMoeReservedLayer | None
 
 
 def visible(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """[B, Q, S], true where a position may be seen, of what sdpa or eager attention gets [B, 1, Q, S]."""
-    if attention_mask is None:
+    """[B, Q, S], true where a position may be seen, of what sdpa or eager attention gets [B, 1, Q, S].
+
+    None where all may, which a single column says, too.
+    """
+    if attention_mask is None or attention_mask.shape[-1] == 1:
         return None
     mask = attention_mask[:, 0]
     return mask if mask.dtype == torch.bool else mask == 0  # eager attention adds it

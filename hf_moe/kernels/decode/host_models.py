@@ -230,6 +230,28 @@ def layer_forward(module: nn.Module, rows: int):
     return forward
 
 
+def model_forward(module: nn.Module, rows: int):
+    """Of a decoder: no mask is made for a step without padding, whose kernels know how long the text is.
+
+    Transformers hands a mask of four dimensions on as it is.
+    """
+    heads, config, rotary = [layer.self_attn for layer in module.layers], module.config, module.rotary_emb
+    whole = {getattr(x, "head_dim", None) for x in heads} <= {None, 2 * len(rotary.inv_freq)}  # None of latent ones
+    windows = getattr(config, "sliding_window", None)  # 0 says that there are none, too
+    if rows > experts.MAX_TOKENS or windows or not whole:
+        return None
+    everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rotary.inv_freq.device)
+    original = type(module).forward
+
+    def forward(*args, attention_mask=None, **kwargs):
+        ours = all(takes_norm(x) and recorded_layer(kwargs.get(CACHE), x.layer_idx) is not None for x in heads)
+        if attention_mask is None and ours:
+            attention_mask = everything
+        return original(module, *args, attention_mask=attention_mask, **kwargs)
+
+    return forward
+
+
 def takes_norm(module: nn.Module) -> bool:
     """Whether its method is one of ours."""
     return "norm" in signature(module.forward).parameters
@@ -237,36 +259,44 @@ def takes_norm(module: nn.Module) -> bool:
 
 ATTENTION, LATENT, ROTARY = ({"forward": x} for x in (attention_forward, latent_forward, angles_forward))
 BLOCK, MLP, LAYER = ({"forward": x} for x in (block_forward, mlp_forward, layer_forward))
+MODEL = {"forward": model_forward}
 
 # Family and class in Transformers -> functions that give the faster methods.
 HOSTS = {
+    "olmoe.OlmoeModel": MODEL,
     "olmoe.OlmoeRotaryEmbedding": ROTARY,
     "olmoe.OlmoeAttention": ATTENTION,
     "olmoe.OlmoeSparseMoeBlock": BLOCK,
     "olmoe.OlmoeDecoderLayer": LAYER,
+    "mixtral.MixtralModel": MODEL,
     "mixtral.MixtralRotaryEmbedding": ROTARY,
     "mixtral.MixtralAttention": ATTENTION,
     "mixtral.MixtralSparseMoeBlock": BLOCK,
     "mixtral.MixtralDecoderLayer": LAYER,
+    "qwen2_moe.Qwen2MoeModel": MODEL,
     "qwen2_moe.Qwen2MoeRotaryEmbedding": ROTARY,
     "qwen2_moe.Qwen2MoeAttention": ATTENTION,
     "qwen2_moe.Qwen2MoeSparseMoeBlock": BLOCK,
     "qwen2_moe.Qwen2MoeMLP": MLP,
     "qwen2_moe.Qwen2MoeDecoderLayer": LAYER,
+    "qwen3_moe.Qwen3MoeModel": MODEL,
     "qwen3_moe.Qwen3MoeRotaryEmbedding": ROTARY,
     "qwen3_moe.Qwen3MoeAttention": ATTENTION,
     "qwen3_moe.Qwen3MoeSparseMoeBlock": BLOCK,
     "qwen3_moe.Qwen3MoeMLP": MLP,
     "qwen3_moe.Qwen3MoeDecoderLayer": LAYER,
+    "deepseek_v2.DeepseekV2Model": MODEL,
     "deepseek_v2.DeepseekV2Attention": LATENT,
     "deepseek_v2.DeepseekV2Moe": BLOCK,
     "deepseek_v2.DeepseekV2MLP": MLP,
     "deepseek_v2.DeepseekV2DecoderLayer": LAYER,
+    "deepseek_v3.DeepseekV3Model": MODEL,
     "deepseek_v3.DeepseekV3RotaryEmbedding": ROTARY,
     "deepseek_v3.DeepseekV3Attention": LATENT,
     "deepseek_v3.DeepseekV3MoE": BLOCK,
     "deepseek_v3.DeepseekV3MLP": MLP,
     "deepseek_v3.DeepseekV3DecoderLayer": LAYER,
+    "glm4_moe_lite.Glm4MoeLiteModel": MODEL,
     "glm4_moe_lite.Glm4MoeLiteRotaryEmbedding": ROTARY,
     "glm4_moe_lite.Glm4MoeLiteAttention": LATENT,
     "glm4_moe_lite.Glm4MoeLiteMoE": BLOCK,
@@ -277,6 +307,7 @@ HOSTS = {
     "mellum.MellumMLP": MLP,
     "mellum.MellumDecoderLayer": LAYER,
     # Its layers scale what they add.
+    "granitemoe.GraniteMoeModel": MODEL,
     "granitemoe.GraniteMoeRotaryEmbedding": ROTARY,
     "granitemoe.GraniteMoeAttention": ATTENTION,
     "granitemoe.GraniteMoeMoE": BLOCK,
@@ -285,18 +316,22 @@ HOSTS = {
     "ernie4_5_moe.Ernie4_5_MoeMLP": MLP,
     "ernie4_5_moe.Ernie4_5_MoeDecoderLayer": LAYER,
     # Of these, experts are a graft's.
+    "llama.LlamaModel": MODEL,
     "llama.LlamaRotaryEmbedding": ROTARY,
     "llama.LlamaAttention": ATTENTION,
     "llama.LlamaMLP": MLP,
     "llama.LlamaDecoderLayer": LAYER,
+    "mistral.MistralModel": MODEL,
     "mistral.MistralRotaryEmbedding": ROTARY,
     "mistral.MistralAttention": ATTENTION,
     "mistral.MistralMLP": MLP,
     "mistral.MistralDecoderLayer": LAYER,
+    "qwen2.Qwen2Model": MODEL,
     "qwen2.Qwen2RotaryEmbedding": ROTARY,
     "qwen2.Qwen2Attention": ATTENTION,
     "qwen2.Qwen2MLP": MLP,
     "qwen2.Qwen2DecoderLayer": LAYER,
+    "qwen3.Qwen3Model": MODEL,
     "qwen3.Qwen3RotaryEmbedding": ROTARY,
     "qwen3.Qwen3Attention": ATTENTION,
     "qwen3.Qwen3MLP": MLP,
