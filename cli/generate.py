@@ -94,9 +94,13 @@ def check_choices(
 def load(model: str | Path, trust_remote_code: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model, in the precision it was saved in and on the GPU if there is one, and its tokenizer."""
     hide_loading_bars()
+    from hf_moe.fast_generation import fast_generate, refusal
     from hf_moe.loading import load
 
-    return load(model, trust_remote_code)
+    language_model, tokenizer = load(model, trust_remote_code)
+    if language_model.device.type == "cuda" and refusal(language_model) is None:
+        language_model = fast_generate(language_model)
+    return language_model, tokenizer
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: bool) -> dict:

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
-from hf_moe.kernels.decode import fused, moe_forward
+from hf_moe.kernels.decode import fused, moe_forward, routers
 from hf_moe.model.decoding import HfMoeReservedCache
 from hf_moe.model.rms_norm import HfMoeRMSNorm
 
@@ -175,3 +175,23 @@ def test_experts_with_an_adapter_are_left_as_they_are():
     names = [name for name, x in model.named_parameters() if x.ndim == 3]
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=[name.split(".", 2)[-1] for name in names]))
     assert moe_forward(block, 1) is None  # what PEFT puts there has no activation, and does more
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_routers_logits_are_rounded_where_a_linear_layers_are(tokens):
+    torch.manual_seed(0)
+    x, change = torch.randn(2, tokens, 40, device=DEVICE, dtype=torch.float16)
+    weight = torch.randn(11, 40, device=DEVICE, dtype=torch.float16)
+    norm = torch.rand(40, device=DEVICE, dtype=torch.float16) + 0.5
+    arguments, arrived = (
+        (weight, None, 4, "softmax_topk", True, 1.5),
+        torch.zeros(tokens, dtype=torch.int32).to(DEVICE),
+    )
+    _, normed, *of_both = routers.normed_route(x, change, norm, 1e-6, *arguments, True, arrived)
+    exact, (logits, *alone) = routers.route(normed, *arguments, False), routers.route(normed, *arguments, True)
+    assert torch.equal(logits, exact[0].half().float()) and not torch.equal(logits, exact[0])
+    expected = logits.softmax(-1).topk(4).values
+    for weights, index in (of_both, alone):
+        torch.testing.assert_close(weights, 1.5 * expected / expected.sum(-1, keepdim=True), rtol=1e-5, atol=0)
+        assert torch.equal(logits.gather(1, index), logits.topk(4).values)
+    assert not arrived.any()

@@ -85,7 +85,7 @@ def route_arguments(gate: nn.Module, config):
     if not plain_router or gate.weight.numel() > 2**20 or limited or config.router_args.get("router_bias"):
         return None
     settings = (config.num_experts_per_tok, config.router_type, config.norm_topk_prob)
-    return gate.weight, gate.e_score_correction_bias, *settings, float(config.routed_scaling_factor)
+    return gate.weight, gate.e_score_correction_bias, *settings, float(config.routed_scaling_factor), False
 
 
 def chooser(gate: nn.Module):

@@ -107,26 +107,26 @@ def projected(*linears: nn.Module):
 
 
 # What a router of Transformers computes, in the words of `routers.route`: the kind of scores, whether those of a
-# token's experts are divided by their sum, and a factor. None where it does more.
+# token's experts are divided by their sum, a factor, and whether logits are rounded. None where it does more.
 def softmax_router(gate: nn.Module):
-    return "softmax_topk", gate.norm_topk_prob, 1.0
+    return "softmax_topk", gate.norm_topk_prob, 1.0, True
 
 
 def mixtral_router(gate: nn.Module):
-    return "softmax_topk", True, 1.0
+    return "softmax_topk", True, 1.0, True
 
 
 def granite_router(gate: nn.Module):
-    return "topk_softmax", False, 1.0
+    return "topk_softmax", False, 1.0, True
 
 
 def deepseek_v2_router(gate: nn.Module):
-    return ("softmax_topk", False, gate.routed_scaling_factor) if gate.topk_method == "greedy" else None
+    return ("softmax_topk", False, gate.routed_scaling_factor, False) if gate.topk_method == "greedy" else None
 
 
 def deepseek_v3_router(gate: nn.Module):
     limited = gate.topk_group < gate.num_group
-    return None if limited else ("sigmoid_topk", gate.norm_topk_prob, gate.routed_scaling_factor)
+    return None if limited else ("sigmoid_topk", gate.norm_topk_prob, gate.routed_scaling_factor, False)
 
 
 ROUTERS = {
@@ -143,8 +143,7 @@ ROUTERS = {
 
 
 def host_arguments(gate: nn.Module):
-    """What `routers.route` needs beside x, whose logits are those of float32 also where the host rounds them to 16
-    bits; None where the router does more."""
+    """What `routers.route` needs beside x; None where the router does more."""
     said = ROUTERS[type(gate).__name__](gate) if type(gate).__name__ in ROUTERS else None
     if said is None or gate.weight.numel() > 2**20:
         return None

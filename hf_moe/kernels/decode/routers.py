@@ -18,7 +18,9 @@ SCORES = {"softmax_topk": 0, "topk_softmax": 1, "sigmoid_topk": 2}
 
 
 @triton.jit
-def logits_kernel(x_ptr, weight_ptr, logits_ptr, D, E, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr):
+def logits_kernel(
+    x_ptr, weight_ptr, logits_ptr, D, E, ROUNDS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
+):
     let_next_start()
     wait_for_last()
     token = tl.program_id(0)
@@ -30,7 +32,10 @@ def logits_kernel(x_ptr, weight_ptr, logits_ptr, D, E, BLOCK_E: tl.constexpr, BL
         x = tl.load(x_ptr + token * D + start + depth, mask=here, other=0.0).to(tl.float32)
         place = weight_ptr + expert[:, None] * D + start + depth[None, :]
         total += x[None, :] * tl.load(place, mask=real[:, None] & here[None, :], other=0.0).to(tl.float32)
-    tl.store(logits_ptr + token * E + expert, tl.sum(total, axis=1), mask=real)
+    logits = tl.sum(total, axis=1)
+    if ROUNDS:
+        logits = logits.to(x_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(logits_ptr + token * E + expert, logits, mask=real)
 
 
 @triton.jit
@@ -152,6 +157,7 @@ def normed_route_kernel(
     SCORE: tl.constexpr,
     BIASED: tl.constexpr,
     NORMED: tl.constexpr,
+    ROUNDS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PART: tl.constexpr,
@@ -174,6 +180,8 @@ def normed_route_kernel(
         tl.store(sum_ptr + token * D + depth, total, mask=here)
         tl.store(normed_ptr + token * D + depth, normed, mask=here)
     logits = tl.sum(normed.to(tl.float32)[None, :] * gate.to(tl.float32), axis=1)
+    if ROUNDS:
+        logits = logits.to(x_ptr.dtype.element_ty).to(tl.float32)
     tl.store(logits_ptr + token * E + expert, logits, mask=expert < E)
     if last_of(arrived_ptr + token, tl.num_programs(1)):
         choose(
@@ -192,10 +200,15 @@ def normed_route_kernel(
         )
 
 
-def router_logits(x: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor) -> None:
-    """x W^T in float32: of 16-bit x and W every product is exact in float32, so a sum in float32 is all it takes."""
+def router_logits(x: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, rounded: bool) -> None:
+    """x W^T in float32: of 16-bit x and W every product is exact in float32, so a sum in float32 is all it takes.
+
+    If `rounded`, to x's dtype, as an ordinary linear layer does.
+    """
     (tokens, dim), experts = x.shape, len(weight)
-    if tokens > MANY and x.is_cuda and x.dtype == weight.dtype != torch.float32:
+    if tokens > MANY and rounded:
+        logits.copy_(torch.mm(x, weight.mT))
+    elif tokens > MANY and x.is_cuda and x.dtype == weight.dtype != torch.float32:
         torch.mm(x, weight.mT, out_dtype=torch.float32, out=logits)
     elif tokens > MANY:
         torch.mm(x.float(), weight.float().mT, out=logits)
@@ -206,6 +219,7 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor) -
             logits,
             dim,
             experts,
+            ROUNDS=rounded,
             BLOCK_E=8,
             BLOCK_D=min(1024, triton.next_power_of_2(dim)),
             num_warps=4,
@@ -221,13 +235,17 @@ def route(
     router_type: str,
     normed: bool,
     scale: float,
+    rounded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits [T, E] and weights [T, K] in float32, expert indices [T, K], of x [T, D] and the gate's weight [E, D]."""
+    """Logits [T, E] and weights [T, K] in float32, expert indices [T, K], of x [T, D] and the gate's weight [E, D].
+
+    The choice is made by logits in x's dtype if `rounded`.
+    """
     tokens, experts = len(x), len(weight)
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
     index = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
-    router_logits(x, weight, logits)
+    router_logits(x, weight, logits, rounded)
     choice_kernel[(tokens,)](
         logits,
         bias,
@@ -258,6 +276,7 @@ def normed_route(
     router_type: str,
     normed: bool,
     scale: float,
+    rounded: bool,
     arrived: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x + change [T, D], its norm, and of that the weights and indices of `route`.
@@ -292,6 +311,7 @@ def normed_route(
         SCORE=SCORES[router_type],
         BIASED=bias is not None,
         NORMED=normed,
+        ROUNDS=rounded,
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_K=triton.next_power_of_2(top_k),
         PART=part,
