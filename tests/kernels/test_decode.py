@@ -1,5 +1,11 @@
 """The kernels of a decoding step against the modules whose place they take; on the CPU by Triton's interpreter."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,9 +13,11 @@ pytest.importorskip("triton")
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 from hf_moe.kernels.decode import fused, moe_forward, routers
+from hf_moe.kernels.tiles import SHARED_MEMORY
 from hf_moe.model.decoding import HfMoeReservedCache
 from hf_moe.model.rms_norm import HfMoeRMSNorm
 
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
@@ -195,3 +203,14 @@ def test_routers_logits_are_rounded_where_a_linear_layers_are(tokens):
         torch.testing.assert_close(weights, 1.5 * expected / expected.sum(-1, keepdim=True), rtol=1e-5, atol=0)
         assert torch.equal(logits.gather(1, index), logits.topk(4).values)
     assert not arrived.any()
+
+
+def test_a_steps_kernels_compile_for_a_card_that_is_not_here():
+    """The interpreter lets pass what the compiler refuses."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_worker"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    memory = json.loads(done.stdout.splitlines()[-1])
+    assert {name.split(".")[0] for name in memory} >= {"few_tokens", "experts", "grouped", "latent", "routers"}
+    assert max(memory.values()) <= SHARED_MEMORY

@@ -1,0 +1,83 @@
+"""A decoding step's kernels, compiled for a Hopper card without one: what Triton's interpreter does not refuse.
+
+Prints the kernels, and the bytes of shared memory that a program of each takes.
+"""
+
+import json
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import ty_to_cpp
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from hf_moe import HfMoeConfig, HfMoeForCausalLM
+from hf_moe.kernels.decode import fused
+from hf_moe.model.decoding import HfMoeReservedCache
+
+SIZES = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 192, "moe_intermediate_size": 96}
+SIZES |= {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"], "num_attention_heads": 4, "pad_token_id": 0}
+SIZES |= {"num_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1, "max_position_embeddings": 8192}
+LATENT = {"kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
+ATTENTIONS = {
+    "grouped": {"head_dim": 64, "num_key_value_heads": 2, "qk_norm": "projection"},
+    "latent": {"attention_type": "mla", **LATENT},
+}
+
+
+class NoCard:
+    """A driver whose card is a Hopper that nothing is launched on."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_device_interface(self):
+        return torch.cuda
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, kind):
+        return ty_to_cpp(kind)
+
+
+def step(attention: str, rows: int, positions: int) -> None:
+    """Launch a step's kernels on numbers that don't matter."""
+    torch.set_default_dtype(torch.bfloat16)
+    model = HfMoeForCausalLM(HfMoeConfig(**SIZES, **ATTENTIONS[attention])).eval()
+    torch.set_default_dtype(torch.float32)
+    cache = HfMoeReservedCache(2, positions)
+    ids = torch.zeros(rows, 1, dtype=torch.long)
+    model(ids, past_key_values=cache)
+    with fused(model, rows):
+        for layer in cache.layers:
+            layer.recorded = True
+        model(ids, position_ids=ids, past_key_values=cache)
+
+
+def main() -> None:
+    launch, memory = JITFunction.run, {}
+
+    def compiled(kernel, *args, grid, warmup, **options):
+        made = launch(kernel, *args, grid=grid, warmup=True, **options)
+        name = f"{kernel.fn.__module__.split('.')[-1]}.{kernel.fn.__name__}"
+        memory[name] = max(memory.get(name, 0), made.metadata.shared)
+        return made
+
+    driver.set_active(NoCard())
+    JITFunction.run = compiled
+    with torch.no_grad():
+        for attention in ATTENTIONS:
+            for rows, positions in ((1, 256), (1, 8192), (4, 256), (16, 256)):
+                step(attention, rows, positions)
+    print(json.dumps(memory))
+
+
+if __name__ == "__main__":
+    main()
