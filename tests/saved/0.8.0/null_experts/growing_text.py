@@ -1,0 +1,87 @@
+"""A text as `generate()` writes it, token by token: shared by the loops that decode faster than Transformers' own.
+
+Shapes: B rows, N tokens so far, V vocabulary.
+"""
+
+import torch
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+
+from .host import CACHE, pad_token
+
+
+class GrowingText:
+    """ids [B, N]; `unfinished` [B]; `scores` and `raw_logits`: a [B, V] for each new token, where they are asked for.
+
+    Processors and criteria are asked once a token, in order, as by Transformers' `_sample`.
+    """
+
+    def __init__(
+        self,
+        ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer=None,
+    ):
+        self.ids, self.config, self.streamer = ids, config, streamer
+        self.processors, self.criteria = logits_processor, stopping_criteria
+        self.limit = stopping_criteria.max_length
+        self.ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        # A length alone is known without asking the device.
+        self.watched = any(not isinstance(criterion, MaxLengthCriteria) for criterion in stopping_criteria)
+        self.unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        self.scores = self.raw_logits = ()
+
+    def process(self, logits: torch.Tensor) -> torch.Tensor:
+        """The processed scores [B, V] of the next token, from its `logits` [B, V], which may be overwritten."""
+        if self.config.output_logits:
+            self.raw_logits += (logits.clone(),)
+        scores = self.processors(self.ids, logits)
+        if self.config.output_scores:
+            self.scores += (scores.clone(),)
+        return scores
+
+    def add(self, token: torch.Tensor) -> torch.Tensor:
+        """Append the tokens [B], padding in rows that have ended; returns what was appended."""
+        if self.ends:
+            token = torch.where(self.unfinished, token, pad_token(self.config).to(token))
+        self.ids = torch.cat((self.ids, token.unsqueeze(1)), dim=1)
+        if self.streamer is not None:
+            self.streamer.put(token.cpu())
+        if self.watched:
+            self.unfinished = self.unfinished & ~self.criteria(self.ids, self.scores or None)
+        return token
+
+    def take_back(self) -> None:
+        """Remove the last token."""
+        self.ids, self.scores, self.raw_logits = self.ids[:, :-1], self.scores[:-1], self.raw_logits[:-1]
+
+    @property
+    def full(self) -> bool:
+        """Whether it is as long as it may be."""
+        return self.limit is not None and self.ids.shape[1] >= self.limit
+
+    @property
+    def ended(self) -> torch.Tensor:
+        """Whether no row goes on, but for the length; a scalar on the device."""
+        return ~self.unfinished.any()
+
+    def output(self, cache, kind: type = GenerateDecoderOnlyOutput, **further):
+        """What `generate` returns: the ids, or where the config asks for it a `kind` of output."""
+        if self.streamer is not None:
+            self.streamer.end()
+        if not self.config.return_dict_in_generate:
+            return self.ids
+        return kind(
+            sequences=self.ids,
+            scores=self.scores if self.config.output_scores else None,
+            logits=self.raw_logits if self.config.output_logits else None,
+            **{CACHE: cache},
+            **further,
+        )
