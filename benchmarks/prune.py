@@ -9,6 +9,9 @@ REAP, its routers and experts trained for --distil-steps with its parent as the 
 parent is trained no further, so that this gains from more training, too. Without a GPU the recipes are those of
 `tiny`.
 
+Copied experts come to differ in training alone. With --strategy drop half of each one's neurons are drawn anew
+(Drop-Upcycling, https://arxiv.org/abs/2502.19261), so that they differ from the start.
+
 A seed is an experiment of its own: router, order of the rows, calibration texts and random choice come from it. With
 one mixture for all of them, three calibrations would choose nearly the same experts, and count as three.
 
@@ -147,7 +150,8 @@ def mixture(args: argparse.Namespace, setting: Setting, seed: int) -> Path:
     """The dense model with experts that have come to differ."""
     start, output = args.work / f"upcycled-{seed}", args.work / f"parent-{seed}"
     shutil.rmtree(start, ignore_errors=True)
-    upcycle(args.model, start, experts=EXPERTS, top_k=TOP_K, seed=seed, verify=False, progress=False)
+    how = {"experts": EXPERTS, "top_k": TOP_K, "strategy": args.strategy, "seed": seed}
+    upcycle(args.model, start, **how, verify=False, progress=False)
     batch = setting.rows * setting.length
     how_long = {"train_tokens": args.steps * batch, "batch_tokens": batch, "ema_decay": None}
     trained("continue", start, output, setting, train_data=str(args.work / "train.jsonl"), seed=seed, **how_long)
@@ -215,7 +219,8 @@ def experiment(args: argparse.Namespace, setting: Setting, device: str) -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "versions": versions,
         "model": args.model.name,
-        "setting": setting._asdict() | {"steps": args.steps, "distil_steps": args.distil_steps, "seen": SEEN},
+        "setting": setting._asdict()
+        | {"strategy": args.strategy, "steps": args.steps, "distil_steps": args.distil_steps, "seen": SEEN},
         "domains": list(domains),
         "held_out_tokens": sum(x.numel() for x in held_out.values()),
         "runs": [],
@@ -287,10 +292,10 @@ def table(report: dict) -> str:
     lines = [
         f"# {KEPT} of {EXPERTS} experts",
         "",
-        f"{report['model']}, upcycled to {EXPERTS} experts, {TOP_K} a token, and trained for {setting['steps']} steps "
-        f"of {setting['rows'] * setting['length']:,} tokens on {len(domains)} domains; distilled for "
-        f"{setting['distil_steps']} steps of half as many. Held-out loss, nats a token, mean over domains; each seed "
-        "has a mixture of its own.",
+        f"{report['model']}, upcycled to {EXPERTS} experts ({setting['strategy']}), {TOP_K} a token, and trained for "
+        f"{setting['steps']} steps of {setting['rows'] * setting['length']:,} tokens on {len(domains)} domains; "
+        f"distilled for {setting['distil_steps']} steps of half as many. Held-out loss, nats a token, mean over "
+        "domains; each seed has a mixture of its own.",
         "",
         f"| | {seeds} | mean | above {PARENT} |",
         f"|---|{'--:|' * (len(runs) + 2)}",
@@ -317,6 +322,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of .txt files, one a domain")
     parser.add_argument("--work", type=Path, required=True, help="folder for the models of all seeds")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--strategy", choices=("copy", "drop"), default="copy", help="of the upcycling")
     parser.add_argument("--steps", type=int, default=120, help="of each mixture's training")
     parser.add_argument("--distil-steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3, help="how many")

@@ -53,7 +53,7 @@ def run(data, tmp_path, monkeypatch):
 
 
 def test_from_texts_to_table(run, tmp_path):
-    (one,) = run("--steps", "3", "--seeds", "1")["runs"]
+    (one,) = run("--steps", "3", "--seeds", "1", "--strategy", "drop")["runs"]
     assert set(one["losses"]) == {prune.PARENT, *prune.PRUNED, prune.DISTILLED}
     for found in one["losses"].values():
         assert set(found) == {"stories", "sums", "mean"}
