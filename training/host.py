@@ -5,6 +5,7 @@ As hf_moe/model/host.py does for the model; what is TRL's and PEFT's is in host_
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from inspect import signature
 from typing import Any
@@ -13,6 +14,7 @@ import accelerate.utils
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, Trainer
 from transformers import trainer as trainer_module
@@ -21,6 +23,7 @@ from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATION
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.trainer import OPTIMIZER_NAME as OPTIMIZER_NAME
 from transformers.trainer import SCHEDULER_NAME as SCHEDULER_NAME
 from transformers.trainer import TRAINER_STATE_NAME as TRAINER_STATE_NAME
 from transformers.trainer import TRAINING_ARGS_NAME as TRAINING_ARGS_NAME
@@ -241,6 +244,17 @@ def autocast_forward(accelerator: Accelerator, model: nn.Module) -> None:
     )
     model._original_forward = model.forward
     model.forward = autocast(model.forward)
+
+
+def share_rows(accelerator: Accelerator, mesh: DeviceMesh) -> None:
+    """Processes of one row of the mesh get the same batches, as under tensor parallelism."""
+    accelerator._prepare_device_mesh = lambda: mesh
+
+
+def leave_whole(accelerator: Accelerator, clip: Callable) -> None:
+    """A model whose gradients are summed elsewhere: none of Accelerate's wrappers, and `clip` clips them."""
+    accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
+    accelerator.clip_grad_norm_ = clip
 
 
 @contextmanager

@@ -1,0 +1,110 @@
+"""Micro-batches of any shapes through the stages of a pipeline: forward and back by a schedule, or forward alone."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage
+
+from .parts import Part
+from .schedules import Schedule, process_of
+
+
+class Stage(PipelineStage):
+    """PyTorch's, whose micro-batches all have one shape, with a shape for each."""
+
+    def __init__(self, part: Part, stages: int, size: int, dtype: torch.dtype, device: torch.device, group):
+        def states() -> torch.Tensor:
+            return torch.empty(1, 1, size, dtype=dtype, device="meta", requires_grad=True)
+
+        number = torch.zeros(1, dtype=torch.long, device="meta")
+        loss = torch.empty((), device="meta", requires_grad=True)
+        super().__init__(
+            part,
+            part.stage,
+            stages,
+            device,
+            input_args=number if part.first else states(),
+            output_args=loss if part.last else states(),
+            group=group,
+        )
+        self.shapes: list[tuple[int, ...]] = []
+
+    def take(self, shapes: list[tuple[int, ...]]) -> None:
+        """The shapes of the micro-batches to come, (B, S, D) each."""
+        self.shapes = shapes
+        self.make_room()
+
+    def make_room(self) -> None:
+        """Buffers to receive into, in place of those of one shape."""
+        for received in (self.args_recv_info, self.grad_recv_info):
+            for number, infos in received.items():
+                for info in infos:
+                    if not info.is_root_arg and info.buffer is not None:
+                        info.buffer = info.buffer.new_empty(self.shapes[number])
+
+    def _prepare_forward_infra(self, *args, **kwargs):
+        found = super()._prepare_forward_infra(*args, **kwargs)
+        self.make_room()
+        return found
+
+    def _prepare_backward_infra(self, *args, **kwargs):
+        found = super()._prepare_backward_infra(*args, **kwargs)
+        self.make_room()
+        return found
+
+
+class Passes:
+    """Of one process's `parts` in a pipeline of `group`; hidden states have `size` numbers of `dtype`."""
+
+    def __init__(self, parts: list[Part], schedule: Schedule, size: int, dtype: torch.dtype, device, group):
+        self.parts, self.schedule = parts, schedule
+        self.size, self.dtype, self.device, self.group = size, dtype, device, group
+        self.processes = dist.get_world_size(group)
+        self.stages = self.processes * schedule.stages
+        self.made: dict[int, tuple] = {}  # number of micro-batches -> their schedule, and its stages
+
+    def forward_and_back(self, shapes: list[tuple[int, int]]) -> None:
+        """All micro-batches, of shapes (B, S); gradients add up in the weights."""
+        count = len(shapes)
+        if count not in self.made:
+            given = (self.stages, self.size, self.dtype, self.device, self.group)
+            stages = [Stage(part, *given) for part in self.parts]
+            kind = self.schedule.runs if self.schedule.fits(count, self.processes) else self.schedule.short
+            runs = kind(
+                stages[0] if self.schedule.stages == 1 else stages,
+                count,
+                loss_fn=lambda loss, number: loss,
+                scale_grads=False,
+            )
+            self.made[count] = runs, stages
+        runs, stages = self.made[count]
+        for stage in stages:
+            stage.take([(*shape, self.size) for shape in shapes])
+        numbers = torch.arange(count)
+        first = (numbers,) if self.parts[0].first else ()
+        runs.step(*first, number=numbers, target=numbers, return_outputs=False)
+
+    @torch.no_grad()
+    def forward(self, shapes: list[tuple[int, int]]) -> None:
+        """All micro-batches through one stage of this process, then through its next."""
+        sent, states = [], [None] * len(shapes)
+        for part in self.parts:
+            before, after = (self.peer(part.stage + step) for step in (-1, 1))
+            for number, shape in enumerate(shapes):
+                received = states[number]
+                if not part.first and before != self.here:
+                    received = torch.empty(*shape, self.size, dtype=self.dtype, device=self.device)
+                    dist.recv(received, group_src=before, group=self.group)
+                output = part(received, torch.tensor(number))
+                states[number] = output
+                if not part.last and after != self.here:
+                    output = output.contiguous()
+                    sent.append((dist.isend(output, group_dst=after, group=self.group), output))
+        for work, _ in sent:
+            work.wait()
+
+    def peer(self, stage: int) -> int:
+        return process_of(stage % self.stages, self.processes, self.schedule.folded)
+
+    @property
+    def here(self) -> int:
+        return dist.get_rank(self.group)
