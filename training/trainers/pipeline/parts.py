@@ -38,7 +38,7 @@ class Received(nn.Module):
 class Part(nn.Module):
     """One stage of a model. Called with what the stage before sent and the number of a micro-batch, it asks `run`.
 
-    `modules_` are those that it has, `layers` the decoder's list with only its own layers in it.
+    `own` are the modules that it has, `layers` the decoder's list with only its own layers in it.
     """
 
     def __init__(self, model: PreTrainedModel, stage: int, stages: int, layers: nn.ModuleList, own: list[nn.Module]):
@@ -48,6 +48,15 @@ class Part(nn.Module):
         self.whole = [model]  # in a list: not a module of the part's
         self.layers_here = [layers]
         self.run: Callable | None = None
+
+    @property
+    def computes_again(self) -> bool:
+        """Whether layers are computed again in the backward pass."""
+        return any(getattr(part, "gradient_checkpointing", False) for part in self.modules())
+
+    @property
+    def embeds_twice(self) -> bool:
+        return self.last and len(getattr(self.whole[0].base_model, "mtp_layers", ())) > 1
 
     def forward(self, received: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         return self.run(self, received, int(number))
@@ -136,9 +145,9 @@ def cut(model: PreTrainedModel, stages: int, own: list[int]) -> list[Part]:
     for stage in own:
         here = range(stage * each, (stage + 1) * each)
         listed = nn.ModuleList(layer if n in here else Elsewhere() for n, layer in enumerate(whole))
-        modules = [whole[n] for n in here]
-        modules += [getattr(decoder, embedding)] if stage == 0 or (stage == last and embeds_last) else []
+        modules = [getattr(decoder, embedding)] if stage == 0 or (stage == last and embeds_last) else []
         modules += beside if stage == last else []
+        modules += [whole[n] for n in here]
         parts.append(Part(model, stage, stages, listed, modules))
 
     for n in range(len(whole)):

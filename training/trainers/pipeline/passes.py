@@ -1,5 +1,7 @@
 """Micro-batches of any shapes through the stages of a pipeline: forward and back by a schedule, or forward alone."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
@@ -8,8 +10,18 @@ from .parts import Part
 from .schedules import Schedule, process_of
 
 
+def at_once() -> Callable[[], None]:
+    """Of a stage that does not take gradients of weights apart from those of inputs: what is left of the former."""
+    return lambda: None
+
+
 class Stage(PipelineStage):
-    """PyTorch's, whose micro-batches all have one shape, with a shape for each."""
+    """PyTorch's, whose micro-batches all have one shape, with a shape for each.
+
+    It takes gradients of inputs and of weights apart where the schedule says so, but not of layers that compute their
+    forward again, which would do that twice, and not with several MTP modules: the embedding's has to go through the
+    later ones to the earlier, where PyTorch looks for gradients of weights.
+    """
 
     def __init__(self, part: Part, stages: int, size: int, dtype: torch.dtype, device: torch.device, group):
         def states() -> torch.Tensor:
@@ -25,6 +37,7 @@ class Stage(PipelineStage):
             input_args=number if part.first else states(),
             output_args=loss if part.last else states(),
             group=group,
+            dw_builder=at_once if part.computes_again or part.embeds_twice else None,
         )
         self.shapes: list[tuple[int, ...]] = []
 
