@@ -18,6 +18,7 @@ from hf_moe.generation_settings import mend_generation_config
 from hf_moe.hub.card import render_card
 from hf_moe.hub.folder import WEIGHTS
 
+from ..balance.moe_arguments import row_processes
 from ..host import PREFIX_CHECKPOINT_DIR
 from ..weights.esft import chosen_experts, save_rows
 from .checkpoints import ADAPTER_FILE, last_checkpoint
@@ -127,7 +128,7 @@ def planned_saves(trainer: Trainer, args: TrainingArguments) -> int:
             rows = len(trainer.train_dataset)
         except TypeError:  # streamed: its end is not known
             return 1
-        steps = math.ceil(rows / args.train_batch_size / args.world_size / args.gradient_accumulation_steps)
+        steps = math.ceil(rows / args.train_batch_size / row_processes(args) / args.gradient_accumulation_steps)
         steps = math.ceil(steps * args.num_train_epochs)
     every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
     return math.ceil((steps - trainer.state.global_step) / every) if args.save_strategy == "steps" else 1

@@ -4,8 +4,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedConfig, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import TrainingArguments
+
+from hf_moe.reading import auto_config
 
 from .schedules import SCHEDULES
 
@@ -69,30 +70,31 @@ def check_pipeline(pipeline: PipelineArguments, args: TrainingArguments, *others
                 raise ValueError(
                     f"{argument} is {value}, and pipeline_parallel_size {size}, which go not together: leave one out."
                 )
-    if is_deepspeed_zero3_enabled() or any(os.environ.get(x) == "true" for x in SHARDED):
+    if any(os.environ.get(name) == "true" for name in SHARDED):
         raise ValueError(
             f"pipeline_parallel_size is {size}, and a launch file shards the weights, too: start with --accelerate "
             "pipeline."
         )
 
 
-def check_micro_batches(args: TrainingArguments, tokens: bool = False) -> None:
-    """Raises ValueError where the micro-batches of a step do not fill the schedule; `tokens` decided their number."""
+def check_micro_batches(args: TrainingArguments, decides: str) -> None:
+    """Raises ValueError where the micro-batches of a step do not fill the schedule; the argument `decides` gives their
+    number."""
     size, name, count = args.pipeline_parallel_size, args.pipeline_schedule, args.gradient_accumulation_steps
     schedule = SCHEDULES[name]
     if size > 1 and not schedule.fits(count, size):
-        way = "more --batch_tokens" if tokens else "another --gradient_accumulation_steps"
         raise ValueError(
             f"pipeline_schedule is {name}, which needs {schedule.needs}, and a step has {count} micro-batches for "
-            f"{size} processes: give {way}, or another schedule."
+            f"{size} processes: give another --{decides}, or another schedule."
         )
 
 
-def check_layers(config: PreTrainedConfig, args: TrainingArguments) -> None:
-    """Raises ValueError where a model of this configuration cannot be cut so."""
+def check_layers(source: str, model_args: Any, args: TrainingArguments) -> None:
+    """Raises ValueError where the model in `source` cannot be cut so, by its configuration."""
     size = args.pipeline_parallel_size
     if size == 1:
         return
+    config = auto_config(source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code)
     text = config.get_text_config()
     multiplier = getattr(text, "embedding_multiplier", 1)
     if multiplier not in (None, 1) and config.model_type != "hf_moe":

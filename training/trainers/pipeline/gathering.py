@@ -11,9 +11,7 @@ def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers as a model is saved by them; of those with two names, one."""
     parameters = dict(model.named_parameters())
     state = model.state_dict(keep_vars=True)
-    return {
-        name: x.detach() for name, x in state.items() if name in parameters or not isinstance(x, nn.Parameter)
-    }
+    return {name: x.detach() for name, x in state.items() if name in parameters or not isinstance(x, nn.Parameter)}
 
 
 def on_first(own: dict[str, torch.Tensor], group, device: torch.device) -> dict[str, torch.Tensor]:

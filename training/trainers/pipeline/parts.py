@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from hf_moe.model.multi_token import shifted
 
-
 NAMES = ("embed_tokens", "layers", "norm")  # of most decoders, those without a plan too, as of OLMoE
 
 

@@ -70,15 +70,15 @@ class Pipeline:
         own = [stage for stage in range(stages) if process_of(stage, size, schedule.folded) == self.place]
         dtype = next(model.base_model.parameters()).dtype
         self.parts = cut(model, stages, own)
-        self.passes = Passes(self.parts, schedule, model.config.get_text_config().hidden_size, dtype, args.device, self.stages)
+        self.passes = Passes(
+            self.parts, schedule, model.config.get_text_config().hidden_size, dtype, args.device, self.stages
+        )
         self.embeddings = self.with_embedding(model)
         self.check_routers(model)
 
     def with_embedding(self, model: PreTrainedModel) -> tuple[nn.Parameter, Any] | None:
         """The embedding's weight, and the two processes that have it, of the first stage and the last; else None."""
-        groups = [
-            dist.new_group([row[0], row[self.last]]) if self.last else None for row in self.mesh.mesh.tolist()
-        ]
+        groups = [dist.new_group([row[0], row[self.last]]) if self.last else None for row in self.mesh.mesh.tolist()]
         has_it = isinstance(model.get_input_embeddings(), nn.Embedding)
         both = [None] * self.size
         dist.all_gather_object(both, has_it, group=self.stages)
@@ -87,7 +87,7 @@ class Pipeline:
         return model.get_input_embeddings().weight, groups[dist.get_rank(self.rows)]
 
     def check_routers(self, model: PreTrainedModel) -> None:
-        """Raises ValueError, on all processes, where one has no router and another has: balancing is by all at once."""
+        """Raises ValueError, on all processes, where one has no router and another has: they are balanced at once."""
         have = [None] * self.size
         dist.all_gather_object(have, bool(find_routers(model)), group=self.stages)
         if any(have) and not all(have):
@@ -136,8 +136,8 @@ def check_model(model: PreTrainedModel) -> None:
     for name, router in find_routers(model).items():
         if router.policy:
             raise ValueError(
-                f"pipeline_parallel_size is above 1, but {name} is a policy (reinforce), which learns from a loss that "
-                "only the last stage knows: train with --accelerate fsdp2."
+                f"pipeline_parallel_size is above 1, but {name} is a policy (reinforce), which learns from a loss "
+                "that only the last stage knows: train with --accelerate fsdp2."
             )
 
 
