@@ -4,6 +4,7 @@ Run by torchrun it writes what each case in argv[2:] finds to the folder argv[1]
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hf_moe.training.trainers.pipeline.gathering import on_first
 from hf_moe.training.trainers.pipeline.trainer import trainer_for
 from hf_moe.training.trainers.sft_trainer import MoeSFTConfig
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from hf_moe.demo import DEMO_MODEL
 from tests.processes import leave
@@ -24,13 +26,23 @@ ROUTING = {**COEFFICIENTS, "router_bias_update_speed": 1e-2}
 MTP = {"num_mtp_layers": 2, "mtp_loss_coef": 0.5}
 PLAIN = {"router_aux_loss_coef": 3.0, "router_z_loss_coef": 0.3}
 
+QUANTILE = {"router_bias_update": "quantile", "router_bias_update_speed": 0.5}
+LAST_STEP = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 3}  # of three micro-batches
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
+
 # Name -> model, and the arguments of its run.
 CASES = {
     "hf_moe": (lambda: hf_moe(**FOUR, **BIASED), ROUTING),
+    "rows": (lambda: hf_moe(**FOUR, **BIASED), ROUTING),
     "mtp": (lambda: hf_moe(**FOUR, **BIASED, **MTP), ROUTING),
     "tied": (lambda: hf_moe(**FOUR, tie_word_embeddings=True, embedding_multiplier=3.0), PLAIN),
     "micro_batch": (lambda: hf_moe(**FOUR), PLAIN | {"balance_over": "micro_batch", "log_each_router": True}),
     "checkpointed": (lambda: hf_moe(**FOUR), PLAIN | {"gradient_checkpointing": True}),
+    "selective": (lambda: hf_moe(**FOUR), PLAIN | {"gradient_checkpointing": "selective"}),
+    "quantile": (lambda: hf_moe(**FOUR, **ONE_GROUP, **BIASED), QUANTILE),
+    "threshold": (lambda: hf_moe(**FOUR, router_type="expert_threshold"), PLAIN),
+    "short": (lambda: hf_moe(**FOUR), PLAIN | LAST_STEP),
+    "dense": (lambda: hf_moe(**FOUR, **ONE_GROUP, mlp_layer_types=["dense"] * 4), {}),
     "olmoe": (lambda: olmoe(**FOUR), PLAIN),
     "deepseek_v3": (lambda: deepseek_v3(**FOUR), {"router_bias_update_speed": 1e-2, "router_aux_loss_coef": 3.0}),
 }
@@ -46,10 +58,9 @@ class First(Gradient):
 
 def run(name: str, schedule: str, size: int, folder: Path, resume: str | None = None, processes: int = 1, **changes):
     """The trainer, and the gradient of its first step, of the weights here."""
-    from transformers import AutoTokenizer
-
     build, arguments = CASES[name]
     gradient = First()
+    gradient.value = None
     args = MoeSFTConfig(
         output_dir=str(folder),
         **{
@@ -58,7 +69,7 @@ def run(name: str, schedule: str, size: int, folder: Path, resume: str | None = 
             "per_device_eval_batch_size": 3,
             "gradient_accumulation_steps": 4,
             "max_grad_norm": 1.0,
-            "learning_rate": 1e-2,
+            "learning_rate": 1e-3,  # what Adam makes of the rounding of small gradients stays small
             "lr_scheduler_type": "constant",
             "logging_steps": 1,
             "eval_strategy": "steps",
@@ -98,17 +109,19 @@ def found(trainer) -> dict:
 
 
 def main(folder: str, *words: str):
+    """Each word is CASE:SCHEDULE:SIZE, and @RUN after it where it goes on from the first step of another's run."""
+    processes = int(os.environ["WORLD_SIZE"])
     for word in words:
-        name, schedule, size = word.split(":")
-        place = Path(folder) / word.replace(":", "-")
-        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 2
-        trainer, gradient = run(name, schedule, int(size), place, processes=processes)
-        pipeline = trainer.pipeline
-        whole = on_first(gradient, pipeline.stages, torch.device("cpu"))
-        every = [None] * torch.distributed.get_world_size()
+        name, schedule, size = word.partition("@")[0].split(":")
+        place, _, other = word.replace(":", "-").partition("@")
+        place = Path(folder) / (f"{place}-resumed" if other else place)
+        resume = str(Path(folder) / other / "checkpoint-1") if other else None
+        trainer, gradient = run(name, schedule, int(size), place, resume, processes)
+        gradient = on_first(gradient or {}, trainer.pipeline.stages, torch.device("cpu"))
+        every = [None] * processes
         torch.distributed.all_gather_object(every, found(trainer))
         if torch.distributed.get_rank() == 0:
-            save_file(whole, place / "gradient.safetensors")
+            save_file(gradient, place / "gradient.safetensors")
             (place / "found.json").write_text(json.dumps(every))
     leave()
 

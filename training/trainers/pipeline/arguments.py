@@ -56,7 +56,7 @@ def check_pipeline(pipeline: PipelineArguments, args: TrainingArguments, *others
     """
     size, name = pipeline.pipeline_parallel_size, pipeline.pipeline_schedule
     args.pipeline_parallel_size, args.pipeline_schedule = size, name
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = args.world_size
     if size < 1 or processes % size:
         raise ValueError(
             f"pipeline_parallel_size is {size}, which does not divide the {processes} processes of this run: start "
