@@ -45,6 +45,9 @@ BUBBLES: dict[str, Callable[[int, float, float, float], float]] = {
 def bubble_share(
     schedule: str, processes: int, micro_batches: int, forward: float, backward: float, weights: float
 ) -> float:
-    """The part of a step in which a process waits."""
+    """The part of a step in which a process of a pipeline waits, under a schedule of BUBBLES.
+
+    `forward`, `backward` and `weights` are the times F, B and W of a micro-batch, in any unit.
+    """
     bubble = BUBBLES[schedule](processes, forward, backward, weights)
     return bubble / (bubble + micro_batches * (forward + backward))
