@@ -128,7 +128,7 @@ def measured(name: str, device: torch.device) -> dict:
 
     for part in parts:
         part.run = run
-    passes = Passes(parts, schedule, sizes["hidden_size"], model.dtype, device, dist.group.WORLD)
+    passes = Passes(parts, schedule, sizes["hidden_size"], model.dtype, device, *[dist.group.WORLD] * 2)
     states = torch.randn(*shape, sizes["hidden_size"], device=device, dtype=model.dtype)
     alone = times_alone(parts, states, device)
 

@@ -83,9 +83,10 @@ def bytes_to_write(trainer: Trainer, beside: int) -> int:
     Adam, where one of these is asked for, and not otherwise.
     """
     model, args = trainer.moe, trainer.args
-    trained = [x for x in trainer.model.parameters() if x.requires_grad]
+    weights = trainer.weights_to_save()
+    trained = [x for x in weights if x.requires_grad]
     rows = bool(chosen_experts(model))
-    saved = trained if rows or trainer.model is not model else list(model.parameters())
+    saved = trained if rows or trainer.model is not model else weights
     moments = 2 if args.optim.startswith("adamw_torch") and args.optim.count("bit") == 0 else 0
     averaged = 0 if trainer.average is None else 4 * count(trained)
     checkpoint = size(saved) + averaged + (0 if args.save_only_model else moments * size(trained))

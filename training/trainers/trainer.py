@@ -276,6 +276,10 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
             self.model_accepts_loss_kwargs and num_items_in_batch is not None
         )
 
+    def weights_to_save(self) -> list[nn.Parameter]:
+        """Those of the trained model, for what a save will take."""
+        return list(self.model.parameters())
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.casts_under_fsdp2 and self.optimizer is None:
             shard_experts(self)  # which Accelerate leaves as they are, when it shards the rest

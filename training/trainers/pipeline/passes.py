@@ -66,11 +66,15 @@ class Stage(PipelineStage):
 
 
 class Passes:
-    """Of one process's `parts` in a pipeline of `group`; hidden states have `size` numbers of `dtype`."""
+    """Of one process's `parts` in a pipeline of `group`; hidden states have `size` numbers of `dtype`.
 
-    def __init__(self, parts: list[Part], schedule: Schedule, size: int, dtype: torch.dtype, device, group):
+    `back` are the first process and the last, for the way from the last to the first: NCCL takes what two processes
+    send each other in one order, in which they might wait for each other.
+    """
+
+    def __init__(self, parts: list[Part], schedule: Schedule, size: int, dtype: torch.dtype, device, group, back):
         self.parts, self.schedule = parts, schedule
-        self.size, self.dtype, self.device, self.group = size, dtype, device, group
+        self.size, self.dtype, self.device, self.group, self.back = size, dtype, device, group, back
         self.processes = dist.get_world_size(group)
         self.stages = self.processes * schedule.stages
         self.made: dict[int, tuple] = {}  # number of micro-batches -> their schedule, and its stages
@@ -101,23 +105,22 @@ class Passes:
         """All micro-batches through one stage of this process, then through its next."""
         sent, states = [], [None] * len(shapes)
         for part in self.parts:
-            before, after = (self.peer(part.stage + step) for step in (-1, 1))
             for number, shape in enumerate(shapes):
                 received = states[number]
-                if not part.first and before != self.here:
+                if not part.first and (way := self.way(part.stage - 1)) is not None:
                     received = torch.empty(*shape, self.size, dtype=self.dtype, device=self.device)
-                    dist.recv(received, group_src=before, group=self.group)
-                output = part(received, torch.tensor(number))
-                states[number] = output
-                if not part.last and after != self.here:
-                    output = output.contiguous()
-                    sent.append((dist.isend(output, group_dst=after, group=self.group), output))
+                    dist.recv(received, src=way[0], group=way[2])
+                states[number] = part(received, torch.tensor(number))
+                if not part.last and (way := self.way(part.stage)) is not None:
+                    sent.append((dist.isend(states[number], dst=way[1], group=way[2]), states[number]))
         for work, _ in sent:
             work.wait()
 
-    def peer(self, stage: int) -> int:
-        return process_of(stage % self.stages, self.processes, self.schedule.folded)
-
-    @property
-    def here(self) -> int:
-        return dist.get_rank(self.group)
+    def way(self, stage: int) -> tuple[int, int, dist.ProcessGroup] | None:
+        """From a stage to the next: sender, receiver, and by which group; None within a process."""
+        source, target = (process_of(x, self.processes, self.schedule.folded) for x in (stage, stage + 1))
+        if source == target:
+            return None
+        ranks = dist.get_process_group_ranks(self.group)
+        turns = not self.schedule.folded and target == 0
+        return ranks[source], ranks[target], self.back if turns else self.group

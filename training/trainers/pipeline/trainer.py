@@ -45,10 +45,10 @@ class WithLoss(torch.autograd.Function):
 
 
 class Whole(NamedTuple):
-    """Of a model, before it is cut: its routers, and its weights that train, by name."""
+    """Of a model, before it is cut: its routers' names, and its weights without what is in them."""
 
     routers: list[str]
-    trained: list[str]
+    weights: dict[str, nn.Parameter]
 
 
 class Pipeline:
@@ -65,26 +65,30 @@ class Pipeline:
         self.rows, self.stages = (self.mesh[x].get_group() for x in self.mesh.mesh_dim_names)
         self.place, stages = dist.get_rank(self.stages), size * schedule.stages
         self.last = process_of(stages - 1, size, schedule.folded)
-        trained = [name for name, x in model.named_parameters() if x.requires_grad]
-        self.whole = Whole(list(find_routers(model)), trained)
+        weights = {name: nn.Parameter(x.detach().to("meta"), x.requires_grad) for name, x in model.named_parameters()}
+        self.whole = Whole(list(find_routers(model)), weights)
         own = [stage for stage in range(stages) if process_of(stage, size, schedule.folded) == self.place]
-        dtype = next(model.base_model.parameters()).dtype
+        states = model.config.get_text_config().hidden_size, next(model.base_model.parameters()).dtype
         self.parts = cut(model, stages, own)
-        self.passes = Passes(
-            self.parts, schedule, model.config.get_text_config().hidden_size, dtype, args.device, self.stages
-        )
+        back = self.group([0, self.size - 1])
+        self.passes = Passes(self.parts, schedule, *states, args.device, self.stages, back)
         self.embeddings = self.with_embedding(model)
         self.check_routers(model)
 
+    def group(self, places: list[int]) -> Any:
+        """The processes at these places of this pipeline. To be called by all processes of all pipelines."""
+        groups = [dist.new_group([row[place] for place in places]) for row in self.mesh.mesh.tolist()]
+        return groups[dist.get_rank(self.rows)]
+
     def with_embedding(self, model: PreTrainedModel) -> tuple[nn.Parameter, Any] | None:
         """The embedding's weight, and the two processes that have it, of the first stage and the last; else None."""
-        groups = [dist.new_group([row[0], row[self.last]]) if self.last else None for row in self.mesh.mesh.tolist()]
         has_it = isinstance(model.get_input_embeddings(), nn.Embedding)
         both = [None] * self.size
         dist.all_gather_object(both, has_it, group=self.stages)
-        if sum(both) < 2 or not has_it:
+        if sum(both) < 2:
             return None
-        return model.get_input_embeddings().weight, groups[dist.get_rank(self.rows)]
+        group = self.group([0, self.last])
+        return (model.get_input_embeddings().weight, group) if has_it else None
 
     def check_routers(self, model: PreTrainedModel) -> None:
         """Raises ValueError, on all processes, where one has no router and another has: they are balanced at once."""
@@ -273,12 +277,12 @@ class PipelineMixin:
         if routings:
             layers = self.balance.read(routings, self.model_inputs(batch))
             self.counts[part.stage].append(self.balance.count(layers))
-        return states.to(self.pipeline.passes.dtype)
+        return states.to(self.pipeline.passes.dtype).contiguous()
 
     def middle_part(self, batch: dict, number: int) -> torch.Tensor:
         with captured(self.routers, self.balance.top_k) as routings, self.accelerator.autocast():
             states = self.moe.base_model(**self.decoder_inputs(batch)).last_hidden_state
-        states = states.to(self.pipeline.passes.dtype)
+        states = states.to(self.pipeline.passes.dtype).contiguous()
         losses = self.see_routing(routings, self.model_inputs(batch))
         if not (self.model.training and losses):
             return states
@@ -392,8 +396,11 @@ class PipelineMixin:
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        self.groups = names_by_group(optimizer, self.model, self.pipeline.whole.trained, self.pipeline.stages)
+        self.groups = names_by_group(optimizer, self.model, list(self.pipeline.whole.weights), self.pipeline.stages)
         return optimizer
+
+    def weights_to_save(self) -> list[nn.Parameter]:
+        return list(self.pipeline.whole.weights.values())
 
     def save_all(self, folder: str, state_dict: dict | None) -> None:
         self.selection_bias.restore()
