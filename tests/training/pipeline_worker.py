@@ -100,10 +100,12 @@ def run(name: str, schedule: str, size: int, folder: Path, resume: str | None = 
     return trainer, gradient.value
 
 
+TIMES = ("runtime", "per_second", "time")  # ends of what is logged and no two runs have alike
+
+
 def found(trainer) -> dict:
     history = [
-        {key: x for key, x in entry.items() if "runtime" not in key and "per_second" not in key and "time" not in key}
-        for entry in trainer.state.log_history[:-1]
+        {name: x for name, x in entry.items() if not name.endswith(TIMES)} for entry in trainer.state.log_history[:-1]
     ]
     return {"history": history, "biases": {name: x.tolist() for name, x in trainer.present_biases().items()}}
 

@@ -13,7 +13,10 @@ from hf_moe.training.trainers.pipeline import arguments
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 
-from tests.training.pipeline_worker import CASES, found, run
+from hf_moe import HfMoeConfig, HfMoeForCausalLM
+from tests.training.conftest import SIZES, tiny_tokenizer
+from tests.training.models import BIASED
+from tests.training.pipeline_worker import CASES, TIMES, found, run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = [
@@ -27,21 +30,25 @@ RESUMED = ["hf_moe:zbv:2@hf_moe-1f1b-2", "hf_moe:1f1b:2@hf_moe-1f1b-2"]
 FOUR = ["hf_moe:1f1b:4", "rows:interleaved:2"]  # the latter two pipelines
 
 
+def launched(processes: int, script: str, *words) -> None:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    result = subprocess.run(
+        [*launch, str(ROOT / "tests/training" / script), *map(str, words)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,  # processes that wait for each other would never end
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """With what two processes found in every run, and four in some."""
     folder = tmp_path_factory.mktemp("pipelines")
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    for processes, words in ((2, [*RUNS, *RESUMED]), (4, FOUR)):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        result = subprocess.run(
-            [*launch, str(ROOT / "tests/training/pipeline_worker.py"), str(folder), *words],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+    launched(2, "pipeline_worker.py", folder, *RUNS, *RESUMED)
+    launched(4, "pipeline_worker.py", folder, *FOUR)
     return folder
 
 
@@ -115,6 +122,66 @@ def test_saved_folder_is_an_ordinary_one(folder):
         weights = load_file(folder / word / "final" / "model.safetensors")
         assert ("lm_head.weight" in weights) != tied
         assert isinstance(saved, OlmoeForCausalLM) == word.startswith("olmoe")
+
+
+# ---- whole recipes ----
+
+# Not Adam, which makes a whole step of the rounding of a gradient that is 0.
+STEPS = [
+    "--optim=sgd",
+    "--logging_steps=1",
+    "--router_bias_update_speed=0.01",
+    "--save_strategy=no",
+    "--warmup_steps=0",
+]
+TEXTS = ["--train_tokens=4096", "--batch_tokens=1024", "--max_length=64", "--per_device_train_batch_size=2"]
+CHATS = ["--max_steps=3", "--gradient_accumulation_steps=4", "--per_device_train_batch_size=2", "--max_length=128"]
+# Recipe -> what it is told, and the schedule.
+RECIPES = {
+    "tiny/pretrain": ([*TEXTS, "--from_scratch=true", "--learning_rate=1e-3", "--ema_decay=null"], "zbv"),
+    "tiny/continue": (TEXTS, "interleaved"),
+    "tiny/sft": (CHATS, "1f1b"),
+}
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory, text_folder, data_folder):
+    """Folder and commands of each recipe, run by two processes."""
+    folder = tmp_path_factory.mktemp("recipes")
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_hidden_layers": 4, "initializer_range": 0.3, "num_mtp_layers": 1, "mtp_loss_coef": 0.3}
+    HfMoeForCausalLM(HfMoeConfig(**sizes, **BIASED)).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+
+    def command(recipe: str, output: str) -> list[str]:
+        rows = data_folder if recipe == "tiny/sft" else text_folder
+        places = {"model_name_or_path": folder / "model", "output_dir": folder / output / Path(recipe).name}
+        places |= {"train_data": rows / "train.jsonl", "eval_data": rows / "val.jsonl"}
+        return [recipe, *(f"--{name}={place}" for name, place in places.items()), *STEPS, *RECIPES[recipe][0]]
+
+    over_two = [
+        [*command(recipe, "two"), "--pipeline_parallel_size=2", f"--pipeline_schedule={schedule}"]
+        for recipe, (_, schedule) in RECIPES.items()
+    ]
+    (folder / "commands.json").write_text(json.dumps(over_two))
+    launched(2, "pipeline_stage_worker.py", folder / "commands.json")
+    return folder, command
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_over_two_processes_is_that_of_one(recipes, recipe):
+    """The losses before, while and after it trains, all metrics, and the weights."""
+    folder, command = recipes
+    main(command(recipe, "one"))
+    histories = []
+    for output in ("two", "one"):
+        state = json.loads((folder / output / Path(recipe).name / "trainer_state.json").read_text())
+        histories.append([{k: x for k, x in entry.items() if not k.endswith(TIMES)} for entry in state["log_history"]])
+    assert any("eval_loss" in entry for entry in histories[0]) and any("mtp_loss" in entry for entry in histories[0])
+    for entry, other in zip(*histories, strict=True):
+        assert entry == pytest.approx(other, rel=1e-5, abs=1e-6)
+    weights = (load_file(folder / x / Path(recipe).name / "model.safetensors") for x in ("two", "one"))
+    assert_close(*weights, 1e-4)
 
 
 # ---- what is refused, before a model is loaded ----
