@@ -94,6 +94,9 @@ PRIVATE = {
             "spreads whole moments, which torchao's of 8 bits cannot be",
         ),
     },
+    Accelerator: {
+        "_prepare_device_mesh": ("self", "processes of a pipeline get the same rows, and the model no wrapper for it"),
+    },
     accelerate.utils: {
         "get_mixed_precision_context_manager": ("native_amp, autocast_kwargs", "the accelerator's own autocast"),
     },

@@ -13,6 +13,7 @@ from datasets import Dataset
 from hf_moe.training.trainers.pipeline.gathering import on_first
 from hf_moe.training.trainers.pipeline.trainer import trainer_for
 from hf_moe.training.trainers.sft_trainer import MoeSFTConfig
+from hf_moe.training.weights.groups import train_group
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
@@ -30,11 +31,21 @@ QUANTILE = {"router_bias_update": "quantile", "router_bias_update_speed": 0.5}
 LAST_STEP = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 3}  # of three micro-batches
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
 
+
+def routers_alone():
+    model = hf_moe(**FOUR)
+    train_group(model, "router_only")
+    return model
+
+
 # Name -> model, and the arguments of its run.
 CASES = {
     "hf_moe": (lambda: hf_moe(**FOUR, **BIASED), ROUTING),
     "rows": (lambda: hf_moe(**FOUR, **BIASED), ROUTING),
     "mtp": (lambda: hf_moe(**FOUR, **BIASED, **MTP), ROUTING),
+    "mtp_off": (lambda: hf_moe(**FOUR, num_mtp_layers=1, mtp_loss_coef=0.0), PLAIN),
+    "tokens": (lambda: hf_moe(**FOUR), {"router_z_loss_coef": 0.3, "seq_aux_loss_coef": 3.0}),
+    "frozen": (routers_alone, PLAIN),
     "tied": (lambda: hf_moe(**FOUR, tie_word_embeddings=True, embedding_multiplier=3.0), PLAIN),
     "micro_batch": (lambda: hf_moe(**FOUR), PLAIN | {"balance_over": "micro_batch", "log_each_router": True}),
     "checkpointed": (lambda: hf_moe(**FOUR), PLAIN | {"gradient_checkpointing": True}),

@@ -23,6 +23,7 @@ RUNS = [
     *("hf_moe:1f1b:2", "hf_moe:interleaved:2", "hf_moe:zbv:2", "hf_moe:dualpipev:2"),
     *("mtp:1f1b:2", "mtp:dualpipev:2", "tied:1f1b:2", "tied:zbv:2", "micro_batch:interleaved:2"),
     *("checkpointed:zbv:2", "selective:dualpipev:2", "quantile:zbv:2", "threshold:interleaved:2"),
+    *("mtp_off:zbv:2", "tokens:1f1b:2", "frozen:zbv:2", "frozen:1f1b:2"),
     *("short:dualpipev:2", "short:interleaved:2", "dense:1f1b:2"),
     *("olmoe:1f1b:2", "olmoe:zbv:2", "deepseek_v3:dualpipev:2"),
 ]

@@ -51,8 +51,9 @@ class Stage(PipelineStage):
         for received in (self.args_recv_info, self.grad_recv_info):
             for number, infos in received.items():
                 for info in infos:
-                    if not info.is_root_arg and info.buffer is not None:
-                        info.buffer = info.buffer.new_empty(self.shapes[number])
+                    buffer = getattr(info, "buffer", None)  # which the first stage's input has not
+                    if buffer is not None:
+                        info.buffer = buffer.new_empty(self.shapes[number]).requires_grad_(buffer.requires_grad)
 
     def _prepare_forward_infra(self, *args, **kwargs):
         found = super()._prepare_forward_infra(*args, **kwargs)

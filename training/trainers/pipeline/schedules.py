@@ -14,14 +14,13 @@ from torch.distributed.pipelining import (
     ScheduleLoopedBFS,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.pipelining.schedules import _PipelineSchedule as Runs
 
 
 class Schedule(NamedTuple):
     """`short` takes the micro-batches of an epoch's last step where they are too few, or do not fit, for `runs`."""
 
-    runs: type[Runs]
-    short: type[Runs]
+    runs: type
+    short: type
     stages: int  # of each process
     folded: bool  # the second half of the stages runs back: the first and the last are one process's
     fits: Callable[[int, int], bool]  # M, N -> whether `runs` takes them

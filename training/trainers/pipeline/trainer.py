@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_moe.reading import whole_model
 from hf_moe.routers import captured, find_routers
 
-from ...balance.counts import count_tokens
+from ...balance.counts import count_tokens, summed
 from ...balance.metrics import FIRST_LOSS
 from ...balance.multi_token import looking_ahead
 from ...balance.step import RandomState, Step, add_all
@@ -59,10 +59,10 @@ class Pipeline:
         schedule, processes = SCHEDULES[name], args.world_size
         check_model(model)
         self.size = size
-        self.mesh = init_device_mesh(
-            args.device.type, (processes // size, size), mesh_dim_names=("dp_replicate", "tp")
-        )
-        self.rows, self.stages = (self.mesh[x].get_group() for x in self.mesh.mesh_dim_names)
+        # Accelerate's names for processes with other rows, and with the same.
+        names = ("dp_replicate", "tp")
+        self.mesh = init_device_mesh(args.device.type, (processes // size, size), mesh_dim_names=names)
+        self.rows, self.stages = (self.mesh[name].get_group() for name in names)
         self.place, stages = dist.get_rank(self.stages), size * schedule.stages
         self.last = process_of(stages - 1, size, schedule.folded)
         weights = {name: nn.Parameter(x.detach().to("meta"), x.requires_grad) for name, x in model.named_parameters()}
@@ -186,8 +186,13 @@ class PipelineMixin:
 
     def share_scale(self, num_items_in_batch) -> float:
         """Of the routers of one stage, whose mean counts as their number."""
-        here, all_of_them = self.routers_of[self.part.stage], self.pipeline.whole.routers
-        return super().share_scale(num_items_in_batch) * len(here) / len(all_of_them)
+        routers = self.routers_of[self.part.stage], self.pipeline.whole.routers
+        here, everywhere = (len(self.running(names)) for names in routers)
+        return super().share_scale(num_items_in_batch) * here / everywhere
+
+    def running(self, routers: list[str]) -> list[str]:
+        """Those of a forward in training, in which MTP modules may stand still."""
+        return [name for name in routers if self.balance.multi_token is not None or ".mtp_layers." not in name]
 
     def find_routing(self) -> None:
         super().find_routing()
@@ -238,12 +243,10 @@ class PipelineMixin:
             counted = {stage: add_by_router(counts) for stage, counts in self.counts.items()}
         else:
             tokens = add_all([count_tokens(self.model_inputs(batch)) for batch in self.batches])
-            counted = {part.stage: dict.fromkeys(self.routers_of[part.stage], tokens) for part in self.pipeline.parts}
+            counted = {stage: dict.fromkeys(self.running(names), tokens) for stage, names in self.routers_of.items()}
         for stage, counts in counted.items():
-            whole = {
-                name: type(x)(*(self.pipeline.sum_over_rows(part.clone()) for part in x)) for name, x in counts.items()
-            }
-            self.steps[stage].counted = whole or None
+            if counts:
+                self.steps[stage].counted = summed(counts, self.args.device, self.sum_over_rows)
 
     def run_part(self, part: Part, received: torch.Tensor, number: int) -> torch.Tensor:
         """One stage's forward of a micro-batch: hidden states, or of the last stage the loss."""
