@@ -19,6 +19,9 @@ def plan(
     sharding: Annotated[
         str, typer.Option(help="none, zero1, zero2, zero3 (FSDP2) or expert_parallel: what is cut up for each GPU.")
     ] = "none",
+    pipeline: Annotated[
+        int | None, typer.Option(help="Processes of a pipeline: how long they wait under each schedule.")
+    ] = None,
     trainable: Annotated[str | None, typer.Option(help="Parameter group, as in recipes.")] = None,
     lora_parts: Annotated[list[str] | None, typer.Option(help="A part that gets an adapter; may be repeated.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Type of the weights: auto, float32, bfloat16, float16.")] = None,
@@ -53,6 +56,7 @@ def plan(
     with messages_on_stderr():
         rate = chosen_rate(tflops, mfu)
         given = {
+            "pipeline": pipeline,
             "trainable": trainable,
             "lora_parts": lora_parts,
             "dtype": dtype,
@@ -144,6 +148,10 @@ def run_table(report: dict[str, Any]):
     if report["cpu_memory_ema"]:
         yield "  on the CPU", f"{readable_bytes(report['cpu_memory_ema'])} for the average of the weights"
     yield from time_rows(report)
+    if report.get("pipeline_bubbles"):
+        yield "pipeline", f"of {report['pipeline']} processes: the share of a step that each waits"
+        for name, share in report["pipeline_bubbles"].items():
+            yield f"  {name}", f"{share:.1%}"
 
 
 def time_rows(report: dict[str, Any]):

@@ -19,7 +19,7 @@ def train(
         typer.Option(
             metavar="NAME",
             help="Train on every GPU of this machine, as a launch file of Accelerate says: fsdp2, zero2, zero3, "
-            "expert_parallel, or a file of yours. Without a recipe, print where the launch file is.",
+            "expert_parallel, pipeline, or a file of yours. Without a recipe, print where the launch file is.",
         ),
     ] = None,
     help_: Annotated[

@@ -394,3 +394,24 @@ def test_model_scale_of_a_dense_transformer_is_the_papers():
     config = tiny_config(mlp_layer_types=["dense"] * 3, intermediate_size=128, num_key_value_heads=6)
     m = sizes(config, 64)["non_embedding_training_flops_per_token"]
     assert m == 72 * 3 * 48**2 + 12 * 3 * 48 * 64
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["apart", "at once"])
+def test_the_bubbles_are_those_of_the_work_that_is_counted(checkpointing):
+    run = Run(**SMALL | {"gradient_checkpointing": checkpointing}, gradient_accumulation_steps=8, pipeline=2)
+    found = plan(tiny_config(), run, MEASURED)
+    counted = found["flops_per_token"]
+    forward, backward = counted["forward"], counted["backward"] + counted["recomputation"]
+    assert backward == 2 * forward or checkpointing
+    # (N - 1) F / 2, as gradients of inputs and of weights are a forward each; and, not taken apart, (N - 1) B.
+    bubble = backward if checkpointing else forward / 2
+    assert found["pipeline_bubbles"]["zbv"] == pytest.approx(bubble / (bubble + 8 * (forward + backward)))
+    assert found["pipeline_bubbles"]["1f1b"] == pytest.approx(1 / 9)
+    assert list(found["pipeline_bubbles"]) == ["1f1b", "interleaved", "zbv", "dualpipev"]
+    assert "pipeline_bubbles" not in plan(tiny_config(), replace(run, pipeline=None), MEASURED)
+
+
+@pytest.mark.parametrize("processes", [1, 9])
+def test_a_pipeline_has_processes_and_a_micro_batch_for_each(processes):
+    with pytest.raises(ValueError, match=f"pipeline is {processes}, and a step has 8 micro-batches"):
+        plan(tiny_config(), Run(**SMALL, gradient_accumulation_steps=8, pipeline=processes))

@@ -5,6 +5,7 @@ As hf_moe/model/host.py does for the model; what is TRL's and PEFT's is in host_
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from inspect import signature
 from typing import Any
@@ -13,7 +14,9 @@ import accelerate.utils
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.pipelining import PipelineStage
 from transformers import PreTrainedModel, Trainer
 from transformers import trainer as trainer_module
 from transformers.distributed import fsdp
@@ -21,6 +24,7 @@ from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATION
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.trainer import OPTIMIZER_NAME as OPTIMIZER_NAME
 from transformers.trainer import SCHEDULER_NAME as SCHEDULER_NAME
 from transformers.trainer import TRAINER_STATE_NAME as TRAINER_STATE_NAME
 from transformers.trainer import TRAINING_ARGS_NAME as TRAINING_ARGS_NAME
@@ -90,6 +94,9 @@ PRIVATE = {
             "fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, adapter_only, use_dcp",
             "spreads whole moments, which torchao's of 8 bits cannot be",
         ),
+    },
+    Accelerator: {
+        "_prepare_device_mesh": ("self", "processes of a pipeline get the same rows, and the model no wrapper for it"),
     },
     accelerate.utils: {
         "get_mixed_precision_context_manager": ("native_amp, autocast_kwargs", "the accelerator's own autocast"),
@@ -241,6 +248,30 @@ def autocast_forward(accelerator: Accelerator, model: nn.Module) -> None:
     )
     model._original_forward = model.forward
     model.forward = autocast(model.forward)
+
+
+def share_rows(accelerator: Accelerator, mesh: DeviceMesh) -> None:
+    """Processes of one row of the mesh get the same batches, as under tensor parallelism."""
+    accelerator._prepare_device_mesh = lambda: mesh
+
+
+# What a stage of a pipeline overrides of PyTorch's, whose buffers are all of one shape.
+OF_STAGES = ("_prepare_forward_infra", "_prepare_backward_infra")
+
+
+def check_stages() -> None:
+    """Raises ImportError where PyTorch's stages make their buffers elsewhere: an override would not be called."""
+    if missing := [name for name in OF_STAGES if not hasattr(PipelineStage, name)]:
+        raise ImportError(
+            f"A pipeline overrides PipelineStage.{' and '.join(missing)}, which PyTorch {torch.__version__} lacks: "
+            "install torch 2.13, or leave pipeline_parallel_size out."
+        )
+
+
+def leave_whole(accelerator: Accelerator, clip: Callable) -> None:
+    """A model whose gradients are summed elsewhere: none of Accelerate's wrappers, and `clip` clips them."""
+    accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
+    accelerator.clip_grad_norm_ = clip
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ..model.configuration_hf_moe_graft import HfMoeGraftConfig
 from ..training.weights.groups import train_group
 from .activations import activation_bytes
 from .counts import OURS, active_part, expert_flops, sizes
+from .pipeline import BUBBLES, bubble_share
 from .speed import RANGE, TAKEN, count, seconds
 
 # What is cut into a share for each GPU; zero3 is FSDP2's full sharding, expert_parallel that of all but the experts.
@@ -88,6 +89,7 @@ class Run:
     stage: str | None = None  # None: hf_moe's MoeTrainer
     gpus: int = 1
     sharding: str = "none"
+    pipeline: int | None = None  # processes, whose bubbles are reported; memory and time are those without
 
     @property
     def casts(self) -> bool:
@@ -140,12 +142,28 @@ def plan(config: Config, run: Run, rate: Rate | None = None) -> dict[str, Any]:
         "flops_per_token": flops,
         **time(model, config, run, flops, rate),
     }
+    if run.pipeline is not None:
+        report |= {"pipeline": run.pipeline, "pipeline_bubbles": bubbles(run, flops)}
     if run.train_tokens is not None:
         report["train_tokens"] = run.train_tokens
     if run.train_tokens is not None and "tokens_per_second" in report:
         report["gpu_days"] = run.gpus * run.train_tokens / report["tokens_per_second"] / 86400
         report["days"] = report["gpu_days"] / run.gpus
     return report
+
+
+def bubbles(run: Run, flops: dict[str, float] | None) -> dict[str, float] | None:
+    """Schedule -> the share of a step that a process of the pipeline waits; None where the data decide.
+
+    By FLOPs, in steps of gradient_accumulation_steps micro-batches. Backward is taken apart where no layer is computed
+    again.
+    """
+    if flops is None:
+        return None
+    again = flops["recomputation"]
+    weights = 0.0 if again else flops["backward"] - flops["forward"]
+    given = run.pipeline, run.gradient_accumulation_steps, flops["forward"], flops["backward"] + again, weights
+    return {name: bubble_share(name, *given) for name in BUBBLES}
 
 
 def time(
@@ -192,6 +210,11 @@ def check(run: Run) -> None:
     for name in ("gpus", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} is {getattr(run, name)}; it must be at least 1.")
+    if run.pipeline is not None and not 1 < run.pipeline <= run.gradient_accumulation_steps:
+        raise ValueError(
+            f"pipeline is {run.pipeline}, and a step has {run.gradient_accumulation_steps} micro-batches: a pipeline "
+            "has 2 processes or more, and a micro-batch for each at least (--accumulation)."
+        )
     if run.train_tokens is not None and not 0 < run.train_tokens < math.inf:
         raise ValueError(f"train_tokens is {run.train_tokens:g}; it must be above 0, and a number.")
 

@@ -19,6 +19,7 @@ KINDS = {
     "zero2": DistributedType.DEEPSPEED,
     "zero3": DistributedType.DEEPSPEED,
     "expert_parallel": DistributedType.MULTI_GPU,
+    "pipeline": DistributedType.MULTI_GPU,
 }
 
 

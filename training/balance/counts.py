@@ -4,7 +4,8 @@ Shapes: B sequences, T tokens, E routed experts.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -167,8 +168,15 @@ def over_processes(accelerator: Accelerator, counted: dict[str, Statistics]) -> 
     """Counts of all processes together, in one reduction."""
     if accelerator.num_processes == 1:
         return counted
+    return summed(counted, accelerator.device, partial(accelerator.reduce, reduction="sum"))
+
+
+def summed(
+    counted: dict[str, Statistics], device: torch.device, reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Statistics]:
+    """What `reduce` makes of all counts in one vector."""
     parts = [part for counts in counted.values() for part in counts]
-    flat = torch.cat([part.reshape(-1).float().to(accelerator.device) for part in parts])
-    sums = accelerator.reduce(flat, reduction="sum").split([part.numel() for part in parts])
+    flat = torch.cat([part.reshape(-1).float().to(device) for part in parts])
+    sums = reduce(flat).split([part.numel() for part in parts])
     whole = iter([x.view(part.shape).to(part.device) for x, part in zip(sums, parts, strict=True)])
     return {name: Statistics(*(next(whole) for _ in counts)) for name, counts in counted.items()}

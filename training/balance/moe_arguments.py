@@ -159,6 +159,11 @@ class MoeTrainingArguments(MoeArguments, TrainingArguments):
     """TrainingArguments with what MoeTrainer adds."""
 
 
+def row_processes(args: TrainingArguments) -> int:
+    """How many processes of a run have rows of their own: those of a pipeline have the same."""
+    return args.world_size // getattr(args, "pipeline_parallel_size", 1)
+
+
 def moe_argument(args: TrainingArguments, name: str):
     """A field of MoeArguments, or its default where `args` are plain TrainingArguments; of a loss that has no field,
     its entry in `loss_coefs`."""

@@ -16,6 +16,8 @@ from transformers import TrainingArguments
 from hf_moe.hub import RUN_FILE as FILE
 from hf_moe.staging import written_aside
 
+from ..balance.moe_arguments import row_processes
+
 # Arguments that have to be as they were, beside the learning rate and the rows of a step.
 KEPT = (
     *("stage", "from_scratch", "model_revision", "model_init_kwargs", "router_type", "router_args", "trainable"),
@@ -46,7 +48,7 @@ def arguments_of(args: TrainingArguments) -> dict[str, Any]:
 
 def step_of(args: TrainingArguments) -> dict[str, Any]:
     """What a step is, as all arguments together make it."""
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * row_processes(args)
     return {"learning_rate": args.learning_rate, "rows a step": rows}
 
 

@@ -18,6 +18,7 @@ from hf_moe.generation_settings import mend_generation_config
 from hf_moe.hub.card import render_card
 from hf_moe.hub.folder import WEIGHTS
 
+from ..balance.moe_arguments import row_processes
 from ..host import PREFIX_CHECKPOINT_DIR
 from ..weights.esft import chosen_experts, save_rows
 from .checkpoints import ADAPTER_FILE, last_checkpoint
@@ -82,9 +83,10 @@ def bytes_to_write(trainer: Trainer, beside: int) -> int:
     Adam, where one of these is asked for, and not otherwise.
     """
     model, args = trainer.moe, trainer.args
-    trained = [x for x in trainer.model.parameters() if x.requires_grad]
+    weights = trainer.weights_to_save()
+    trained = [x for x in weights if x.requires_grad]
     rows = bool(chosen_experts(model))
-    saved = trained if rows or trainer.model is not model else list(model.parameters())
+    saved = trained if rows or trainer.model is not model else weights
     moments = 2 if args.optim.startswith("adamw_torch") and args.optim.count("bit") == 0 else 0
     averaged = 0 if trainer.average is None else 4 * count(trained)
     checkpoint = size(saved) + averaged + (0 if args.save_only_model else moments * size(trained))
@@ -127,7 +129,7 @@ def planned_saves(trainer: Trainer, args: TrainingArguments) -> int:
             rows = len(trainer.train_dataset)
         except TypeError:  # streamed: its end is not known
             return 1
-        steps = math.ceil(rows / args.train_batch_size / args.world_size / args.gradient_accumulation_steps)
+        steps = math.ceil(rows / args.train_batch_size / row_processes(args) / args.gradient_accumulation_steps)
         steps = math.ceil(steps * args.num_train_epochs)
     every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
     return math.ceil((steps - trainer.state.global_step) / every) if args.save_strategy == "steps" else 1

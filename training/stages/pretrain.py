@@ -18,12 +18,21 @@ from hf_moe.reading import auto_config, built
 from hf_moe.sizes.counts import sizes
 from hf_moe.sizes.scaling_laws import batch_tokens, learning_rate
 
+from ..balance.moe_arguments import row_processes
 from ..data.mixture import mix
 from ..data.rows import is_conversational
 from ..data.sources import DataArguments, load_sources, together
 from ..output.resuming import check_same_step
+from ..trainers.pipeline.arguments import (
+    NO_PIPELINE,
+    PipelineArguments,
+    check_layers,
+    check_micro_batches,
+    check_pipeline,
+)
+from ..trainers.pipeline.trainer import trainer_for
 from ..trainers.refusals import leave_out_routing
-from ..trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
+from ..trainers.sft_trainer import MoeSFTConfig
 from .loading import (
     ModelArguments,
     choose_fastest,
@@ -72,12 +81,18 @@ class MoePretrainConfig(MoeSFTConfig):
     )
 
 
-ARGUMENTS = (ModelArguments, DataArguments, MoePretrainConfig)
+ARGUMENTS = (ModelArguments, DataArguments, MoePretrainConfig, PipelineArguments)
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainConfig) -> Trained:
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: MoePretrainConfig,
+    pipeline_args: PipelineArguments = NO_PIPELINE,
+) -> Trained:
     """Train, evaluate before and after, save to `output_dir`; the metrics have `eval_loss_before`."""
+    check_pipeline(pipeline_args, args, model_args)
     checkpoint = checkpoint_to_resume(args)
     if args.from_scratch and checkpoint is None:
         check_from_scratch(model_args.model_name_or_path, args)
@@ -92,6 +107,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainC
     tokenizer = load_tokenizer(source, model_args, args)
     check_text([*sources.values(), *held_out.values()], tokenizer, args)
     print(size_run(source, args), file=sys.stderr)
+    check_micro_batches(args, "batch_tokens")
+    check_layers(source, model_args, args)
     if checkpoint is not None:
         check_same_step(checkpoint, args)
     if args.from_scratch and checkpoint is None:
@@ -102,7 +119,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MoePretrainC
         model = load_trained_model(source, model_args, args)
     give_rows(model, tokenizer, args, model_args)
     choose_trained(model, model_args.trainable, args)
-    trainer = MoeSFTTrainer(
+    trainer = trainer_for(args)(
         model=model,
         args=args,
         processing_class=tokenizer,
@@ -188,7 +205,7 @@ def size_run(source: str, args: MoePretrainConfig) -> str:
             f"scaling laws for C = M D = {flops_per_token:.3g} FLOPs a token x {total:.3g} tokens = {compute:.3g} "
             f"FLOPs: {' and '.join(by_law)}; "
         )
-    micro_batch = args.per_device_train_batch_size * args.max_length * args.world_size
+    micro_batch = args.per_device_train_batch_size * args.max_length * row_processes(args)
     args.gradient_accumulation_steps = max(1, round(args.batch_tokens / micro_batch))
     step_tokens = micro_batch * args.gradient_accumulation_steps
     if args.train_tokens is not None:

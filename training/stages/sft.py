@@ -9,6 +9,14 @@ from ..data.chat_templates import check_template, find_template, use_template
 from ..data.mixture import mix
 from ..data.sources import DataArguments, by_label, label, load_sources, together
 from ..data.token_cache import can_tokenise, tokenised
+from ..trainers.pipeline.arguments import (
+    NO_PIPELINE,
+    PipelineArguments,
+    check_layers,
+    check_micro_batches,
+    check_pipeline,
+)
+from ..trainers.pipeline.trainer import trainer_for
 from ..trainers.sft_trainer import MoeSFTConfig, MoeSFTTrainer
 from ..weights.adapters import AdapterArguments
 from ..weights.esft import EsftArguments, specialise
@@ -18,7 +26,7 @@ from .new_tokens import take_template, trained_tokens
 from .run import Trained, checkpoint_to_resume, say_summary
 from .trained import NO_ADAPTER, NO_ESFT, check_choices, train_and_merge
 
-ARGUMENTS = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments)
+ARGUMENTS = (ModelArguments, DataArguments, MoeSFTConfig, AdapterArguments, EsftArguments, PipelineArguments)
 
 
 def run(
@@ -27,15 +35,19 @@ def run(
     args: MoeSFTConfig,
     adapter_args: AdapterArguments = NO_ADAPTER,
     esft_args: EsftArguments = NO_ESFT,
+    pipeline_args: PipelineArguments = NO_PIPELINE,
 ) -> Trained:
     """Train, evaluate before and after, save to `output_dir`; the metrics have `eval_loss_before`."""
     check_choices(model_args, adapter_args, esft_args)
+    check_pipeline(pipeline_args, args, model_args, adapter_args, esft_args)
+    check_micro_batches(args, "gradient_accumulation_steps")
     checkpoint = checkpoint_to_resume(args)
     args.chat_template_path = find_template(args.chat_template_path)
     sources, held_out = load_sources(data_args, args, text_field=args.dataset_text_field)
     args.eval_on_start = bool(held_out) and checkpoint is None
     source = checkpoint or model_args.model_name_or_path
     tokenizer = load_tokenizer(source, model_args, args)
+    check_layers(source, model_args, args)
     new = take_template(tokenizer, args) or trained_tokens(checkpoint)
     use_template(tokenizer, args)
     groups = by_label(sources, held_out)
@@ -77,6 +89,6 @@ def build_trainer(
     """The trainer with its model loaded from `source`, to which the tokens `new` are new. Raises ValueError if no row
     is left to train on."""
     model = load_adapted(source, model_args, args, adapter_args, tokenizer, new, esft_args)
-    return MoeSFTTrainer(
+    return trainer_for(args)(
         model=model, args=args, processing_class=tokenizer, train_dataset=train_rows, eval_dataset=eval_rows
     )

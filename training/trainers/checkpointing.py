@@ -177,11 +177,8 @@ class CheckpointMixin:
                 say_differences(checkpoint, self.args)
         needed = [set(group) for group in self.optimizer.param_groups]
         try:
-            if self.spread and checkpoint is not None:
-                load_state(self, checkpoint)
-            else:
-                with self.optimizer_in_parts():
-                    super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self.restore_state(checkpoint)
         except ValueError as error:
             raise ValueError(
                 f"{checkpoint} is of a run that trained other weights ({error}): choose what trains as it was, or "
@@ -193,6 +190,14 @@ class CheckpointMixin:
                     f"{checkpoint} is of a run with another optimizer, which has no {lacking[0]}: give --optim as it "
                     "was, or start a new run from its weights."
                 )
+
+    def restore_state(self, checkpoint: str) -> None:
+        """Optimizer and schedule as they were. Raises ValueError where the checkpoint has none of these weights."""
+        if self.spread:
+            load_state(self, checkpoint)
+            return
+        with self.optimizer_in_parts():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         if self.average is not None:

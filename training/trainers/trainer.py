@@ -173,13 +173,22 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
         """Whether the model itself does, and gives it among its outputs."""
         return self.model.training and self.balance.multi_token is not None and self.takes_model_loss
 
+    @property
+    def row_processes(self) -> int:
+        """How many processes have rows of their own."""
+        return self.accelerator.num_processes
+
+    def sum_over_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the processes that have the routers of this one, and other rows."""
+        return self.accelerator.reduce(x, reduction="sum")
+
     def share_scale(self, num_items_in_batch) -> int:
         """By what a micro-batch's share of a loss over the whole step is multiplied, so that shares add up.
 
         Processes average their gradients, and the Trainer may divide by the micro-batches.
         """
         scaled = self.scales_loss(num_items_in_batch)
-        return self.accelerator.num_processes * (1 if scaled else len(self.step.batches) or 1)
+        return self.row_processes * (1 if scaled else len(self.step.batches) or 1)
 
     def averages_tokens(self, num_items_in_batch) -> bool:
         """Whether the tokens that a loss is divided by are those of all processes."""
@@ -195,7 +204,7 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
         if mtp_loss is None:
             return
         parts = 1 if num_items_in_batch is not None else len(self.step.batches) or 1
-        processes = 1 if self.averages_tokens(num_items_in_batch) else self.accelerator.num_processes
+        processes = 1 if self.averages_tokens(num_items_in_batch) else self.row_processes
         self.step.mtp_loss += mtp_loss.detach().to(self.args.device) / parts / processes
 
     def model_inputs(self, inputs: dict) -> dict:
@@ -225,7 +234,7 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
             whole = self.step.counted or over_processes(self.accelerator, counted)
         losses = self.balance.losses(layers, whole)
         if self.model.training and not self.balances_step:  # the mean over micro-batches
-            parts = self.accelerator.num_processes * (len(self.step.batches) or 1)
+            parts = self.row_processes * (len(self.step.batches) or 1)
             losses = {name: value / parts for name, value in losses.items()}
         self.experts[self.model.training] = {name: len(counts.counts_E) for name, counts in counted.items()}
         row = rows(layers, counted, losses, self.args.device)
@@ -266,6 +275,10 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
         return self.compute_loss_func is not None or (
             self.model_accepts_loss_kwargs and num_items_in_batch is not None
         )
+
+    def weights_to_save(self) -> list[nn.Parameter]:
+        """Those of the trained model, for what a save will take."""
+        return list(self.model.parameters())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.casts_under_fsdp2 and self.optimizer is None:
@@ -364,7 +377,7 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
             counts = {name: counts for name, (_, counts) in zip(experts, table, strict=True)}
             self.selection_bias.update(counts, speed)
         if self.step.observed is not None:
-            self.selection_bias.move(self.accelerator.reduce(self.step.observed, reduction="sum"), speed)
+            self.selection_bias.move(self.sum_over_rows(self.step.observed), speed)
         self.step = Step([])
 
     def _run_epoch(self, *args, **kwargs):
@@ -374,9 +387,13 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
 
     # ---- logging ----
 
+    def present_biases(self) -> dict[str, torch.Tensor]:
+        """The selection bias of each router that has one."""
+        return self.selection_bias.biases
+
     def routing_metrics(self, steps: torch.Tensor, training: bool) -> dict[str, float]:
         experts = self.experts[training]
-        biases = {name: bias for name, bias in self.selection_bias.biases.items() if name in experts}
+        biases = {name: bias for name, bias in self.present_biases().items() if name in experts}
         each_router = moe_argument(self.args, "log_each_router")
         return summarize(steps, experts, list(self.balance.coefficients), biases, each_router)
 
@@ -394,7 +411,7 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.evaluated:
             total = self.accelerator.reduce(torch.stack(self.evaluated).sum(dim=0), reduction="sum")
-            batches = len(self.evaluated) * self.accelerator.num_processes
+            batches = len(self.evaluated) * self.row_processes
             for sums, _ in split(total, list(self.experts[False].values()), len(self.balance.coefficients)):
                 sums[FIRST_LOSS:] /= batches
             metrics = self.routing_metrics(total.unsqueeze(0), training=False)

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: the decoder cut into stages by the family's plan, run by torch.distributed.pipelining."""
