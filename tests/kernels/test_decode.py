@@ -91,7 +91,7 @@ def cases():
         yield from (pytest.param(name, torch.float16, 3, 3, ONE, id=f"{name}, fp16") for name in list(MODELS)[1:4:2])
 
 
-@pytest.mark.parametrize(("name", "dtype", "padding", "rows", "steps"), cases())
+@pytest.mark.parametrize(("name", "dtype", "padding", "rows", "steps"), list(cases()))
 @torch.no_grad()
 def test_a_step_with_the_kernels_is_the_step_of_the_modules(name, dtype, padding, rows, steps):
     all_experts = ALL if dtype == torch.bfloat16 and "groups" not in name else {}

@@ -66,7 +66,7 @@ def test_rows_are_full_and_no_token_is_lost(command, text_folder, monkeypatch):
 
 
 def test_what_is_null_comes_from_the_laws(command, model_folder):
-    _, _, args = parse(command("--train_tokens", "3e6"))
+    _, _, args, _ = parse(command("--train_tokens", "3e6"))
     said = size_run(str(model_folder), args)
     flops = sizes(HfMoeConfig.from_pretrained(model_folder), 128)["non_embedding_training_flops_per_token"]
     compute = flops * 3e6
