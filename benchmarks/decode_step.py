@@ -20,7 +20,6 @@ from mla_decode_gpu import bytes_of_a_step, copy_speed
 from torch.profiler import ProfilerActivity, profile
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
-from hf_moe.kernels import decode  # noqa: F401
 from hf_moe.model.decoding import HfMoeReservedCache, RecordedStep
 from hf_moe.version import __version__
 
