@@ -17,17 +17,13 @@ import triton.language as tl
 
 from ..activations import ACTIVATIONS, activate
 from ..formula import Formula
+from .norms import normalized
 from .overlap import OVERLAP, let_next_start, wait_for_last
 
 TILE, WARPS = 4096, 2  # weights that a program holds, and its warps
 SUM_COLUMNS, SUM_WARPS = 1, 4  # of the sum of experts
 MAX_SLOTS = 16  # whose weights it can hold
 MAX_TOKENS = 4
-
-
-@triton.jit
-def norm_scale(x, size, eps):
-    return tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
 
 
 @triton.jit
@@ -72,7 +68,7 @@ def product_kernel(
     place = weight + column[:, None].to(tl.int64) * depth + step[None, :]
     tile = tl.load(place, mask=inside[:, None] & (step < depth)[None, :], other=0.0)
     if NORMED:
-        norm = tl.load(norm_ptr + step, mask=step < depth, other=0.0)
+        norm = tl.load(norm_ptr + step, mask=step < depth, other=0.0).to(tl.float32)
     wait_for_last()
     if COUNTS:  # noqa: SIM102
         if tl.program_id(0) == 0:
@@ -80,8 +76,7 @@ def product_kernel(
     for row in tl.static_range(TOKENS):
         x = tl.load(x_ptr + row * x_row + step, mask=step < depth, other=0.0)
         if NORMED:  # of one tile
-            scale = norm_scale(x.to(tl.float32), depth, eps)
-            x = ((x.to(tl.float32) * scale).to(x.dtype).to(tl.float32) * norm.to(tl.float32)).to(x.dtype)
+            x = normalized(x, norm, depth, eps, x.dtype)
         total = tl.sum(x.to(tl.float32)[None, :] * tile.to(tl.float32), axis=1)
         for start in range(BLOCK_A, depth, BLOCK_A):
             here = step + start < depth

@@ -14,6 +14,7 @@ from .parts import (
     FEW_PARTS,
     attend,
     bounds,
+    capped,
     fetch_rows,
     number_of_parts,
     room_for_parts,
@@ -93,7 +94,7 @@ def attend_one(query_a, query_b, key_a, key_b, value, seen, scale, softcap, best
     scores = tl.sum(query_a.to(tl.float32) * key_a.to(tl.float32), axis=1)
     scores = (scores + tl.sum(query_b.to(tl.float32) * key_b.to(tl.float32), axis=1)) * scale
     if CAPPED:
-        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+        scores = capped(scores, softcap)
     scores = tl.where(seen, scores, float("-inf"))
     new_best = tl.maximum(best, scores)
     safe = tl.where(new_best == float("-inf"), 0.0, new_best)

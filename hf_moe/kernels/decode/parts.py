@@ -35,6 +35,12 @@ def fetch_rows(cache_ptr, begin, end, size, STEP: tl.constexpr):
 
 
 @triton.jit
+def capped(scores, softcap):
+    """softcap tanh(scores / softcap)."""
+    return softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+
+
+@triton.jit
 def attend(
     scores,
     value,
@@ -50,7 +56,7 @@ def attend(
 ):
     """Take one step's scores [H, S] and values [S, r] into the largest score, the sum and the output so far."""
     if CAPPED:
-        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+        scores = capped(scores, softcap)
     if MASKED:
         seen = seen & (tl.load(mask_ptr + mask_place, mask=seen, other=0) != 0)
     scores = tl.where(seen[None, :], scores, float("-inf"))
