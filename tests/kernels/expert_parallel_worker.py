@@ -1,9 +1,8 @@
-"""Run by torchrun on two processes: models whose experts are spread over both against the whole ones, as JSON.
+"""Run by torchrun on two processes: models whose experts are spread over both against the whole ones.
 
 The processes have rows of different lengths.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -80,9 +79,7 @@ def main(folder: str):
             every = [None, None]
             torch.distributed.all_gather_object(every, worst)
             differences[f"{name}-{implementation}"] = {key: max(each[key] for each in every) for key in worst}
-    if rank == 0:
-        print(json.dumps(differences))
-    leave()
+    leave(differences)
 
 
 if __name__ == "__main__":
