@@ -46,6 +46,7 @@ ORDER = [
     "hf_moe.training.host",
     "hf_moe.generation",
     "hf_moe.kernels",
+    "hf_moe.stored_weights",
     "hf_moe.demo",
     "hf_moe.routers",
     "hf_moe.answers",

@@ -19,6 +19,7 @@ from ..activations import ACTIVATIONS, activate
 from ..formula import Formula
 from .norms import normalized
 from .overlap import OVERLAP, let_next_start, wait_for_last
+from .stored import RUN, Weight, asked, of_matrix, times
 
 TILE, WARPS = 4096, 2  # weights that a program holds, and its warps
 SUM_COLUMNS, SUM_WARPS = 1, 4  # of the sum of experts
@@ -29,11 +30,11 @@ MAX_TOKENS = 4
 @triton.jit
 def product_kernel(
     x_ptr,
-    weight_ptr,
+    weight,
     out_ptr,
-    weight2_ptr,
+    weight2,
     out2_ptr,
-    weight3_ptr,
+    weight3,
     out3_ptr,
     norm_ptr,
     eps,
@@ -48,25 +49,28 @@ def product_kernel(
     WEIGHTS: tl.constexpr,
     NORMED: tl.constexpr,
     COUNTS: tl.constexpr,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    LOWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
     """Some columns of one of up to three products of x [T, A], or of its RMSNorm."""
     let_next_start()
     block, step = tl.program_id(0), tl.arange(0, BLOCK_A)
-    weight, out, width = weight_ptr, out_ptr, columns
+    out, width = out_ptr, columns
     if WEIGHTS > 1:  # noqa: SIM102
         if block >= tl.cdiv(columns, BLOCK_C):
             block -= tl.cdiv(columns, BLOCK_C)
-            weight, out, width = weight2_ptr, out2_ptr, columns2
+            weight, out, width = weight2, out2_ptr, columns2
             if WEIGHTS > 2:  # noqa: SIM102
                 if block >= tl.cdiv(columns2, BLOCK_C):
                     block -= tl.cdiv(columns2, BLOCK_C)
-                    weight, out, width = weight3_ptr, out3_ptr, columns3
+                    weight, out, width = weight3, out3_ptr, columns3
     column = block * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < width
-    place = weight + column[:, None].to(tl.int64) * depth + step[None, :]
-    tile = tl.load(place, mask=inside[:, None] & (step < depth)[None, :], other=0.0)
+    first = asked(weight, column, inside, 0, depth, depth, FORM, ROWS, COLS, LOWS, BLOCK_A, False)
     if NORMED:
         norm = tl.load(norm_ptr + step, mask=step < depth, other=0.0).to(tl.float32)
     wait_for_last()
@@ -77,24 +81,24 @@ def product_kernel(
         x = tl.load(x_ptr + row * x_row + step, mask=step < depth, other=0.0)
         if NORMED:  # of one tile
             x = normalized(x, norm, depth, eps, x.dtype)
-        total = tl.sum(x.to(tl.float32)[None, :] * tile.to(tl.float32), axis=1)
+        total = tl.sum(times(x.to(tl.float32), first, FORM, LOWS, BLOCK_A), axis=1)
         for start in range(BLOCK_A, depth, BLOCK_A):
-            here = step + start < depth
-            x = tl.load(x_ptr + row * x_row + start + step, mask=here, other=0.0)
-            further = tl.load(place + start, mask=inside[:, None] & here[None, :], other=0.0)
-            total += tl.sum(x.to(tl.float32)[None, :] * further.to(tl.float32), axis=1)
+            x = tl.load(x_ptr + row * x_row + start + step, mask=step + start < depth, other=0.0)
+            further = asked(weight, column, inside, start, depth, depth, FORM, ROWS, COLS, LOWS, BLOCK_A, False)
+            total += tl.sum(times(x.to(tl.float32), further, FORM, LOWS, BLOCK_A), axis=1)
         tl.store(out + row * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def sizes(depth: int, rows: int = 1) -> dict[str, int]:
+def sizes(depth: int, rows: int = 1, form: int = 0) -> dict[str, int]:
     """How a program's tile is cut, of as many registers for each column as `rows` of it take."""
-    block = min(TILE, triton.next_power_of_2(depth))
-    return {"BLOCK_C": max(1, TILE // block // triton.next_power_of_2(rows)), "BLOCK_A": block, "num_warps": WARPS}
+    tile = TILE * max(1, 2 * form)  # as many bytes
+    block = max(RUN * form, min(tile, triton.next_power_of_2(depth)))
+    return {"BLOCK_C": max(1, tile // block // triton.next_power_of_2(rows)), "BLOCK_A": block, "num_warps": WARPS}
 
 
 def linear(
     x: torch.Tensor,
-    weights: tuple[torch.Tensor, ...],
+    weights: tuple[Weight, ...],
     norm: tuple[torch.Tensor, float] | None,
     counted: tuple[torch.Tensor, int] | None,
 ) -> list[torch.Tensor]:
@@ -102,10 +106,12 @@ def linear(
 
     The first that is `counted` grows by the second.
     """
-    depth, columns, cut = x.shape[1], [len(weight) for weight in weights], sizes(x.shape[1], len(x))
+    depth, columns, first = x.shape[1], [weight.shape[0] for weight in weights], weights[0]
+    cut = sizes(depth, len(x), first.form)
     outs = [torch.empty(len(x), size, dtype=x.dtype, device=x.device) for size in columns]
     missing = [None] * (3 - len(weights))
-    pairs = [y for pair in zip([*weights, *missing], outs + missing, strict=True) for y in pair]
+    pointers = [weight.pointers for weight in weights]
+    pairs = [y for pair in zip([*pointers, *missing], outs + missing, strict=True) for y in pair]
     norm_weight, eps = norm or (None, 0.0)
     product_kernel[(sum(triton.cdiv(size, cut["BLOCK_C"]) for size in columns),)](
         x,
@@ -120,6 +126,7 @@ def linear(
         WEIGHTS=len(weights),
         NORMED=norm is not None,
         COUNTS=counted is not None,
+        **first.settings,
         **cut,
         **OVERLAP,
     )
@@ -129,17 +136,18 @@ def linear(
 @triton.jit
 def up_kernel(
     x_ptr,
-    gate_ptr,
-    up_ptr,
+    gate,
+    up,
     gate_bias_ptr,
     up_bias_ptr,
-    shared_gate_ptr,
-    shared_up_ptr,
+    shared_gate,
+    shared_up,
     index_ptr,
     out_ptr,
     tokens,
     num_experts,
     expert_stride,
+    scale_stride,
     bias_stride,
     shared_width,
     D,
@@ -153,6 +161,10 @@ def up_kernel(
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    LOWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
@@ -162,31 +174,32 @@ def up_kernel(
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     wait_for_last()
     let_next_start()  # only now: the next one needs `index` before it waits
-    width, up = I, up_ptr
-    gate = gate_ptr if GATED else up_ptr
+    width, row = I, column
     expert = tl.zeros((), tl.int64)
     if ROUTED:
         expert += tl.load(index_ptr + token * K + tl.maximum(program - parts, 0))
         width = tl.where(expert < num_experts, I, 0)  # that of another rank
-        up, gate = up + expert * expert_stride, gate + expert * expert_stride
+        up = of_matrix(up, expert * expert_stride, expert * scale_stride)
+        if GATED:
+            gate = of_matrix(gate, expert * expert_stride, expert * scale_stride)
     if SHARED:  # noqa: SIM102
         if program < parts:
             width = tl.minimum(I, shared_width - program * I)
-            up = shared_up_ptr + program.to(tl.int64) * I * D
-            gate = (shared_gate_ptr if GATED else shared_up_ptr) + program.to(tl.int64) * I * D
+            row = column + program * I
+            up = shared_up
+            if GATED:
+                gate = shared_gate
     inside = column < width
-    weight = column[:, None].to(tl.int64) * D + step[None, :]
     of_up, of_gate = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, D, BLOCK_A):
         here = step + start < D
-        both = inside[:, None] & here[None, :]
-        tile = tl.load(up + weight + start, mask=both, other=0.0, eviction_policy="evict_first")
+        tile = asked(up, row, inside, start, D, D, FORM, ROWS, COLS, LOWS, BLOCK_A, True)
         if GATED:
-            gate_tile = tl.load(gate + weight + start, mask=both, other=0.0, eviction_policy="evict_first")
-        x = tl.load(x_ptr + token * D + start + step, mask=here, other=0.0).to(tl.float32)[None, :]
-        of_up += tl.sum(x * tile.to(tl.float32), axis=1)
+            gate_tile = asked(gate, row, inside, start, D, D, FORM, ROWS, COLS, LOWS, BLOCK_A, True)
+        x = tl.load(x_ptr + token * D + start + step, mask=here, other=0.0).to(tl.float32)
+        of_up += tl.sum(times(x, tile, FORM, LOWS, BLOCK_A), axis=1)
         if GATED:
-            of_gate += tl.sum(x * gate_tile.to(tl.float32), axis=1)
+            of_gate += tl.sum(times(x, gate_tile, FORM, LOWS, BLOCK_A), axis=1)
     if BIASED:
         biased = column < tl.where(program >= parts, width, 0)
         of_up += tl.load(up_bias_ptr + expert * bias_stride + column, mask=biased, other=0.0).to(tl.float32)
@@ -200,15 +213,16 @@ def up_kernel(
 @triton.jit
 def sum_kernel(
     hidden_ptr,
-    down_ptr,
+    down,
     bias_ptr,
-    shared_down_ptr,
+    shared_down,
     index_ptr,
     weights_ptr,
     residual_ptr,
     out_ptr,
     num_experts,
     expert_stride,
+    scale_stride,
     shared_width,
     D,
     I,  # noqa: E741
@@ -217,6 +231,10 @@ def sum_kernel(
     BIASED: tl.constexpr,
     ALIGNED: tl.constexpr,
     ADDS: tl.constexpr,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    LOWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
@@ -230,26 +248,27 @@ def sum_kernel(
     for slot in tl.static_range(K):
         chosen = chosen + (tl.load(index_ptr + slots + slot),)  # noqa: RUF005
     for part in tl.static_range(PARTS):
-        here = inside[:, None] & (step < tl.minimum(I, shared_width - part * I))[None, :]
-        place = shared_down_ptr + part * I + column[:, None].to(tl.int64) * stride + step[None, :]
-        tiles = tiles + (tl.load(place, mask=here, other=0.0),)  # noqa: RUF005
+        end = tl.minimum((part + 1) * I, shared_width)
+        tile = asked(shared_down, column, inside, part * I, end, stride, FORM, ROWS, COLS, LOWS, BLOCK_A, False)
+        tiles = tiles + (tile,)  # noqa: RUF005
     for slot in tl.static_range(K):
-        width = tl.where(chosen[slot] < num_experts, I, 0)
-        here = inside[:, None] & (step < width)[None, :]
-        place = down_ptr + chosen[slot] * expert_stride + column[:, None].to(tl.int64) * I + step[None, :]
-        tiles = tiles + (tl.load(place, mask=here, other=0.0, eviction_policy="evict_first"),)  # noqa: RUF005
+        width, expert = tl.where(chosen[slot] < num_experts, I, 0), chosen[slot]
+        of_expert = of_matrix(down, expert * expert_stride, expert * scale_stride)
+        tile = asked(of_expert, column, inside, 0, width, I, FORM, ROWS, COLS, LOWS, BLOCK_A, True)
+        tiles = tiles + (tile,)  # noqa: RUF005
     wait_for_last()
     for slot in tl.static_range(PARTS + K):
         place = hidden_ptr + (token * (PARTS + K) + slot) * I + step
         rows = rows + (tl.load(place, mask=step < I, other=0.0),)  # noqa: RUF005
     for slot in tl.static_range(K):
         weights = weights + (tl.load(weights_ptr + slots + slot),)  # noqa: RUF005
-    products, total = tl.zeros((BLOCK_C, BLOCK_A), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    sums: tl.constexpr = BLOCK_A if FORM == 0 else BLOCK_A // (RUN * FORM)
+    products, total = tl.zeros((BLOCK_C, sums), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for part in tl.static_range(PARTS):
-        products += rows[part].to(tl.float32)[None, :] * tiles[part].to(tl.float32)
+        products += times(rows[part].to(tl.float32), tiles[part], FORM, LOWS, BLOCK_A)
     for slot in tl.static_range(K):
         row = rows[PARTS + slot].to(tl.float32) * weights[slot].to(tl.float32)
-        products += row[None, :] * tiles[PARTS + slot].to(tl.float32)
+        products += times(row, tiles[PARTS + slot], FORM, LOWS, BLOCK_A)
         if BIASED:
             biased = column < tl.where(chosen[slot] < num_experts, D, 0)
             bias = tl.load(bias_ptr + chosen[slot] * D + column, mask=biased, other=0.0).to(tl.float32)
@@ -265,24 +284,24 @@ def mixture(x, weights, index, routed, shared, formula: Formula, residual, size:
     """`experts.mixture` of few tokens, `parts` parts of `size`."""
     (tokens, dim), one, other = x.shape, routed or shared, shared or routed
     top_k = 0 if routed is None else index.shape[1]
-    width = 0 if shared is None else shared.up.shape[1]
+    width, form = 0 if shared is None else shared.up.shape[1], one.up.form
     gate_bias, up_bias, down_bias = one.biases or (None, None, None)
     hidden = torch.empty(tokens * (parts + top_k), size, dtype=x.dtype, device=x.device)
-    cut = sizes(dim, 1 if one.gate is None else 2)
-    experts = 0 if routed is None else len(routed.up)
+    cut = sizes(dim, 1 if one.gate is None else 2, form)
+    experts = 0 if routed is None else routed.up.shape[0]
     up_kernel[(tokens * (parts + top_k), triton.cdiv(size, cut["BLOCK_C"]))](
         x,
-        one.gate,
-        one.up,
+        one.gate and one.gate.pointers,
+        one.up.pointers,
         gate_bias,
         up_bias,
-        other.gate,
-        other.up,
+        other.gate and other.gate.pointers,
+        other.up.pointers,
         index,
         hidden,
         tokens,
         experts,
-        one.up.stride(0),
+        *one.up.strides,
         0 if up_bias is None else up_bias.stride(0),
         width,
         dim,
@@ -296,21 +315,23 @@ def mixture(x, weights, index, routed, shared, formula: Formula, residual, size:
         ACTIVATION=ACTIVATIONS[formula.activation],
         LIMIT=formula.limit,
         SHIFT=formula.shift,
+        **one.up.settings,
         **cut,
         **OVERLAP,
     )
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
-    sum_kernel[(tokens, triton.cdiv(dim, SUM_COLUMNS))](
+    columns = SUM_COLUMNS * max(1, 2 * form)  # as many bytes
+    sum_kernel[(tokens, triton.cdiv(dim, columns))](
         hidden,
-        one.down,
+        one.down.pointers,
         down_bias,
-        other.down,
+        other.down.pointers,
         index,
         weights,
         residual,
         out,
         experts,
-        one.down.stride(0),
+        *one.down.strides,
         width,
         dim,
         size,
@@ -319,8 +340,9 @@ def mixture(x, weights, index, routed, shared, formula: Formula, residual, size:
         BIASED=one.biases is not None,
         ALIGNED=size % 16 == 0 and width % 16 == 0,
         ADDS=residual is not None,
-        BLOCK_C=SUM_COLUMNS,
-        BLOCK_A=triton.next_power_of_2(size),
+        **one.down.settings,
+        BLOCK_C=columns,
+        BLOCK_A=max(RUN * form, triton.next_power_of_2(size)),
         num_warps=SUM_WARPS,
         **OVERLAP,
     )

@@ -22,14 +22,14 @@ from . import (
     chooser,
     counters,
     experts,
+    experts_network,
     fused,
     grouped,
     latent_forward,
     mlp_forward,
     network,
     norms,
-    plain,
-    products,
+    projected,
     recorded_layer,
     route_arguments,
     routed_rows,
@@ -91,21 +91,6 @@ def attention_forward(module: nn.Module, rows: int):
     return forward
 
 
-def projected(*linears: nn.Module):
-    """As `products.linear` with the weights of up to three layers, which are called where they have more than that."""
-    weights = [linear.weight for linear in linears]
-    if all(map(plain, linears)):
-        return lambda x, **further: products.linear(x, *weights, **further)
-
-    def project(x: torch.Tensor, norm=None, counted: tuple[torch.Tensor, int] | None = None) -> list[torch.Tensor]:
-        x = x if norm is None else norms.rms_norm(x, *norm)
-        if counted is not None:
-            counted[0].add_(counted[1])
-        return [linear(x) for linear in linears]
-
-    return project
-
-
 # What a router of Transformers computes, in the words of `routers.route`: the kind of scores, whether those of a
 # token's experts are divided by their sum, a factor, and whether logits are rounded. None where it does more.
 def softmax_router(gate: nn.Module):
@@ -160,12 +145,9 @@ def routed_network(routed: nn.Module) -> experts.Network | None:
     computed = formula(routed)
     if computed is None or computed.transposed or computed.interleaved:
         return None
-    name, halves = ("gate_up_proj", 2) if computed.gated else ("up_proj", 1)
-    ups, biases = getattr(routed, name).chunk(halves, dim=1), None
-    missing = [None] * (2 - halves)
-    if routed.has_bias:
-        biases = (*missing, *getattr(routed, f"{name}_bias").chunk(halves, dim=1), routed.down_proj_bias)
-    return experts.Network(*missing, *ups, routed.down_proj, biases)
+    name = "gate_up_proj" if computed.gated else "up_proj"
+    biases = (getattr(routed, f"{name}_bias"), routed.down_proj_bias) if routed.has_bias else None
+    return experts_network(getattr(routed, name), routed.down_proj, computed.gated, biases)
 
 
 def mixture_forward(module: nn.Module, rows: int, choose, arguments=None):
@@ -180,8 +162,9 @@ def mixture_forward(module: nn.Module, rows: int, choose, arguments=None):
     computed, gate = formula(module.experts), getattr(module, "shared_expert_gate", None)
     shared = next((x for name in SHARED if (x := getattr(module, name, None)) is not None), None)
     beside = None if shared is None or gate is not None or computed.clamped else network(shared, rows)
+    beside = beside if beside is not None and experts.joined(weights_of, beside) else None
     alone = shared is not None and beside is None
-    arrived = counters(weights_of.down, rows)
+    arrived = counters(weights_of.down.codes, rows)
 
     def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None, norm=None) -> torch.Tensor:
         residual, x, weights, index = routed_rows(hidden_states, residual, norm, arguments, arrived, choose)
