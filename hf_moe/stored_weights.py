@@ -78,6 +78,10 @@ class BlockWeight(StoredWeight):
     def lows(self) -> torch.Tensor | None:
         return self.state.lows
 
+    @classmethod
+    def check(cls, shape: torch.Size, name: str) -> None:
+        """Raises ValueError where weights of this shape, of which `name` is one, can't be stored so."""
+
     def codes(self) -> torch.Tensor:
         """[..., out, in] in float32."""
         raise NotImplementedError
@@ -128,9 +132,13 @@ class Int4Weight(BlockWeight):
     stored = "int4"
 
     @classmethod
+    def check(cls, shape: torch.Size, name: str) -> None:
+        if shape[-1] % 2:
+            raise ValueError(f"int4 stores two numbers a byte, but rows of {name} have {shape[-1]}: take fp8.")
+
+    @classmethod
     def quantize(cls, weight: torch.Tensor, block: tuple[int, int] = (1, 128)) -> "Int4Weight":
-        if weight.shape[-1] % 2:
-            raise ValueError(f"int4 stores two numbers a byte, but rows have {weight.shape[-1]}: take fp8.")
+        cls.check(weight.shape, "a weight")
         blocks = blocks_of(weight, block)
         # What fills up the last block lies within its numbers.
         real = blocks_of(torch.ones_like(weight, dtype=torch.bool), block).bool()
@@ -157,6 +165,10 @@ def whole_of(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return blocks.flatten(-4, -3).flatten(-2)[..., : shape[-2], : shape[-1]].contiguous()
 
 
+def full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def spread(numbers: torch.Tensor, state: State) -> torch.Tensor:
     """[..., out, in] in float32: each block's number for all of it."""
     numbers = numbers.float().repeat_interleave(state.block[0], dim=-2)[..., : state.shape[-2], :]
@@ -164,3 +176,12 @@ def spread(numbers: torch.Tensor, state: State) -> torch.Tensor:
 
 
 FORMS = {kind.stored: kind for kind in (Fp8Weight, Int4Weight)}
+TORCHAO = "torchao.quantization.Float8Tensor"
+# Classes of parameters whose codes kernels read, by their full names since not all need be installed.
+READ = {full_name(kind) for kind in FORMS.values()} | {TORCHAO}
+
+
+def in_full(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a parameter whose codes something else doesn't read."""
+    name = full_name(type(tensor))
+    return tensor.dequantize() if name == TORCHAO else tensor.values() if name in READ else tensor

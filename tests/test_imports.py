@@ -40,6 +40,7 @@ ORDER = [
     "hf_moe",
     "hf_moe.hub",
     "hf_moe.sizes",
+    "hf_moe.stored_loading",
     "hf_moe.training.weights",
     "hf_moe.training.balance",
     "hf_moe.training.host_trl",

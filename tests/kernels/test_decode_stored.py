@@ -1,16 +1,20 @@
 """A decoding step that reads weights in 8 and 4 bits, against the modules with the values that the bits stand for."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from hf_moe.training.weights.adapters import matrices
+from hf_moe.training.weights.groups import matrices
 from torch import nn
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from hf_moe.kernels.decode import few_tokens, fused, products
-from hf_moe.kernels.decode.stored import WHOLE, Weight, alike, in_full, weight_of
-from hf_moe.stored_weights import Fp8Weight, Int4Weight
+from hf_moe.kernels.decode.stored import WHOLE, Weight, alike, weight_of
+from hf_moe.model.decoding import obstacles
+from hf_moe.stored_weights import Fp8Weight, Int4Weight, in_full
 
 from .steps import DEVICE, LATENT, model_of, steps_of
 
@@ -78,7 +82,7 @@ def a_row(weight: torch.Tensor) -> tuple[Weight, torch.Tensor]:
 @pytest.mark.parametrize("form", [*FORMS, "fp8, a row"])
 def test_products_with_what_is_stored(form, rows, depth, monkeypatch):
     """Up to three matrices in one launch, of other numbers of columns; depths of one tile, and of more."""
-    monkeypatch.setattr(few_tokens, "TILE", 64)
+    monkeypatch.setattr(few_tokens, "TILES", (64, 64, 64))
     torch.manual_seed(0)
     x, sizes = torch.randn(rows, depth, device=DEVICE), 1 + torch.arange(depth, device=DEVICE)
     weights = [torch.randn(columns, depth, device=DEVICE) * sizes for columns in (5, 17, 2)]
@@ -102,5 +106,26 @@ def test_a_weight_that_no_launch_can_read_is_left_to_its_module():
     assert weight_of(odd.as_subclass(Other)) is None
     assert not alike(weight_of(odd), weight_of(Fp8Weight.quantize(odd)))
     assert torch.equal(in_full(odd), odd)
-    with pytest.raises(ValueError, match="int4 stores two numbers a byte, but rows have 33: take fp8"):
+    with pytest.raises(ValueError, match="int4 stores two numbers a byte, but rows of a weight have 33: take fp8"):
         Int4Weight.quantize(odd)
+
+
+@pytest.mark.parametrize("name", ["gqa, norm a head", "mla, q_lora, shared"])
+def test_float8_of_torchao_is_read_as_it_is_loaded(name, tmp_path):
+    """Linear layers by its config alone, and by their names fused experts, too."""
+    torchao = pytest.importorskip("torchao", reason="needs torchao: pip install 'hf_moe[float8]'")
+    plain = model_of(MODELS[name], torch.float32)
+    plain.save_pretrained(tmp_path)
+    with_scales = torchao.quantization.Float8WeightOnlyConfig()
+    patterns = [r"re:.*self_attn\.\w+_proj(_with_mqa)?", r"re:.*experts\.(\w+_proj|gate_up_proj)"]
+    by_name = torchao.quantization.FqnToConfig(OrderedDict(dict.fromkeys(patterns, with_scales)))
+    for config, fused_too in ((with_scales, False), (by_name, True)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=TorchAoConfig(config)).to(DEVICE)
+        layer = model.model.layers[0]
+        assert weight_of(layer.self_attn.o_proj.weight).form == 1
+        assert (weight_of(layer.mlp.experts.down_proj).form == 1) == fused_too
+        for said in obstacles(model):
+            assert "quantised" not in said and "plain tensors" not in said
+        for rows in (1, 5):
+            expected, actual = steps_of(model, 3, rows, ONE)
+            torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))

@@ -5,8 +5,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 from hf_moe.conversion.files.block_fp8 import dequantized
-from hf_moe.training.weights.adapters import AdapterArguments, add_adapter, check_adapter_arguments, matrices
+from hf_moe.training.weights.adapters import AdapterArguments, add_adapter, check_adapter_arguments
 from hf_moe.training.weights.float8 import check_float8, compute_in_float8
+from hf_moe.training.weights.groups import matrices
 from hf_moe.training.weights.merging import merge_adapter
 from hf_moe.training.weights.quantized import quantize
 

@@ -26,10 +26,11 @@ from ...model.norms import PLACEMENTS
 from ...model.rms_norm import HfMoeRMSNorm
 from ...model.rotary import HfMoeRotaryEmbedding
 from ...model.router import HfMoeRouter
+from ...stored_weights import in_full
 from ..experts import hf_moe_experts_forward
 from ..formula import Formula, activation, formula
 from . import experts, grouped, latent, norms, products, rotary, routers
-from .stored import Weight, alike, in_full, weight_of
+from .stored import Weight, alike, weight_of
 
 
 def matrix_of(linear: nn.Module) -> Weight | None:

@@ -19,10 +19,10 @@ from ..activations import ACTIVATIONS, activate
 from ..formula import Formula
 from .norms import normalized
 from .overlap import OVERLAP, let_next_start, wait_for_last
-from .stored import RUN, Weight, asked, of_matrix, times
+from .stored import BYTES, RUN, Weight, asked, of_matrix, times
 
-TILE, WARPS = 4096, 2  # weights that a program holds, and its warps
-SUM_COLUMNS, SUM_WARPS = 1, 4  # of the sum of experts
+TILES, WARPS = (4096, 8192, 4096), 2  # weights of each form that a program holds, and its warps
+SUM_COLUMNS, SUM_WARPS = (1, 2, 1), 4  # of the sum of experts
 MAX_SLOTS = 16  # whose weights it can hold
 MAX_TOKENS = 4
 
@@ -91,7 +91,7 @@ def product_kernel(
 
 def sizes(depth: int, rows: int = 1, form: int = 0) -> dict[str, int]:
     """How a program's tile is cut, of as many registers for each column as `rows` of it take."""
-    tile = TILE * max(1, 2 * form)  # as many bytes
+    tile = TILES[form]
     block = max(RUN * form, min(tile, triton.next_power_of_2(depth)))
     return {"BLOCK_C": max(1, tile // block // triton.next_power_of_2(rows)), "BLOCK_A": block, "num_warps": WARPS}
 
@@ -262,7 +262,7 @@ def sum_kernel(
         rows = rows + (tl.load(place, mask=step < I, other=0.0),)  # noqa: RUF005
     for slot in tl.static_range(K):
         weights = weights + (tl.load(weights_ptr + slots + slot),)  # noqa: RUF005
-    sums: tl.constexpr = BLOCK_A if FORM == 0 else BLOCK_A // (RUN * FORM)
+    sums: tl.constexpr = BLOCK_A if FORM == 0 else BLOCK_A // (BYTES * FORM)
     products, total = tl.zeros((BLOCK_C, sums), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for part in tl.static_range(PARTS):
         products += times(rows[part].to(tl.float32), tiles[part], FORM, LOWS, BLOCK_A)
@@ -320,7 +320,7 @@ def mixture(x, weights, index, routed, shared, formula: Formula, residual, size:
         **OVERLAP,
     )
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
-    columns = SUM_COLUMNS * max(1, 2 * form)  # as many bytes
+    columns = SUM_COLUMNS[form]
     sum_kernel[(tokens, triton.cdiv(dim, columns))](
         hidden,
         one.down.pointers,

@@ -89,7 +89,7 @@ def linear(
     Of x's RMSNorm where `norm` has its weight [A] and epsilon. The first that is `counted` grows by the second.
     """
     (rows, depth), first = x.shape, weights[0]
-    if rows <= few_tokens.MAX_TOKENS and (norm is None or depth <= few_tokens.TILE):
+    if rows <= few_tokens.MAX_TOKENS and (norm is None or depth <= few_tokens.TILES[first.form]):
         return few_tokens.linear(x, weights, norm, counted)
     if norm is not None:
         x = rms_norm(x, *norm)

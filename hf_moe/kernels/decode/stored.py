@@ -5,15 +5,17 @@ value is its code times its block's scale, plus the block's low if there are low
 small numbers and exact, and multiply their sums with the scales.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ...stored_weights import Fp8Weight, Int4Weight
+from ...stored_weights import TORCHAO, Fp8Weight, Int4Weight, full_name
 
 RUN = 16  # bytes that a thread reads at once: of a run, products are summed before they meet the scale
+BYTES = tl.constexpr(RUN)
 WHOLE = 2**30  # columns of a block that has all
 
 
@@ -77,11 +79,10 @@ def of_ours(form: int, weight: torch.Tensor) -> Weight:
     )
 
 
-TORCHAO = "torchao.quantization.quantize_.workflows.float8.float8_tensor.Float8Tensor"
-# A class of tensors, by its full name since it need not be installed -> how a Weight is made of one.
+# A class of tensors by its full name, since it need not be installed -> how a Weight is made of one.
 KINDS = {
-    f"{Fp8Weight.__module__}.Fp8Weight": lambda x: of_ours(1, x),
-    f"{Int4Weight.__module__}.Int4Weight": lambda x: of_ours(2, x),
+    full_name(Fp8Weight): partial(of_ours, 1),
+    full_name(Int4Weight): partial(of_ours, 2),
     TORCHAO: of_torchao,
 }
 
@@ -90,17 +91,11 @@ def weight_of(tensor: torch.Tensor) -> Weight | None:
     """What the kernels read of a parameter, or None where they can't."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return Weight(tensor, None, None, tuple(tensor.shape), 0, (1, 1))
-    name = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+    name = full_name(type(tensor))
     weight = KINDS[name](tensor) if name in KINDS else None
     # Runs, and a step's depth, lie within blocks; every matrix begins with a byte and a block of its own.
     fits = weight is not None and weight.block[1] % (RUN * weight.form) == 0 and weight.shape[-1] % weight.form == 0
     return weight if fits else None
-
-
-def in_full(tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter's values, where the kernels read no codes."""
-    kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
-    return tensor.dequantize() if kind == TORCHAO else tensor.values() if kind in KINDS else tensor
 
 
 def alike(*weights: Weight | None) -> bool:
@@ -145,7 +140,7 @@ def asked(
 ):
     """Of rows `column` [C] of a matrix whose rows are `depth` long: what is stored of `start` to start + BLOCK_A.
 
-    From `end` on it is 0. Values are [C, A], bytes [C, runs, RUN]; scales and lows [C, runs].
+    From `end` on it is 0. Values are [C, A], bytes [C, runs, BYTES]; scales and lows [C, runs].
     """
     row = column.to(tl.int64)
     if FORM == 0:
@@ -154,8 +149,8 @@ def asked(
         place = weight[0] + row[:, None] * depth + step[None, :]
         got = (tl.load(place, mask=mask, other=0.0, eviction_policy="evict_first" if ONCE else ""),)
     else:
-        run, byte = tl.arange(0, BLOCK_A // (RUN * FORM)), tl.arange(0, RUN)
-        first = start + run * (RUN * FORM)
+        run, byte = tl.arange(0, BLOCK_A // (BYTES * FORM)), tl.arange(0, BYTES)
+        first = start + run * (BYTES * FORM)
         places = (first // FORM)[:, None] + byte[None, :]
         mask = inside[:, None, None] & (places * FORM < end)[None, :, :]
         codes = weight[0] + row[:, None, None] * (depth // FORM) + places[None, :, :]
@@ -172,14 +167,14 @@ def times(x, got, FORM: tl.constexpr, LOWS: tl.constexpr, BLOCK_A: tl.constexpr)
     if FORM == 0:
         out = x[None, :] * got[0].to(tl.float32)
     else:
-        runs: tl.constexpr = BLOCK_A // (RUN * FORM)
+        runs: tl.constexpr = BLOCK_A // (BYTES * FORM)
         if FORM == 1:
-            x = tl.reshape(x, (runs, RUN))
+            x = tl.reshape(x, (runs, BYTES))
             sums = tl.sum(x[None, :, :] * got[0].to(tl.float8e4nv, bitcast=True).to(tl.float32), axis=2)
             of_x = x
         else:
             even, odd = tl.split(tl.reshape(x, (BLOCK_A // 2, 2)))
-            even, odd = tl.reshape(even, (runs, RUN)), tl.reshape(odd, (runs, RUN))
+            even, odd = tl.reshape(even, (runs, BYTES)), tl.reshape(odd, (runs, BYTES))
             sums = tl.sum(even[None, :, :] * (got[0] & 15).to(tl.float32), axis=2)
             sums += tl.sum(odd[None, :, :] * (got[0] >> 4).to(tl.float32), axis=2)
             of_x = even + odd
