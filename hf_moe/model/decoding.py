@@ -251,16 +251,21 @@ class EagerStep:
 def recording_key(model: nn.Module, cache: HfMoeReservedCache):
     """Equal where what was recorded may be replayed: it holds addresses, and all that was decided on the way."""
     modules = list(model.modules())
-    if any(hasattr(module, "base_layer") for module in modules):
-        return object()  # adapters can be switched on and off in ways that show nowhere else
     tensors = [
         *(x for parameter in model.parameters() for x in plain_tensors(parameter)),
         *model.buffers(),
         *(x for part in cache.parts for layer in part.layers for x in (layer.keys, layer.values)),
     ]
     changed = [id(m) for m in modules if "forward" in vars(m)]
+    adapted = [plain_attributes(m) for m in modules if hasattr(m, "base_layer")]  # which adapters add, and how much
     pointers = tuple((x.data_ptr(), x.dtype) for x in tensors)
-    return pointers, tuple(map(id, modules)), tuple(changed), repr(vars(model.config))
+    return pointers, tuple(map(id, modules)), tuple(changed), repr(adapted), repr(vars(model.config))
+
+
+def plain_attributes(module: nn.Module) -> dict:
+    """What a layer of PEFT's decides by, beside its weights."""
+    kinds, every = (bool, int, float, str, list, dict), vars(nn.Module())
+    return {x: y for x, y in vars(module).items() if x not in every and type(y) in kinds and x != "_caches"}
 
 
 def recorded(kind: type[RecordedStep], model: nn.Module, cache: HfMoeReservedCache, steps: int, *settings):

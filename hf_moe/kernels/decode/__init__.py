@@ -29,7 +29,7 @@ from ...model.router import HfMoeRouter
 from ...stored_weights import in_full
 from ..experts import hf_moe_experts_forward
 from ..formula import Formula, activation, formula
-from . import experts, grouped, latent, norms, products, rotary, routers
+from . import adapters, experts, few_tokens, grouped, latent, norms, products, rotary, routers
 from .stored import Weight, alike, weight_of
 
 
@@ -38,19 +38,25 @@ def matrix_of(linear: nn.Module) -> Weight | None:
     return weight_of(linear.weight) if type(linear) is nn.Linear and linear.bias is None else None
 
 
-def projected(*linears: nn.Module):
+def projected(rows: int, *linears: nn.Module):
     """The products of x [T, A] with up to three layers, as `products.linear` has them; in a launch of its own where
-    one is stored in another form, and by the layer itself where it does more than a product."""
-    weights = [matrix_of(linear) for linear in linears]
-    if alike(*weights):
-        return lambda x, **further: products.linear(x, *weights, **further)
+    one is stored in another form, and by the layer itself where it does more than the kernels of so many rows."""
+    parts = [adapters.of_linear(linear) or (linear, None) for linear in linears]
+    added = [adapter for _, adapter in parts]
+    weights = [matrix_of(linear) for linear, _ in parts]
+    few = weights[0] is not None and products.of_few(rows, weights[0].shape[1], weights[0], True)
+    if alike(*weights) and (few or not any(added)):
+        return lambda x, **further: products.linear(x, *weights, adapters=added, **further)
 
     def project(x: torch.Tensor, norm=None, counted: tuple[torch.Tensor, int] | None = None) -> list[torch.Tensor]:
         x = x if norm is None else norms.rms_norm(x, *norm)
         if counted is not None:
             counted[0].add_(counted[1])
-        pairs = zip(linears, weights, strict=True)
-        return [linear(x) if weight is None else products.linear(x, weight)[0] for linear, weight in pairs]
+        plain = zip(linears, weights, added, strict=True)
+        return [
+            linear(x) if weight is None or adapter is not None else products.linear(x, weight)[0]
+            for linear, weight, adapter in plain
+        ]
 
     return project
 
@@ -123,8 +129,10 @@ def chooser(gate: nn.Module):
 
 
 def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
-    routed = module.experts
-    if type(routed) not in (HfMoeExperts, HfMoeClampedExperts):  # an adapter does more
+    routed, added = adapters.of_experts(module.experts) or (module.experts, {})
+    if type(routed) not in (HfMoeExperts, HfMoeClampedExperts):  # as it is an adapter that does more
+        return None
+    if added and rows > few_tokens.MAX_TOKENS:
         return None
     computed = formula(routed)
     further = (module.shared_expert_gate, module.fc1_latent_proj)  # between router, experts and sum
@@ -132,7 +140,7 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
         return None
     if rows > experts.MAX_TOKENS:
         return many_forward(module)
-    return few_forward(module, computed, rows)
+    return few_forward(module, routed, computed, rows, (added.get(routed.up_name), added.get("down_proj")))
 
 
 def many_forward(module: HfMoeSparseMoeBlock):
@@ -177,8 +185,8 @@ def experts_network(up: torch.Tensor, down: torch.Tensor, gated: bool, biases) -
     return experts.Network(*ups, weights[1], biases)
 
 
-def few_forward(module: HfMoeSparseMoeBlock, computed: Formula, rows: int):
-    routed, config, shared = module.experts, module.gate.config, None
+def few_forward(module: HfMoeSparseMoeBlock, routed: nn.Module, computed: Formula, rows: int, on_experts: tuple):
+    config, shared = module.gate.config, None
     up, biases = getattr(routed, routed.up_name), None
     if routed.has_bias:
         biases = (getattr(routed, f"{routed.up_name}_bias"), routed.down_proj_bias)
@@ -197,7 +205,8 @@ def few_forward(module: HfMoeSparseMoeBlock, computed: Formula, rows: int):
         if beside is not None:  # in launches of its own
             added = beside(x)
             residual = added if residual is None else added + residual.view_as(added)
-        return experts.mixture(x, weights, index, weights_of, shared, computed, residual).view_as(hidden_states)
+        out = experts.mixture(x, weights, index, weights_of, shared, computed, residual, on_experts)
+        return out.view_as(hidden_states)
 
     return forward
 
@@ -228,8 +237,8 @@ def latent_forward(module: nn.Module, rows: int):
     first = getattr(module, names[0])
     if getattr(module, "absorb", None) is False or matrix_of(module.kv_b_proj) is None:
         return None
-    project, back = projected(first, module.kv_a_proj_with_mqa), projected(module.o_proj)
-    further = None if config.q_lora_rank is None else projected(module.q_b_proj)
+    project, back = projected(rows, first, module.kv_a_proj_with_mqa), projected(rows, module.o_proj)
+    further = None if config.q_lora_rank is None else projected(rows, module.q_b_proj)
     sizes = [config.qk_nope_head_dim, config.v_head_dim]
     up = in_full(module.kv_b_proj.weight).view(-1, sum(sizes), config.kv_lora_rank)
     key_up, value_up = up.split(sizes, dim=1)  # [H, d, r]
@@ -284,7 +293,7 @@ def grouped_forward(module: HfMoeAttention, rows: int):
     simple = simple and (type(module.q_norm) is HfMoeRMSNorm if normed else config.qk_norm is None)
     if not simple:
         return None
-    project, back = projected(module.q_proj, module.k_proj, module.v_proj), projected(module.o_proj)
+    project, back = projected(rows, module.q_proj, module.k_proj, module.v_proj), projected(rows, module.o_proj)
     arrived = counters(module.q_proj.weight, rows * config.num_key_value_heads)
     norm_weights = (module.q_norm.weight, module.k_norm.weight) if normed else None
     original = type(module).forward

@@ -15,20 +15,13 @@ import triton.language as tl
 from ..activations import ACTIVATIONS, activate
 from ..formula import Formula
 from . import few_tokens
+from .adapters import Adapter
+from .few_tokens import Network
 from .overlap import OVERLAP, let_next_start, wait_for_last
 from .stored import RUN, Weight, alike, of_matrix, plus_product, rows_of_x, step_within
 
 MAX_TOKENS = 64  # one tile of rows; with more, sorting by expert is cheaper
 MAX_PART = 1024  # of a dense network: its sum over the width is cut, so that there are programs for the whole card
-
-
-class Network(NamedTuple):
-    """Weights of E networks: gate (None where plain) and up [E, I, D] with the same strides, down [E, D, I]."""
-
-    gate: Weight | None
-    up: Weight
-    down: Weight
-    biases: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None  # [E, I], [E, I], [E, D]
 
 
 def part_of(down: Weight) -> int:
@@ -287,11 +280,13 @@ def mixture(
     shared: Network | None,
     formula: Formula,
     residual: torch.Tensor | None = None,
+    adapters: tuple[Adapter | None, Adapter | None] = (None, None),
 ) -> torch.Tensor:
     """sum_k weight_{t,k} FFN_{index_{t,k}}(x_t) + FFN_shared(x_t): [T, D] of x [T, D], weights and index [T, K].
 
     Either network may be missing; the shared one has E = 1. `formula` is that of both. An index of E or more
-    adds nothing. `residual` [T, D] is added to the sum, once that has x's dtype.
+    adds nothing. `residual` [T, D] is added to the sum, once that has x's dtype. `adapters` are those on the routed up
+    and down, of few tokens alone.
     """
     (tokens, dim), experts, top_k, parts, width = x.shape, 0, 0, 0, 0
     size = part_of(shared.down) if routed is None else routed.up.shape[1]
@@ -303,7 +298,8 @@ def mixture(
     residual = None if residual is None else residual.contiguous()
     few = few_tokens.MAX_TOKENS if routed is not None else 1  # of several, a dense network's weights serve all
     if tokens <= few and top_k + parts <= few_tokens.MAX_SLOTS:
-        return few_tokens.mixture(x, weights, index, routed, shared, formula, residual, size, parts)
+        return few_tokens.mixture(x, weights, index, routed, shared, formula, residual, size, parts, adapters)
+    assert adapters == (None, None), adapters
     by_slot = tokens * top_k < experts
     programs = parts + (tokens * top_k if by_slot else experts)
     one = routed or shared

@@ -11,20 +11,34 @@ Shapes: T tokens, A depth, C columns, D hidden size, I expert intermediate size,
 parts of a shared network.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ..activations import ACTIVATIONS, activate
 from ..formula import Formula
+from .adapters import Adapter
 from .norms import normalized
 from .overlap import OVERLAP, let_next_start, wait_for_last
-from .stored import BYTES, RUN, Weight, asked, of_matrix, times
+from .stored import BYTES, RUN, Weight, asked, of_matrix, times, weight_of
 
 TILES, WARPS = (4096, 8192, 4096), 2  # weights of each form that a program holds, and its warps
 SUM_COLUMNS, SUM_WARPS = (1, 2, 1), 4  # of the sum of experts
 MAX_SLOTS = 16  # whose weights it can hold
 MAX_TOKENS = 4
+LINEAR = Formula("linear")
+
+
+class Network(NamedTuple):
+    """Weights of E networks: gate (None where plain) and up [E, I, D] with the same strides, down [E, D, I]."""
+
+    gate: Weight | None
+    up: Weight
+    down: Weight
+    biases: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None  # [E, I], [E, I], [E, D]
 
 
 @triton.jit
@@ -45,10 +59,14 @@ def product_kernel(
     count_ptr,
     counted,
     x_row,
+    adapter,  # A x [T, rank] and B [C, rank] of each weight, the rank (0 without one) and the scaling
+    adapter2,
+    adapter3,
     TOKENS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     NORMED: tl.constexpr,
     COUNTS: tl.constexpr,
+    RANK: tl.constexpr,  # the largest, as a power of two
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -63,16 +81,21 @@ def product_kernel(
     if WEIGHTS > 1:  # noqa: SIM102
         if block >= tl.cdiv(columns, BLOCK_C):
             block -= tl.cdiv(columns, BLOCK_C)
-            weight, out, width = weight2, out2_ptr, columns2
+            weight, out, width, adapter = weight2, out2_ptr, columns2, adapter2
             if WEIGHTS > 2:  # noqa: SIM102
                 if block >= tl.cdiv(columns2, BLOCK_C):
                     block -= tl.cdiv(columns2, BLOCK_C)
-                    weight, out, width = weight3, out3_ptr, columns3
+                    weight, out, width, adapter = weight3, out3_ptr, columns3, adapter3
     column = block * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < width
     first = asked(weight, column, inside, 0, depth, depth, FORM, ROWS, COLS, LOWS, BLOCK_A, False)
     if NORMED:
         norm = tl.load(norm_ptr + step, mask=step < depth, other=0.0).to(tl.float32)
+    if RANK > 0:
+        rank = tl.arange(0, RANK)
+        of_rank = rank < adapter[2]
+        widen = adapter[1] + column[:, None] * adapter[2] + rank[None, :]
+        widen = tl.load(widen, mask=inside[:, None] & of_rank[None, :], other=0.0).to(tl.float32)
     wait_for_last()
     if COUNTS:  # noqa: SIM102
         if tl.program_id(0) == 0:
@@ -86,6 +109,9 @@ def product_kernel(
             x = tl.load(x_ptr + row * x_row + start + step, mask=step + start < depth, other=0.0)
             further = asked(weight, column, inside, start, depth, depth, FORM, ROWS, COLS, LOWS, BLOCK_A, False)
             total += tl.sum(times(x.to(tl.float32), further, FORM, LOWS, BLOCK_A), axis=1)
+        if RANK > 0:
+            low = tl.load(adapter[0] + row * adapter[2] + rank, mask=of_rank, other=0.0).to(tl.float32)
+            total += adapter[3] * tl.sum(low[None, :] * widen, axis=1)
         tl.store(out + row * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -101,18 +127,21 @@ def linear(
     weights: tuple[Weight, ...],
     norm: tuple[torch.Tensor, float] | None,
     counted: tuple[torch.Tensor, int] | None,
+    adapters: Sequence[Adapter | None] = (),
+    dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
     """x W^T [T, C] for each of one to three weights [C, A], of x [T, A] or its norm, whose depth a tile must hold.
 
-    The first that is `counted` grows by the second.
+    The first that is `counted` grows by the second. `adapters`, if there are any, are those of each weight.
     """
     depth, columns, first = x.shape[1], [weight.shape[0] for weight in weights], weights[0]
-    cut = sizes(depth, len(x), first.form)
-    outs = [torch.empty(len(x), size, dtype=x.dtype, device=x.device) for size in columns]
-    missing = [None] * (3 - len(weights))
+    cut, count = sizes(depth, len(x), first.form), len(weights)
+    outs = [torch.empty(len(x), size, dtype=dtype or x.dtype, device=x.device) for size in columns]
+    missing = [None] * (3 - count)
     pointers = [weight.pointers for weight in weights]
     pairs = [y for pair in zip([*pointers, *missing], outs + missing, strict=True) for y in pair]
     norm_weight, eps = norm or (None, 0.0)
+    added, rank = lowered(x, norm, adapters)
     product_kernel[(sum(triton.cdiv(size, cut["BLOCK_C"]) for size in columns),)](
         x,
         *pairs,
@@ -122,15 +151,40 @@ def linear(
         *(columns + [0] * len(missing)),
         *(counted or (None, 0)),
         x.stride(0),
+        *added,
+        *([None] * (3 - len(added))),
         TOKENS=len(x),
-        WEIGHTS=len(weights),
+        WEIGHTS=count,
         NORMED=norm is not None,
         COUNTS=counted is not None,
+        RANK=rank,
         **first.settings,
         **cut,
         **OVERLAP,
     )
     return outs
+
+
+def lowered(x: torch.Tensor, norm, adapters: Sequence[Adapter | None]) -> tuple[list[tuple], int]:
+    """What the kernel adds to each weight: A x, B, rank and scaling; and the largest rank as a power of two."""
+    real = [adapter for adapter in adapters if adapter is not None]
+    if not real:
+        return [(x, x, 0, 1.0)] * 3, 0
+    lows = linear(x, tuple(weight_of(adapter.a.data) for adapter in real), norm, None, dtype=real[0].a.dtype)
+    none = (lows[0], real[0].b, 0, 1.0)
+    each = iter([(low, y.b, y.b.shape[1], float(y.scaling)) for low, y in zip(lows, real, strict=True)])
+    added = [none if adapter is None else next(each) for adapter in adapters]
+    return added + [none] * (3 - len(added)), max(16, triton.next_power_of_2(max(y.b.shape[1] for y in real)))
+
+
+@triton.jit
+def added(low, widen, column, inside, rank, widen_row, widen_rank, scaling, RANK: tl.constexpr):
+    """scaling B low at some columns, of low [rank] and B [., rank] of any strides."""
+    step = tl.arange(0, RANK)
+    real = step < rank
+    low = tl.load(low + step, mask=real, other=0.0).to(tl.float32)
+    place = widen + column[:, None].to(tl.int64) * widen_row + step[None, :] * widen_rank
+    return scaling * tl.sum(low[None, :] * tl.load(place, mask=inside[:, None] & real[None, :], other=0.0), axis=1)
 
 
 @triton.jit
@@ -154,6 +208,14 @@ def up_kernel(
     I,  # noqa: E741
     K,
     parts,
+    low_ptr,  # A x [T, K, rank] of the chosen experts
+    widen_ptr,  # B [E, U, rank], U as of up: gate's rows come first
+    rank,
+    widen_expert,
+    widen_row,
+    widen_rank,
+    scaling,
+    RANK: tl.constexpr,
     ROUTED: tl.constexpr,
     SHARED: tl.constexpr,
     GATED: tl.constexpr,
@@ -205,6 +267,14 @@ def up_kernel(
         of_up += tl.load(up_bias_ptr + expert * bias_stride + column, mask=biased, other=0.0).to(tl.float32)
         if GATED:
             of_gate += tl.load(gate_bias_ptr + expert * bias_stride + column, mask=biased, other=0.0).to(tl.float32)
+    if RANK > 0:
+        low = low_ptr + (token * K + tl.maximum(program - parts, 0)) * rank
+        widen = widen_ptr + expert * widen_expert
+        adapted = column < tl.where(program >= parts, width, 0)
+        if GATED:
+            of_gate += added(low, widen, column, adapted, rank, widen_row, widen_rank, scaling, RANK)
+            widen += I * widen_row
+        of_up += added(low, widen, column, adapted, rank, widen_row, widen_rank, scaling, RANK)
     hidden, _, _ = activate(of_gate if GATED else of_up, of_up, ACTIVATION, GATED, LIMIT, SHIFT)
     # Zero where there is nothing, so that the next launch need not know where that is.
     tl.store(out_ptr + place * I + column, tl.where(inside, hidden, 0.0).to(out_ptr.dtype.element_ty), mask=column < I)
@@ -226,8 +296,16 @@ def sum_kernel(
     shared_width,
     D,
     I,  # noqa: E741
+    low_ptr,  # A h [T, K, rank] of the chosen experts
+    widen_ptr,  # B [E, D, rank]
+    rank,
+    widen_expert,
+    widen_row,
+    widen_rank,
+    scaling,
     K: tl.constexpr,
     PARTS: tl.constexpr,
+    RANK: tl.constexpr,
     BIASED: tl.constexpr,
     ALIGNED: tl.constexpr,
     ADDS: tl.constexpr,
@@ -273,6 +351,11 @@ def sum_kernel(
             biased = column < tl.where(chosen[slot] < num_experts, D, 0)
             bias = tl.load(bias_ptr + chosen[slot] * D + column, mask=biased, other=0.0).to(tl.float32)
             total += weights[slot].to(tl.float32) * bias
+        if RANK > 0:
+            low, widen = low_ptr + (slots + slot) * rank, widen_ptr + chosen[slot] * widen_expert
+            adapted = column < tl.where(chosen[slot] < num_experts, D, 0)
+            of_slot = added(low, widen, column, adapted, rank, widen_row, widen_rank, scaling, RANK)
+            total += weights[slot].to(tl.float32) * of_slot
     total = (total + tl.sum(products, axis=1)).to(out_ptr.dtype.element_ty)
     if ADDS:
         residual = tl.load(residual_ptr + token * D + column, mask=inside, other=0.0).to(tl.float32)
@@ -280,15 +363,35 @@ def sum_kernel(
     tl.store(out_ptr + token * D + column, total, mask=inside)
 
 
-def mixture(x, weights, index, routed, shared, formula: Formula, residual, size: int, parts: int) -> torch.Tensor:
-    """`experts.mixture` of few tokens, `parts` parts of `size`."""
+def beside(adapter: Adapter | None, x: torch.Tensor, index: torch.Tensor | None) -> tuple[tuple, int]:
+    """What a kernel for experts is told of an adapter on them, A x [T, K, r] with it; and its rank as a power of two.
+
+    x [T, .] or [T K, .], whose experts are index [T, K] or [T K, 1].
+    """
+    if adapter is None:
+        return (None, None, 0, 0, 0, 0, 1.0), 0
+    rank = adapter.a.shape[1]
+    low = activations(x, index, Network(None, weight_of(adapter.a.data), None), None, LINEAR, rank, 0)
+    return (low, adapter.b, rank, *adapter.b.stride(), float(adapter.scaling)), max(16, triton.next_power_of_2(rank))
+
+
+def activations(
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    routed: Network | None,
+    shared: Network | None,
+    formula: Formula,
+    size: int,
+    parts: int,
+    adapter: Adapter | None = None,
+) -> torch.Tensor:
+    """What the networks have within: [T (P + K), size], of each token its parts first."""
     (tokens, dim), one, other = x.shape, routed or shared, shared or routed
     top_k = 0 if routed is None else index.shape[1]
-    width, form = 0 if shared is None else shared.up.shape[1], one.up.form
-    gate_bias, up_bias, down_bias = one.biases or (None, None, None)
+    gate_bias, up_bias, _ = one.biases or (None, None, None)
     hidden = torch.empty(tokens * (parts + top_k), size, dtype=x.dtype, device=x.device)
-    cut = sizes(dim, 1 if one.gate is None else 2, form)
-    experts = 0 if routed is None else routed.up.shape[0]
+    cut = sizes(dim, 1 if one.gate is None else 2, one.up.form)
+    added, rank = beside(adapter, x, index)
     up_kernel[(tokens * (parts + top_k), triton.cdiv(size, cut["BLOCK_C"]))](
         x,
         one.gate and one.gate.pointers,
@@ -300,14 +403,16 @@ def mixture(x, weights, index, routed, shared, formula: Formula, residual, size:
         index,
         hidden,
         tokens,
-        experts,
+        0 if routed is None else routed.up.shape[0],
         *one.up.strides,
         0 if up_bias is None else up_bias.stride(0),
-        width,
+        0 if shared is None else shared.up.shape[1],
         dim,
         size,
         top_k,
         parts,
+        *added,
+        RANK=rank,
         ROUTED=routed is not None,
         SHARED=shared is not None,
         GATED=one.gate is not None,
@@ -319,24 +424,41 @@ def mixture(x, weights, index, routed, shared, formula: Formula, residual, size:
         **cut,
         **OVERLAP,
     )
+    return hidden
+
+
+def mixture(
+    x, weights, index, routed, shared, formula: Formula, residual, size: int, parts: int, adapters=(None, None)
+) -> torch.Tensor:
+    """`experts.mixture` of few tokens, `parts` parts of `size`; `adapters` on the routed up and down."""
+    (tokens, dim), one, other = x.shape, routed or shared, shared or routed
+    top_k = 0 if routed is None else index.shape[1]
+    width, form = 0 if shared is None else shared.up.shape[1], one.down.form
+    hidden = activations(x, index, routed, shared, formula, size, parts, adapters[0])
+    added, rank = beside(None, x, index)
+    if adapters[1] is not None:
+        of_slots = hidden.view(tokens, parts + top_k, size)[:, parts:].reshape(tokens * top_k, size)
+        added, rank = beside(adapters[1], of_slots, index.view(-1, 1))
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
     columns = SUM_COLUMNS[form]
     sum_kernel[(tokens, triton.cdiv(dim, columns))](
         hidden,
         one.down.pointers,
-        down_bias,
+        None if one.biases is None else one.biases[2],
         other.down.pointers,
         index,
         weights,
         residual,
         out,
-        experts,
+        0 if routed is None else routed.up.shape[0],
         *one.down.strides,
         width,
         dim,
         size,
+        *added,
         K=top_k,
         PARTS=parts,
+        RANK=rank,
         BIASED=one.biases is not None,
         ALIGNED=size % 16 == 0 and width % 16 == 0,
         ADDS=residual is not None,

@@ -18,11 +18,13 @@ from ..formula import formula
 from ..host_norms import KINDS, epsilon, kind_of, may_be_norm
 from . import (
     METHODS,
+    adapters,
     angles_forward,
     chooser,
     counters,
     experts,
     experts_network,
+    few_tokens,
     fused,
     grouped,
     latent_forward,
@@ -61,7 +63,7 @@ def attention_forward(module: nn.Module, rows: int):
     found = [norm_of(getattr(module, name)) for name in ("q_norm", "k_norm") if hasattr(module, name)]
     if not all(found):
         return None
-    project, back = projected(module.q_proj, module.k_proj, module.v_proj), projected(module.o_proj)
+    project, back = projected(rows, module.q_proj, module.k_proj, module.v_proj), projected(rows, module.o_proj)
     arrived = counters(module.q_proj.weight, rows * module.config.num_key_value_heads)
     original = type(module).forward
 
@@ -140,7 +142,7 @@ SHARED = ("shared_experts", "shared_expert")  # what blocks call the network tha
 
 def routed_network(routed: nn.Module) -> experts.Network | None:
     """The weights of experts, [E, I, D] and [E, D, I]; None of those that the kernels for few tokens can't read."""
-    if "has_gate" not in vars(routed) or routed.has_post_expert_norm:  # an adapter does more
+    if "has_gate" not in vars(routed) or routed.has_post_expert_norm:  # as it is an adapter that does more
         return None
     computed = formula(routed)
     if computed is None or computed.transposed or computed.interleaved:
@@ -156,14 +158,16 @@ def mixture_forward(module: nn.Module, rows: int, choose, arguments=None):
 
     The shared network is in the experts' launches, unless it has a gate, or an activation of its own.
     """
-    weights_of = routed_network(module.experts)
-    if rows > experts.MAX_TOKENS or weights_of is None:
+    routed, found = adapters.of_experts(module.experts) or (module.experts, {})
+    weights_of = routed_network(routed)
+    if rows > (few_tokens.MAX_TOKENS if found else experts.MAX_TOKENS) or weights_of is None:
         return None
-    computed, gate = formula(module.experts), getattr(module, "shared_expert_gate", None)
+    computed, gate = formula(routed), getattr(module, "shared_expert_gate", None)
     shared = next((x for name in SHARED if (x := getattr(module, name, None)) is not None), None)
     beside = None if shared is None or gate is not None or computed.clamped else network(shared, rows)
     beside = beside if beside is not None and experts.joined(weights_of, beside) else None
     alone = shared is not None and beside is None
+    on_experts = (found.get("gate_up_proj" if computed.gated else "up_proj"), found.get("down_proj"))
     arrived = counters(weights_of.down.codes, rows)
 
     def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None, norm=None) -> torch.Tensor:
@@ -171,7 +175,8 @@ def mixture_forward(module: nn.Module, rows: int, choose, arguments=None):
         if alone:
             added = shared(x) if gate is None else gate(x).sigmoid() * shared(x)
             residual = added if residual is None else added + residual.view_as(added)
-        return experts.mixture(x, weights, index, weights_of, beside, computed, residual).view_as(hidden_states)
+        out = experts.mixture(x, weights, index, weights_of, beside, computed, residual, on_experts)
+        return out.view_as(hidden_states)
 
     return forward
 

@@ -3,11 +3,14 @@
 Shapes: T rows, A depth, C columns.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from . import few_tokens
+from .adapters import Adapter
 from .norms import rms_norm
 from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
 from .stored import Weight, plus_product, rows_of_x, step_within
@@ -78,19 +81,27 @@ def most_depth(rows: int, x: torch.Tensor, depth: int) -> int:
     return min(DEPTH * 32 // (rows * x.element_size()), max(16, triton.next_power_of_2(depth)))
 
 
+def of_few(rows: int, depth: int, weight: Weight, normed: bool) -> bool:
+    """Whether the kernels for few rows compute it."""
+    return rows <= few_tokens.MAX_TOKENS and (not normed or depth <= few_tokens.TILES[weight.form])
+
+
 def linear(
     x: torch.Tensor,
     *weights: Weight,
     norm: tuple[torch.Tensor, float] | None = None,
     counted: tuple[torch.Tensor, int] | None = None,
+    adapters: Sequence[Adapter | None] = (),
 ) -> list[torch.Tensor]:
     """x W^T [T, C] for each of one to three weights [C, A] of one form, in one launch, of x [T, A].
 
-    Of x's RMSNorm where `norm` has its weight [A] and epsilon. The first that is `counted` grows by the second.
+    Of x's RMSNorm where `norm` has its weight [A] and epsilon. The first that is `counted` grows by the second. Of few
+    rows plus what their `adapters` add.
     """
     (rows, depth), first = x.shape, weights[0]
-    if rows <= few_tokens.MAX_TOKENS and (norm is None or depth <= few_tokens.TILES[first.form]):
-        return few_tokens.linear(x, weights, norm, counted)
+    if of_few(rows, depth, first, norm is not None):
+        return few_tokens.linear(x, weights, norm, counted, adapters)
+    assert not any(adapters), adapters
     if norm is not None:
         x = rms_norm(x, *norm)
     columns = [weight.shape[0] for weight in weights]
