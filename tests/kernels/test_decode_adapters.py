@@ -102,8 +102,8 @@ def test_adapters_that_are_off_merged_or_several(change):
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}], ids=str)
-def test_what_adds_more_than_two_products_is_left_to_peft(fields):
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}, {"rank_pattern": {"v_proj": 2}}], ids=str)
+def test_what_adds_more_than_two_products_of_one_rank_is_left_to_peft(fields):
     model = model_of(MODELS["gqa, norm a head, shared"], torch.float32)
     adapted(model, LINEARS, (), **fields)
     expected, actual = steps_of(model, 0, 1, ONE)

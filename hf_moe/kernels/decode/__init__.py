@@ -45,7 +45,8 @@ def projected(rows: int, *linears: nn.Module):
     added = [adapter for _, adapter in parts]
     weights = [matrix_of(linear) for linear, _ in parts]
     few = weights[0] is not None and products.of_few(rows, weights[0].shape[1], weights[0], True)
-    if alike(*weights) and (few or not any(added)):
+    one_rank = len({len(adapter.a) for adapter in added if adapter is not None}) == 1
+    if alike(*weights) and (not any(added) or (few and one_rank)):
         return lambda x, **further: products.linear(x, *weights, adapters=added, **further)
 
     def project(x: torch.Tensor, norm=None, counted: tuple[torch.Tensor, int] | None = None) -> list[torch.Tensor]:

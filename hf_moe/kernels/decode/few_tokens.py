@@ -59,14 +59,15 @@ def product_kernel(
     count_ptr,
     counted,
     x_row,
-    adapter,  # A x [T, rank] and B [C, rank] of each weight, the rank (0 without one) and the scaling
+    adapter,  # A x [T, rank] and B [C, rank] of each weight, and the scaling, 0 without one
     adapter2,
     adapter3,
+    rank,
     TOKENS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     NORMED: tl.constexpr,
     COUNTS: tl.constexpr,
-    RANK: tl.constexpr,  # the largest, as a power of two
+    RANK: tl.constexpr,  # as a power of two; 0 without adapters
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -92,10 +93,10 @@ def product_kernel(
     if NORMED:
         norm = tl.load(norm_ptr + step, mask=step < depth, other=0.0).to(tl.float32)
     if RANK > 0:
-        rank = tl.arange(0, RANK)
-        of_rank = rank < adapter[2]
-        widen = adapter[1] + column[:, None] * adapter[2] + rank[None, :]
-        widen = tl.load(widen, mask=inside[:, None] & of_rank[None, :], other=0.0).to(tl.float32)
+        place = tl.arange(0, RANK)
+        real = (place < rank) & (adapter[2] != 0.0)
+        widen = adapter[1] + column[:, None] * rank + place[None, :]
+        widen = tl.load(widen, mask=inside[:, None] & real[None, :], other=0.0).to(tl.float32)
     wait_for_last()
     if COUNTS:  # noqa: SIM102
         if tl.program_id(0) == 0:
@@ -110,8 +111,8 @@ def product_kernel(
             further = asked(weight, column, inside, start, depth, depth, FORM, ROWS, COLS, LOWS, BLOCK_A, False)
             total += tl.sum(times(x.to(tl.float32), further, FORM, LOWS, BLOCK_A), axis=1)
         if RANK > 0:
-            low = tl.load(adapter[0] + row * adapter[2] + rank, mask=of_rank, other=0.0).to(tl.float32)
-            total += adapter[3] * tl.sum(low[None, :] * widen, axis=1)
+            low = tl.load(adapter[0] + row * rank + place, mask=real, other=0.0).to(tl.float32)
+            total += adapter[2] * tl.sum(low[None, :] * widen, axis=1)
         tl.store(out + row * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -152,12 +153,12 @@ def linear(
         *(counted or (None, 0)),
         x.stride(0),
         *added,
-        *([None] * (3 - len(added))),
+        rank,
         TOKENS=len(x),
         WEIGHTS=count,
         NORMED=norm is not None,
         COUNTS=counted is not None,
-        RANK=rank,
+        RANK=padded(rank),
         **first.settings,
         **cut,
         **OVERLAP,
@@ -165,16 +166,20 @@ def linear(
     return outs
 
 
-def lowered(x: torch.Tensor, norm, adapters: Sequence[Adapter | None]) -> tuple[list[tuple], int]:
-    """What the kernel adds to each weight: A x, B, rank and scaling; and the largest rank as a power of two."""
+def lowered(x: torch.Tensor, norm, adapters: Sequence[Adapter | None]) -> tuple[tuple[tuple, ...], int]:
+    """What the kernel adds to each weight: A x, B and the scaling; and the rank, which is that of all of them."""
     real = [adapter for adapter in adapters if adapter is not None]
     if not real:
-        return [(x, x, 0, 1.0)] * 3, 0
+        return ((x, x, 0.0),) * 3, 0
     lows = linear(x, tuple(weight_of(adapter.a.data) for adapter in real), norm, None, dtype=real[0].a.dtype)
-    none = (lows[0], real[0].b, 0, 1.0)
-    each = iter([(low, y.b, y.b.shape[1], float(y.scaling)) for low, y in zip(lows, real, strict=True)])
-    added = [none if adapter is None else next(each) for adapter in adapters]
-    return added + [none] * (3 - len(added)), max(16, triton.next_power_of_2(max(y.b.shape[1] for y in real)))
+    none, each = (lows[0], real[0].b, 0.0), iter(lows)
+    added = [none if adapter is None else (next(each), adapter.b, float(adapter.scaling)) for adapter in adapters]
+    return (*added, *[none] * (3 - len(added))), real[0].b.shape[1]
+
+
+def padded(rank: int) -> int:
+    """As a power of two."""
+    return max(16, triton.next_power_of_2(rank)) if rank else 0
 
 
 @triton.jit
@@ -364,7 +369,7 @@ def sum_kernel(
 
 
 def beside(adapter: Adapter | None, x: torch.Tensor, index: torch.Tensor | None) -> tuple[tuple, int]:
-    """What a kernel for experts is told of an adapter on them, A x [T, K, r] with it; and its rank as a power of two.
+    """What a kernel for experts is told of an adapter on them, A x [T, K, r] with it; and its rank.
 
     x [T, .] or [T K, .], whose experts are index [T, K] or [T K, 1].
     """
@@ -372,7 +377,7 @@ def beside(adapter: Adapter | None, x: torch.Tensor, index: torch.Tensor | None)
         return (None, None, 0, 0, 0, 0, 1.0), 0
     rank = adapter.a.shape[1]
     low = activations(x, index, Network(None, weight_of(adapter.a.data), None), None, LINEAR, rank, 0)
-    return (low, adapter.b, rank, *adapter.b.stride(), float(adapter.scaling)), max(16, triton.next_power_of_2(rank))
+    return (low, adapter.b, rank, *adapter.b.stride(), float(adapter.scaling)), rank
 
 
 def activations(
@@ -412,7 +417,7 @@ def activations(
         top_k,
         parts,
         *added,
-        RANK=rank,
+        RANK=padded(rank),
         ROUTED=routed is not None,
         SHARED=shared is not None,
         GATED=one.gate is not None,
@@ -458,7 +463,7 @@ def mixture(
         *added,
         K=top_k,
         PARTS=parts,
-        RANK=rank,
+        RANK=padded(rank),
         BIASED=one.biases is not None,
         ALIGNED=size % 16 == 0 and width % 16 == 0,
         ADDS=residual is not None,
