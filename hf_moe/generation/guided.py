@@ -17,6 +17,12 @@ logger = logging.get_logger(__name__)
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+def unpacked(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` bits of each row of bytes, the lowest first: bool [B, `count`] of uint8 [B, bytes]."""
+    place = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(-1) >> place) & 1).bool().flatten(1)[:, :count]
+
+
 class GuidedLogitsProcessor(LogitsProcessor):
     """Keeps the text after the prompt within a JSON schema (a dict, or its JSON) or a regular expression.
 
@@ -25,6 +31,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
     tokens and takes them back. A text ends where nothing may follow, or where the model ends what may end there; with
     too few new tokens it stays a beginning (`follows` tells). `eos_token_id` are the ids that end a text, the
     tokenizer's own if left out; give those of `model.generation_config` where they differ.
+
+    Beside recorded steps it computes while the device does, for it is told each token before the step that reads it.
 
     Raises ModuleNotFoundError without llguidance, ValueError for a grammar or tokenizer that it can't use.
     """
@@ -46,8 +54,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
         ends = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
         if ends is None:
             raise ValueError("Guided decoding needs a token that ends a text, but the tokenizer has no eos_token.")
-        self.ends = [ends] if isinstance(ends, int) else list(ends)
-        self.tokens = from_tokenizer(tokenizer, eos_token=self.ends)
+        ends = [ends] if isinstance(ends, int) else list(ends)
+        self.ends, self.tokens = frozenset(ends), from_tokenizer(tokenizer, eos_token=ends)
         if regex is None:
             self.grammar = LLMatcher.grammar_from_json_schema(json_schema, overrides=JSON_STYLE)
         else:
@@ -61,6 +69,28 @@ class GuidedLogitsProcessor(LogitsProcessor):
         self.prompt_length: int | None = None
         self.matchers: list = []
         self.read: list[list[int]] = []  # what each matcher has consumed
+        self.told = None, None, None  # by `chosen`
+
+    def chosen(self, input_ids: torch.LongTensor) -> None:
+        """The ids [B, N] that the next call will see, told by a loop that has not yet asked for the step between.
+
+        Their copy to the host is so behind no step, and what may follow them is computed beside it.
+        """
+        new = input_ids[:, self.prompt_length :]
+        copy = torch.empty(new.shape, dtype=new.dtype, pin_memory=new.is_cuda).copy_(new, non_blocking=True)
+        arrived = torch.cuda.Event() if new.is_cuda else None
+        if arrived is not None:
+            arrived.record()
+        self.told = input_ids, copy, arrived
+
+    def texts(self, input_ids: torch.LongTensor) -> list[list[int]]:
+        """The new tokens of each row of ids [B, N]."""
+        told, copy, arrived = self.told
+        if told is not input_ids:
+            return input_ids[:, self.prompt_length :].tolist()
+        if arrived is not None:
+            arrived.synchronize()
+        return copy.tolist()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores [B, V] with minus infinity where a token may not follow ids [B, N]. The first call sees the prompt.
@@ -69,15 +99,17 @@ class GuidedLogitsProcessor(LogitsProcessor):
         """
         if self.prompt_length is None:
             self.prompt_length = input_ids.shape[1]
-        allowed = np.zeros(tuple(scores.shape), dtype=bool)
-        for row, text in enumerate(input_ids[:, self.prompt_length :].tolist()):
-            if any(token in self.ends for token in text):
-                allowed[row] = True  # the text has ended: what fills the row is not ours
+        rows, vocabulary = scores.shape
+        # In pinned memory, and as bits: to copy them waits for nothing that the device still has to do.
+        packed = torch.zeros(rows, -(-vocabulary // 8), dtype=torch.uint8, pin_memory=scores.is_cuda)
+        for row, text in enumerate(self.texts(input_ids)):
+            if not self.ends.isdisjoint(text):
+                packed[row] = 255  # the text has ended: what fills the row is not ours
                 continue
-            bits = np.frombuffer(self.bitmask(row, text), dtype=np.uint8)
-            known = np.unpackbits(bits, bitorder="little")[: min(self.tokens.vocab_size, scores.shape[1])]
-            allowed[row, : len(known)] = known
-        return scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), float("-inf"))
+            bits = np.frombuffer(self.bitmask(row, text), dtype=np.uint8)[: packed.shape[1]]
+            packed.numpy()[row, : len(bits)] = bits
+        allowed = unpacked(packed.to(scores.device, non_blocking=True), vocabulary)
+        return scores.masked_fill(~allowed, float("-inf"))
 
     def bitmask(self, row: int, text: list[int]) -> bytes:
         """A bit a token, 1 where it may follow these. What the row's matcher read beyond the common beginning goes."""
@@ -87,7 +119,9 @@ class GuidedLogitsProcessor(LogitsProcessor):
             self.matchers.append(LLMatcher(self.tokens, self.grammar, log_level=0))
             self.read.append([])
         matcher, read = self.matchers[row], self.read[row]
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(read, text, strict=False)))
+        common = len(read)
+        if text[:common] != read:
+            common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(read, text, strict=False)))
         matcher.rollback(len(read) - common)
         consumed = common + matcher.try_consume_tokens(text[common:])
         self.read[row] = text[:consumed]

@@ -18,7 +18,9 @@ from .host import CACHE, pad_token
 class GrowingText:
     """ids [B, N]; `unfinished` [B]; `scores` and `raw_logits`: a [B, V] for each new token, where they are asked for.
 
-    Processors and criteria are asked once a token, in order, as by Transformers' `_sample`.
+    Processors and criteria are asked once a token, in order, as by Transformers' `_sample`. A processor with a method
+    `chosen` is told the ids that it will be asked about next before the step that gives their logits, so that what it
+    has to know of them does not wait for that.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class GrowingText:
     ):
         self.ids, self.config, self.streamer = ids, config, streamer
         self.processors, self.criteria = logits_processor, stopping_criteria
+        self.told = [processor for processor in logits_processor if hasattr(processor, "chosen")]
         self.limit = stopping_criteria.max_length
         self.ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         # A length alone is known without asking the device.
@@ -52,6 +55,8 @@ class GrowingText:
         if self.ends:
             token = torch.where(self.unfinished, token, pad_token(self.config).to(token))
         self.ids = torch.cat((self.ids, token.unsqueeze(1)), dim=1)
+        for processor in self.told:
+            processor.chosen(self.ids)
         if self.streamer is not None:
             self.streamer.put(token.cpu())
         if self.watched:

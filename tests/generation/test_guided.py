@@ -7,7 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("llguidance")
-from hf_moe.generation.guided import GuidedLogitsProcessor
+from hf_moe.generation.guided import GuidedLogitsProcessor, unpacked
+from hf_moe.model import decoding
+from tests.model.test_decoding import decode_on_cpu
 
 SCHEMA = {
     "type": "object",
@@ -92,6 +94,74 @@ def test_drafts_don_t_change_the_guided_greedy_text(model, tokenizer):
         for settings in ({}, {"use_mtp": True})
     )
     assert torch.equal(plain, drafted)
+
+
+@pytest.mark.parametrize("count", [1, 8, 13, 64])
+def test_bits_are_unpacked_from_the_lowest(count):
+    bits = torch.randint(0, 256, (3, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = [[row[place // 8] >> (place % 8) & 1 for place in range(count)] for row in bits.tolist()]
+    assert unpacked(bits, count).tolist() == torch.tensor(expected).bool().tolist()
+
+
+def test_a_recorded_step_runs_beside_what_may_follow_it(model, tokenizer, monkeypatch):
+    """The guide hears of a token before the step that reads it, and is asked after that has begun; the text stays."""
+    prompts = tokenizer(["Once upon a time", "The end"], padding=True, padding_side="left", return_tensors="pt")
+    happened, begin = [], decoding.EagerStep.__call__
+
+    class Heard(GuidedLogitsProcessor):
+        def chosen(self, input_ids):
+            happened.append("told")
+            super().chosen(input_ids)
+
+        def __call__(self, input_ids, scores):
+            happened.append("asked")
+            return super().__call__(input_ids, scores)
+
+    def written(**settings):
+        settings |= {"logits_processor": [Heard(tokenizer, json_schema=SCHEMA)], "do_sample": False}
+        return model.generate(**prompts, max_new_tokens=60, **settings)
+
+    expected = written(disable_compile=True)
+    assert set(happened) == {"asked"}
+    happened.clear()
+    monkeypatch.setattr(decoding.EagerStep, "__call__", lambda step, x: happened.append("step") or begin(step, x))
+    decode_on_cpu(monkeypatch)
+    assert torch.equal(written(), expected)
+    steps = happened.count("step")
+    assert steps > 5 and happened == ["asked", "told", *["step", "asked", "told"] * steps]
+
+
+def test_what_it_was_told_is_what_follows(tokenizer):
+    """A copy: what becomes of the ids meanwhile is not read."""
+    letter = tokenizer("a", add_special_tokens=False).input_ids
+    told, plain = (GuidedLogitsProcessor(tokenizer, regex="ab") for _ in range(2))
+    ids, scores = torch.tensor([[5, *letter]]), torch.zeros(1, len(tokenizer))
+    for guide in (told, plain):
+        guide(ids[:, :1], scores)
+    told.chosen(ids)
+    expected = plain(ids, scores)
+    ids.fill_(7)
+    assert torch.equal(told(ids, scores), expected)
+    with pytest.raises(ValueError, match="leaves the grammar"):  # other ids are not those that it was told
+        told(ids.clone(), scores)
+
+
+@pytest.mark.gpu
+def test_what_may_follow_does_not_wait_for_the_device(tokenizer):
+    letter = tokenizer("a", add_special_tokens=False).input_ids
+    guide, plain = (GuidedLogitsProcessor(tokenizer, regex="ab") for _ in range(2))
+    ids, scores = torch.tensor([[5, *letter]], device="cuda"), torch.zeros(1, len(tokenizer), device="cuda")
+    for x in (guide, plain):
+        x(ids[:, :1], scores)
+    guide.chosen(ids)
+    guide(ids, scores)  # kernels are loaded
+    guide.chosen(ids)
+    torch.cuda._sleep(10**9)  # about half a second in a step's place
+    ended = torch.cuda.Event()
+    ended.record()
+    allowed = guide(ids, scores)
+    assert not ended.query()
+    assert torch.equal(allowed, plain(ids, scores))
 
 
 def test_any_of_the_models_ends_ends_a_text(tokenizer):

@@ -128,15 +128,20 @@ class LateOnCpu:
         return late
 
 
+def decode_on_cpu(monkeypatch) -> None:
+    """Steps go through the loop of recorded ones, each as it is in place of a recording."""
+    monkeypatch.setattr(decoding, "recordable", lambda model: True)
+    monkeypatch.setattr(decoding, "WORTH_RECORDING", 1000)
+    monkeypatch.setattr(decoding, "Late", LateOnCpu)
+    monkeypatch.setattr(decoding, "SPEEDUPS", [])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """A GPU, or a CPU whose steps go through the same loop, each as it is in place of a recording."""
+    """A GPU, or a CPU that takes the same way."""
     if request.param == "cpu":
-        monkeypatch.setattr(decoding, "recordable", lambda model: True)
-        monkeypatch.setattr(decoding, "WORTH_RECORDING", 1000)
-        monkeypatch.setattr(decoding, "Late", LateOnCpu)
-        monkeypatch.setattr(decoding, "SPEEDUPS", [])
-        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        decode_on_cpu(monkeypatch)
     return request.param
 
 
