@@ -106,6 +106,7 @@ class HfMoeReservedCache(Cache):
         super().__init__(layers=[HfMoeReservedLayer(capacity) for _ in range(layers)])
         self.step: RecordedStep | None = None
         self.drafts: HfMoeReservedCache | None = None  # that of the MTP modules, where they draft beside it
+        self.unfinished: torch.Tensor | None = None  # [B], false in rows that nobody reads, which a step may leave out
 
     @property
     def parts(self) -> list["HfMoeReservedCache"]:
@@ -167,6 +168,7 @@ class RecordedStep:
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)  # of the first token to come
         self.mask = torch.ones(rows, positions, dtype=torch.bool, device=device) if padded else None
+        cache.unfinished = torch.ones(rows, dtype=torch.bool, device=device) if rows > 1 else None
 
     @property
     def model(self) -> nn.Module:
@@ -191,6 +193,8 @@ class RecordedStep:
         """Start behind what the cache holds: the next tokens' positions [B, 1], and the mask [B, N] up to them."""
         self.count_on_device(False)
         self.position.copy_(position_ids)
+        if self.cache.unfinished is not None:
+            self.cache.unfinished.fill_(True)
         if self.mask is not None:
             self.mask.fill_(True)
             self.mask[:, : attention_mask.shape[1]] = attention_mask.bool()
@@ -206,9 +210,14 @@ class RecordedStep:
         self.position.add_(1)
         return outputs.logits[:, -1].float()
 
-    def __call__(self, token: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] in float32 after the tokens [B]; overwritten by the next call."""
+    def __call__(self, token: torch.Tensor, unfinished: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [B, V] in float32 after the tokens [B]; overwritten by the next call.
+
+        Where `unfinished` [B] is false, nobody reads the row's logits, now or later: they may be anything finite.
+        """
         self.ids.copy_(token.unsqueeze(1))
+        if self.cache.unfinished is not None and unfinished is not None:
+            self.cache.unfinished.copy_(unfinished)
         logits = self.replay()
         for layer in self.cache.layers:
             layer.length += 1
@@ -233,8 +242,8 @@ class EagerStep:
         """As RecordedStep.begin."""
         self.position, self.mask = position_ids, attention_mask
 
-    def __call__(self, token: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] in float32 after the tokens [B]."""
+    def __call__(self, token: torch.Tensor, unfinished: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [B, V] in float32 after the tokens [B], of all rows."""
         outputs = self.model(
             input_ids=token.unsqueeze(1),
             attention_mask=self.mask,
@@ -459,7 +468,7 @@ class HfMoeDecoding:
             ended_before = late is not None and bool(late.put(text.ended))
             if ended_before or text.full or (late is None and text.watched and bool(text.ended)):
                 break
-            logits = step(token)
+            logits = step(token, text.read)
 
         if ended_before:  # one token earlier
             text.take_back()

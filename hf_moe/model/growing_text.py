@@ -73,6 +73,12 @@ class GrowingText:
         return self.limit is not None and self.ids.shape[1] >= self.limit
 
     @property
+    def read(self) -> torch.Tensor | None:
+        """[B], false in rows of which nobody reads what comes; None where all are read: until the text's end where its
+        scores or its cache are given, too."""
+        return self.unfinished if self.watched and not self.config.return_dict_in_generate else None
+
+    @property
     def ended(self) -> torch.Tensor:
         """Whether no row goes on, but for the length; a scalar on the device."""
         return ~self.unfinished.any()

@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("triton")
 
 from hf_moe import HfMoeForCausalLM
-from hf_moe.kernels.decode import fused, routers
+from hf_moe.kernels.decode import experts, fused, routers
 from hf_moe.kernels.tiles import SHARED_MEMORY
+from hf_moe.model.decoding import HfMoeReservedCache
 
 from .steps import DEVICE, LATENT, model_of, steps_of, tiny
 
@@ -79,6 +80,49 @@ def test_a_step_with_the_kernels_is_the_step_of_the_modules(name, dtype, padding
     tolerance = TOLERANCE[dtype] * float(expected.float().abs().max())
     torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=tolerance)
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+@pytest.mark.parametrize("name", ["mla, softmax_topk, shared", "gqa, topk_softmax, dense first"])
+@torch.no_grad()
+def test_rows_that_have_ended_choose_no_expert_and_change_no_other_row(name, rows, monkeypatch):
+    """Of three rows the kernels are others than of five. Latent attention reads one position of an ended row."""
+    model, length, ended = model_of(MODELS[name], torch.float32), 11, [0, rows - 2]
+    ids = torch.randint(1, 37, (rows, length + 1), device=DEVICE)
+    cache, chosen, mixture = HfMoeReservedCache(model.config.num_hidden_layers, 20), [], experts.mixture
+    model(ids[:, :length], past_key_values=cache)
+
+    def heard(x, weights, index, *further):
+        if index is not None:
+            chosen.append(index.tolist())
+        return mixture(x, weights, index, *further)
+
+    monkeypatch.setattr(experts, "mixture", heard)
+
+    def step(unfinished):
+        cache.unfinished = unfinished
+        chosen.clear()
+        with fused(model, rows):
+            for layer in cache.layers:
+                layer.recorded = True
+                layer.cumulative_length.fill_(length)
+                if unfinished is not None and "mla" in name:
+                    layer.keys[ended, :, 1:] = layer.values[ended, :, 1:] = float("nan")
+            position = torch.full((rows, 1), length, device=DEVICE)
+            logits = model(ids[:, length:], position_ids=position, past_key_values=cache).logits
+        return logits, list(chosen)
+
+    unfinished = torch.ones(rows, dtype=torch.bool, device=DEVICE)
+    all_read, of_all = step(None)
+    unfinished[ended] = False
+    some_read, of_some = step(unfinished)
+    assert torch.equal(some_read[unfinished], all_read[unfinished])
+    assert some_read.isfinite().all() and not torch.equal(some_read, all_read)
+    count = model.config.num_experts
+    for all_indices, indices in zip(of_all, of_some, strict=True):
+        for row, (before, index) in enumerate(zip(all_indices, indices, strict=True)):
+            assert index == ([count] * len(index) if row in ended else before)
+            assert max(before) < count
 
 
 UNKNOWN = {

@@ -190,6 +190,49 @@ def test_ends_streams_and_samples_as_ordinary_decoding_does(device):
     assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=True), plain)
 
 
+class Unrecorded:
+    """`Recording` on a CPU: the function itself, with a cache as a recording sees it."""
+
+    def __init__(self, run, model, tokens):
+        self.run, self.step = run, run.__self__
+
+    def __call__(self):
+        self.step.count_on_device(True)
+        logits = self.run()
+        for layer in self.step.layers:
+            layer.recorded = False
+        return logits
+
+
+@pytest.mark.parametrize("name", ["mla", "gqa"])
+def test_a_step_hears_of_rows_that_have_ended(device, monkeypatch, name):
+    """On a GPU they then choose no expert; the text stays that of ordinary decoding."""
+    if device == "cpu":
+        monkeypatch.setattr(decoding, "Recording", Unrecorded)
+    monkeypatch.setattr(decoding, "WORTH_RECORDING", 1)
+    model, inputs, heard = tiny(device, **CONFIGS[name]), prompts(device, 3), []
+    inputs |= {"max_new_tokens": 24, "do_sample": False}
+    text, call = model.generate(**inputs, disable_compile=True), decoding.RecordedStep.__call__
+    ends = [text[0, 12].item(), text[1, 20].item()]
+    expected = model.generate(**inputs, eos_token_id=ends, disable_compile=True)
+
+    def counted(step, *args):
+        logits = call(step, *args)
+        heard.append(int(step.cache.unfinished.sum()))
+        return logits
+
+    monkeypatch.setattr(decoding.RecordedStep, "__call__", counted)
+    assert torch.equal(model.generate(**inputs, eos_token_id=ends), expected)
+    assert heard == sorted(heard, reverse=True) and min(heard) < max(heard)
+    heard.clear()
+    assert torch.equal(model.generate(**inputs), text)  # whose rows don't end, by the same step
+    assert set(heard) == {3}
+    heard.clear()
+    whole = model.generate(**inputs, eos_token_id=ends, return_dict_in_generate=True)
+    assert torch.equal(whole.sequences, expected)
+    assert set(heard) == {3}  # the cache is its caller's
+
+
 @pytest.mark.gpu
 def test_what_cannot_be_recorded_decodes_as_before():
     model = tiny("cuda", **CONFIGS["gqa"])

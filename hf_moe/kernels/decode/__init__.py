@@ -115,15 +115,20 @@ def route_arguments(gate: nn.Module, config):
     return gate.weight, gate.e_score_correction_bias, *settings, float(config.routed_scaling_factor), False
 
 
+def a_token(token_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """[T], side by side, of [B, S]."""
+    return None if token_mask is None else token_mask.reshape(-1).contiguous()
+
+
 def chooser(gate: nn.Module):
     """weights and index [T, K] as a function of x [T, D], hidden_states' mask and token ids."""
     arguments = route_arguments(gate, gate.config)
 
     def chosen(x: torch.Tensor, token_mask: torch.Tensor | None, input_ids: torch.Tensor | None):
+        mask = a_token(token_mask)
         if arguments is not None:
-            return routers.route(x, *arguments)[1:]
+            return routers.route(x, *arguments, mask)[1:]
         ids = None if input_ids is None else input_ids.reshape(-1)
-        mask = None if token_mask is None else token_mask.reshape(-1)
         return gate(x, mask, ids)[1:3]
 
     return chosen
@@ -161,12 +166,12 @@ def many_forward(module: HfMoeSparseMoeBlock):
     return forward
 
 
-def routed_rows(hidden_states, residual, norm, arguments, arrived: torch.Tensor, choose):
+def routed_rows(hidden_states, residual, norm, arguments, arrived: torch.Tensor, choose, token_mask=None):
     """The residual, x [T, D] and what `choose` has of it, weights and index [T, K]; in one launch with the sum and the
     norm before them where `routers.route` can take the router's place, by its `arguments`."""
     if norm is not None and arguments is not None:
         both = (residual.flatten(0, -2), hidden_states.flatten(0, -2).contiguous())
-        return routers.normed_route(*both, *weight_and_epsilon(norm), *arguments, arrived)
+        return routers.normed_route(*both, *weight_and_epsilon(norm), *arguments, arrived, a_token(token_mask))
     residual, x = summed_and_normed(hidden_states, residual, norm)
     x = x.flatten(0, -2)
     return residual, x, *choose(x)
@@ -202,7 +207,8 @@ def few_forward(module: HfMoeSparseMoeBlock, routed: nn.Module, computed: Formul
 
     def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None):
         choose = partial(chosen, token_mask=token_mask, input_ids=input_ids)
-        residual, x, weights, index = routed_rows(hidden_states, residual, norm, arguments, arrived, choose)
+        routing = (arguments, arrived, choose, token_mask)
+        residual, x, weights, index = routed_rows(hidden_states, residual, norm, *routing)
         if beside is not None:  # in launches of its own
             added = beside(x)
             residual = added if residual is None else added + residual.view_as(added)
@@ -216,6 +222,12 @@ def recorded_layer(past_key_values, layer_idx: int) -> HfMoeReservedLayer | None
     """The layer of the cache, if it is one whose step is being recorded."""
     cached = None if past_key_values is None else past_key_values.layers[layer_idx]
     return cached if isinstance(cached, HfMoeReservedLayer) and cached.recorded else None
+
+
+def tokens_read(past_key_values) -> torch.Tensor | None:
+    """[B], False in rows that nobody reads any more, of a cache whose step is being recorded; None where all are."""
+    ours = isinstance(past_key_values, HfMoeReservedCache) and past_key_values.is_compileable
+    return past_key_values.unfinished if ours else None
 
 
 def visible(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -246,7 +258,8 @@ def latent_forward(module: nn.Module, rows: int):
     original = type(module).forward
 
     def forward(hidden_states, position_embeddings, attention_mask=None, norm=None, **kwargs):
-        cached = recorded_layer(kwargs.get("past_key_values", kwargs.get(CACHE)), module.layer_idx)
+        past_key_values = kwargs.get("past_key_values", kwargs.get(CACHE))
+        cached = recorded_layer(past_key_values, module.layer_idx)
         if cached is None:
             hidden_states = hidden_states if norm is None else norm(hidden_states)
             kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
@@ -272,6 +285,7 @@ def latent_forward(module: nn.Module, rows: int):
             cached.values,
             cached.cumulative_length,
             visible(attention_mask),
+            tokens_read(past_key_values),
             scale=module.scaling,
             eps=module.kv_a_layernorm.variance_epsilon,
             interleaved=as_complex or config.rope_interleave,
@@ -364,6 +378,21 @@ def masks_of_step(module: HfMoeModel, rows: int):
     return attention_masks
 
 
+def tokens_of_step(module: HfMoeModel, rows: int):
+    """None of rows that have ended: those choose no experts. Capacity would notice that."""
+    if module.config.limits_experts:
+        return None
+    original = module.token_mask
+
+    def token_mask(attention_mask, inputs_embeds, past_key_values):
+        unfinished = tokens_read(past_key_values)
+        if unfinished is None:
+            return original(attention_mask, inputs_embeds, past_key_values)
+        return unfinished.unsqueeze(1).expand(inputs_embeds.shape[:2]).contiguous()
+
+    return token_mask
+
+
 def layer_forward(module: HfMoeDecoderLayer, rows: int):
     first, second = (getattr(module, f"{name}_layernorm", None) for name in ("input", "post_attention"))
     plain_norms = type(first) is type(second) is HfMoeRMSNorm
@@ -387,7 +416,7 @@ def layer_forward(module: HfMoeDecoderLayer, rows: int):
 
 
 METHODS = {
-    HfMoeModel: {"attention_masks": masks_of_step},
+    HfMoeModel: {"attention_masks": masks_of_step, "token_mask": tokens_of_step},
     HfMoeRotaryEmbedding: {"forward": angles_forward},
     HfMoeDecoderLayer: {"forward": layer_forward},
     HfMoeRMSNorm: {"forward": norm_forward},

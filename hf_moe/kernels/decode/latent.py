@@ -170,6 +170,7 @@ def split_kernel(
     values_ptr,
     mask_ptr,
     length_ptr,
+    read_ptr,
     out_ptr,
     lse_ptr,
     scale,
@@ -186,18 +187,25 @@ def split_kernel(
     rope,
     tokens,
     MASKED: tl.constexpr,
+    ENDS: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Attention of BLOCK_H heads of a row over one part of the positions, with the logarithm of its sum."""
+    """Attention of BLOCK_H heads of a row over one part of the positions, with the logarithm of its sum.
+
+    Rows may have ended, if ENDS: they attend to the first position alone.
+    """
     let_next_start()
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     cache, token = row // tokens, row % tokens
-    begin, end = bounds(tl.load(length_ptr) + token + 1, split, splits, BLOCK_S)  # itself, just written, included
+    length = tl.load(length_ptr) + token + 1  # itself, just written, included
+    if ENDS:  # written before the step
+        length = tl.where(tl.load(read_ptr + cache) != 0, length, 1)
+    begin, end = bounds(length, split, splits, BLOCK_S)
     fetch_rows(keys_ptr + cache * keys_row, begin, end, rank, BLOCK_S)
     wait_for_last()
     column, turned, position = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_S)
@@ -286,6 +294,7 @@ def latent_attention(
     values: torch.Tensor,
     length: torch.Tensor,
     mask: torch.Tensor | None,
+    unfinished: torch.Tensor | None,
     *,
     scale: float,
     eps: float,
@@ -297,9 +306,9 @@ def latent_attention(
 
     query [B Q, H, d_nope + d_rope] and latent [B Q, r + d_rope] as projected, not normed, not rotated; key_up
     [H, d_nope, r]; value_up [H, d_v, r]; cos and sin [B or 1, Q, d_rope]; mask [B or 1, Q, S], true where a position
-    may be seen. The cache takes the tokens; who calls counts them in `length` afterwards. Where pairs are
-    `interleaved`, turned ones stay so if `paired`, as DeepSeek-V2's in Transformers; else the first of all pairs come
-    before the second.
+    may be seen; unfinished [B], false in rows of which nobody reads the result, which attend to one position. The
+    cache takes the tokens; who calls counts them in `length` afterwards. Where pairs are `interleaved`, turned ones
+    stay so if `paired`, as DeepSeek-V2's in Transformers; else the first of all pairs come before the second.
     """
     (rows, heads, _), tokens = query.shape, cos.shape[1]
     rank, rope, nope, size = keys.shape[-1], values.shape[-1], key_up.shape[1], value_up.shape[1]
@@ -357,6 +366,7 @@ def latent_attention(
         values,
         mask,
         length,
+        unfinished,
         parts,
         lse,
         scale,
@@ -373,6 +383,7 @@ def latent_attention(
         rope,
         tokens,
         MASKED=mask is not None,
+        ENDS=unfinished is not None,
         CAPPED=softcap is not None,
         BLOCK_H=block_h,
         BLOCK_S=step,

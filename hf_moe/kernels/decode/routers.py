@@ -1,5 +1,5 @@
 """A token's experts in two launches: logits in float32; then scores, choice and weights. Of few tokens in
-one, with the norm before the router.
+one, with the norm before the router. A token that nobody reads has none: its indices are E.
 
 Shapes: T tokens, D hidden size, E experts, K experts per token.
 """
@@ -61,16 +61,18 @@ def choose(
     bias_ptr,
     weights_ptr,
     index_ptr,
+    read_ptr,
     E,
     K,
     scale,
     SCORE: tl.constexpr,
     BIASED: tl.constexpr,
     NORMED: tl.constexpr,
+    MASKED: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One token's K experts and their weights, of its E logits."""
+    """One token's K experts and their weights, of its E logits; if MASKED none where `read_ptr` points at 0."""
     expert, slot, some = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K), tl.arange(0, SOME)
     real = expert < E
     # Other programs may have written them just now: not from this processor's own cache.
@@ -98,6 +100,8 @@ def choose(
         weights = exps / tl.sum(exps, axis=0)
     elif NORMED:
         weights = weights / tl.maximum(tl.sum(weights, axis=0), 1.1754943508222875e-38)
+    if MASKED:
+        chosen = tl.where(tl.load(read_ptr) != 0, chosen, E)
     tl.store(weights_ptr + slot, weights * scale, mask=slot < K)
     tl.store(index_ptr + slot, chosen.to(tl.int64), mask=slot < K)
 
@@ -108,29 +112,35 @@ def choice_kernel(
     bias_ptr,
     weights_ptr,
     index_ptr,
+    read_ptr,
     E,
     K,
     scale,
     SCORE: tl.constexpr,
     BIASED: tl.constexpr,
     NORMED: tl.constexpr,
+    MASKED: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     let_next_start()
     wait_for_last()
     token = tl.program_id(0).to(tl.int64)
+    if MASKED:
+        read_ptr += token
     choose(
         logits_ptr + token * E,
         bias_ptr,
         weights_ptr + token * K,
         index_ptr + token * K,
+        read_ptr,
         E,
         K,
         scale,
         SCORE,
         BIASED,
         NORMED,
+        MASKED,
         BLOCK_E,
         BLOCK_K,
     )
@@ -148,6 +158,7 @@ def normed_route_kernel(
     logits_ptr,
     weights_ptr,
     index_ptr,
+    read_ptr,
     arrived_ptr,
     eps,
     D,
@@ -157,6 +168,7 @@ def normed_route_kernel(
     SCORE: tl.constexpr,
     BIASED: tl.constexpr,
     NORMED: tl.constexpr,
+    MASKED: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -183,18 +195,22 @@ def normed_route_kernel(
     if ROUNDS:
         logits = logits.to(x_ptr.dtype.element_ty).to(tl.float32)
     tl.store(logits_ptr + token * E + expert, logits, mask=expert < E)
+    if MASKED:
+        read_ptr += token
     if last_of(arrived_ptr + token, tl.num_programs(1)):
         choose(
             logits_ptr + token * E,
             bias_ptr,
             weights_ptr + token * K,
             index_ptr + token * K,
+            read_ptr,
             E,
             K,
             scale,
             SCORE,
             BIASED,
             NORMED,
+            MASKED,
             BLOCK_E,
             BLOCK_K,
         )
@@ -236,10 +252,11 @@ def route(
     normed: bool,
     scale: float,
     rounded: bool,
+    token_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits [T, E] and weights [T, K] in float32, expert indices [T, K], of x [T, D] and the gate's weight [E, D].
 
-    The choice is made by logits in x's dtype if `rounded`.
+    The choice is made by logits in x's dtype if `rounded`. `token_mask` [T] is 0 for tokens that have no experts.
     """
     tokens, experts = len(x), len(weight)
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
@@ -251,12 +268,14 @@ def route(
         bias,
         weights,
         index,
+        token_mask,
         experts,
         top_k,
         scale,
         SCORE=SCORES[router_type],
         BIASED=bias is not None,
         NORMED=normed,
+        MASKED=token_mask is not None,
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_K=triton.next_power_of_2(top_k),
         num_warps=4,
@@ -278,6 +297,7 @@ def normed_route(
     scale: float,
     rounded: bool,
     arrived: torch.Tensor,
+    token_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x + change [T, D], its norm, and of that the weights and indices of `route`.
 
@@ -302,6 +322,7 @@ def normed_route(
         logits,
         weights,
         index,
+        token_mask,
         arrived,
         eps,
         dim,
@@ -311,6 +332,7 @@ def normed_route(
         SCORE=SCORES[router_type],
         BIASED=bias is not None,
         NORMED=normed,
+        MASKED=token_mask is not None,
         ROUNDS=rounded,
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_K=triton.next_power_of_2(top_k),
