@@ -165,6 +165,16 @@ def generated_step(trainer) -> int:
     return trainer._step
 
 
+def allow_recorded_steps(trainer) -> None:
+    """GRPO forbids `generate` to compile, and so to replay recorded steps, which compile nothing; vLLM asks neither.
+
+    It stays forbidden for a kind of cache that Transformers would compile for.
+    """
+    if not trainer.use_vllm:
+        config = trainer.generation_config
+        config.disable_compile = config.cache_implementation is not None
+
+
 def show_bias(head) -> None:
     """TRL's fused head reads the bias of the model's, which PEFT's wrapper for single rows does not show."""
     if not hasattr(head, "bias"):

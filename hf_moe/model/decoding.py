@@ -19,7 +19,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
 from .growing_text import GrowingText
-from .host import CACHE, OF_GENERATE, of_recording, of_the_user, shown_as
+from .host import CACHE, OF_GENERATE, does_nothing, of_the_user, shown_as
 
 logger = logging.get_logger(__name__)
 
@@ -316,10 +316,15 @@ def keep_for_the_next(model: nn.Module, cache: HfMoeReservedCache, config) -> No
         KEPT[model] = cache
 
 
+def forget(model: nn.Module) -> None:
+    """Give back the memory that is kept for the model's next text."""
+    KEPT.pop(model, None)
+
+
 def watched(module: nn.Module) -> bool:
     """Whether somebody's hook is to see every call, which a replay doesn't make."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return not all(map(of_recording, hooks))
+    return not all(map(does_nothing, hooks))
 
 
 def plain_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:

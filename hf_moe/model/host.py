@@ -245,9 +245,12 @@ def of_the_user(cache: Cache) -> bool:
     return getattr(cache, "_is_user_defined", False)
 
 
-def of_recording(hook: Callable) -> bool:
-    """Whether a hook is one that Transformers leaves where outputs were once recorded; it does nothing by itself."""
-    return hook.__module__ == capture_outputs.__module__
+def does_nothing(hook: Callable) -> bool:
+    """Whether a hook is one of Transformers' that changes nothing where there are no gradients: it leaves one where
+    outputs were once recorded, and one on the embeddings, for gradients to reach checkpointed layers."""
+    of_embeddings = f"{PreTrainedModel.enable_input_require_grads.__qualname__}."
+    recorded = hook.__module__ == capture_outputs.__module__
+    return recorded or getattr(hook, "__qualname__", "").startswith(of_embeddings)
 
 
 def record(model, modules: Iterable, prefix: str) -> None:

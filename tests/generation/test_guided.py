@@ -124,7 +124,7 @@ def test_a_recorded_step_runs_beside_what_may_follow_it(model, tokenizer, monkey
     expected = written(disable_compile=True)
     assert set(happened) == {"asked"}
     happened.clear()
-    monkeypatch.setattr(decoding.EagerStep, "__call__", lambda step, x: happened.append("step") or begin(step, x))
+    monkeypatch.setattr(decoding.EagerStep, "__call__", lambda step, *x: happened.append("step") or begin(step, *x))
     decode_on_cpu(monkeypatch)
     assert torch.equal(written(), expected)
     steps = happened.count("step")

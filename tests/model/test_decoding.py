@@ -39,6 +39,62 @@ def prompts(device: str, rows: int, length: int = 9, padding: int = 0):
     return {"input_ids": ids, "attention_mask": mask}
 
 
+class LateOnCpu:
+    """`Late` without a device to wait for."""
+
+    def __init__(self):
+        self.last = False
+
+    def put(self, flag: torch.Tensor) -> bool:
+        self.last, late = bool(flag), self.last
+        return late
+
+
+def decode_on_cpu(monkeypatch) -> None:
+    """Steps go through the loop of recorded ones, each as it is in place of a recording."""
+    monkeypatch.setattr(decoding, "recordable", lambda model: True)
+    monkeypatch.setattr(decoding, "WORTH_RECORDING", 1000)
+    monkeypatch.setattr(decoding, "Late", LateOnCpu)
+    monkeypatch.setattr(decoding, "SPEEDUPS", [])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """A GPU, or a CPU that takes the same way."""
+    if request.param == "cpu":
+        decode_on_cpu(monkeypatch)
+    return request.param
+
+
+class Unrecorded:
+    """`Recording` on a CPU: the function itself, with a cache as a recording sees it."""
+
+    def __init__(self, run, model, tokens):
+        self.run, self.step = run, run.__self__
+
+    def __call__(self):
+        self.step.count_on_device(True)
+        logits = self.run()
+        for layer in self.step.layers:
+            layer.recorded = False
+        return logits
+
+
+def record_on_cpu(monkeypatch) -> None:
+    """As decode_on_cpu, with steps that are as recorded ones in all but the graph."""
+    decode_on_cpu(monkeypatch)
+    monkeypatch.setattr(decoding, "WORTH_RECORDING", 1)
+    monkeypatch.setattr(decoding, "Recording", Unrecorded)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def recording_device(request, monkeypatch):
+    if request.param == "cpu":
+        record_on_cpu(monkeypatch)
+    return request.param
+
+
 @configs
 def test_a_reserved_cache_acts_as_a_dynamic_one(fields):
     model, inputs = tiny(**fields), prompts("cpu", 3, length=248, padding=2)
@@ -76,9 +132,9 @@ def test_recorded_logits_are_those_of_ordinary_decoding(fields, dtype, padding):
         assert error.median() < 2e-2
 
 
-@pytest.mark.gpu
-def test_the_next_text_replays_the_graph_and_changes_are_seen():
-    model, inputs = tiny("cuda", **CONFIGS["mla"]), prompts("cuda", 2)
+def test_the_next_text_replays_the_graph_and_changes_are_seen(recording_device):
+    device = recording_device
+    model, inputs = tiny(device, **CONFIGS["mla"]), prompts(device, 2)
     first = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     graph = KEPT[model].step
     assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False), first)
@@ -92,6 +148,17 @@ def test_the_next_text_replays_the_graph_and_changes_are_seen():
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.neg())  # elsewhere: recorded again
     assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False), first)
     assert KEPT[model].step is not graph
+
+
+def test_a_hook_for_checkpointing_is_in_no_steps_way(recording_device):
+    model, inputs = tiny(recording_device, **CONFIGS["gqa"]), prompts(recording_device, 2)
+    before = list(decoding.obstacles(model))
+    model.enable_input_require_grads()
+    assert list(decoding.obstacles(model)) == before
+    plain = model.generate(**inputs, max_new_tokens=20, do_sample=False, disable_compile=True)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False), plain)
+    model.get_input_embeddings().register_forward_hook(lambda *x: None)
+    assert "a hook on a module is to see every call" in decoding.obstacles(model)
 
 
 @pytest.mark.gpu
@@ -115,34 +182,6 @@ def test_a_cache_that_was_handed_out_stays_its_owners():
     assert model not in KEPT
     plain = model.generate(**inputs, max_new_tokens=20, do_sample=False, disable_compile=True)
     assert torch.equal(text, plain)
-
-
-class LateOnCpu:
-    """`Late` without a device to wait for."""
-
-    def __init__(self):
-        self.last = False
-
-    def put(self, flag: torch.Tensor) -> bool:
-        self.last, late = bool(flag), self.last
-        return late
-
-
-def decode_on_cpu(monkeypatch) -> None:
-    """Steps go through the loop of recorded ones, each as it is in place of a recording."""
-    monkeypatch.setattr(decoding, "recordable", lambda model: True)
-    monkeypatch.setattr(decoding, "WORTH_RECORDING", 1000)
-    monkeypatch.setattr(decoding, "Late", LateOnCpu)
-    monkeypatch.setattr(decoding, "SPEEDUPS", [])
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """A GPU, or a CPU that takes the same way."""
-    if request.param == "cpu":
-        decode_on_cpu(monkeypatch)
-    return request.param
 
 
 def test_ends_streams_and_samples_as_ordinary_decoding_does(device):
@@ -190,26 +229,10 @@ def test_ends_streams_and_samples_as_ordinary_decoding_does(device):
     assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=True), plain)
 
 
-class Unrecorded:
-    """`Recording` on a CPU: the function itself, with a cache as a recording sees it."""
-
-    def __init__(self, run, model, tokens):
-        self.run, self.step = run, run.__self__
-
-    def __call__(self):
-        self.step.count_on_device(True)
-        logits = self.run()
-        for layer in self.step.layers:
-            layer.recorded = False
-        return logits
-
-
 @pytest.mark.parametrize("name", ["mla", "gqa"])
-def test_a_step_hears_of_rows_that_have_ended(device, monkeypatch, name):
+def test_a_step_hears_of_rows_that_have_ended(recording_device, monkeypatch, name):
     """On a GPU they then choose no expert; the text stays that of ordinary decoding."""
-    if device == "cpu":
-        monkeypatch.setattr(decoding, "Recording", Unrecorded)
-    monkeypatch.setattr(decoding, "WORTH_RECORDING", 1)
+    device = recording_device
     model, inputs, heard = tiny(device, **CONFIGS[name]), prompts(device, 3), []
     inputs |= {"max_new_tokens": 24, "do_sample": False}
     text, call = model.generate(**inputs, disable_compile=True), decoding.RecordedStep.__call__

@@ -11,8 +11,10 @@ from hf_moe.training.trainers.grpo_trainer import PREFIX
 from safetensors.torch import load_file
 
 from hf_moe import MoeGRPOConfig, MoeGRPOTrainer
+from hf_moe.model import decoding
 from hf_moe.routers import captured, find_routers
 from tests.families import tiny
+from tests.model.test_decoding import record_on_cpu
 
 from .balance_worker import Gradient, difference, slow_losses
 from .conftest import tiny_tokenizer
@@ -43,6 +45,29 @@ def build(tmp_path, model=None, reward=constant, callbacks=None, **arguments) ->
         processing_class=tiny_tokenizer(),
         callbacks=callbacks,
     )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_rollouts_are_recorded_and_write_the_same_texts(tmp_path, monkeypatch, checkpointing):
+    """By steps as recorded ones in all but the graph: one a rollout, of weights that have moved since the last."""
+    texts, recordings, record = [], [], decoding.RecordedStep.record
+
+    def heard(completions, **columns):
+        texts.append(completions)
+        return alternating(completions)
+
+    def trained():
+        texts.clear()
+        trainer = build(tmp_path, reward=heard, max_steps=2, gradient_checkpointing=checkpointing)
+        trainer.train()
+        assert trainer.moe not in decoding.KEPT
+        return list(texts)
+
+    plain = trained()
+    record_on_cpu(monkeypatch)
+    monkeypatch.setattr(decoding.RecordedStep, "record", lambda step: recordings.append(step) or record(step))
+    assert trained() == plain
+    assert len(plain) == len(recordings) == 2
 
 
 def test_nothing_but_rewards_gives_a_gradient(tmp_path):

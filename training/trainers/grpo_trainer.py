@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
+from hf_moe.model.decoding import forget
+
 from ..balance.router_replay import Indices, check_replayable, fit, of_batches, of_generation, recording, replayed
 from ..host import prepared_inputs
-from ..host_trl import RepeatSampler, generated_batches, generated_step
+from ..host_trl import RepeatSampler, allow_recorded_steps, generated_batches, generated_step
 from .policy import MoePolicyMixin, PolicyArguments
 
 REPLAY = ("none", "old_policy", "rollout")
@@ -74,6 +76,10 @@ class MoeGRPOTrainer(MoePolicyMixin, GRPOTrainer):
                 "elsewhere: set it to old_policy."
             )
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        allow_recorded_steps(self)
+
     # ---- what the routing code asks ----
 
     def model_inputs(self, inputs: dict) -> dict:
@@ -104,6 +110,7 @@ class MoeGRPOTrainer(MoePolicyMixin, GRPOTrainer):
                 completions, *rest = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         finally:
             self.model.train(training)
+            forget(self.moe)  # the step of training has a use for that memory
         self.rollout = of_generation(calls, len(prompt_ids))
         longest = max(map(len, prompt_ids)) + max(map(len, completions)) - 1
         for name, index in self.rollout.items():
