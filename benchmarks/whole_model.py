@@ -22,26 +22,15 @@ import torch
 import transformers
 from mla_decode_gpu import bytes_of_a_step, copy_speed, decode_speed
 from mla_decode_gpu import seconds as generation_seconds
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from olmoe import build, hf_moe_model, shape, transformers_model
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 
-from hf_moe import HfMoeConfig, HfMoeForCausalLM, fast_generate
+from hf_moe import fast_generate
 from hf_moe.kernels import liger
 from hf_moe.version import __version__
 
-SHAPE = HfMoeConfig.from_preset("olmoe-1b-7b")
-
-
-def hf_moe_model():
-    return HfMoeForCausalLM(HfMoeConfig.from_preset("olmoe-1b-7b"))
-
-
-def transformers_model():
-    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-    names += ["num_experts", "num_experts_per_tok", "rms_norm_eps", "max_position_embeddings", "router_aux_loss_coef"]
-    fields = {name: getattr(SHAPE, name) for name in names}
-    return OlmoeForCausalLM(OlmoeConfig(**fields, intermediate_size=SHAPE.moe_intermediate_size))
+SHAPE = shape()
 
 
 # name -> (what builds the model, its experts' implementation in training and prefill, how it decodes)
@@ -51,17 +40,8 @@ PEERS = {
     "transformers, hf_moe's experts": (transformers_model, "hf_moe", None),
     "transformers, SonicMoE": (transformers_model, "sonicmoe", None),
     "transformers, compiled": (transformers_model, None, {"cache_implementation": "static"}),
-    "transformers, fast_generate": (lambda: fast_generate(transformers_model()), None, {}),
+    "transformers, fast_generate": (lambda config: fast_generate(transformers_model(config)), None, {}),
 }
-
-
-def build(make):
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = make()
-    torch.set_default_dtype(torch.float32)
-    return model
 
 
 def median_seconds(function, rounds: int) -> float:
@@ -129,7 +109,7 @@ def main():
         if implementation is not None:
             works += [partial(work, implementation=implementation) for work in (prefill, training)]
         for work in works:
-            rows = work(build(make), rounds=args.rounds)
+            rows = work(build(make, SHAPE, "cuda", torch.bfloat16), rounds=args.rounds)
             gc.collect()
             torch.cuda.empty_cache()
             results[name] |= rows
