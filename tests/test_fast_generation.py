@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from hf_moe.model.decoding import KEPT, HfMoeReservedCache
 from tests import picture_families
 from tests.conftest import tiny_model
 from tests.families import tiny
+from tests.recordings import decode_on_cpu
 
 DENSE = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0}
 DENSE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, "max_position_embeddings": 64}
@@ -173,25 +173,9 @@ def test_each_obstacle_is_named(change, reason):
 # ---- texts ----
 
 
-class LateOnCpu:
-    """`Late` without a device to wait for."""
-
-    def __init__(self):
-        self.last = False
-
-    def put(self, flag: torch.Tensor) -> bool:
-        self.last, late = bool(flag), self.last
-        return late
-
-
 @pytest.fixture
 def steps_on_cpu(monkeypatch):
-    """The loop of recorded steps, each as it is in place of a recording."""
-    monkeypatch.setattr(decoding, "recordable", lambda model: True)
-    monkeypatch.setattr(decoding, "WORTH_RECORDING", 1000)
-    monkeypatch.setattr(decoding, "Late", LateOnCpu)
-    monkeypatch.setattr(decoding, "SPEEDUPS", [])
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    decode_on_cpu(monkeypatch)
 
 
 @pytest.mark.parametrize("family", CPU_FAMILIES)

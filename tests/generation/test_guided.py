@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("llguidance")
 from hf_moe.generation.guided import GuidedLogitsProcessor, unpacked
 from hf_moe.model import decoding
-from tests.model.test_decoding import decode_on_cpu
+from tests.recordings import decode_on_cpu
 
 SCHEMA = {
     "type": "object",

@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 from hf_moe.model import decoding
 from hf_moe.model.decoding import KEPT, HfMoeReservedCache
+from tests.recordings import decode_on_cpu, record_on_cpu
 
 LATENT = {"attention_type": "mla", "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 CONFIGS = {
@@ -39,53 +39,12 @@ def prompts(device: str, rows: int, length: int = 9, padding: int = 0):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-class LateOnCpu:
-    """`Late` without a device to wait for."""
-
-    def __init__(self):
-        self.last = False
-
-    def put(self, flag: torch.Tensor) -> bool:
-        self.last, late = bool(flag), self.last
-        return late
-
-
-def decode_on_cpu(monkeypatch) -> None:
-    """Steps go through the loop of recorded ones, each as it is in place of a recording."""
-    monkeypatch.setattr(decoding, "recordable", lambda model: True)
-    monkeypatch.setattr(decoding, "WORTH_RECORDING", 1000)
-    monkeypatch.setattr(decoding, "Late", LateOnCpu)
-    monkeypatch.setattr(decoding, "SPEEDUPS", [])
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """A GPU, or a CPU that takes the same way."""
     if request.param == "cpu":
         decode_on_cpu(monkeypatch)
     return request.param
-
-
-class Unrecorded:
-    """`Recording` on a CPU: the function itself, with a cache as a recording sees it."""
-
-    def __init__(self, run, model, tokens):
-        self.run, self.step = run, run.__self__
-
-    def __call__(self):
-        self.step.count_on_device(True)
-        logits = self.run()
-        for layer in self.step.layers:
-            layer.recorded = False
-        return logits
-
-
-def record_on_cpu(monkeypatch) -> None:
-    """As decode_on_cpu, with steps that are as recorded ones in all but the graph."""
-    decode_on_cpu(monkeypatch)
-    monkeypatch.setattr(decoding, "WORTH_RECORDING", 1)
-    monkeypatch.setattr(decoding, "Recording", Unrecorded)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -6,7 +6,6 @@ Without a GPU the rounds run as they are, each noticed one late, as a recording'
 import gc
 import itertools
 import weakref
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,45 +19,12 @@ from hf_moe.model.recorded_drafts import Choice, RecordedRound
 from hf_moe.model.verifying import draw, kept
 from tests.conftest import tiny_model
 from tests.model.test_multi_token import VARIANTS, chi_square_p_value, learned, mtp_model, sequences
-
-
-class Unrecorded:
-    """`Recording` on a CPU: the function itself, with caches as a recording sees them."""
-
-    def __init__(self, run, model, tokens):
-        self.run, self.layers, self.tokens = run, run.__self__.layers, tokens
-
-    def __call__(self):
-        for layer in self.layers:
-            layer.recorded = True
-        try:
-            with decoding.sped_up(self.run.__self__.model, self.tokens):
-                return self.run()
-        finally:
-            for layer in self.layers:
-                layer.recorded = False
-
-
-class LateOnCpu:
-    """`Late` without a device to wait for."""
-
-    def __init__(self):
-        self.last = None
-
-    def put(self, x: torch.Tensor) -> torch.Tensor | None:
-        self.last, late = x.clone(), self.last
-        return late
+from tests.recordings import record_on_cpu
 
 
 @pytest.fixture
 def unrecorded(monkeypatch):
-    monkeypatch.setattr(decoding, "WORTH_RECORDING", 1)
-    monkeypatch.setattr(decoding, "recordable", lambda model: True)
-    monkeypatch.setattr(decoding, "Recording", Unrecorded)
-    monkeypatch.setattr(decoding, "SPEEDUPS", [])
-    for module in (decoding, recorded_drafts):
-        monkeypatch.setattr(module, "Late", LateOnCpu)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    record_on_cpu(monkeypatch)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -14,7 +14,7 @@ from hf_moe import MoeGRPOConfig, MoeGRPOTrainer
 from hf_moe.model import decoding
 from hf_moe.routers import captured, find_routers
 from tests.families import tiny
-from tests.model.test_decoding import record_on_cpu
+from tests.recordings import record_on_cpu
 
 from .balance_worker import Gradient, difference, slow_losses
 from .conftest import tiny_tokenizer
