@@ -458,10 +458,12 @@ class HfMoeDecoding:
     def _sample_recorded(
         self, ids, logits_processor, stopping_criteria, config, streamer, cache: HfMoeReservedCache, model_kwargs: dict
     ):
-        """Transformers' `_sample` with the step replayed, and the end of the text noticed one step late."""
-        text = GrowingText(ids, logits_processor, stopping_criteria, config, streamer)
+        """Transformers' `_sample` with the step replayed, and the end of the text noticed one step late.
+
+        A step is recorded behind the first token, which does not wait for it.
+        """
+        text, step = GrowingText(ids, logits_processor, stopping_criteria, config, streamer), None
         logits, model_kwargs = self._read_prompt(ids, config, model_kwargs)
-        step = self._step_after(text, cache, model_kwargs)
         late = Late() if text.watched and streamer is None else None
         while True:
             scores = text.process(logits)
@@ -473,6 +475,7 @@ class HfMoeDecoding:
             ended_before = late is not None and bool(late.put(text.ended))
             if ended_before or text.full or (late is None and text.watched and bool(text.ended)):
                 break
+            step = step or self._step_after(text, cache, model_kwargs)
             logits = step(token, text.read)
 
         if ended_before:  # one token earlier
@@ -491,11 +494,14 @@ class HfMoeDecoding:
     def _step_after(
         self, text: GrowingText, cache: HfMoeReservedCache, model_kwargs: dict
     ) -> "RecordedStep | EagerStep":
-        """The step, recorded or eager, behind what `cache` holds, which gets room for the whole text."""
+        """The step, recorded or eager, behind what `cache` holds, which gets room for the whole text.
+
+        It reads the text's last token next.
+        """
         rows, attention_mask = len(text.ids), model_kwargs.get("attention_mask")
-        steps = text.limit - text.ids.shape[1] - 1 if text.limit else WORTH_RECORDING
+        steps = text.limit - text.ids.shape[1] if text.limit else WORTH_RECORDING
         for layer in cache.layers:
-            layer.reserve(layer.length + max(steps, 0))
+            layer.reserve(layer.length + steps)
         positions = model_kwargs.get("position_ids")
         if positions is None:
             position = torch.full((rows, 1), cache.get_seq_length(), device=text.ids.device)

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 from hf_moe.model import decoding
@@ -109,6 +110,27 @@ def test_the_next_text_replays_the_graph_and_changes_are_seen(recording_device):
     assert KEPT[model].step is not graph
 
 
+def test_the_first_token_does_not_wait_for_a_recording(recording_device, monkeypatch):
+    model, inputs, happened = tiny(recording_device, **CONFIGS["gqa"]), prompts(recording_device, 1), []
+    record = decoding.RecordedStep.record
+
+    class Heard(BaseStreamer):
+        def put(self, value):
+            happened.append("tokens")
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(decoding.RecordedStep, "record", lambda step: happened.append("recording") or record(step))
+    model.generate(**inputs, max_new_tokens=1, do_sample=False, streamer=Heard())
+    assert happened == ["tokens"] * 2  # the prompt and one more
+    happened.clear()
+    model.generate(**inputs, max_new_tokens=12, do_sample=False, streamer=Heard())
+    assert happened == ["tokens"] * 2 + ["recording"] + ["tokens"] * 11
+    (layer, *_) = KEPT[model].layers
+    assert layer.length == 9 + 11  # the last token is not read
+
+
 def test_a_hook_for_checkpointing_is_in_no_steps_way(recording_device):
     model, inputs = tiny(recording_device, **CONFIGS["gqa"]), prompts(recording_device, 2)
     before = list(decoding.obstacles(model))
@@ -144,8 +166,6 @@ def test_a_cache_that_was_handed_out_stays_its_owners():
 
 
 def test_ends_streams_and_samples_as_ordinary_decoding_does(device):
-    from transformers.generation.streamers import BaseStreamer
-
     class Heard(BaseStreamer):
         def __init__(self):
             self.tokens, self.ended = [], False
