@@ -80,6 +80,7 @@ def step(attention: str, rows: int, positions: int, change: Callable[[nn.Module]
     if change is not None:
         change(model)
     cache = HfMoeReservedCache(2, positions)
+    cache.unfinished = torch.ones(rows, dtype=torch.bool) if rows > 1 else None  # as a recorded step has it
     ids = torch.zeros(rows, 1, dtype=torch.long)
     model(ids, past_key_values=cache)
     with fused(model, rows):
