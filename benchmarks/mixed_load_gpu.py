@@ -10,7 +10,8 @@ request's number: `--only N` makes that one again.
 
 Every greedy text is written again by `disable_compile=True` without drafts, and may differ from that only where two
 tokens tie (greedy_texts.py; in float32 hardly anywhere). Memory is sampled between requests, when nothing is kept for
-the next one. Exits with 1 if a text differs elsewhere, a request fails, or memory grows.
+the next one, and all is given back that can be. Exits with 1 if a text differs elsewhere, a request fails, or memory
+grows.
 """
 
 import argparse
@@ -147,11 +148,15 @@ def answer(model: PreTrainedModel, request: dict, tokenizer) -> tuple[int, int, 
 
 
 def memory(model: PreTrainedModel) -> tuple[int, int]:
-    """Bytes that are allocated, and that are reserved for it, while nothing is kept; on a CPU the process's, twice."""
+    """Bytes that are allocated, and those reserved that can't be given back, while nothing is kept for the next text.
+
+    On a CPU the process's, twice.
+    """
     forget(model)
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     resident = psutil.Process().memory_info().rss
     return resident, resident

@@ -77,7 +77,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
         Their copy to the host is so behind no step, and what may follow them is computed beside it.
         """
         new = input_ids[:, self.prompt_length :]
-        copy = torch.empty(new.shape, dtype=new.dtype, pin_memory=new.is_cuda).copy_(new, non_blocking=True)
+        copy = torch.empty(new.shape, dtype=new.dtype, pin_memory=new.is_cuda).copy_(new, non_blocking=new.is_cuda)
         arrived = torch.cuda.Event() if new.is_cuda else None
         if arrived is not None:
             arrived.record()
@@ -108,7 +108,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
                 continue
             bits = np.frombuffer(self.bitmask(row, text), dtype=np.uint8)[: packed.shape[1]]
             packed.numpy()[row, : len(bits)] = bits
-        allowed = unpacked(packed.to(scores.device, non_blocking=True), vocabulary)
+        allowed = unpacked(packed.to(scores.device, non_blocking=scores.is_cuda), vocabulary)
         return scores.masked_fill(~allowed, float("-inf"))
 
     def bitmask(self, row: int, text: list[int]) -> bytes:
