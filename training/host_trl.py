@@ -168,11 +168,14 @@ def generated_step(trainer) -> int:
 def allow_recorded_steps(trainer) -> None:
     """GRPO forbids `generate` to compile, and so to replay recorded steps, which compile nothing; vLLM asks neither.
 
-    It stays forbidden for a kind of cache that Transformers would compile for.
+    It stays forbidden for a kind of cache that Transformers would compile for, and where autocast is to round weights
+    in float32, which a step's kernels read as they are.
     """
-    if not trainer.use_vllm:
-        config = trainer.generation_config
-        config.disable_compile = config.cache_implementation is not None
+    if trainer.use_vllm:
+        return
+    rounded = trainer.accelerator.mixed_precision != "no" and trainer.moe.dtype == torch.float32
+    if trainer.generation_config.cache_implementation is None and not rounded:
+        trainer.generation_config.disable_compile = False
 
 
 def show_bias(head) -> None:

@@ -9,6 +9,7 @@ from hf_moe.training.balance.router_replay import UNKNOWN
 from hf_moe.training.stages.grpo import questions as answerable
 from hf_moe.training.trainers.grpo_trainer import PREFIX
 from safetensors.torch import load_file
+from transformers.generation.configuration_utils import GenerationMode
 
 from hf_moe import MoeGRPOConfig, MoeGRPOTrainer
 from hf_moe.model import decoding
@@ -68,6 +69,23 @@ def test_rollouts_are_recorded_and_write_the_same_texts(tmp_path, monkeypatch, c
     monkeypatch.setattr(decoding.RecordedStep, "record", lambda step: recordings.append(step) or record(step))
     assert trained() == plain
     assert len(plain) == len(recordings) == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arguments", "recorded"),
+    [
+        (torch.float32, {}, True),
+        (torch.bfloat16, {"bf16": True}, True),
+        (torch.float32, {"bf16": True}, False),
+        (torch.float32, {"cache_implementation": "static"}, False),
+    ],
+    ids=["float32", "bfloat16 under autocast", "float32 under autocast", "a cache that is compiled for"],
+)
+def test_which_rollouts_may_be_recorded(tmp_path, dtype, arguments, recorded):
+    trainer = build(tmp_path, model=hf_moe(**BYTES, **OTHERS).to(dtype), **arguments)
+    wished = list(decoding.wishes(trainer.generation_config, {}, GenerationMode.SAMPLE))
+    assert bool(wished) != recorded
+    assert trainer.generation_config.disable_compile != recorded
 
 
 def test_nothing_but_rewards_gives_a_gradient(tmp_path):
