@@ -48,6 +48,13 @@ def build(tmp_path, model=None, reward=constant, callbacks=None, **arguments) ->
     )
 
 
+def test_a_cache_that_grows_is_a_way_to_do_without_recordings(tmp_path, monkeypatch):
+    """What a recorded step reserves is room for the longest text."""
+    record_on_cpu(monkeypatch)
+    monkeypatch.setattr(decoding.RecordedStep, "record", lambda step: pytest.fail("recorded"))
+    build(tmp_path, cache_implementation="dynamic").train()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_rollouts_are_recorded_and_write_the_same_texts(tmp_path, monkeypatch, checkpointing):
     """By steps as recorded ones in all but the graph: one a rollout, of weights that have moved since the last."""
