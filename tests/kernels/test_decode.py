@@ -86,8 +86,9 @@ def test_a_step_with_the_kernels_is_the_step_of_the_modules(name, dtype, padding
 @pytest.mark.parametrize("name", ["mla, softmax_topk, shared", "gqa, topk_softmax, dense first"])
 @torch.no_grad()
 def test_rows_that_have_ended_choose_no_expert_and_change_no_other_row(name, rows, monkeypatch):
-    """Of three, five and 65 rows the kernels are others. Of up to 64, latent attention reads one position of an ended
-    row, and the others' logits are the same bits; of more, experts sort the rows, and sum in another order."""
+    """Of three, five and 65 rows the kernels are others. Of up to 64, attention reads at most one position of an
+    ended row's cache, and the others' logits are the same bits; of more, experts sort the rows, and sum in another
+    order."""
     model, length, ended = model_of(MODELS[name], torch.float32), 11, [0, rows - 2]
     ids = torch.randint(1, 37, (rows, length + 1), device=DEVICE)
     cache, chosen, mixture = HfMoeReservedCache(model.config.num_hidden_layers, 20), [], experts.mixture
@@ -107,7 +108,7 @@ def test_rows_that_have_ended_choose_no_expert_and_change_no_other_row(name, row
             for layer in cache.layers:
                 layer.recorded = True
                 layer.cumulative_length.fill_(length)
-                if unfinished is not None and "mla" in name and rows <= experts.MAX_TOKENS:
+                if unfinished is not None and rows <= experts.MAX_TOKENS:
                     layer.keys[ended, :, 1:] = layer.values[ended, :, 1:] = float("nan")
             position = torch.full((rows, 1), length, device=DEVICE)
             logits = model(ids[:, length:], position_ids=position, past_key_values=cache).logits

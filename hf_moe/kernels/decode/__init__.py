@@ -328,6 +328,7 @@ def grouped_forward(module: HfMoeAttention, rows: int):
             cached.values,
             cached.cumulative_length,
             visible(attention_mask),
+            tokens_read(past_key_values),
             arrived,
             scale=module.scaling,
             eps=config.rms_norm_eps,

@@ -160,6 +160,7 @@ def attention_kernel(
     values_ptr,
     mask_ptr,
     length_ptr,
+    read_ptr,
     parts_ptr,
     lse_ptr,
     out_ptr,
@@ -181,6 +182,7 @@ def attention_kernel(
     NORM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     MASKED: tl.constexpr,
+    ENDS: tl.constexpr,
     CAPPED: tl.constexpr,
     SUMS: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -190,7 +192,10 @@ def attention_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A key head's queries over one part of the positions; the NEWth has the new tokens, and writes its own."""
+    """A key head's queries over one part of the positions; the NEWth has the new tokens, and writes its own.
+
+    Rows may have ended, if ENDS: they attend to the new tokens alone.
+    """
     let_next_start()
     item, key_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     row, token = item // TOKENS, item % TOKENS
@@ -198,7 +203,8 @@ def attention_kernel(
     half: tl.constexpr = size // 2
     first = row * cache_row + key_head.to(tl.int64) * cache_head
     length, group = tl.load(length_ptr), H // N  # of the step before, which has ended, as what it cached
-    begin, end = bounds(length, split, SPLITS, BLOCK_S)
+    # Which rows go on was written before the step.
+    begin, end = bounds(tl.where(tl.load(read_ptr + row) != 0, length, 0) if ENDS else length, split, SPLITS, BLOCK_S)
     fetch_rows(keys_ptr + first, begin, end, size, BLOCK_S)
     fetch_rows(values_ptr + first, begin, end, size, BLOCK_S)
     member, pair = tl.arange(0, BLOCK_G), tl.arange(0, HALF)
@@ -300,6 +306,7 @@ def grouped_attention(
     values: torch.Tensor,
     length: torch.Tensor,
     mask: torch.Tensor | None,
+    unfinished: torch.Tensor | None,
     arrived: torch.Tensor,
     *,
     scale: float,
@@ -310,9 +317,10 @@ def grouped_attention(
     """Attention [B Q, H, d] of the new tokens of each row.
 
     query [B Q, H d], key and value [B Q, N d] as projected; `norm_weights` of query and key, [d] or [H d] and [N d];
-    cos and sin [B or 1, Q, d]; mask [B or 1, Q, S], true where a position may be seen, a token's own taken to be. The
-    cache takes key and value; who calls counts the tokens in `length` afterwards. `arrived` [B Q N] int32 counts
-    programs: zeros, as it is left.
+    cos and sin [B or 1, Q, d]; mask [B or 1, Q, S], true where a position may be seen, a token's own taken to be;
+    unfinished [B], false in rows of which nobody reads the result, which read nothing cached. The cache takes key and
+    value; who calls counts the tokens in `length` afterwards. `arrived` [B Q N] int32 counts programs: zeros, as it is
+    left.
     """
     _, key_heads, _, size = keys.shape
     rows, heads, tokens = len(query), query.shape[1] // size, cos.shape[1]
@@ -333,6 +341,7 @@ def grouped_attention(
         values,
         mask,
         length,
+        unfinished,
         parts,
         lse,
         out,
@@ -354,6 +363,7 @@ def grouped_attention(
         NORM=norm,
         INTERLEAVED=interleaved,
         MASKED=mask is not None,
+        ENDS=unfinished is not None,
         CAPPED=softcap is not None,
         SUMS=new < FEW_PARTS,
         BLOCK_G=max(16, triton.next_power_of_2(heads // key_heads)),

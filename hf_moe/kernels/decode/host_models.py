@@ -37,6 +37,7 @@ from . import (
     routed_rows,
     routers,
     summed_and_normed,
+    tokens_read,
     visible,
     weight_and_epsilon,
 )
@@ -82,6 +83,7 @@ def attention_forward(module: nn.Module, rows: int):
             cached.values,
             cached.cumulative_length,
             visible(attention_mask),
+            tokens_read(kwargs.get(CACHE)),
             arrived,
             scale=module.scaling,
             eps=found[0][1] if found else 0.0,
