@@ -27,7 +27,7 @@ SIZES |= {"num_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1, "m
 LATENT = {"kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
 ATTENTIONS = {
     "grouped": {"head_dim": 64, "num_key_value_heads": 2, "qk_norm": "projection"},
-    "latent": {"attention_type": "mla", **LATENT},
+    "latent": {"attention_type": "mla", "n_group": 4, "topk_group": 2, **LATENT},
 }
 
 

@@ -15,6 +15,7 @@ from hf_moe import HfMoeForCausalLM
 from hf_moe.kernels.decode import experts, fused, routers
 from hf_moe.kernels.tiles import SHARED_MEMORY
 from hf_moe.model.decoding import HfMoeReservedCache
+from hf_moe.model.routing import GROUP_SCORES, limit_to_groups
 
 from .steps import DEVICE, LATENT, model_of, steps_of, tiny
 
@@ -184,7 +185,7 @@ def test_routers_logits_are_rounded_where_a_linear_layers_are(tokens):
         (weight, None, 4, "softmax_topk", True, 1.5),
         torch.zeros(tokens, dtype=torch.int32).to(DEVICE),
     )
-    _, normed, *of_both = routers.normed_route(x, change, norm, 1e-6, *arguments, True, arrived)
+    _, normed, *of_both = routers.normed_route(x, change, norm, 1e-6, *arguments, True, routers.ALL, arrived)
     exact, (logits, *alone) = routers.route(normed, *arguments, False), routers.route(normed, *arguments, True)
     assert torch.equal(logits, exact[0].half().float()) and not torch.equal(logits, exact[0])
     expected = logits.softmax(-1).topk(4).values
@@ -192,6 +193,35 @@ def test_routers_logits_are_rounded_where_a_linear_layers_are(tokens):
         torch.testing.assert_close(weights, 1.5 * expected / expected.sum(-1, keepdim=True), rtol=1e-5, atol=0)
         assert torch.equal(logits.gather(1, index), logits.topk(4).values)
     assert not arrived.any()
+
+
+GROUPED = {"V3's": (160, 8, 3, 2), "V2's": (160, 8, 3, 1), "of one": (6, 6, 4, 2), "few": (12, 3, 2, 2)}
+
+
+@pytest.mark.parametrize("kind", routers.SCORES)
+@pytest.mark.parametrize(("experts", "count", "kept", "best"), GROUPED.values(), ids=GROUPED)
+def test_experts_are_those_of_the_best_groups(kind, experts, count, kept, best):
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 40, device=DEVICE), torch.randn(experts, 40, device=DEVICE) / 3
+    bias = torch.rand(experts, device=DEVICE) / 3 if kind == "sigmoid_topk" else None
+    groups = routers.Groups(count, kept, best)
+    logits, weights, index = routers.route(x, weight, bias, 4, kind, False, 1.0, False, groups)
+    scores = logits.sigmoid() if kind == "sigmoid_topk" else logits.softmax(-1)
+    choice = scores if bias is None else scores + bias
+    limited = limit_to_groups(choice, count, kept, GROUP_SCORES["best" if best == 1 else "two_best"])
+    felt = not torch.equal(limited.topk(4).indices, choice.topk(4).indices)
+    assert felt == (count < experts)  # the best experts are in the best groups of one
+    assert torch.equal(index, limited.topk(4).indices)
+    expected = logits.gather(1, index).softmax(-1) if kind == "topk_softmax" else scores.gather(1, index)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+    change, norm = torch.randn_like(x), torch.rand(40, device=DEVICE) + 0.5
+    arrived = torch.zeros(5, dtype=torch.int32, device=DEVICE)
+    _, normed, *of_both = routers.normed_route(
+        x, change, norm, 1e-6, weight, bias, 4, kind, False, 1.0, False, groups, arrived
+    )
+    alone = routers.route(normed, weight, bias, 4, kind, False, 1.0, False, groups)[1:]
+    assert torch.equal(of_both[1], alone[1])
+    torch.testing.assert_close(of_both[0], alone[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_steps_kernels_compile_for_a_card_that_is_not_here():

@@ -107,12 +107,14 @@ def mlp_forward(module: HfMoeMLP, rows: int):
 
 def route_arguments(gate: nn.Module, config):
     """What `routers.route` needs beside x, or None where the router is not a plain one."""
+    args, limited = config.router_args, config.topk_group < config.n_group
     plain_router = type(gate) is HfMoeRouter and config.router_type in routers.SCORES
-    limited = config.topk_group < config.n_group or config.router_args.get("eval_capacity_factor")
-    if not plain_router or gate.weight.numel() > 2**20 or limited or config.router_args.get("router_bias"):
+    if not plain_router or gate.weight.numel() > 2**20 or args.get("eval_capacity_factor") or args.get("router_bias"):
         return None
+    best = {"best": 1, "two_best": 2}[args.get("group_score", "two_best")]
+    groups = routers.Groups(config.n_group, config.topk_group, best) if limited else routers.ALL
     settings = (config.num_experts_per_tok, config.router_type, config.norm_topk_prob)
-    return gate.weight, gate.e_score_correction_bias, *settings, float(config.routed_scaling_factor), False
+    return gate.weight, gate.e_score_correction_bias, *settings, float(config.routed_scaling_factor), False, groups
 
 
 def a_token(token_mask: torch.Tensor | None) -> torch.Tensor | None:

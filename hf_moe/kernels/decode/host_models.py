@@ -96,26 +96,28 @@ def attention_forward(module: nn.Module, rows: int):
 
 
 # What a router of Transformers computes, in the words of `routers.route`: the kind of scores, whether those of a
-# token's experts are divided by their sum, a factor, and whether logits are rounded. None where it does more.
+# token's experts are divided by their sum, a factor, whether logits are rounded, and the groups.
 def softmax_router(gate: nn.Module):
-    return "softmax_topk", gate.norm_topk_prob, 1.0, True
+    return "softmax_topk", gate.norm_topk_prob, 1.0, True, routers.ALL
 
 
 def mixtral_router(gate: nn.Module):
-    return "softmax_topk", True, 1.0, True
+    return "softmax_topk", True, 1.0, True, routers.ALL
 
 
 def granite_router(gate: nn.Module):
-    return "topk_softmax", False, 1.0, True
+    return "topk_softmax", False, 1.0, True, routers.ALL
 
 
 def deepseek_v2_router(gate: nn.Module):
-    return ("softmax_topk", False, gate.routed_scaling_factor, False) if gate.topk_method == "greedy" else None
+    limited = gate.topk_method == "group_limited_greedy"
+    groups = routers.Groups(gate.num_group, gate.topk_group, 1) if limited else routers.ALL
+    return "softmax_topk", False, gate.routed_scaling_factor, False, groups
 
 
 def deepseek_v3_router(gate: nn.Module):
-    limited = gate.topk_group < gate.num_group
-    return None if limited else ("sigmoid_topk", gate.norm_topk_prob, gate.routed_scaling_factor, False)
+    groups = routers.Groups(gate.num_group, gate.topk_group, 2)
+    return "sigmoid_topk", gate.norm_topk_prob, gate.routed_scaling_factor, False, groups
 
 
 ROUTERS = {

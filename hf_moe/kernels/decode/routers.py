@@ -4,6 +4,8 @@ one, with the norm before the router. A token that nobody reads has none: its in
 Shapes: T tokens, D hidden size, E experts, K experts per token.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,22 @@ SOME = tl.constexpr(64)  # experts that each is compared with at once
 ROUTER_TILE = 16384  # values of the gate that a program holds
 MANY = 64  # tokens; with more, a matrix product reads the weights less often
 SCORES = {"softmax_topk": 0, "topk_softmax": 1, "sigmoid_topk": 2}
+
+
+class Groups(NamedTuple):
+    """A token's experts are in `kept` of `count` equal groups: those with the largest sum of the `best` first."""
+
+    count: int
+    kept: int
+    best: int
+
+    def options(self, experts: int) -> dict[str, int]:
+        size = experts // self.count
+        blocks = {"BLOCK_G": triton.next_power_of_2(self.count), "BLOCK_S": triton.next_power_of_2(size)}
+        return {"GROUPS": self.count, "KEPT": self.kept, "BEST": min(self.best, size), "SIZE": size} | blocks
+
+
+ALL = Groups(1, 1, 1)  # no limit
 
 
 @triton.jit
@@ -56,6 +74,35 @@ def ahead_of(choice, expert, theirs, other):
 
 
 @triton.jit
+def kept_groups(
+    logits_ptr,
+    bias_ptr,
+    best,
+    mass,
+    SCORE: tl.constexpr,
+    BIASED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    BEST: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Whether a token may choose in each group: DeepSeek-V3 (https://arxiv.org/abs/2412.19437), 2.1.2; V2, 2.2.2."""
+    group, place = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S)
+    expert = group[:, None] * SIZE + place[None, :]
+    real = (group < GROUPS)[:, None] & (place < SIZE)[None, :]
+    logits = tl.load(logits_ptr + expert, mask=real, other=float("-inf"), cache_modifier=".cg")
+    _, choice = scores_of(logits, bias_ptr, expert, real, best, mass, SCORE, BIASED)
+    total = tl.max(choice, axis=1)
+    if BEST == 2:
+        first = tl.min(tl.where(choice == total[:, None], place[None, :], BLOCK_S), axis=1)
+        total += tl.max(tl.where(place[None, :] == first[:, None], float("-inf"), choice), axis=1)
+    total = tl.where(group < GROUPS, total, float("-inf"))
+    return ahead_of(total, group, total, group) < KEPT
+
+
+@triton.jit
 def choose(
     logits_ptr,
     bias_ptr,
@@ -69,6 +116,12 @@ def choose(
     BIASED: tl.constexpr,
     NORMED: tl.constexpr,
     MASKED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    BEST: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -81,7 +134,22 @@ def choose(
     mass = tl.sum(tl.exp(logits - best), axis=0)
     scores, choice = scores_of(logits, bias_ptr, expert, real, best, mass, SCORE, BIASED)
     # An expert's slot is the number of those before it: no search, which would go through the threads K times.
-    if BLOCK_E <= SOME:
+    if KEPT < GROUPS:
+        group, place = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S)
+        kept = kept_groups(
+            logits_ptr, bias_ptr, best, mass, SCORE, BIASED, GROUPS, KEPT, BEST, SIZE, BLOCK_G, BLOCK_S
+        ).to(tl.int32)
+        own = tl.sum(tl.where(expert[:, None] // SIZE == group[None, :], kept[None, :], 0), axis=1)
+        choice = tl.where(own > 0, choice, float("-inf"))
+        before = tl.zeros((BLOCK_E,), tl.int32)
+        for other_group in range(GROUPS):
+            open = tl.sum(tl.where(group == other_group, kept, 0), axis=0)
+            other = other_group * SIZE + place
+            there = place < tl.where(open > 0, SIZE, 0)
+            theirs = tl.load(logits_ptr + other, mask=there, other=float("-inf"), cache_modifier=".cg")
+            _, theirs = scores_of(theirs, bias_ptr, other, there, best, mass, SCORE, BIASED)
+            before += ahead_of(choice, expert, theirs, other)
+    elif BLOCK_E <= SOME:
         before = ahead_of(choice, expert, choice, expert)
     else:
         before = tl.zeros((BLOCK_E,), tl.int32)
@@ -120,6 +188,12 @@ def choice_kernel(
     BIASED: tl.constexpr,
     NORMED: tl.constexpr,
     MASKED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    BEST: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -141,6 +215,12 @@ def choice_kernel(
         BIASED,
         NORMED,
         MASKED,
+        GROUPS,
+        KEPT,
+        BEST,
+        SIZE,
+        BLOCK_G,
+        BLOCK_S,
         BLOCK_E,
         BLOCK_K,
     )
@@ -170,6 +250,12 @@ def normed_route_kernel(
     NORMED: tl.constexpr,
     MASKED: tl.constexpr,
     ROUNDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    BEST: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PART: tl.constexpr,
@@ -211,6 +297,12 @@ def normed_route_kernel(
             BIASED,
             NORMED,
             MASKED,
+            GROUPS,
+            KEPT,
+            BEST,
+            SIZE,
+            BLOCK_G,
+            BLOCK_S,
             BLOCK_E,
             BLOCK_K,
         )
@@ -252,11 +344,13 @@ def route(
     normed: bool,
     scale: float,
     rounded: bool,
+    groups: Groups = ALL,
     token_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits [T, E] and weights [T, K] in float32, expert indices [T, K], of x [T, D] and the gate's weight [E, D].
 
-    The choice is made by logits in x's dtype if `rounded`. `token_mask` [T] is 0 for tokens that have no experts.
+    The choice is made by logits in x's dtype if `rounded`, within `groups`. `token_mask` [T] is 0 for tokens that have
+    no experts.
     """
     tokens, experts = len(x), len(weight)
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
@@ -276,6 +370,7 @@ def route(
         BIASED=bias is not None,
         NORMED=normed,
         MASKED=token_mask is not None,
+        **groups.options(experts),
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_K=triton.next_power_of_2(top_k),
         num_warps=4,
@@ -296,6 +391,7 @@ def normed_route(
     normed: bool,
     scale: float,
     rounded: bool,
+    groups: Groups,
     arrived: torch.Tensor,
     token_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -333,6 +429,7 @@ def normed_route(
         BIASED=bias is not None,
         NORMED=normed,
         MASKED=token_mask is not None,
+        **groups.options(experts),
         ROUNDS=rounded,
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_K=triton.next_power_of_2(top_k),
