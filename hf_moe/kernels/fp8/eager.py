@@ -1,0 +1,90 @@
+"""The definition of FP8 training, in PyTorch: operands are quantised, and their values multiplied in float32.
+
+DeepSeek-V3, https://arxiv.org/abs/2412.19437, 3.3. It runs anywhere, slowly; the kernels have to agree with it.
+"""
+
+import torch
+
+from ..formula import ACTIVATIONS, Formula
+from .copies import in_blocks
+from .format import Tiles, tiles_of
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """The values [N, R] of x [R, N] in tiles of 128 of its rows."""
+    return tiles_of(x.T).values()[: x.shape[1]]
+
+
+class Linear(torch.autograd.Function):
+    """x [T, K] by a weight [N, K]: all three products of forward and backward have operands in FP8."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        tiles = tiles_of(x)
+        ctx.save_for_backward(*tiles, weight)
+        return (tiles.values() @ in_blocks(weight)[0].values()[0].T)[: len(x)].to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        *x, weight = ctx.saved_tensors
+        need_x, need_weight = ctx.needs_input_grad
+        values = tiles_of(grad).values()
+        grad_x = (values @ in_blocks(weight)[0].values()[0])[: len(grad)].to(grad.dtype) if need_x else None
+        grad_weight = (turned(values) @ turned(Tiles(*x).values()).T).to(weight.dtype) if need_weight else None
+        return grad_x, grad_weight
+
+
+def activate(hidden: torch.Tensor, formula: Formula) -> torch.Tensor:
+    """[R, I] of the up-projection [R, U]: see `Formula`."""
+    act = ACTIVATIONS[formula.activation]
+    if not formula.gated:
+        return act(hidden)
+    gate, up = hidden.chunk(2, -1)
+    if formula.limit is not None:
+        gate, up = gate.clamp(max=formula.limit), up.clamp(-formula.limit, formula.limit)
+    return act(gate) * (up + formula.shift)
+
+
+class Experts(torch.autograd.Function):
+    """sum_k weights[t, k] FFN_{index[t, k]}(x[t]) [T, D], of x [T, D], up [E, U, D] and down [E, D, I].
+
+    Kept are x and the up-projection, in FP8; activations are computed again from it (V3, 3.3.3).
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, weights, up, down, formula: Formula) -> torch.Tensor:
+        tiles = tiles_of(x)
+        values, up_values, down_values = tiles.values(), in_blocks(up)[0].values(), in_blocks(down)[0].values()
+        output, kept = torch.zeros_like(x, dtype=torch.float32), []
+        for expert in range(len(up)):
+            token, choice = torch.where(index == expert)
+            hidden = values[token] @ up_values[expert].T
+            kept += tiles_of(hidden)
+            activated = tiles_of(activate(hidden, formula)).values()[: len(token)]
+            rows = (activated @ down_values[expert].T).to(x.dtype)
+            output.index_add_(0, token, rows.float() * weights[token, choice, None])
+        ctx.formula = formula
+        ctx.save_for_backward(*tiles, index, weights, up, down, *kept)
+        return output.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        codes, scales, index, weights, up, down, *kept = ctx.saved_tensors
+        x, of_output = Tiles(codes, scales).values(), tiles_of(grad).values()
+        up_values, down_values = in_blocks(up)[0].values(), in_blocks(down)[0].values()
+        grad_x, grad_weights = torch.zeros_like(grad, dtype=torch.float32), torch.zeros_like(weights)
+        grad_up, grad_down = torch.zeros_like(up), torch.zeros_like(down)
+        for expert in range(len(up)):
+            token, choice = torch.where(index == expert)
+            hidden = Tiles(*kept[2 * expert : 2 * expert + 2]).values()[: len(token)].requires_grad_()
+            with torch.enable_grad():
+                activated = activate(hidden, ctx.formula)
+            from_output = of_output[token] @ down_values[expert]
+            grad_weights[token, choice] = (from_output * activated).sum(-1).to(weights.dtype)
+            weight = weights[token, choice, None].float()
+            (grad_hidden,) = torch.autograd.grad(activated, hidden, weight * from_output)
+            rows = (tiles_of(grad_hidden).values()[: len(token)] @ up_values[expert]).to(grad.dtype)
+            grad_x.index_add_(0, token, rows.float())
+            grad_down[expert] = turned(of_output[token]) @ turned(weight * activated.detach()).T
+            grad_up[expert] = turned(grad_hidden) @ turned(x[token]).T
+        return grad_x.to(grad.dtype), None, grad_weights, grad_up, grad_down, None

@@ -1,0 +1,222 @@
+"""FP8 experts and linear layers as PyTorch operators, so that torch.compile, autocast and checkpointing see opaque steps.
+
+Nothing here needs Triton or a GPU: the kernels are imported when an operator first runs.
+"""
+
+import torch
+
+from ..formula import Formula
+from ..operators import contiguous, hand_on, nothing_kept
+from ..routing_sizes import routing_sizes
+from .format import BLOCK, CODE, Tiles, up_to_blocks
+
+
+@torch.library.custom_op("hf_moe::fp8_linear", mutates_args=())
+def linear(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, K] by a weight [N, K] in FP8, and x's codes and scales."""
+    from . import feed_forward
+
+    output, tiles = feed_forward.linear(x.contiguous(), contiguous(weight))
+    return output, *tiles
+
+
+def empty_tiles(like: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = up_to_blocks(columns) // BLOCK
+    return like.new_empty(rows, columns, dtype=CODE), like.new_empty(blocks, rows, dtype=torch.float32)
+
+
+@linear.register_fake
+def _(x, weight):
+    return x.new_empty(len(x), len(weight)), *empty_tiles(x, up_to_blocks(len(x)), x.shape[1])
+
+
+@torch.library.custom_op("hf_moe::fp8_linear_backward", mutates_args=())
+def linear_backward(
+    grad: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, needs: list[bool]
+) -> list[torch.Tensor]:
+    """Gradients of those of x and weight that `needs` marks."""
+    from . import feed_forward
+
+    return feed_forward.linear_backward(grad.contiguous(), Tiles(codes, scales), contiguous(weight), needs)
+
+
+@linear_backward.register_fake
+def _(grad, codes, scales, weight, needs):
+    both = (grad.new_empty(len(grad), weight.shape[1]), torch.empty_like(weight))
+    return [tensor for tensor, need in zip(both, needs, strict=True) if need]
+
+
+def keep_linear(ctx, inputs, output):
+    _, weight = inputs
+    _, codes, scales = output
+    ctx.mark_non_differentiable(codes, scales)
+    ctx.save_for_backward(codes, scales, weight)
+
+
+def backward_of_linear(ctx, grad, *_):
+    needs = list(ctx.needs_input_grad)
+    gradients = iter(torch.ops.hf_moe.fp8_linear_backward(grad, *ctx.saved_tensors, needs))
+    return tuple(next(gradients) if need else None for need in needs)
+
+
+linear.register_autograd(backward_of_linear, setup_context=keep_linear)
+
+
+@torch.library.custom_op("hf_moe::fp8_experts_up", mutates_args=())
+def experts_up(
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    activation: str,
+    gated: bool,
+    limit: float | None,
+    shift: float,
+    save: bool,
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
+    """A place for the gradient, codes and scales of activations, up-projection and x, the routing's four tensors.
+
+    As in `hf_moe::experts_up` its backward is that of the whole layer, and `fp8_experts_down` keeps nothing.
+    """
+    from . import feed_forward
+
+    operands = (contiguous(tensor) for tensor in (x, index, weights, up, down))
+    formula = Formula(activation, gated, limit=limit, shift=shift)
+    activated, hidden, tiles, routing = feed_forward.up(*operands, formula, save)
+    return x.new_zeros(()).expand(x.shape), *activated, *hidden, *tiles, *routing
+
+
+@experts_up.register_fake
+def _(x, index, weights, up, down, activation, gated, limit, shift, save):
+    slots, (num_experts, width, columns) = index.numel(), up.shape
+    inner, places = down.shape[2], slots if save else 0
+    rows = (slots // BLOCK + num_experts) * BLOCK
+    sizes = ((rows, inner), (places, width), (up_to_blocks(len(x)), columns))
+    tiles = (tensor for size in sizes for tensor in empty_tiles(x, *size))
+    routing = (index.new_empty(size, dtype=torch.int32) for size in routing_sizes(slots, num_experts))
+    return x.new_zeros(()).expand(x.shape), *tiles, *routing
+
+
+@torch.library.custom_op("hf_moe::fp8_experts_down", mutates_args=())
+def experts_down(
+    place: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    down: torch.Tensor,
+    routing: list[torch.Tensor],
+) -> torch.Tensor:
+    """sum_k weights[t, k] down_{index[t, k]} activated[t, k]: [T, D]."""
+    from . import feed_forward
+    from ..routing_metadata import Routing
+
+    index, weights, down = (contiguous(tensor) for tensor in (index, weights, down))
+    return feed_forward.down(place, Tiles(codes, scales), index, weights, down, Routing(*routing))
+
+
+@experts_down.register_fake
+def _(place, *others):
+    return place.new_empty(place.shape)
+
+
+experts_down.register_autograd(hand_on, setup_context=nothing_kept)
+
+
+@torch.library.custom_op("hf_moe::fp8_experts_backward", mutates_args=())
+def experts_backward(
+    grad: torch.Tensor,
+    x_codes: torch.Tensor,
+    x_scales: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    hidden_codes: torch.Tensor,
+    hidden_scales: torch.Tensor,
+    routing: list[torch.Tensor],
+    activation: str,
+    gated: bool,
+    limit: float | None,
+    shift: float,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    """Gradients of those of x, weights, up and down that `needs` marks, in this order."""
+    from . import feed_forward
+    from ..routing_metadata import Routing
+
+    grad, index, weights, up, down = (contiguous(tensor) for tensor in (grad, index, weights, up, down))
+    return feed_forward.backward(
+        grad,
+        Tiles(x_codes, x_scales),
+        index,
+        weights,
+        up,
+        down,
+        Tiles(hidden_codes, hidden_scales),
+        Routing(*routing),
+        Formula(activation, gated, limit=limit, shift=shift),
+        needs,
+    )
+
+
+@experts_backward.register_fake
+def _(grad, x_codes, x_scales, index, weights, up, down, *others):
+    inputs = (grad, weights, up, down)
+    return [tensor.new_empty(tensor.shape) for tensor, need in zip(inputs, others[-1], strict=True) if need]
+
+
+def keep_experts(ctx, inputs, output):
+    _, index, weights, up, down, *ctx.formula, save = inputs
+    _, _, _, *hidden_x_and_routing = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(index, weights, up, down, *hidden_x_and_routing)
+    ctx.saved = save
+
+
+def backward_of_experts(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 10
+    assert ctx.saved, "hf_moe::fp8_experts_up ran with save=False, which keeps nothing for a backward pass"
+    index, weights, up, down, *hidden, x_codes, x_scales, a, b, c, d = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    needs = [needed[0], *needed[2:5]]
+    gradients = iter(
+        torch.ops.hf_moe.fp8_experts_backward(
+            grad, x_codes, x_scales, index, weights, up, down, *hidden, [a, b, c, d], *ctx.formula, needs
+        )
+    )
+    x, *others = (next(gradients) if need else None for need in needs)
+    return x, None, *others, *[None] * 5
+
+
+experts_up.register_autograd(backward_of_experts, setup_context=keep_experts)
+
+
+def experts(
+    x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, up: torch.Tensor, down: torch.Tensor, formula: Formula
+) -> torch.Tensor:
+    """sum_k weights[t, k] FFN_{index[t, k]}(x[t]) [T, D] in FP8.
+
+    x [T, D]; index (int64) and weights [T, K]; up [E, U, D] and down [E, D, I], U = 2I if `gated`, else I, D and I
+    multiples of 128. An index outside [0, E) adds nothing.
+    """
+    assert not formula.transposed and not formula.interleaved
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weights, up, down))
+    of_formula = (formula.activation, formula.gated, formula.limit, formula.shift)
+    place, codes, scales, *_, a, b, c, d = experts_up(x, index, weights, up, down, *of_formula, save)
+    return experts_down(place, codes, scales, index, weights, down, [a, b, c, d])

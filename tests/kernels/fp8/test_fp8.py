@@ -1,0 +1,121 @@
+"""FP8 experts and linear layers: the definition against float64 by relative error, the kernels against the definition."""
+
+import pytest
+import torch
+
+from hf_moe.kernels.formula import Formula
+from hf_moe.kernels.fp8 import eager, operators
+
+from .. import reference
+
+SWIGLU = Formula("silu")
+
+
+def problem(T, K, D, inner, E, formula=SWIGLU, index=None):
+    torch.manual_seed(1)
+    U = 2 * inner if formula.gated else inner
+    if index is None:
+        index = torch.rand(T, E).argsort(-1)[:, :K]
+    tensors = {"x": torch.randn(T, D), "weights": torch.rand(T, K)}
+    tensors |= {"up": torch.randn(E, U, D) * D**-0.5, "down": torch.randn(E, D, inner) * inner**-0.5}
+    return index, tensors
+
+
+def run(function, index, tensors, device="cpu", dtype=torch.float32):
+    """Output and gradients by name, for one random direction."""
+    leaves = {name: tensor.detach().to(device, dtype, copy=True).requires_grad_() for name, tensor in tensors.items()}
+    output = function(index.to(device), **leaves)
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+    gradients = torch.autograd.grad(output, list(leaves.values()), direction)
+    results = {"output": output} | dict(zip(leaves, gradients, strict=True))
+    return {name: value.detach().cpu().double() for name, value in results.items()}
+
+
+def by(function, formula):
+    return lambda index, x, weights, up, down: function(x, index, weights, up, down, formula)
+
+
+def in_float64(formula):
+    none = [None] * 5
+    return lambda index, x, weights, up, down: reference.experts(x, index, weights, up, down, *none, *formula)
+
+
+def distances(one, other) -> dict[str, float]:
+    """Relative errors; of what is all zero in `other`, absolute ones."""
+    assert one.keys() == other.keys()
+    return {name: ((one[name] - other[name]).norm() / (other[name].norm() or 1)).item() for name in one}
+
+
+SHAPES = {  # T, K, D, I, E
+    "odd": (37, 3, 256, 128, 5),
+    "one-token": (1, 2, 128, 128, 3),
+    "several-tiles": (150, 2, 128, 256, 2),
+}
+INDICES = {  # of 9 tokens, 2 choices, 4 experts
+    "all-on-one": lambda: torch.full((9, 2), 2),
+    "empty-experts": lambda: torch.randint(1, 3, (9, 2)),
+    "some-elsewhere": lambda: torch.randint(0, 5, (9, 2)),
+    "all-elsewhere": lambda: torch.full((9, 2), 4),
+}
+FORMULAS = {
+    "plain": Formula("relu2", gated=False),
+    "limit-shift": Formula("silu", limit=3.0, shift=1.0),
+}
+
+
+def check(index, tensors, formula, device):
+    expected = run(in_float64(formula), index, tensors, dtype=torch.float64)
+    defined = run(by(eager.Experts.apply, formula), index, tensors)
+    # Each operand is off by some 2.5% of its norm.
+    far = distances(defined, expected)
+    assert all(0.01 < x < 0.13 or x == 0 and not expected[name].any() for name, x in far.items()), far
+    near = distances(run(by(operators.experts, formula), index, tensors, device), defined)
+    assert max(near.values()) < 2e-3, near
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_experts(device, shape):
+    check(*problem(*SHAPES[shape]), SWIGLU, device)
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_indices(device, name):
+    check(*problem(9, 2, 128, 128, 4, index=INDICES[name]()), SWIGLU, device)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas(device, name):
+    check(*problem(9, 2, 128, 128, 2, FORMULAS[name]), FORMULAS[name], device)
+
+
+def test_no_tokens(device):
+    index, tensors = problem(0, 2, 128, 128, 3)
+    results = run(by(operators.experts, SWIGLU), index, tensors, device)
+    assert not any(x.any() for x in results.values())
+
+
+def test_without_a_backward_nothing_is_kept(device):
+    index, tensors = problem(9, 2, 128, 128, 2)
+    tensors = {name: x.to(device) for name, x in tensors.items()}
+    x, weights, up, down = tensors.values()
+    _, _, _, hidden, scales, *_ = operators.experts_up(x, index.to(device), weights, up, down, "silu", True, None, 0.0, False)
+    assert hidden.numel() == scales.numel() == 0
+
+
+@pytest.mark.parametrize("T, K, N", [(5, 128, 48), (133, 272, 144), (128, 128, 256), (1, 16, 16)])
+def test_linear(device, T, K, N):
+    tensors = {"x": torch.randn(T, K), "weight": torch.randn(N, K)}
+    none = torch.empty(0)
+    expected = run(lambda _, x, weight: x @ weight.T, none, tensors, dtype=torch.float64)
+    defined = run(lambda _, x, weight: eager.Linear.apply(x, weight), none, tensors)
+    far = distances(defined, expected)
+    assert all(0.005 < x < 0.06 for x in far.values()), far
+    near = distances(run(lambda _, x, weight: operators.linear(x, weight)[0], none, tensors, device), defined)
+    assert max(near.values()) < 2e-3, near
+
+
+def test_a_batch_of_nothing(device):
+    x = torch.empty(0, 128, device=device, requires_grad=True)
+    weight = torch.randn(16, 128, device=device, requires_grad=True)
+    operators.linear(x, weight)[0].sum().backward()
+    assert x.grad.shape == (0, 128) and not weight.grad.any()
