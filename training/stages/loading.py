@@ -10,7 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from transformers.distributed import DistributedConfig
 
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
@@ -26,6 +33,8 @@ from ..trainers.refusals import leave_out_routing
 from ..trainers.sharded import policy_of
 from ..weights.alignment import align
 from ..weights.float8 import check_float8, compute_in_float8
+from ..weights.fp8 import OURS as EXPERTS_OF_FP8
+from ..weights.fp8 import check_fp8, check_sizes, compute_in_fp8
 from ..weights.groups import GROUPS, train_group
 from .fastest import take_fastest
 from .names import STAGES
@@ -91,6 +100,13 @@ class ModelArguments:
         default=False,
         metadata={"help": "Multiply linear layers in float8, by torchao, beside bf16. Needs compute capability 8.9."},
     )
+    fp8: bool = field(
+        default=False,
+        metadata={
+            "help": "Multiply experts and linear layers in FP8 as DeepSeek-V3 was trained, with a scale for each tile of "
+            "128 or block of 128 x 128, beside bf16. Needs compute capability 9.0."
+        },
+    )
     expert_parallel_size: int = field(
         default=1,
         metadata={
@@ -126,8 +142,7 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
 
     Raises ValueError where they need a package that is not there, or say a thing twice, or where it is an adapter.
     """
-    if model_args.float8:
-        check_float8(args.device)
+    check_products(source, model_args, args)
     given = {
         "dtype": model_args.dtype,
         "revision": model_args.model_revision,
@@ -157,9 +172,33 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
         align(model)
     say_new_positions(model, args)
     choose_fastest(model, model_args, args, further)
+    choose_products(model, model_args)
+    return model
+
+
+def check_products(source: str, model_args: ModelArguments, args: TrainingArguments) -> None:
+    """Before the model in `source` is loaded: raises ValueError where it cannot be computed in float8, or in FP8."""
+    if model_args.float8:
+        check_float8(args.device)
+    if not model_args.fp8:
+        return
+    if model_args.float8:
+        raise ValueError("fp8 and float8 are both true, and multiply the same layers: leave one of them out.")
+    if (experts := model_args.experts_implementation) not in EXPERTS_OF_FP8:
+        raise ValueError(f"fp8 is true and experts_implementation {experts}, which has no FP8: leave one of them out.")
+    check_fp8(args.device)
+    config = auto_config(source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code)
+    with torch.device("meta"):
+        what = f"{source} cannot be built"
+        check_sizes(built(AutoModelForCausalLM.from_config, what, config, trust_remote_code=args.trust_remote_code))
+
+
+def choose_products(model: PreTrainedModel, model_args: ModelArguments) -> None:
+    """Let the model multiply in float8 or in FP8 if the arguments say so, and say what does."""
     if model_args.float8:
         print(compute_in_float8(model), file=sys.stderr)
-    return model
+    if model_args.fp8:
+        print(compute_in_fp8(model), file=sys.stderr)
 
 
 def choose_fastest(

@@ -1,8 +1,7 @@
-"""Backward of the activation and of the weighting, quantised along both axes while it is in registers.
+"""Backward of the activation and of the weighting, in one pass over memory that reads and writes FP8.
 
-With d_s = dO_t W_down of a slot s, g = dH = w_s d_s act'(h) goes on to two products: along its columns to the gradient of
-x, along its rows to that of W_up, which V3 quantises each from what was not quantised before. W_down's gradient
-takes the weighted activations w_s A_s along their rows, computed again from h in FP8 (3.3.3). <d_s, A_s> is that of w_s.
+With d_s = dO_t W_down of a slot s, g = w_s d_s act'(h) is the gradient of the up-projection h; W_down's takes the
+weighted activations w_s A_s, computed again from h in FP8 (V3, 3.3.3); <d_s, A_s> is that of w_s.
 """
 
 import torch
@@ -13,7 +12,8 @@ from ..activations import activate
 from ..layer import Experts
 from ..routing_metadata import Routing
 from .format import BLOCK, Tiles
-from .quantise import in_tiles, store_turned
+from .launch import PASS_ROWS
+from .quantise import in_tiles
 
 
 @triton.jit
@@ -22,12 +22,10 @@ def activation_backward_kernel(
     hidden,  # places [S, U]
     hidden_scales,  # [blocks of U, S]
     weights,  # [T, K]
-    along,  # rows [R, U]: g in tiles along U
-    along_scales,  # [blocks of U, R]
-    turned,  # [U, R]: g in tiles along R
-    turned_scales,  # [blocks of R, U]
-    activated,  # [I, R]: w_s A_s in tiles along R
-    activated_scales,  # [blocks of R, I]
+    gradient,  # rows [R, U]: g
+    gradient_scales,  # [blocks of U, R]
+    activated,  # rows [R, I]: w_s A_s
+    activated_scales,  # [blocks of I, R]
     scores,  # [blocks of I, R]: <d_s, A_s> of a block
     slot_of_row,
     offsets,
@@ -41,55 +39,48 @@ def activation_backward_kernel(
     INTERLEAVED: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
-    NEED_X: tl.constexpr,
-    NEED_UP: tl.constexpr,
-    NEED_DOWN: tl.constexpr,
+    NEED_HIDDEN: tl.constexpr,
+    NEED_WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     tl.static_assert(not INTERLEAVED)
-    tile, block = tl.program_id(0), tl.program_id(1)
+    first, block = tl.program_id(0) * ROWS, tl.program_id(1)
+    tile = first // 128
     if tile >= tl.load(offsets + 2 * num_experts + 1):
         return
-    place = tl.load(tiles + 2 * tile + 1)
-    U = 2 * INNER if GATED else INNER
-    within = tl.arange(0, 128)
-    rows, cols = tile * 128 + within, block * 128 + within
+    place = tl.load(tiles + 2 * tile + 1) + first % 128 + tl.arange(0, ROWS)
+    U, blocks = 2 * INNER if GATED else INNER, INNER // 128
+    rows, cols = first + tl.arange(0, ROWS), block * 128 + tl.arange(0, 128)
     slots = tl.load(slot_of_row + rows)
     inside = slots >= 0
     kept = inside[:, None]
     weight = tl.load(weights + slots, mask=inside, other=0.0).to(tl.float32)[:, None]
     d = tl.load(product + rows.to(tl.int64)[:, None] * INNER + cols[None, :], mask=kept, other=0.0).to(tl.float32)
-    at = hidden + (place + within).to(tl.int64)[:, None] * U + cols[None, :]
-    at_scales = hidden_scales + block * places + place + within
+    at = hidden + place.to(tl.int64)[:, None] * U + cols[None, :]
+    at_scales = hidden_scales + block * places + place
     gate = tl.load(at, mask=kept, other=0.0).to(tl.float32) * tl.load(at_scales, mask=inside, other=0.0)[:, None]
     up = gate
     if GATED:
-        factor = tl.load(at_scales + (INNER // 128) * places, mask=inside, other=0.0)[:, None]
-        up = tl.load(at + INNER, mask=kept, other=0.0).to(tl.float32) * factor
+        scale = tl.load(at_scales + blocks * places, mask=inside, other=0.0)[:, None]
+        up = tl.load(at + INNER, mask=kept, other=0.0).to(tl.float32) * scale
     value, gate_slope, up_slope = activate(gate, up, ACTIVATION, GATED, LIMIT, SHIFT)
     tl.store(scores + block * rows_size + rows, tl.sum(d * value, 1))
-    if NEED_DOWN:
-        store_turned(weight * value, activated, activated_scales, tile, block, INNER, rows_size)
-    d *= weight
-    store_both(d * gate_slope, along, along_scales, turned, turned_scales, tile, block, U, rows_size, NEED_X, NEED_UP)
-    if GATED:
-        block += INNER // 128
-        store_both(d * up_slope, along, along_scales, turned, turned_scales, tile, block, U, rows_size, NEED_X, NEED_UP)
+    if NEED_WEIGHTED:
+        store_tiles(weight * value, activated, activated_scales, rows, block, INNER, rows_size)
+    if NEED_HIDDEN:
+        d *= weight
+        store_tiles(d * gate_slope, gradient, gradient_scales, rows, block, U, rows_size)
+        if GATED:
+            store_tiles(d * up_slope, gradient, gradient_scales, rows, blocks + block, U, rows_size)
 
 
 @triton.jit
-def store_both(
-    value, along, along_scales, turned, turned_scales, tile, block, size, rows_size, ALONG: tl.constexpr, TURN: tl.constexpr
-):
-    """A tile [128 rows, 128 columns] in tiles along its columns if ALONG, and along its rows if TURN."""
-    within = tl.arange(0, 128)
-    rows, cols = tile * 128 + within, block * 128 + within
-    if ALONG:
-        codes, scale = in_tiles(value, 1)
-        at = along + rows.to(tl.int64)[:, None] * size + cols[None, :]
-        tl.store(at, codes.to(along.dtype.element_ty))
-        tl.store(along_scales + block * rows_size + rows, scale)
-    if TURN:
-        store_turned(value, turned, turned_scales, tile, block, size, rows_size)
+def store_tiles(value, codes, scales, rows, block, size, rows_size):
+    """Quantise [ROWS, 128] along its columns, to the block `block` of them."""
+    value, scale = in_tiles(value, 1)
+    at = rows.to(tl.int64)[:, None] * size + (block * 128 + tl.arange(0, 128))[None, :]
+    tl.store(codes + at, value.to(codes.dtype.element_ty))
+    tl.store(scales + block * rows_size + rows, scale)
 
 
 def activation_backward(
@@ -98,29 +89,24 @@ def activation_backward(
     weights: torch.Tensor,
     experts: Experts,
     routing: Routing,
-    need_x: bool,
-    need_up: bool,
-    need_down: bool,
-) -> tuple[Tiles, Tiles, Tiles, torch.Tensor]:
-    """g in rows (U), g turned [U, R], the weighted activations turned [I, R], and <d_s, A_s> of rows in blocks of I."""
-    rows, inner, width = len(product), experts.inner, experts.halves * experts.inner
-    blocks = rows // BLOCK
+    need_hidden: bool,
+    need_weighted: bool,
+) -> tuple[Tiles, Tiles, torch.Tensor]:
+    """Rows of g (U), rows of the weighted activations (I), and <d_s, A_s> of rows, of each block of I."""
+    rows, inner = product.shape
+    width = experts.halves * inner
 
-    def tiles(*shape: int, needed: bool) -> Tiles:
-        """Uninitialised, in tiles along the last axis; of no size where nobody needs them."""
-        size = (shape[-1] // BLOCK, shape[0]) if needed else (0, 0)
-        return Tiles(hidden.codes.new_empty(shape if needed else (0, 0)), hidden.scales.new_empty(size))
+    def tiles(columns: int, needed: bool) -> Tiles:
+        shape = (rows, columns) if needed else (0, 0)
+        return Tiles(hidden.codes.new_empty(shape), hidden.scales.new_empty(shape[1] // BLOCK, shape[0]))
 
-    along = tiles(rows, width, needed=need_x)
-    turned = tiles(width, rows, needed=need_up)
-    activated = tiles(inner, rows, needed=need_down)
+    gradient, activated = tiles(width, need_hidden), tiles(inner, need_weighted)
     scores = product.new_empty(inner // BLOCK, rows, dtype=torch.float32)
-    activation_backward_kernel[(blocks, inner // BLOCK)](
+    activation_backward_kernel[(rows // PASS_ROWS, inner // BLOCK)](
         product,
         *hidden,
         weights,
-        *along,
-        *turned,
+        *gradient,
         *activated,
         scores,
         routing.slot_of_row,
@@ -131,9 +117,9 @@ def activation_backward(
         places=hidden.scales.shape[1],
         rows_size=rows,
         **experts.formula_options,
-        NEED_X=need_x,
-        NEED_UP=need_up,
-        NEED_DOWN=need_down,
-        num_warps=16,
+        NEED_HIDDEN=need_hidden,
+        NEED_WEIGHTED=need_weighted,
+        ROWS=PASS_ROWS,
+        num_warps=4,
     )
-    return along, turned, activated, scores
+    return gradient, activated, scores

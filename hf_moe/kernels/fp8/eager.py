@@ -11,7 +11,7 @@ from .format import Tiles, tiles_of
 
 
 def turned(x: torch.Tensor) -> torch.Tensor:
-    """The values [N, R] of x [R, N] in tiles of 128 of its rows."""
+    """The values [N, R] of x [R, N], values of tiles along N, in tiles of 128 of its rows."""
     return tiles_of(x.T).values()[: x.shape[1]]
 
 
@@ -83,8 +83,9 @@ class Experts(torch.autograd.Function):
             grad_weights[token, choice] = (from_output * activated).sum(-1).to(weights.dtype)
             weight = weights[token, choice, None].float()
             (grad_hidden,) = torch.autograd.grad(activated, hidden, weight * from_output)
-            rows = (tiles_of(grad_hidden).values()[: len(token)] @ up_values[expert]).to(grad.dtype)
-            grad_x.index_add_(0, token, rows.float())
-            grad_down[expert] = turned(of_output[token]) @ turned(weight * activated.detach()).T
+            grad_hidden = tiles_of(grad_hidden).values()[: len(token)]
+            weighted = tiles_of(weight * activated.detach()).values()[: len(token)]
+            grad_x.index_add_(0, token, (grad_hidden @ up_values[expert]).to(grad.dtype).float())
+            grad_down[expert] = turned(of_output[token]) @ turned(weighted).T
             grad_up[expert] = turned(grad_hidden) @ turned(x[token]).T
         return grad_x.to(grad.dtype), None, grad_weights, grad_up, grad_down, None

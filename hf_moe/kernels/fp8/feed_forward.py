@@ -3,7 +3,7 @@
 Kept for the backward: x and the up-projection in FP8, and the routing.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -62,29 +62,33 @@ def backward(
     """Gradients of those of x, weights, up and down that `needs` marks, in this order."""
     need_x, need_weights, need_up, need_down = needs
     if index.numel() == 0:
-        return [torch.zeros_like(tensor) for tensor, need in zip((grad, weights, up, down), needs, strict=True) if need]
+        return [
+            torch.zeros_like(tensor) for tensor, need in zip((grad, weights, up, down), needs, strict=True) if need
+        ]
     experts = layer(index.shape[1], down, formula)
     gradients = []
     with on(grad.device):
         of_output = tiles_of(grad)
         rows = product(of_output, in_blocks(down)[1], grad.dtype, experts, routing, gathered=True)
-        along, of_up, weighted, scores = activation_backward(
-            rows, hidden, weights, experts, routing, need_x, need_up, need_down
+        grad_hidden, weighted, scores = activation_backward(
+            rows, hidden, weights, experts, routing, need_x or need_up, need_down
         )
+        del rows
         if need_x:
-            rows = product(along, in_blocks(up)[1], grad.dtype, experts, routing)
+            rows = product(grad_hidden, in_blocks(up)[1], grad.dtype, experts, routing)
             gradients.append(combine(rows, None, experts, routing))
-        del rows, along
+            del rows
         if need_weights:
             slots = slots_of(scores.sum(0).unsqueeze(1), routing)
             gradients.append(slots.view(weights.shape).to(weights.dtype))
+        turn = partial(turned, experts=experts, routing=routing)
         if need_up:
-            gradients.append(weight_gradient(of_up, turned(x, experts, routing), up.dtype, experts, routing))
-        del of_up
+            sides = turn(grad_hidden, gathered=False), turn(x, gathered=True)
+            gradients.append(weight_gradient(*sides, up.dtype, experts, routing))
+            del sides
         if need_down:
-            gradients.append(
-                weight_gradient(turned(of_output, experts, routing), weighted, down.dtype, experts, routing)
-            )
+            sides = turn(of_output, gathered=True), turn(weighted, gathered=False)
+            gradients.append(weight_gradient(*sides, down.dtype, experts, routing))
     return gradients
 
 
@@ -121,6 +125,6 @@ def linear_backward(grad: torch.Tensor, x: Tiles, weight: torch.Tensor, needs) -
         if need_x:
             gradients.append(product(tiles, in_blocks(weight)[1], grad.dtype, experts, routing)[: len(grad)])
         if need_weight:
-            sides = (turned(tiles, experts, routing), turned(x, experts, routing))
+            sides = [turned(side, experts, routing, gathered=True) for side in (tiles, x)]
             gradients.append(weight_gradient(*sides, weight.dtype, experts, routing)[0])
     return gradients

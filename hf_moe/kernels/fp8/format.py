@@ -1,8 +1,8 @@
-"""Numbers in E4M3 beside scales in float32: tiles of 1 x 128 of activations and gradients, blocks of 128 x 128 of weights.
+"""E4M3 codes beside scales in float32: tiles of 1 x 128 of activations and gradients, blocks of 128 x 128 of weights.
 
 DeepSeek-V3, https://arxiv.org/abs/2412.19437, 3.3.2: x is codes * scale with scale = amax / 448, found as the numbers
-come. Scales of tiles are rounded up to a power of two, with which a second quantisation, along the other axis, adds next to
-no error (V3 does so where tiles are turned; here all of them are). It costs no precision: codes are floats themselves.
+come. Scales of tiles are rounded up to a power of two, with which a second quantisation, along the other axis, adds
+next to no error (V3 does so where tiles are turned; here all of them are). It costs no precision: codes are floats.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ BLOCK = 128
 class Tiles(NamedTuple):
     """A matrix [R, N] in tiles of 1 x 128 along N: codes [R, N], scales [ceil(N / 128), R].
 
-    R is a multiple of 128; what was less is filled with zeros. The scales that a product needs at once lie side by side.
+    R is a multiple of 128: zeros fill it up. The scales that a product needs at once lie side by side.
     """
 
     codes: torch.Tensor

@@ -1,4 +1,4 @@
-"""FP8 experts and linear layers as PyTorch operators, so that torch.compile, autocast and checkpointing see opaque steps.
+"""FP8 experts and linear layers as PyTorch operators: opaque steps to torch.compile, autocast and checkpointing.
 
 Nothing here needs Triton or a GPU: the kernels are imported when an operator first runs.
 """
@@ -121,8 +121,8 @@ def experts_down(
     routing: list[torch.Tensor],
 ) -> torch.Tensor:
     """sum_k weights[t, k] down_{index[t, k]} activated[t, k]: [T, D]."""
-    from . import feed_forward
     from ..routing_metadata import Routing
+    from . import feed_forward
 
     index, weights, down = (contiguous(tensor) for tensor in (index, weights, down))
     return feed_forward.down(place, Tiles(codes, scales), index, weights, down, Routing(*routing))
@@ -155,8 +155,8 @@ def experts_backward(
     needs: list[bool],
 ) -> list[torch.Tensor]:
     """Gradients of those of x, weights, up and down that `needs` marks, in this order."""
-    from . import feed_forward
     from ..routing_metadata import Routing
+    from . import feed_forward
 
     grad, index, weights, up, down = (contiguous(tensor) for tensor in (grad, index, weights, up, down))
     return feed_forward.backward(

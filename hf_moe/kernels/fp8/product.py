@@ -1,7 +1,7 @@
 """A grouped product over rows in FP8: out[r] = a[r] W_e^T for the rows r of each expert e.
 
-After each 128 numbers of the summed axis the tensor core's sum, of fewer bits than float32, is scaled and added to one in
-float32 (V3, 3.3.2): there the scales change, too.
+After each 128 numbers of the summed axis the tensor core's sum, of fewer bits than float32, is scaled and added to one
+in float32 (V3, 3.3.2): there the scales change, too.
 """
 
 import torch

@@ -7,6 +7,7 @@ import triton.language as tl
 from ..layer import Experts
 from ..routing_metadata import Routing
 from .format import BLOCK, CODE, LARGEST, SMALLEST, Blocks, Tiles, up_to_blocks
+from .launch import PASS_ROWS
 
 LARGEST, SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
 
@@ -53,68 +54,66 @@ def tiles_of(x: torch.Tensor) -> Tiles:
     padded = up_to_blocks(rows)
     codes = x.new_empty(padded, columns, dtype=CODE)
     scales = x.new_empty(triton.cdiv(columns, BLOCK), padded, dtype=torch.float32)
-    tile = BLOCK if x.device.type == "cpu" else 16
-    tiles_kernel[(padded // tile, len(scales))](x, codes, scales, rows, columns, padded, ROWS=tile, num_warps=4)
+    grid = (padded // PASS_ROWS, len(scales))
+    tiles_kernel[grid](x, codes, scales, rows, columns, padded, ROWS=PASS_ROWS, num_warps=4)
     return Tiles(codes, scales)
 
 
 @triton.jit
 def turned_kernel(
-    codes,  # [T, N]
+    codes,  # tokens [T, N] if GATHERED, else rows [T, N]
     scales,  # [blocks of N, T]
-    turned,  # [N, rows]
-    turned_scales,  # [blocks of rows, N]
+    turned,  # [N, R]
+    turned_scales,  # [blocks of R, N]
     slot_of_row,
     offsets,
     num_experts,
     T,
     N,
-    rows_size,
+    rows_size,  # R
     TOP_K: tl.constexpr,
+    GATHERED: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    tile, block = tl.program_id(0), tl.program_id(1)
+    tile, col = tl.program_id(0), tl.program_id(1) * COLS
     if tile >= tl.load(offsets + 2 * num_experts + 1):
         return
-    within = tl.arange(0, 128)
-    rows, cols = tile * 128 + within, block * 128 + within
-    slots = tl.load(slot_of_row + rows)
-    tokens = tl.maximum(slots, 0) // TOP_K
-    kept = (slots >= 0)[:, None] & (cols < N)[None, :]
-    value = tl.load(codes + tokens.to(tl.int64)[:, None] * N + cols[None, :], mask=kept, other=0.0).to(tl.float32)
-    value *= tl.load(scales + block * T + tokens)[:, None]
-    store_turned(value, turned, turned_scales, tile, block, N, rows_size)
+    rows, cols = tile * 128 + tl.arange(0, 128), col + tl.arange(0, COLS)
+    wide = cols < N
+    kept, sources = wide[None, :], rows
+    if GATHERED:
+        slots = tl.load(slot_of_row + rows)
+        kept, sources = kept & (slots >= 0)[:, None], tl.maximum(slots, 0) // TOP_K
+    value = tl.load(codes + sources.to(tl.int64)[:, None] * N + cols[None, :], mask=kept, other=0.0).to(tl.float32)
+    value, scale = in_tiles(value * tl.load(scales + col // 128 * T + sources)[:, None], 0)
+    at = cols.to(tl.int64)[:, None] * rows_size + rows[None, :]
+    tl.store(turned + at, value.to(turned.dtype.element_ty).T, mask=wide[:, None])
+    tl.store(turned_scales + tile * N + cols, scale, mask=wide)
 
 
-@triton.jit
-def store_turned(value, codes, scales, tile, block, N, rows_size):
-    """A tile [128 rows, 128 columns] in tiles along its rows, to codes [N, rows] and scales [blocks of rows, N]."""
-    cols = block * 128 + tl.arange(0, 128)
-    value, scale = in_tiles(value, 0)
-    at = cols.to(tl.int64)[:, None] * rows_size + (tile * 128 + tl.arange(0, 128))[None, :]
-    tl.store(codes + at, value.to(codes.dtype.element_ty).T, mask=(cols < N)[:, None])
-    tl.store(scales + tile * N + cols, scale, mask=cols < N)
-
-
-def turned(tiles: Tiles, experts: Experts, routing: Routing) -> Tiles:
-    """Rows of tokens as the operand of a weight's gradient, which sums over them: [N, rows] in tiles along the rows.
+def turned(tiles: Tiles, experts: Experts, routing: Routing, gathered: bool) -> Tiles:
+    """Rows as the operand of a weight's gradient, which sums over them: [N, rows] in tiles along the rows. They are
+    gathered from tokens, or already rows, zero where filling.
 
     Requantised from the codes (V3, 3.3.3): exact but for what the new scale makes subnormal.
     """
-    (tokens, columns), rows = tiles.codes.shape, experts.row_tiles(routing) * experts.tile
+    (size, columns), rows = tiles.codes.shape, experts.row_tiles(routing) * experts.tile
     codes = tiles.codes.new_empty(columns, rows)
     scales = tiles.scales.new_empty(rows // BLOCK, columns)
-    turned_kernel[(rows // BLOCK, triton.cdiv(columns, BLOCK))](
+    turned_kernel[(rows // BLOCK, triton.cdiv(columns, BLOCK // 2))](
         *tiles,
         codes,
         scales,
         routing.slot_of_row,
         routing.offsets,
         experts.num_experts,
-        tokens,
+        size,
         columns,
         rows,
         TOP_K=experts.top_k,
-        num_warps=8,
+        GATHERED=gathered,
+        COLS=BLOCK // 2,
+        num_warps=4,
     )
     return Tiles(codes, scales)
 
@@ -146,7 +145,7 @@ def blocks_kernel(
 
 
 def blocks_of(weight: torch.Tensor) -> tuple[Blocks, Blocks]:
-    """Matrices [E, M, N] in blocks, and their transposes [E, N, M]: the tensor cores sum E4M3 along a last axis alone."""
+    """Matrices [E, M, N] in blocks, and their transposes [E, N, M]: tensor cores sum E4M3 along last axes alone."""
     experts, rows, columns = weight.shape
     grid = (triton.cdiv(rows, BLOCK), triton.cdiv(columns, BLOCK))
     ours = Blocks(torch.empty_like(weight, dtype=CODE), weight.new_empty(experts, *grid, dtype=torch.float32))

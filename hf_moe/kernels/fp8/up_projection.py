@@ -1,6 +1,5 @@
 """The first grouped product in FP8: tokens gathered inside the load; activation and quantisation in the epilogue."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -53,7 +52,9 @@ def up_kernel(
         expert, place = tl.load(tiles + 2 * row_tile), tl.load(tiles + 2 * row_tile + 1)
         row, col = row_tile * 128, col_tile * 128
         within = tl.arange(0, 128)
-        tokens = tl.maximum(tl.load(slot_of_row + row + within), 0) // TOP_K  # filling computes token 0: nobody reads it
+        tokens = (
+            tl.maximum(tl.load(slot_of_row + row + within), 0) // TOP_K
+        )  # filling computes token 0: nobody reads it
         wide = tokens.to(tl.int64)
         gate_scales = w_scales + (expert * (U // 128) + col_tile) * depth_blocks
         up_scales = gate_scales + col_tiles * depth_blocks

@@ -1,6 +1,6 @@
 """Gradient of a grouped product's weight in FP8: out_e = sum over the rows r of expert e of left[:, r] right[:, r]^T.
 
-The rows are the summed axis here, so both sides are in tiles of 128 of them, which no two experts share. Filling is zero.
+The rows are the summed axis: both sides are in tiles of 128 of them, which no two experts share. Filling is zero.
 """
 
 import torch

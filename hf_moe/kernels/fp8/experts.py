@@ -1,0 +1,51 @@
+"""The experts implementation "fp8": both products of an expert in FP8, and those of their backward."""
+
+import torch
+from torch import nn
+
+from ..experts import hf_moe_experts_forward, warn
+from ..formula import formula
+from ..low_rank import given
+from ..precision import computed_in
+from . import eager, operators
+from .format import BLOCK
+
+
+def fp8_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """sum_k weight_{t,k} FFN_{index_{t,k}}(x_t): [T, D] from hidden_states [T, D], index and weights [T, K].
+
+    An index of E or more adds nothing. Experts with an adapter, whose change three bits could not tell, and those that
+    `obstacle` names are computed by "hf_moe"; of the latter one warning says why.
+    """
+    reason = obstacle(self)
+    if reason is not None:
+        warn(f"in FP8 {reason}", "hf_moe")
+    if reason is not None or given(self):
+        return hf_moe_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    up = self.gate_up_proj if self.has_gate else self.up_proj
+    x = hidden_states.to(computed_in(hidden_states, up.dtype))
+    experts = operators.experts if x.is_cuda else eager.Experts.apply
+    return experts(x, top_k_index, top_k_weights, up, self.down_proj, formula(self)).to(hidden_states.dtype)
+
+
+def obstacle(experts: nn.Module) -> str | None:
+    """Why these experts cannot be computed in FP8, or None."""
+    if experts.has_bias:
+        return "have no biases"
+    if getattr(experts, "has_post_expert_norm", False):
+        return "have no norm after an expert"
+    found = formula(experts)
+    if found is None:
+        return "do not know what is computed between the products"
+    if found.transposed or found.interleaved:
+        return "have weights [E, out, in], all of gate first"
+    return ragged(experts)
+
+
+def ragged(experts: nn.Module) -> str | None:
+    """What of their sizes is no multiple of 128, in words, or None."""
+    sizes = zip(("hidden size", "inner size"), experts.down_proj.shape[1:], strict=True)
+    wrong = [f"{name} {size}" for name, size in sizes if size % BLOCK]
+    return f"have sizes that are multiples of {BLOCK}, not {' and '.join(wrong)}" if wrong else None

@@ -1,0 +1,44 @@
+"""A linear layer whose products are computed in FP8: forward, input gradient and weight gradient."""
+
+import torch
+from torch import nn
+
+from ..low_rank import given
+from ..precision import computed_in
+from . import eager, operators
+
+SIDE = 16  # a side of a weight is a multiple of it: bytes that the card moves at once
+
+
+class Fp8Linear(nn.Linear):
+    """x W^T + b with x in tiles and W in blocks of E4M3; what it adds, and what an adapter adds, is not quantised."""
+
+    is_transposed = False  # to what gives an adapter's factors (low_rank.beside)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Fp8Linear":
+        """One with the same parameters."""
+        with torch.device("meta"):
+            made = cls(linear.in_features, linear.out_features, linear.bias is not None)
+        made.weight, made.bias = linear.weight, linear.bias
+        return made.train(linear.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., out] of x [..., in], in the type that is computed in around it."""
+        rows = x.to(computed_in(x, self.weight.dtype)).flatten(0, -2)
+        output = product(rows, self.weight)
+        if (factors := given(self).get("weight")) is not None:
+            output = output + rows @ factors.a.to(rows.dtype).mT @ factors.b.to(rows.dtype).mT
+        if self.bias is not None:
+            output = output + self.bias.to(rows.dtype)
+        return output.view(*x.shape[:-1], self.out_features)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[T, out] of x [T, in]: by the kernels on a card, by their definition elsewhere."""
+    return operators.linear(x, weight)[0] if x.is_cuda else eager.Linear.apply(x, weight)
+
+
+def suits(module: nn.Module) -> bool:
+    """Whether it is a linear layer, and not one of another kind, that can be computed in FP8."""
+    return type(module) is nn.Linear and all(size % SIDE == 0 for size in module.weight.shape)
