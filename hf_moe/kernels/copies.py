@@ -59,7 +59,7 @@ class Copies:
         return self.made[weight]
 
     def make(self, weight: nn.Parameter, old: torch.Tensor | None) -> torch.Tensor:
-        """A copy, in the memory of the last one."""
+        """A copy, in the memory of the old one."""
         copy = torch.empty_like(weight, dtype=self.dtype, requires_grad=False) if old is None else old
         return copy.copy_(weight)
 

@@ -103,8 +103,8 @@ class ModelArguments:
     fp8: bool = field(
         default=False,
         metadata={
-            "help": "Multiply experts and linear layers in FP8 as DeepSeek-V3 was trained, with a scale for each tile of "
-            "128 or block of 128 x 128, beside bf16. Needs compute capability 9.0."
+            "help": "Multiply experts and linear layers in FP8 as DeepSeek-V3 was trained, with a scale for each 128 "
+            "numbers or 128 x 128, beside bf16. Needs compute capability 9.0."
         },
     )
     expert_parallel_size: int = field(

@@ -47,8 +47,8 @@ def check_sizes(model: PreTrainedModel) -> None:
     wrong += [f"{name} {reason}" for name, module in experts_of(model).items() if (reason := ragged(module))]
     if wrong:
         raise ValueError(
-            f"fp8 is true, whose blocks are {BLOCK} x {BLOCK}, but {wrong[0]}: leave fp8 out, or take float8, for linear "
-            "layers alone with sides that are multiples of 16."
+            f"fp8 is true, whose blocks are {BLOCK} x {BLOCK}, but {wrong[0]}: leave fp8 out, or take float8, "
+            "which is for linear layers alone, with sides that are multiples of 16."
         )
 
 
@@ -84,8 +84,9 @@ def weights_in_fp8(model: nn.Module) -> list[nn.Parameter]:
 def said(model: nn.Module, parts: dict[str, str], held: set[int], left: set[str]) -> str:
     """Which parts compute in FP8, how much of the model that is, and what stays."""
     weights = [(parts[name], weight) for name, weight in model.named_parameters()]
+    matrices = [(parts[name], x) for name, x in model.named_parameters() if x.dim() > 1 and not name.endswith("bias")]
     ours = [(part, weight) for part, weight in weights if id(weight) in held]
-    others = [part for part, x in weights if part in (*LINEAR, "routed_experts") and x.dim() > 1 and id(x) not in held]
+    others = [part for part, x in matrices if part in (*LINEAR, "routed_experts") and id(x) not in held]
     numbers, whole = (sum(x.numel() for _, x in found) for found in (ours, weights))
     stays = ["embeddings", "norms", "routers", "head", "attention's own products"]
     stays += [f"{count} matrices of {part}" for part, count in Counter(others).items()]

@@ -1,6 +1,7 @@
 """Weights in FP8: quantised once a step, not once a micro-batch, where somebody holds them (see ..copies)."""
 
 import torch
+from torch import nn
 
 from ..copies import HOLDERS, Copies
 from .format import CODE, Blocks, blocks_of
@@ -23,11 +24,24 @@ class BlockCopies(Copies):
     def __init__(self, weights):
         super().__init__(weights, CODE)
 
-    def make(self, weight: torch.Tensor, _) -> tuple[Blocks, Blocks]:
+    def begin(self) -> None:
+        super().begin()
+        HELD.update((weight.data_ptr(), weight) for weight in self.made)
+
+    def end(self) -> None:
+        super().end()
+        for weight in self.made:
+            HELD.pop(weight.data_ptr(), None)
+
+    def make(self, weight: nn.Parameter, _) -> tuple[Blocks, Blocks]:
+        self.made[weight] = None  # so that old and new are not there at a time
         return quantised(weight)
+
+
+HELD: dict[int, nn.Parameter] = {}  # where a weight lies -> itself: checkpointing's backward has a detached one
 
 
 def in_blocks(weight: torch.Tensor) -> tuple[Blocks, Blocks]:
     """What `quantised` makes of a weight, held since the step began if somebody holds it."""
-    holder = HOLDERS.get(weight)
-    return holder.of(weight) if isinstance(holder, BlockCopies) else quantised(weight)
+    held = HELD.get(weight.data_ptr())
+    return quantised(weight) if held is None else HOLDERS[held].of(held)
