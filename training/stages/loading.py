@@ -28,7 +28,7 @@ from hf_moe.model.routing import ROUTERS
 from hf_moe.reading import auto_config, auto_tokenizer, built, whole_model
 
 from ..host import CLIPS_EXPERT_PARALLEL, is_adapter, sharding
-from ..output.saved_dtype import DTYPES
+from ..output.saved_dtype import DTYPES, SAVED, check_saved
 from ..trainers.refusals import leave_out_routing
 from ..trainers.sharded import policy_of
 from ..weights.alignment import align
@@ -67,8 +67,9 @@ class ModelArguments:
         default="auto",
         metadata={
             "help": "Type of the weights of the whole model that is saved in the end, its average's and ESFT's merged "
-            "one's, too; auto: the source's. Checkpoints, adapters and trained rows stay as they train.",
-            "choices": list(DTYPES),
+            "one's, too; auto: the source's; fp8: float8 in blocks of 128 x 128, as DeepSeek-V3 is released. "
+            "Checkpoints, adapters and trained rows stay as they train.",
+            "choices": list(SAVED),
         },
     )
     trainable: str = field(
@@ -177,17 +178,20 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
 
 
 def check_products(source: str, model_args: ModelArguments, args: TrainingArguments) -> None:
-    """Before the model in `source` is loaded: raises ValueError where it cannot be computed in float8, or in FP8."""
+    """Before the model in `source` is loaded: raises ValueError where it cannot be computed, or saved, in float8."""
     if model_args.float8:
         check_float8(args.device)
+    if model_args.float8 and model_args.fp8:
+        raise ValueError("fp8 and float8 are both true, and multiply the same layers: leave one of them out.")
+    if not model_args.fp8 and model_args.save_dtype != "fp8":
+        return
+    config = auto_config(source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code)
+    check_saved(config, model_args.save_dtype)
     if not model_args.fp8:
         return
-    if model_args.float8:
-        raise ValueError("fp8 and float8 are both true, and multiply the same layers: leave one of them out.")
     if (experts := model_args.experts_implementation) not in EXPERTS_OF_FP8:
         raise ValueError(f"fp8 is true and experts_implementation {experts}, which has no FP8: leave one of them out.")
     check_fp8(args.device)
-    config = auto_config(source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code)
     with torch.device("meta"):
         what = f"{source} cannot be built"
         check_sizes(built(AutoModelForCausalLM.from_config, what, config, trust_remote_code=args.trust_remote_code))

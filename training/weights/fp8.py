@@ -36,8 +36,7 @@ def check_fp8(device: torch.device) -> None:
 
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of routed experts whose computation can be chosen."""
-    found = {name: module for name, module in model.named_modules() if hasattr(module, "has_gate")}
-    return {name: module for name, module in found.items() if hasattr(module, "down_proj")}
+    return {name: module for name, module in model.named_modules() if hasattr(module, "has_gate")}
 
 
 def check_sizes(model: PreTrainedModel) -> None:
@@ -77,7 +76,7 @@ def compute_in_fp8(model: PreTrainedModel) -> str:
 def weights_in_fp8(model: nn.Module) -> list[nn.Parameter]:
     """The matrices that `model` multiplies with in FP8."""
     linear = [module.weight for module in model.modules() if isinstance(module, Fp8Linear)]
-    experts = [x for x in experts_of(model).values() if x.config._experts_implementation == "fp8" and not obstacle(x)]
+    experts = [x for x in experts_of(model).values() if x.config._experts_implementation == "fp8"]
     return linear + [x for module in experts for x in module.parameters(recurse=False) if x.dim() == 3]
 
 
