@@ -4,6 +4,7 @@ Prints the kernels, and the bytes of shared memory that a program of each takes.
 """
 
 import json
+from collections.abc import Callable
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -61,7 +62,8 @@ def step(attention: str, rows: int, positions: int) -> None:
         model(ids, position_ids=ids, past_key_values=cache)
 
 
-def main() -> None:
+def report(run: Callable[[], None]) -> None:
+    """Run what launches kernels, compile them instead, and print how much shared memory each takes."""
     launch, memory = JITFunction.run, {}
 
     def compiled(kernel, *args, grid, warmup, **options):
@@ -72,12 +74,16 @@ def main() -> None:
 
     driver.set_active(NoCard())
     JITFunction.run = compiled
-    with torch.no_grad():
-        for attention in ATTENTIONS:
-            for rows, positions in ((1, 256), (1, 8192), (4, 256), (16, 256)):
-                step(attention, rows, positions)
+    run()
     print(json.dumps(memory))
 
 
+@torch.no_grad()
+def steps() -> None:
+    for attention in ATTENTIONS:
+        for rows, positions in ((1, 256), (1, 8192), (4, 256), (16, 256)):
+            step(attention, rows, positions)
+
+
 if __name__ == "__main__":
-    main()
+    report(steps)

@@ -30,9 +30,9 @@ def up(x, index, weights, up, down, formula: Formula, save: bool) -> tuple[Tiles
     """The activations in rows, the up-projection in places (none unless `save`), x in tiles, and the routing."""
     experts = layer(index.shape[1], down, formula)
     if index.numel() == 0:
-        routing, width = empty_routing(index, experts.num_experts), experts.halves * experts.inner
-        empty = [none(index.device, size, x.dtype) for size in (experts.inner, width, x.shape[1])]
-        return *empty, routing
+        routing = empty_routing(index, experts.num_experts)
+        sizes = (experts.row_tiles(routing) * BLOCK, experts.inner), (0, experts.halves * experts.inner), x.shape
+        return *(unwritten(x.device, *size) for size in sizes), routing
     with on(x.device):
         routing = route(index, weights, experts.num_experts, experts.tile, skip_zero=not save)
         tiles = tiles_of(x)
@@ -40,10 +40,10 @@ def up(x, index, weights, up, down, formula: Formula, save: bool) -> tuple[Tiles
     return activated, hidden, tiles, routing
 
 
-def none(device: torch.device, columns: int, dtype: torch.dtype) -> Tiles:
-    """Of no row."""
-    codes = torch.empty(0, columns, dtype=CODE, device=device)
-    return Tiles(codes, torch.empty(up_to_blocks(columns) // BLOCK, 0, device=device))
+def unwritten(device: torch.device, rows: int, columns: int) -> Tiles:
+    """What stands for rows where no kernel runs."""
+    codes = torch.empty(rows, columns, dtype=CODE, device=device)
+    return Tiles(codes, torch.empty(up_to_blocks(columns) // BLOCK, rows, device=device))
 
 
 def down(like, activated: Tiles, index, weights, down, routing: Routing) -> torch.Tensor:
@@ -107,7 +107,7 @@ def dense(rows: int, device: torch.device) -> tuple[Experts, Routing]:
 def linear(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, Tiles]:
     """x [T, K] by a weight [N, K], and x in tiles."""
     if len(x) == 0:
-        return x.new_empty(0, len(weight)), none(x.device, x.shape[1], x.dtype)
+        return x.new_empty(0, len(weight)), unwritten(x.device, *x.shape)
     with on(x.device):
         tiles = tiles_of(x)
         return product(tiles, in_blocks(weight)[0], x.dtype, *dense(len(x), x.device))[: len(x)], tiles

@@ -27,3 +27,9 @@ def convert_by_torch(values, source, target, rounding):
 @pytest.fixture(autouse=True)
 def rounded_by_torch(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", convert_by_torch)
+
+
+@pytest.fixture(autouse=True)
+def a_card_that_multiplies_in_fp8(device):
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")

@@ -121,3 +121,43 @@ def test_a_batch_of_nothing(device):
     weight = torch.randn(16, 128, device=device, requires_grad=True)
     operators.linear(x, weight)[0].sum().backward()
     assert x.grad.shape == (0, 128) and not weight.grad.any()
+
+
+def test_operators_say_the_shapes_they_return(device):
+    checks = ("test_autograd_registration", "test_faketensor")  # that of schemas cannot compare float8
+    for tokens in (5, 0):
+        index, tensors = problem(tokens, 2, 128, 128, 2)
+        index, tensors = index.to(device), {key: x.to(device).requires_grad_() for key, x in tensors.items()}
+        x, weights, up, down = tensors.values()
+        given = (x, index, weights, up, down, "silu", True, None, 0.0, True)
+        torch.library.opcheck(operators.experts_up, given, test_utils=checks)
+        place, codes, scales, *_, a, b, c, d = (tensor.detach() for tensor in operators.experts_up(*given))
+        place = place.clone().requires_grad_()
+        given = (place, codes, scales, index, weights, down, [a, b, c, d])
+        torch.library.opcheck(operators.experts_down, given, test_utils=checks)
+        torch.library.opcheck(operators.linear, (x, down[0].detach().requires_grad_()), test_utils=checks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", [None, [2], [0, 4]], ids=["all", "one", "two"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_large_experts_are_near_float32(device, dtype, index):
+    """Several tiles on every axis; each gradient by its relative error."""
+    chosen = None if index is None else torch.tensor(index)[torch.randint(0, len(index), (3000, 1))].expand(-1, 2)
+    index, tensors = problem(3000, 2, 640, 384, 5, index=chosen)
+    tensors = {name: x.to(dtype) for name, x in tensors.items()}
+    expected = run(in_float64(SWIGLU), index, tensors, device)
+    actual = run(by(operators.experts, SWIGLU), index, tensors, device, dtype)
+    far = distances(actual, expected)
+    assert all(0.01 < x < 0.09 for x in far.values()), far
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(3000, 640, 1152), (127, 2048, 576), (1, 576, 48)], ids=str)
+def test_large_linear_layers_are_near_float32(device, size):
+    T, K, N = size
+    tensors, none = {"x": torch.randn(T, K), "weight": torch.randn(N, K)}, torch.empty(0)
+    expected = run(lambda _, x, weight: x @ weight.T, none, tensors, device)
+    actual = run(lambda _, x, weight: operators.linear(x, weight)[0], none, tensors, device, torch.bfloat16)
+    far = distances(actual, expected)
+    assert all(0.01 < x < 0.06 for x in far.values()), far
