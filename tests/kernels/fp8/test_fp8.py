@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_moe.kernels.formula import Formula
-from hf_moe.kernels.fp8 import eager, operators
+from hf_moe.kernels.fp8 import eager, launch, operators
 
 from .. import reference
 
@@ -81,6 +81,14 @@ def test_experts(device, shape):
 @pytest.mark.parametrize("name", INDICES)
 def test_indices(device, name):
     check(*problem(9, 2, 128, 128, 4, index=INDICES[name]()), SWIGLU, device)
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_tiles_of_one_sum_and_of_two(device, halves, monkeypatch):
+    """Of three blocks of columns the second pair has one."""
+    for kernel in ("product", "weight_gradient"):
+        monkeypatch.setitem(launch.LARGE, kernel, launch.LARGE[kernel] | {"HALVES": halves})
+    check(*problem(9, 2, 384, 384, 2), SWIGLU, device)
 
 
 @pytest.mark.parametrize("name", FORMULAS)
