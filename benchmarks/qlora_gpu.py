@@ -15,7 +15,8 @@ import bitsandbytes
 import peft
 import torch
 import transformers
-from hf_moe.training.weights.adapters import AdapterArguments, add_adapter, matrices
+from hf_moe.training.weights.adapters import AdapterArguments, add_adapter
+from hf_moe.training.weights.groups import matrices
 from hf_moe.training.weights.quantized import quantize
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM

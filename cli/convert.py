@@ -1,12 +1,13 @@
 """`hf-moe upcycle`, `hf-moe import`, `hf-moe export` and `hf-moe verify`."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .inspect import TrustRemoteCode
+from .inspect import Quantize, TrustRemoteCode
 from .output import hide_loading_bars, messages_on_stderr, print_report
 
 # The largest difference between two logits, in float32, at which two models count as equal.
@@ -234,22 +235,27 @@ def verify(
             help="What to compare on: a file or a folder of text or rows, or a data set's name on the Hub.",
         ),
     ] = None,
+    quantize: Quantize = None,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Largest difference between two logits that passes.")
-    ] = TOLERANCE,
+        float | None,
+        typer.Option(
+            min=0.0, help=f"Largest difference between two logits that passes: {TOLERANCE:g}; any with --quantize."
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Compare two checkpoints' logits; exit code 1 if they differ by more than the tolerance.
 
-    Also what B writes with a cache and without.
+    Also what B writes with a cache and without; with --quantize, what B's matrices in fewer bits lose.
     """
     with messages_on_stderr():
         hide_loading_bars()
         from hf_moe.conversion import verify
 
-        report = verify(a, b, data=data, trust_remote_code=trust_remote_code)
-    finish(report, json, tolerance, (a, b))
+        report = verify(a, b, data=data, quantize=quantize, trust_remote_code=trust_remote_code)
+    tolerance = (math.inf if quantize else TOLERANCE) if tolerance is None else tolerance
+    finish(report, json, tolerance, (a, f"{b} in {quantize}" if quantize else b))
 
 
 def finish(report: dict, as_json: bool, tolerance: float = TOLERANCE, models: tuple[str, str] = MODELS) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .choose import likeliest, most_common
-from .inspect import TrustRemoteCode
+from .inspect import Quantize, TrustRemoteCode
 from .output import hide_loading_bars, messages_on_stderr, print_report
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ def generate(
     use_mtp: Annotated[
         bool, typer.Option("--use-mtp", help="Draft with the model's modules for multi-token prediction.")
     ] = False,
+    quantize: Quantize = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Write text with any causal language model of Transformers; greedy unless a temperature is given."""
     check_choices(temperature, top_p, best_of, self_consistency, use_mtp)
     with messages_on_stderr():
-        language_model, tokenizer = load(model, trust_remote_code)
+        language_model, tokenizer = load(model, trust_remote_code, quantize)
     if use_mtp and not getattr(language_model.config, "num_mtp_layers", 0):
         raise ValueError(f"--use-mtp needs modules for multi-token prediction, but {model} has none; leave it out.")
     guide = make_guide(language_model, tokenizer, json_schema, regex)
@@ -91,13 +92,15 @@ def check_choices(
             raise ValueError(f"{option}; give a --temperature above 0 with it.")
 
 
-def load(model: str | Path, trust_remote_code: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def load(
+    model: str | Path, trust_remote_code: bool = False, quantize: str | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model, in the precision it was saved in and on the GPU if there is one, and its tokenizer."""
     hide_loading_bars()
     from hf_moe.fast_generation import fast_generate, refusal
     from hf_moe.loading import load
 
-    language_model, tokenizer = load(model, trust_remote_code)
+    language_model, tokenizer = load(model, trust_remote_code, quantize)
     if language_model.device.type == "cuda" and refusal(language_model) is None:
         language_model = fast_generate(language_model)
     return language_model, tokenizer

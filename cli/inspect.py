@@ -4,7 +4,7 @@ import runpy
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
+
+Quantize = Annotated[
+    Literal["fp8", "int4"] | None,
+    typer.Option(help="Read the model's matrices in 8 bits (float8 in blocks, as DeepSeek-V3 is released) or in 4."),
 ]
 
 

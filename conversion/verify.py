@@ -69,6 +69,7 @@ def verify(
     data: str | Path | None = None,
     max_tokens: int = MAX_TOKENS,
     seed: int = 0,
+    quantize: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Compare the next-token logits of models `a` (the reference) and `b` on a text, in float32 on the CPU.
@@ -76,7 +77,9 @@ def verify(
     a, b: folders with safetensors weights, or Hub ids. data: a file or a folder of text or rows, or a data set's
     name on the Hub, as `trace` reads them; without one, a short text of our own that the tokenizer of `a` has words
     for, or random token ids (from `seed`) where there is no tokenizer, or it covers none of the texts.
-    trust_remote_code: run model code that lies beside a checkpoint, of one that Transformers does not know. The first
+    quantize: "fp8" or "int4", in which the matrices of `b` are stored, as `StoredWeightsConfig` has them; all of it is
+    in memory then. trust_remote_code: run model code that lies beside a checkpoint, of one that Transformers does not
+    know. The first
     `max_tokens` tokens are read in windows of 256. One model follows the other, and of each only one layer's weights
     are in memory at a time. If its files do not hold them under the names that they have in
     Transformers, that writes the model, in float32, to temporary files (TMPDIR); where these have no room, and with
@@ -107,7 +110,7 @@ def verify(
     check_memory(memory_needed(models, len(ids)))
     with file_backed.loaded(folder_a, config_a, trust_remote_code) as model_a:
         reference = list(logits_of(model_a, windows))
-    with file_backed.loaded(folder_b, config_b, trust_remote_code) as model_b:
+    with file_backed.loaded(folder_b, config_b, trust_remote_code, quantize) as model_b:
         return compared(reference, model_b, windows) | {"text": text}
 
 

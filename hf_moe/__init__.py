@@ -21,7 +21,7 @@ from .hub.model_class import push_to_hub
 from .kernels.recorded import decoding_kernels
 from .model.configuration_hf_moe import HfMoeConfig
 from .model.configuration_hf_moe_graft import HfMoeGraftConfig
-from .model.decoding import SPEEDUPS
+from .model.decoding import SPEEDUPS, STORED
 from .model.modeling_hf_moe import (
     HfMoeForCausalLM,
     HfMoeForSequenceClassification,
@@ -31,6 +31,8 @@ from .model.modeling_hf_moe import (
 )
 from .model.modeling_hf_moe_graft import HfMoeGraftForCausalLM, HfMoeGraftForImageTextToText
 from .sizes.presets import preset_config
+from .stored_loading import StoredWeightsConfig as StoredWeightsConfig
+from .stored_weights import READ
 from .version import __version__
 
 # Attached here because the model's files are saved beside weights, and the presets and model cards are not.
@@ -61,6 +63,7 @@ for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
 HfMoeGraftForImageTextToText.register_for_auto_class("AutoModelForImageTextToText")
 
 SPEEDUPS.append(decoding_kernels)
+STORED.update(READ)
 
 # What training needs is loaded when it is asked for: these names live in modules of hf_moe.training.
 TRAINING = {

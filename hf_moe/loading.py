@@ -11,9 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .generation_settings import FILE as GENERATION_CONFIG
 from .generation_settings import mend_ids, mended_config, say_ids
 from .reading import auto_config, auto_tokenizer, whole_model
+from .stored_loading import StoredWeightsConfig
 
 
-def load(model: str | Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    model: str | Path, trust_remote_code: bool = False, quantize: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, as `load_model` has it, and its tokenizer.
 
     Raises FileNotFoundError, OSError or ValueError where either cannot be had.
@@ -24,11 +27,13 @@ def load(model: str | Path, trust_remote_code: bool = False) -> tuple[PreTrained
     tokenizer = auto_tokenizer(source, what, trust_remote_code=trust_remote_code)
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made from the config, without files
         raise ValueError(f"{model} has no tokenizer; save one beside the model.")
-    return load_model(model, trust_remote_code), tokenizer
+    return load_model(model, trust_remote_code, quantize), tokenizer
 
 
-def load_model(model: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(model: str | Path, trust_remote_code: bool = False, quantize: str | None = None) -> PreTrainedModel:
     """The model, which `check_model` has let through, in its saved precision and on the GPU if there is one.
+
+    `quantize`: its matrices in fewer bits, as StoredWeightsConfig has them.
 
     An adapter comes on its base, with the selection biases that were trained beside it.
     """
@@ -36,6 +41,7 @@ def load_model(model: str | Path, trust_remote_code: bool = False) -> PreTrained
     if left_out:
         print(left_out, file=sys.stderr)
     right = {} if config is None else {"config": config}
+    right |= {} if quantize is None else {"quantization_config": StoredWeightsConfig(quantize)}
     loaded = whole_model(model, dtype="auto", trust_remote_code=trust_remote_code, **right)
     vocab_size = loaded.config.get_text_config().vocab_size
     if ids := mend_ids(loaded.generation_config, vocab_size):
@@ -45,7 +51,7 @@ def load_model(model: str | Path, trust_remote_code: bool = False) -> PreTrained
 
         if (Path(model) / BIAS_FILE).is_file():
             load_router_bias(loaded, model)
-    if getattr(loaded, "hf_quantizer", None) is not None:  # which has put it where it computes
+    if quantize is None and getattr(loaded, "hf_quantizer", None) is not None:  # which has put it where it computes
         return loaded.eval()
     return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -20,19 +20,24 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...generation_settings import mended_config
 from ...model.grouped import takes_rows
 from ...reading import auto_class, auto_config, built, whole_model
+from ...stored_loading import StoredWeightsConfig
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry
 from .writer import Output
 
 
 @contextmanager
-def loaded(folder: Path, config: PreTrainedConfig, trust_remote_code: bool = False) -> Iterator[PreTrainedModel]:
-    """The model in `folder`, computing in float32.
+def loaded(
+    folder: Path, config: PreTrainedConfig, trust_remote_code: bool = False, quantize: str | None = None
+) -> Iterator[PreTrainedModel]:
+    """The model in `folder`, computing in float32; with its matrices stored as `quantize` says, in memory.
 
     Where the files do not hold the parameters under their names, as when experts lie one by one, Transformers puts
     each layer's together, in files of its own among the system's temporary ones; in memory where it cannot.
     """
     model, checkpoint = empty(config), Checkpoint(folder)
-    if is_file_backed(model, checkpoint.entries):
+    if quantize is not None:
+        yield ready(by_transformers(folder, trust_remote_code, quantization_config=StoredWeightsConfig(quantize)))
+    elif is_file_backed(model, checkpoint.entries):
         yield ready(backed(model, checkpoint))
     elif can_offload(model, checkpoint.entries):
         logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is asked for here

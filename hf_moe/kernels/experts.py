@@ -9,6 +9,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 from ..model.grouped import takes_rows
+from ..stored_weights import in_full
 from .copies import cast
 from .formula import formula, unseen
 from .low_rank import given, lowered, widened
@@ -31,7 +32,7 @@ def hf_moe_experts_forward(
     what computes instead.
     """
     name = "gate_up_proj" if self.has_gate else "up_proj"
-    up, down, dtype = getattr(self, name), self.down_proj, compute_dtype(self, hidden_states)
+    up, down, dtype = in_full(getattr(self, name)), in_full(self.down_proj), compute_dtype(self, hidden_states)
     reason = obstacle(self, dtype) or unusable(hidden_states.device.type)
     if reason is not None:
         assert not given(self), "only these kernels add what an adapter gave"

@@ -31,6 +31,9 @@ RECORDED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # prompt is read and the step recorded. hf_moe.kernels adds its own.
 SPEEDUPS: list[Callable[[nn.Module, int], AbstractContextManager]] = []
 
+# Full names of classes of parameters that are several tensors, which what is recorded reads: hf_moe adds its own.
+STORED: set[str] = set()
+
 # The cache and the graph of a model's last text, for its next one. Taken out while in use.
 KEPT: "weakref.WeakKeyDictionary[nn.Module, HfMoeReservedCache]" = weakref.WeakKeyDictionary()
 
@@ -248,16 +251,21 @@ class EagerStep:
 def recording_key(model: nn.Module, cache: HfMoeReservedCache):
     """Equal where what was recorded may be replayed: it holds addresses, and all that was decided on the way."""
     modules = list(model.modules())
-    if any(hasattr(module, "base_layer") for module in modules):
-        return object()  # adapters can be switched on and off in ways that show nowhere else
     tensors = [
-        *model.parameters(),
+        *(x for parameter in model.parameters() for x in plain_tensors(parameter)),
         *model.buffers(),
         *(x for part in cache.parts for layer in part.layers for x in (layer.keys, layer.values)),
     ]
     changed = [id(m) for m in modules if "forward" in vars(m)]
+    adapted = [plain_attributes(m) for m in modules if hasattr(m, "base_layer")]  # which adapters add, and how much
     pointers = tuple((x.data_ptr(), x.dtype) for x in tensors)
-    return pointers, tuple(map(id, modules)), tuple(changed), repr(vars(model.config))
+    return pointers, tuple(map(id, modules)), tuple(changed), repr(adapted), repr(vars(model.config))
+
+
+def plain_attributes(module: nn.Module) -> dict:
+    """What a layer of PEFT's decides by, beside its weights."""
+    kinds, every = (bool, int, float, str, list, dict), vars(nn.Module())
+    return {x: y for x, y in vars(module).items() if x not in every and type(y) in kinds and x != "_caches"}
 
 
 def recorded(kind: type[RecordedStep], model: nn.Module, cache: HfMoeReservedCache, steps: int, *settings):
@@ -305,6 +313,16 @@ def watched(module: nn.Module) -> bool:
     return not all(map(of_recording, hooks))
 
 
+def plain_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """What a parameter is made of: itself, or what one of STORED holds; nothing of another class."""
+    kind = type(parameter)
+    if kind in (nn.Parameter, torch.Tensor):
+        return [parameter]
+    if f"{kind.__module__}.{kind.__qualname__}" in STORED:
+        return [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+    return []
+
+
 def obstacles(model: nn.Module) -> Iterator[str]:
     """Why a step can't be recorded: what of it waits for the device, or for Python, or is not on one GPU."""
     config, modules, name = model.config, list(model.modules()), type(model).__name__
@@ -313,11 +331,12 @@ def obstacles(model: nn.Module) -> Iterator[str]:
         yield f"{name} is on {device}, not on a GPU"
     if model.training:
         yield f"{name} is in training mode: call model.eval()"
-    if getattr(model, "hf_quantizer", None) is not None:
-        yield f"{name} is quantised"
+    tensors = list(map(plain_tensors, model.parameters()))
+    if getattr(model, "hf_quantizer", None) is not None and max(map(len, tensors)) <= 1:
+        yield f"{name} is quantised in a way whose codes no recorded step reads"
     if len(set(getattr(model, "hf_device_map", {"": 0}).values())) != 1:
         yield f"{name} is on several devices"
-    if not all(type(x) in (nn.Parameter, torch.Tensor) and x.device == device for x in model.parameters()):
+    if not all(parts and all(x.device == device for x in parts) for parts in tensors):
         yield f"parameters of {name} are not plain tensors on {device}"
     if config._attn_implementation not in ("eager", "sdpa"):
         yield f"its attention is {config._attn_implementation!r}, not 'sdpa' or 'eager'"

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+from hf_moe.training.weights.groups import matrices
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_moe.demo import DEMO_MODEL
+from hf_moe.stored_weights import FORMS
 
 PROMPT = "Once upon a time"
 
@@ -39,6 +41,25 @@ def test_greedy_text_is_the_models_own(command, kind, request):
     code, out, _ = command("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 20)
     assert code == 0
     assert out == expected(folder, do_sample=False) + "\n"
+
+
+@pytest.mark.parametrize("stored", ["fp8", "int4"])
+def test_text_in_fewer_bits_is_that_of_the_values_they_stand_for(command, upcycled, tmp_path, stored):
+    model = AutoModelForCausalLM.from_pretrained(upcycled)
+    for name in matrices(model):
+        weight = model.get_parameter(name)
+        weight.data = FORMS[stored].quantize(weight.data).values()
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(upcycled).save_pretrained(tmp_path)
+    words = ("--prompt", PROMPT, "--max-new-tokens", 30)
+    quantized = command("generate", upcycled, "--quantize", stored, *words)
+    assert quantized.code == 0 and quantized.out == command("generate", tmp_path, *words).out
+    assert quantized.out != command("generate", upcycled, *words).out or stored == "fp8"
+    report = json.loads(command("verify", upcycled, upcycled, "--quantize", stored, "--json").out)
+    same = json.loads(command("verify", upcycled, tmp_path, "--tolerance", 100, "--json").out)
+    for name in ("max_abs_diff", "kl", "top1_agreement", "perplexity_a", "perplexity_b"):
+        assert report[name] == pytest.approx(same[name], rel=1e-3), name
+    assert report["kl"] > 1e-4
 
 
 def test_the_upcycled_model_tells_the_dense_models_story(command, upcycled):

@@ -5,8 +5,12 @@ Prints the kernels, and the bytes of shared memory that a program of each takes.
 
 import json
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from hf_moe.training.weights.groups import matrices
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import ty_to_cpp
 from triton.runtime import driver
@@ -15,6 +19,7 @@ from triton.runtime.jit import JITFunction
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 from hf_moe.kernels.decode import fused
 from hf_moe.model.decoding import HfMoeReservedCache
+from hf_moe.stored_weights import FORMS
 
 SIZES = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 192, "moe_intermediate_size": 96}
 SIZES |= {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"], "num_attention_heads": 4, "pad_token_id": 0}
@@ -48,11 +53,32 @@ class NoCard:
         return ty_to_cpp(kind)
 
 
-def step(attention: str, rows: int, positions: int) -> None:
+def store(model: nn.Module, stored: str) -> None:
+    """Its matrices in fewer bits."""
+    for name in matrices(model):
+        path, _, attribute = name.rpartition(".")
+        weight = FORMS[stored].quantize(model.get_parameter(name))
+        setattr(model.get_submodule(path), attribute, nn.Parameter(weight, requires_grad=False))
+
+
+def adapt(model: nn.Module, rank: int) -> None:
+    """Adapters on some linear layers, and on experts."""
+    names = [name for name, x in model.named_parameters() if x.ndim == 3]
+    get_peft_model(model, LoraConfig(r=rank, target_modules=["q_proj", "o_proj"], target_parameters=names))
+
+
+# What is done to a model: its kernels are others.
+CHANGES = {"fp8": partial(store, stored="fp8"), "int4": partial(store, stored="int4")}
+CHANGES |= {"adapter": partial(adapt, rank=16), "adapter of rank 1": partial(adapt, rank=1)}
+
+
+def step(attention: str, rows: int, positions: int, change: Callable[[nn.Module], None] | None = None) -> None:
     """Launch a step's kernels on numbers that don't matter."""
     torch.set_default_dtype(torch.bfloat16)
     model = HfMoeForCausalLM(HfMoeConfig(**SIZES, **ATTENTIONS[attention])).eval()
     torch.set_default_dtype(torch.float32)
+    if change is not None:
+        change(model)
     cache = HfMoeReservedCache(2, positions)
     ids = torch.zeros(rows, 1, dtype=torch.long)
     model(ids, past_key_values=cache)
@@ -83,6 +109,9 @@ def steps() -> None:
     for attention in ATTENTIONS:
         for rows, positions in ((1, 256), (1, 8192), (4, 256), (16, 256)):
             step(attention, rows, positions)
+    for name, change in CHANGES.items():
+        for rows in (1, 16)[: 1 if "adapter" in name else 2]:
+            step("grouped", rows, 256, change)
 
 
 if __name__ == "__main__":

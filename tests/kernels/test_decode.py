@@ -11,28 +11,19 @@ import torch
 
 pytest.importorskip("triton")
 
-from hf_moe import HfMoeConfig, HfMoeForCausalLM
-from hf_moe.kernels.decode import fused, moe_forward, routers
+from hf_moe import HfMoeForCausalLM
+from hf_moe.kernels.decode import fused, routers
 from hf_moe.kernels.tiles import SHARED_MEMORY
-from hf_moe.model.decoding import HfMoeReservedCache
-from hf_moe.model.rms_norm import HfMoeRMSNorm
+
+from .steps import DEVICE, LATENT, model_of, steps_of, tiny
 
 ROOT = Path(__file__).parents[2]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 ALL = {"num_experts_per_tok": 6}  # of six: rounding may then choose no other experts
 
 
-def tiny(**fields) -> HfMoeConfig:
-    base = {"vocab_size": 37, "hidden_size": 40, "intermediate_size": 56, "moe_intermediate_size": 24}
-    base |= {"num_hidden_layers": 1, "num_attention_heads": 3, "num_experts": 6, "num_experts_per_tok": 2}
-    return HfMoeConfig(**(base | {"max_position_embeddings": 64, "pad_token_id": 0} | fields))
-
-
-LATENT = {"attention_type": "mla", "kv_lora_rank": 24, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 9}
-LATENT |= {"hidden_size": 40}
 MODELS = {
     "mla, softmax_topk, shared": LATENT | {"n_shared_experts": 2, "router_type": "softmax_topk"},
     "mla, q_lora, sigmoid and bias": LATENT
@@ -55,18 +46,6 @@ MODELS = {
     "gqa, clamped gates, shared": {"experts_swiglu_limit": 0.05, "n_shared_experts": 1, "num_attention_heads": 4},
     "gqa, one expert a token": {"num_experts_per_tok": 1, "num_attention_heads": 4, "hidden_act": "gelu_pytorch_tanh"},
 }
-
-
-def model_of(fields: dict, dtype: torch.dtype) -> HfMoeForCausalLM:
-    torch.manual_seed(0)
-    model = HfMoeForCausalLM(tiny(initializer_range=0.2, **fields)).to(DEVICE, dtype).eval()
-    for module in model.modules():
-        if isinstance(module, HfMoeRMSNorm):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-        bias = getattr(module, "e_score_correction_bias", None)
-        if bias is not None:
-            bias.uniform_(-0.2, 0.2)
-    return model
 
 
 MANY = ("mla, softmax_topk, shared", "gqa, topk_softmax, dense first", "gqa, plain MLP with biases")
@@ -95,38 +74,10 @@ def cases():
 @torch.no_grad()
 def test_a_step_with_the_kernels_is_the_step_of_the_modules(name, dtype, padding, rows, steps):
     all_experts = ALL if dtype == torch.bfloat16 and "groups" not in name else {}
-    model, length = model_of(MODELS[name] | all_experts, dtype), 11
-    end = length + sum(steps)
-    ids = torch.randint(1, 37, (rows, end), device=DEVICE)
-    mask = torch.ones_like(ids)
-    mask[rows // 2, :padding] = 0
-    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
-    expected = model(ids, attention_mask=mask, position_ids=position_ids).logits[:, length:]
-
-    cache = HfMoeReservedCache(model.config.num_hidden_layers, 20)
-    model(
-        ids[:, :length], attention_mask=mask[:, :length], position_ids=position_ids[:, :length], past_key_values=cache
-    )
-    whole = torch.ones(rows, cache.layers[0].max_cache_len, dtype=torch.bool, device=DEVICE)
-    whole[:, :end] = mask.bool()
-    with fused(model, rows * max(steps)):
-        for layer in cache.layers:
-            layer.recorded = True
-            layer.cumulative_length.fill_(length)
-            # Nothing may read what isn't written.
-            layer.keys[:, :, length:] = layer.values[:, :, length:] = float("nan")
-        logits = [
-            model(
-                ids[:, place : place + tokens],
-                attention_mask=whole if padding else None,
-                position_ids=position_ids[:, place : place + tokens],
-                past_key_values=cache,
-            ).logits
-            for place, tokens in zip((length, length + steps[0]), steps, strict=True)
-        ]
-        assert all(int(layer.cumulative_length) == end for layer in cache.layers)
+    model = model_of(MODELS[name] | all_experts, dtype)
+    expected, actual = steps_of(model, padding, rows, steps)
     tolerance = TOLERANCE[dtype] * float(expected.float().abs().max())
-    torch.testing.assert_close(torch.cat(logits, dim=1).float(), expected.float(), rtol=0, atol=tolerance)
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=tolerance)
     assert all("forward" not in vars(module) for module in model.modules())
 
 
@@ -173,16 +124,6 @@ def test_a_prompt_with_the_kernels_is_the_prompt_of_the_modules(name, dtype):
         actual = model(ids, attention_mask=mask).logits
     tolerance = TOLERANCE[dtype] * float(expected.float().abs().max())
     torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=0, atol=tolerance)
-
-
-def test_experts_with_an_adapter_are_left_as_they_are():
-    peft = pytest.importorskip("peft")
-    model = HfMoeForCausalLM(tiny(num_attention_heads=4)).eval()
-    block = model.model.layers[0].mlp
-    assert moe_forward(block, 1) is not None
-    names = [name for name, x in model.named_parameters() if x.ndim == 3]
-    peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=[name.split(".", 2)[-1] for name in names]))
-    assert moe_forward(block, 1) is None  # what PEFT puts there has no activation, and does more
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

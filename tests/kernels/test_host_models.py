@@ -229,13 +229,3 @@ def test_what_the_kernels_do_not_compute_stays_as_it_is(name, fields, kind):
     actual, expected, changed = steps(model, 2, 0, unwritten=0.0)
     assert_close(actual, expected, torch.float32)
     assert kind not in changed and kind in {type(x).__name__ for x in model.modules()}
-
-
-def test_experts_with_an_adapter_are_left_as_they_are():
-    peft = pytest.importorskip("peft")
-    model = model_of("olmoe", torch.float32)
-    names = [name.split(".", 2)[-1] for name, x in model.named_parameters() if x.ndim == 3]
-    peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=names))
-    with fused_model(model, 1):
-        changed = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
-    assert "OlmoeAttention" in changed and "OlmoeSparseMoeBlock" not in changed

@@ -5,10 +5,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 from hf_moe.conversion.files.block_fp8 import dequantized
-from hf_moe.training.weights.adapters import AdapterArguments, add_adapter, check_adapter_arguments, matrices
+from hf_moe.training.weights.adapters import AdapterArguments, add_adapter, check_adapter_arguments
 from hf_moe.training.weights.float8 import check_float8, compute_in_float8
+from hf_moe.training.weights.groups import matrices
 from hf_moe.training.weights.merging import merge_adapter
-from hf_moe.training.weights.quantized import Fp8Weight, quantize
+from hf_moe.training.weights.quantized import quantize
+
+from hf_moe.stored_weights import Fp8Weight
 
 from .models import hf_moe, olmoe
 

@@ -9,8 +9,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..output.saved_dtype import dtype_to_save
 from ..output.saving import after_saving
-from ..weights.adapters import AdapterArguments, check_adapter_arguments, matrices
+from ..weights.adapters import AdapterArguments, check_adapter_arguments
 from ..weights.esft import EsftArguments, check_esft_arguments, merge_rows
+from ..weights.groups import matrices
 from ..weights.merging import Changes, merge_adapter
 from ..weights.quantized import quantize
 from .loading import ModelArguments

@@ -21,12 +21,11 @@ from torch import nn
 
 from ..balance.selection_bias import base_name
 from ..host_trl import LoraLayer, adapted_name, add_beside, show_bias
-from .groups import parts_of
+from .groups import MATRIX_PARTS as LORA_PARTS
+from .groups import matrices
 from .quantized import STORED, check_quantization
 
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")  # of Transformers' fused experts, to PEFT
-# Each is made of matrices only; what else is in them (biases, sinks) stays as it is.
-LORA_PARTS = ("attention", "dense_mlp", "shared_experts", "routed_experts")
 
 
 @dataclass
@@ -81,24 +80,6 @@ def check_adapter_arguments(args: AdapterArguments, trainable: str) -> None:
         )
     if args.lora_base is not None:
         check_quantization(args.lora_base)
-
-
-def matrices(model: nn.Module) -> dict[str, str]:
-    """Name -> part, of each weight matrix in LORA_PARTS, fused ones too.
-
-    A matrix with one row or column (the gate of a shared expert) is left out, and one whose layer does something else
-    with it than a product (DeepSeek-V4's grouped projection).
-    """
-    found = {name: part for name, part in parts_of(model).items() if part in LORA_PARTS}
-    return {name: part for name, part in found.items() if is_matrix(model, name, part)}
-
-
-def is_matrix(model: nn.Module, name: str, part: str) -> bool:
-    parameter, owner = model.get_parameter(name), type(model.get_submodule(name.rpartition(".")[0]))
-    if parameter.dim() == 3:
-        return part == "routed_experts"
-    own_product = issubclass(owner, nn.Linear) and owner.__module__.startswith("transformers.models.")
-    return name.endswith(".weight") and parameter.dim() == 2 and min(parameter.shape) > 1 and not own_product
 
 
 def lora_targets(model: nn.Module, parts: list[str]) -> dict[str, str]:

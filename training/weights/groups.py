@@ -30,6 +30,8 @@ PARTS = {
 }
 
 MOE = ("routed_experts", "router")
+# Of matrices, which adapters adapt and codes stand for; what else is in them (biases, sinks) stays as it is.
+MATRIX_PARTS = ("attention", "dense_mlp", "shared_experts", "routed_experts")
 
 # Group -> the parts that train; the others keep requires_grad=False: no gradient, no optimizer state.
 GROUPS = {
@@ -63,6 +65,24 @@ def parts_of(model: nn.Module) -> dict[str, str]:
             fused = (key for key, x in model.named_parameters() if x.dim() == 3 and key.startswith(start))
             places |= dict.fromkeys(fused, "routed_experts")
     return {name: part_of(name, places) for name, _ in model.named_parameters()}
+
+
+def matrices(model: nn.Module) -> dict[str, str]:
+    """Name -> part, of each weight matrix in MATRIX_PARTS, fused ones too.
+
+    A matrix with one row or column (the gate of a shared expert) is left out, and one whose layer does something else
+    with it than a product (DeepSeek-V4's grouped projection).
+    """
+    found = {name: part for name, part in parts_of(model).items() if part in MATRIX_PARTS}
+    return {name: part for name, part in found.items() if is_matrix(model, name, part)}
+
+
+def is_matrix(model: nn.Module, name: str, part: str) -> bool:
+    parameter, owner = model.get_parameter(name), type(model.get_submodule(name.rpartition(".")[0]))
+    if parameter.dim() == 3:
+        return part == "routed_experts"
+    own_product = issubclass(owner, nn.Linear) and owner.__module__.startswith("transformers.models.")
+    return name.endswith(".weight") and parameter.dim() == 2 and min(parameter.shape) > 1 and not own_product
 
 
 def beside_decoder(model: nn.Module, names: dict[nn.Module, str]) -> Iterator[str]:

@@ -11,53 +11,16 @@ PEFT stay as they are.
 import copy
 from importlib.util import find_spec
 from types import MethodType
-from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from hf_moe.model.unquantized import fused_in_full_precision
+from hf_moe.stored_weights import FORMS, StoredWeight
 
 from .groups import parts_of
 
 BLOCK = 64  # numbers that share a scale; the scales are quantised in turn ("double quantisation")
-FP8, FP8_BLOCK = torch.float8_e4m3fn, 128
-aten = torch.ops.aten
-
-
-class StoredWeight(torch.Tensor):
-    """A matrix [out, in], or one for each expert [E, out, in], stored in fewer bits: `packed`, and its `state`.
-
-    Every operation but a copy is that of its values in `dtype`, which live as long as the operation needs them. What
-    multiplies by the whole tensor keeps its bits for the backward pass, what works with a piece of it that piece.
-    """
-
-    @staticmethod
-    def __new__(cls, packed: torch.Tensor, state):
-        return torch.Tensor._make_wrapper_subclass(cls, state.shape, dtype=state.dtype, device=packed.device)
-
-    def __init__(self, packed: torch.Tensor, state):
-        self.packed, self.state = packed, state
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({list(self.shape)}, dtype={self.dtype}, device={self.device})"
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in (aten.detach.default, aten.alias.default):
-            return cls(args[0].packed, args[0].state)
-        if func is aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
-            return args[0].moved(kwargs.get("device") or args[0].device)
-        mutable = func._schema.is_mutable and func is not aten.set_.source_Tensor  # with itself, by a parametrization
-        if mutable and isinstance(args[0], cls):
-            raise ValueError(
-                f"A weight that is stored as {args[0].stored} cannot be changed in place ({func}), as a merge of an "
-                "adapter does: call hf_moe.training.weights.quantized.dequantize(model) before."
-            )
-        args, kwargs = tree_map_only(cls, cls.values, (args, kwargs))
-        return func(*args, **kwargs)
 
 
 class Nf4Weight(StoredWeight):
@@ -89,57 +52,14 @@ class Nf4Weight(StoredWeight):
         return sum(x.numel() * x.element_size() for x in parts)
 
 
-class Fp8State(NamedTuple):
-    """What a block-FP8 weight is beside its codes: scales [..., ceil(out / 128), ceil(in / 128)] in float32."""
-
-    scales: torch.Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-class Fp8Weight(StoredWeight):
-    """In float8 e4m3, by blocks of 128 x 128 as DeepSeek-V3 is released (https://arxiv.org/abs/2412.19437, 3.3.2).
-
-    A weight that came from such a release gets the codes of the release again: its largest number in a block is the
-    largest code times the scale.
-    """
-
-    stored = "fp8"
-
-    @classmethod
-    def quantize(cls, weight: torch.Tensor) -> "Fp8Weight":
-        shape, numbers = weight.shape, weight.float()
-        numbers = nn.functional.pad(numbers, (0, -shape[-1] % FP8_BLOCK, 0, -shape[-2] % FP8_BLOCK))
-        blocks = numbers.unflatten(-1, (-1, FP8_BLOCK)).unflatten(
-            -3, (-1, FP8_BLOCK)
-        )  # [..., rows, 128, columns, 128]
-        scales = blocks.abs().amax(dim=(-3, -1), keepdim=True) / torch.finfo(FP8).max
-        codes = (blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)).to(FP8)
-        codes = codes.flatten(-4, -3).flatten(-2)[..., : shape[-2], : shape[-1]].contiguous()
-        return cls(codes, Fp8State(scales.squeeze(-1).squeeze(-2), shape, weight.dtype))
-
-    def values(self) -> torch.Tensor:
-        rows, columns = self.shape[-2:]
-        scales = self.state.scales.repeat_interleave(FP8_BLOCK, dim=-2)[..., :rows, :]
-        scales = scales.repeat_interleave(FP8_BLOCK, dim=-1)[..., :columns]
-        return (self.packed.float() * scales).to(self.dtype)
-
-    def moved(self, device: torch.device) -> "Fp8Weight":
-        return type(self)(self.packed.to(device), self.state._replace(scales=self.state.scales.to(device)))
-
-    @property
-    def bytes(self) -> int:
-        return self.packed.numel() + 4 * self.state.scales.numel()
-
-
 # How a frozen matrix is stored.
-STORED = {kind.stored: kind for kind in (Nf4Weight, Fp8Weight)}
+STORED = {"nf4": Nf4Weight} | FORMS
 
 
 def check_quantization(stored: str) -> None:
     """Raises ValueError for what is no key of STORED, or where the package that packs and unpacks is missing."""
     if stored not in STORED:
-        raise ValueError(f"lora_base is {stored!r}; it can be {' or '.join(STORED)}.")
+        raise ValueError(f"lora_base is {stored!r}; it can be {', '.join(STORED)}.")
     if stored == "nf4" and find_spec("bitsandbytes") is None:
         raise ValueError("lora_base is nf4, which needs bitsandbytes: pip install 'hf_moe[qlora]'.")
 

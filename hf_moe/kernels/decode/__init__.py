@@ -26,14 +26,40 @@ from ...model.norms import PLACEMENTS
 from ...model.rms_norm import HfMoeRMSNorm
 from ...model.rotary import HfMoeRotaryEmbedding
 from ...model.router import HfMoeRouter
+from ...stored_weights import in_full
 from ..experts import hf_moe_experts_forward
 from ..formula import Formula, activation, formula
-from . import experts, grouped, latent, norms, products, rotary, routers
+from . import adapters, experts, few_tokens, grouped, latent, norms, products, rotary, routers
+from .stored import Weight, alike, weight_of
 
 
-def plain(linear: nn.Module) -> bool:
-    """Whether a product with the weight is all that this layer does: adapters and quantised layers do more."""
-    return type(linear) is nn.Linear and linear.bias is None
+def matrix_of(linear: nn.Module) -> Weight | None:
+    """What the kernels read of a layer; None where it does more than a product: a bias, an adapter."""
+    return weight_of(linear.weight) if type(linear) is nn.Linear and linear.bias is None else None
+
+
+def projected(rows: int, *linears: nn.Module):
+    """The products of x [T, A] with up to three layers, as `products.linear` has them; in a launch of its own where
+    one is stored in another form, and by the layer itself where it does more than the kernels of so many rows."""
+    parts = [adapters.of_linear(linear) or (linear, None) for linear in linears]
+    added = [adapter for _, adapter in parts]
+    weights = [matrix_of(linear) for linear, _ in parts]
+    few = weights[0] is not None and products.of_few(rows, weights[0].shape[1], weights[0], True)
+    one_rank = len({len(adapter.a) for adapter in added if adapter is not None}) == 1
+    if alike(*weights) and (not any(added) or (few and one_rank)):
+        return lambda x, **further: products.linear(x, *weights, adapters=added, **further)
+
+    def project(x: torch.Tensor, norm=None, counted: tuple[torch.Tensor, int] | None = None) -> list[torch.Tensor]:
+        x = x if norm is None else norms.rms_norm(x, *norm)
+        if counted is not None:
+            counted[0].add_(counted[1])
+        plain = zip(linears, weights, added, strict=True)
+        return [
+            linear(x) if weight is None or adapter is not None else products.linear(x, weight)[0]
+            for linear, weight, adapter in plain
+        ]
+
+    return project
 
 
 def weight_and_epsilon(norm: HfMoeRMSNorm) -> tuple[torch.Tensor, float]:
@@ -61,9 +87,10 @@ def network(module: HfMoeMLP, rows: int) -> experts.Network | None:
     names = [name for name in ("gate_proj", "up_proj", "down_proj") if hasattr(module, name)]
     if rows > experts.MAX_TOKENS or activation(module.act_fn) is None:
         return None
-    if not all(plain(getattr(module, name)) for name in names):
+    weights = [matrix_of(getattr(module, name)) for name in names]
+    if not alike(*weights) or not experts.cuts(weights[-1], experts.part_of(weights[-1])):
         return None
-    weights = [getattr(module, name).weight.unsqueeze(0) for name in names]
+    weights = [weight.unsqueeze() for weight in weights]
     return experts.Network(*weights) if len(weights) == 3 else experts.Network(None, *weights)
 
 
@@ -103,8 +130,10 @@ def chooser(gate: nn.Module):
 
 
 def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
-    routed = module.experts
-    if type(routed) not in (HfMoeExperts, HfMoeClampedExperts):  # an adapter does more
+    routed, added = adapters.of_experts(module.experts) or (module.experts, {})
+    if type(routed) not in (HfMoeExperts, HfMoeClampedExperts):  # as it is an adapter that does more
+        return None
+    if added and rows > few_tokens.MAX_TOKENS:
         return None
     computed = formula(routed)
     further = (module.shared_expert_gate, module.fc1_latent_proj)  # between router, experts and sum
@@ -112,7 +141,7 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
         return None
     if rows > experts.MAX_TOKENS:
         return many_forward(module)
-    return few_forward(module, computed, rows)
+    return few_forward(module, routed, computed, rows, (added.get(routed.up_name), added.get("down_proj")))
 
 
 def many_forward(module: HfMoeSparseMoeBlock):
@@ -143,30 +172,42 @@ def routed_rows(hidden_states, residual, norm, arguments, arrived: torch.Tensor,
     return residual, x, *choose(x)
 
 
-def few_forward(module: HfMoeSparseMoeBlock, computed: Formula, rows: int):
-    routed, config, shared = module.experts, module.gate.config, None
-    beside = computed.clamped  # only the routed ones are: the shared ones then are a launch of their own
-    if module.shared_experts is not None and not beside:
-        shared = network(module.shared_experts, rows)
-        if shared is None:
-            return None
+def experts_network(up: torch.Tensor, down: torch.Tensor, gated: bool, biases) -> experts.Network | None:
+    """Of fused up [E, U, D] and down [E, D, I], with biases [E, U] and [E, D] or None.
+
+    None where the kernels can't read them: the second half of rows begins a block.
+    """
+    weights = weight_of(up), weight_of(down)
+    if not alike(*weights) or (gated and weights[0].shape[1] // 2 % weights[0].block[0]):
+        return None
+    ups = weights[0].halves() if gated else (None, weights[0])
+    if biases is not None:
+        biases = (*(biases[0].chunk(2, dim=1) if gated else (None, biases[0])), biases[1])
+    return experts.Network(*ups, weights[1], biases)
+
+
+def few_forward(module: HfMoeSparseMoeBlock, routed: nn.Module, computed: Formula, rows: int, on_experts: tuple):
+    config, shared = module.gate.config, None
     up, biases = getattr(routed, routed.up_name), None
     if routed.has_bias:
         biases = (getattr(routed, f"{routed.up_name}_bias"), routed.down_proj_bias)
-    if config.gated_mlp:
-        biases = biases and (*biases[0].chunk(2, dim=1), biases[1])
-        weights_of = experts.Network(*up.chunk(2, dim=1), routed.down_proj, biases)
-    else:
-        weights_of = experts.Network(None, up, routed.down_proj, biases and (None, *biases))
+    weights_of = experts_network(up, routed.down_proj, config.gated_mlp, biases)
+    if weights_of is None:
+        return None
+    if module.shared_experts is not None and not computed.clamped:  # only the routed ones are
+        shared = network(module.shared_experts, rows)
+    beside = module.shared_experts if shared is None or not experts.joined(weights_of, shared) else None
+    shared = shared if beside is None else None
     chosen, arguments, arrived = chooser(module.gate), route_arguments(module.gate, config), counters(up, rows)
 
     def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None):
         choose = partial(chosen, token_mask=token_mask, input_ids=input_ids)
         residual, x, weights, index = routed_rows(hidden_states, residual, norm, arguments, arrived, choose)
-        if beside and module.shared_experts is not None:
-            added = module.shared_experts(x)
+        if beside is not None:  # in launches of its own
+            added = beside(x)
             residual = added if residual is None else added + residual.view_as(added)
-        return experts.mixture(x, weights, index, weights_of, shared, computed, residual).view_as(hidden_states)
+        out = experts.mixture(x, weights, index, weights_of, shared, computed, residual, on_experts)
+        return out.view_as(hidden_states)
 
     return forward
 
@@ -195,11 +236,12 @@ def latent_forward(module: nn.Module, rows: int):
     config = module.config
     names = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
     first = getattr(module, names[0])
-    linears = [getattr(module, name) for name in (*names, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")]
-    if getattr(module, "absorb", None) is False or not all(map(plain, linears)):
+    if getattr(module, "absorb", None) is False or matrix_of(module.kv_b_proj) is None:
         return None
+    project, back = projected(rows, first, module.kv_a_proj_with_mqa), projected(rows, module.o_proj)
+    further = None if config.q_lora_rank is None else projected(rows, module.q_b_proj)
     sizes = [config.qk_nope_head_dim, config.v_head_dim]
-    up = module.kv_b_proj.weight.view(-1, sum(sizes), config.kv_lora_rank)
+    up = in_full(module.kv_b_proj.weight).view(-1, sum(sizes), config.kv_lora_rank)
     key_up, value_up = up.split(sizes, dim=1)  # [H, d, r]
     original = type(module).forward
 
@@ -210,10 +252,9 @@ def latent_forward(module: nn.Module, rows: int):
             kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
             return original(module, hidden_states, **kwargs)
         x, norm = hidden_states.flatten(0, 1), norm and weight_and_epsilon(norm)
-        query, new_latent = products.linear(x, first.weight, module.kv_a_proj_with_mqa.weight, norm=norm)
-        if config.q_lora_rank is not None:
-            norm = weight_and_epsilon(module.q_a_layernorm)
-            query = products.linear(query, module.q_b_proj.weight, norm=norm)[0]
+        query, new_latent = project(x, norm=norm)
+        if further is not None:
+            query = further(query, norm=weight_and_epsilon(module.q_a_layernorm))[0]
         as_complex = isinstance(position_embeddings, torch.Tensor)  # V2's, of one number a pair
         if as_complex:
             parts = position_embeddings.real, position_embeddings.imag
@@ -238,7 +279,7 @@ def latent_forward(module: nn.Module, rows: int):
             softcap=getattr(config, "attn_logit_softcapping", None),
         )
         count = (cached.cumulative_length, cos.shape[1])
-        out = products.linear(out.flatten(1), module.o_proj.weight, counted=count)[0]
+        out = back(out.flatten(1), counted=count)[0]
         return out.view_as(hidden_states), None
 
     return forward
@@ -247,15 +288,14 @@ def latent_forward(module: nn.Module, rows: int):
 def grouped_forward(module: HfMoeAttention, rows: int):
     if rows > experts.MAX_TOKENS:
         return None
-    config, names = module.config, ("q_proj", "k_proj", "v_proj", "o_proj")
+    config = module.config
     normed = config.qk_norm in ("head", "projection")
-    simple = all(plain(getattr(module, name)) for name in names)
-    simple = simple and module.has_rope and config.clip_qkv is None and not config.attention_sinks
+    simple = module.has_rope and config.clip_qkv is None and not config.attention_sinks
     simple = simple and (type(module.q_norm) is HfMoeRMSNorm if normed else config.qk_norm is None)
     if not simple:
         return None
-    weights = [getattr(module, name).weight for name in names]
-    arrived = counters(weights[0], rows * config.num_key_value_heads)
+    project, back = projected(rows, module.q_proj, module.k_proj, module.v_proj), projected(rows, module.o_proj)
+    arrived = counters(module.q_proj.weight, rows * config.num_key_value_heads)
     norm_weights = (module.q_norm.weight, module.k_norm.weight) if normed else None
     original = type(module).forward
 
@@ -266,7 +306,7 @@ def grouped_forward(module: HfMoeAttention, rows: int):
             hidden_states = hidden_states if norm is None else norm(hidden_states)
             return original(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         out = grouped.grouped_attention(
-            *products.linear(hidden_states.flatten(0, 1), *weights[:3], norm=norm and weight_and_epsilon(norm)),
+            *project(hidden_states.flatten(0, 1), norm=norm and weight_and_epsilon(norm)),
             norm_weights,
             cos,
             sin,
@@ -281,7 +321,7 @@ def grouped_forward(module: HfMoeAttention, rows: int):
             softcap=config.attn_logit_softcapping,
         )
         count = (cached.cumulative_length, cos.shape[1])
-        return products.linear(out.flatten(1), weights[3], counted=count)[0].view_as(hidden_states), None
+        return back(out.flatten(1), counted=count)[0].view_as(hidden_states), None
 
     return forward
 

@@ -15,19 +15,29 @@ import triton.language as tl
 from ..activations import ACTIVATIONS, activate
 from ..formula import Formula
 from . import few_tokens
+from .adapters import Adapter
+from .few_tokens import Network
 from .overlap import OVERLAP, let_next_start, wait_for_last
+from .stored import RUN, Weight, alike, of_matrix, plus_product, rows_of_x, step_within
 
 MAX_TOKENS = 64  # one tile of rows; with more, sorting by expert is cheaper
 MAX_PART = 1024  # of a dense network: its sum over the width is cut, so that there are programs for the whole card
 
 
-class Network(NamedTuple):
-    """Weights of E networks: gate (None where plain) and up [E, I, D] with the same strides, down [E, D, I]."""
+def part_of(down: Weight) -> int:
+    """How wide a part of a dense network is, of its down [D, I]."""
+    return min(MAX_PART, down.shape[-1])
 
-    gate: torch.Tensor | None
-    up: torch.Tensor
-    down: torch.Tensor
-    biases: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None  # [E, I], [E, I], [E, D]
+
+def cuts(down: Weight, part: int) -> bool:
+    """Whether a network may be cut into parts of that width: each begins with a byte, and a step within a block."""
+    whole = down.shape[-1] <= part
+    return whole or down.form == 0 or part % step_within(down, max(RUN * down.form, TILES["down"].depth)) == 0
+
+
+def joined(routed: Network, shared: Network) -> bool:
+    """Whether the shared network's parts may be experts more."""
+    return alike(routed.down, shared.down) and cuts(shared.down, routed.down.shape[-1])
 
 
 class Tile(NamedTuple):
@@ -42,11 +52,11 @@ class Tile(NamedTuple):
 TILES = {"up": Tile(64, 128, 4, 4), "down": Tile(64, 128, 4, 4)}
 
 
-def tile_arguments(name: str, x: torch.Tensor, columns: str, depth: str) -> dict[str, int]:
+def tile_arguments(name: str, x: torch.Tensor, weight: Weight, columns: str, depth: str) -> dict[str, int]:
     """The launch's keywords; of four bytes a value half as many fit."""
     tile = TILES[name]
-    sizes = {columns: tile.columns, depth: tile.depth * 2 // max(2, x.element_size())}
-    return sizes | {"num_stages": tile.stages, "num_warps": tile.warps}
+    sizes = {columns: tile.columns, depth: step_within(weight, tile.depth * 2 // max(2, x.element_size()))}
+    return sizes | {"num_stages": tile.stages, "num_warps": tile.warps} | weight.settings
 
 
 @triton.jit
@@ -91,17 +101,18 @@ def work_of(
 @triton.jit
 def up_kernel(
     x_ptr,
-    gate_ptr,
-    up_ptr,
+    gate,
+    up,
     gate_bias_ptr,
     up_bias_ptr,
-    shared_gate_ptr,
-    shared_up_ptr,
+    shared_gate,
+    shared_up,
     index_ptr,
     out_ptr,
     tokens,
     num_experts,
     expert_stride,
+    scale_stride,
     bias_stride,
     shared_width,
     D,
@@ -115,6 +126,10 @@ def up_kernel(
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    LOWS: tl.constexpr,
     BY_SLOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -127,38 +142,35 @@ def up_kernel(
         index_ptr, tokens, K, parts, num_experts, ROUTED, BY_SLOT, BLOCK_T, BLOCK_K
     )
     if ours:
-        row, column, depth = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D)
-        column += tl.program_id(1) * BLOCK_I
-        width, base = I, tl.zeros((), tl.int64)
+        row, column = tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+        width, of_part = I, column
         if ROUTED:
-            base += which * expert_stride
-        gate_base, up_base = (gate_ptr if GATED else up_ptr) + base, up_ptr + base
+            up = of_matrix(up, which * expert_stride, which * scale_stride)
+            if GATED:
+                gate = of_matrix(gate, which * expert_stride, which * scale_stride)
         if SHARED:  # noqa: SIM102
             if is_shared:
                 width = tl.minimum(I, shared_width - which.to(tl.int32) * I)
-                up_base = shared_up_ptr + which * I * D
-                gate_base = (shared_gate_ptr if GATED else shared_up_ptr) + which * I * D
+                of_part = column + which.to(tl.int32) * I
+                up = shared_up
+                if GATED:
+                    gate = shared_gate
         inside = column < width
-        weight = column[None, :].to(tl.int64) * D + depth[:, None]
-        up = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
-        gate = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
+        of_up = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
+        of_gate = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
         for start in range(0, D, BLOCK_D):
-            here = depth + start < D
-            tile = here[:, None] & inside[None, :]
-            x = tl.load(
-                x_ptr + row[:, None] * D + (depth + start)[None, :], mask=taken[:, None] & here[None, :], other=0.0
-            )
-            up = tl.dot(x, tl.load(up_base + weight + start, mask=tile, other=0.0), up, input_precision="ieee")
+            x = rows_of_x(x_ptr + row[:, None] * D, taken[:, None], start, D, FORM, BLOCK_D)
+            of_up = plus_product(of_up, x, up, of_part, inside, start, D, D, FORM, ROWS, COLS, LOWS, BLOCK_D)
             if GATED:
-                part = tl.load(gate_base + weight + start, mask=tile, other=0.0)
-                gate = tl.dot(x, part, gate, input_precision="ieee")
+                of_gate = plus_product(of_gate, x, gate, of_part, inside, start, D, D, FORM, ROWS, COLS, LOWS, BLOCK_D)
         if BIASED:
             biased = column < tl.where(tl.program_id(0) >= parts, width, 0)
-            up += tl.load(up_bias_ptr + which * bias_stride + column, mask=biased, other=0.0).to(tl.float32)[None, :]
+            bias = tl.load(up_bias_ptr + which * bias_stride + column, mask=biased, other=0.0)
+            of_up += bias.to(tl.float32)[None, :]
             if GATED:
                 bias = tl.load(gate_bias_ptr + which * bias_stride + column, mask=biased, other=0.0)
-                gate += bias.to(tl.float32)[None, :]
-        hidden, _, _ = activate(gate if GATED else up, up, ACTIVATION, GATED, LIMIT, SHIFT)
+                of_gate += bias.to(tl.float32)[None, :]
+        hidden, _, _ = activate(of_gate if GATED else of_up, of_up, ACTIVATION, GATED, LIMIT, SHIFT)
         target = out_ptr + place[:, None] * I + column[None, :]
         tl.store(target, hidden.to(out_ptr.dtype.element_ty), mask=taken[:, None] & inside[None, :])
 
@@ -166,14 +178,15 @@ def up_kernel(
 @triton.jit
 def down_kernel(
     hidden_ptr,
-    down_ptr,
+    down,
     bias_ptr,
-    shared_down_ptr,
+    shared_down,
     index_ptr,
     out_ptr,
     tokens,
     num_experts,
     expert_stride,
+    scale_stride,
     shared_width,
     D,
     I,  # noqa: E741
@@ -183,6 +196,10 @@ def down_kernel(
     SHARED: tl.constexpr,
     BIASED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    LOWS: tl.constexpr,
     BY_SLOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -195,28 +212,23 @@ def down_kernel(
         index_ptr, tokens, K, parts, num_experts, ROUTED, BY_SLOT, BLOCK_T, BLOCK_K
     )
     if ours:
-        column, depth = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_I)
+        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = column < D
-        width, row_stride, base = I, I, down_ptr
+        width, stride, first = I, I, 0
         if ROUTED:
-            base = down_ptr + which * expert_stride
+            down = of_matrix(down, which * expert_stride, which * scale_stride)
         if SHARED:  # noqa: SIM102
             if is_shared:
-                width, row_stride = tl.minimum(I, shared_width - which.to(tl.int32) * I), shared_width
-                base = shared_down_ptr + which * I
+                first, stride = which.to(tl.int32) * I, shared_width
+                width = tl.minimum(I, shared_width - first)
+                down = shared_down
         if ALIGNED:
-            row_stride = tl.multiple_of(row_stride, 16)
-        weight = column[None, :].to(tl.int64) * row_stride + depth[:, None]
+            first, stride = tl.multiple_of(first, 16), tl.multiple_of(stride, 16)
         out = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         for start in range(0, width, BLOCK_I):
-            here = depth + start < width
-            hidden = tl.load(
-                hidden_ptr + place[:, None] * I + (depth + start)[None, :],
-                mask=taken[:, None] & here[None, :],
-                other=0.0,
-            )
-            tile = tl.load(base + weight + start, mask=here[:, None] & inside[None, :], other=0.0)
-            out = tl.dot(hidden, tile, out, input_precision="ieee")
+            hidden = rows_of_x(hidden_ptr + place[:, None] * I, taken[:, None], start, width, FORM, BLOCK_I)
+            begin, end = first + start, first + width
+            out = plus_product(out, hidden, down, column, inside, begin, end, stride, FORM, ROWS, COLS, LOWS, BLOCK_I)
         if BIASED:
             biased = column < tl.where(tl.program_id(0) >= parts, D, 0)
             out += tl.load(bias_ptr + which * D + column, mask=biased, other=0.0).to(tl.float32)[None, :]
@@ -268,23 +280,26 @@ def mixture(
     shared: Network | None,
     formula: Formula,
     residual: torch.Tensor | None = None,
+    adapters: tuple[Adapter | None, Adapter | None] = (None, None),
 ) -> torch.Tensor:
     """sum_k weight_{t,k} FFN_{index_{t,k}}(x_t) + FFN_shared(x_t): [T, D] of x [T, D], weights and index [T, K].
 
     Either network may be missing; the shared one has E = 1. `formula` is that of both. An index of E or more
-    adds nothing. `residual` [T, D] is added to the sum, once that has x's dtype.
+    adds nothing. `residual` [T, D] is added to the sum, once that has x's dtype. `adapters` are those on the routed up
+    and down, of few tokens alone.
     """
     (tokens, dim), experts, top_k, parts, width = x.shape, 0, 0, 0, 0
-    size = min(MAX_PART, shared.up.shape[1]) if routed is None else routed.up.shape[1]
+    size = part_of(shared.down) if routed is None else routed.up.shape[1]
     if routed is not None:
-        experts, top_k = len(routed.up), index.shape[1]
+        experts, top_k = routed.up.shape[0], index.shape[1]
     if shared is not None:
         width = shared.up.shape[1]
         parts = triton.cdiv(width, size)
     residual = None if residual is None else residual.contiguous()
     few = few_tokens.MAX_TOKENS if routed is not None else 1  # of several, a dense network's weights serve all
     if tokens <= few and top_k + parts <= few_tokens.MAX_SLOTS:
-        return few_tokens.mixture(x, weights, index, routed, shared, formula, residual, size, parts)
+        return few_tokens.mixture(x, weights, index, routed, shared, formula, residual, size, parts, adapters)
+    assert adapters == (None, None), adapters
     by_slot = tokens * top_k < experts
     programs = parts + (tokens * top_k if by_slot else experts)
     one = routed or shared
@@ -296,17 +311,17 @@ def mixture(
     hidden = torch.empty(tokens * (top_k + parts), size, dtype=x.dtype, device=x.device)
     up_kernel[(programs, triton.cdiv(size, TILES["up"].columns))](
         x,
-        one.gate,
-        one.up,
+        one.gate and one.gate.pointers,
+        one.up.pointers,
         gate_bias,
         up_bias,
-        other.gate,
-        other.up,
+        other.gate and other.gate.pointers,
+        other.up.pointers,
         index,
         hidden,
         tokens,
         experts,
-        one.up.stride(0),
+        *one.up.strides,
         0 if up_bias is None else up_bias.stride(0),
         width,
         dim,
@@ -318,7 +333,7 @@ def mixture(
         LIMIT=formula.limit,
         SHIFT=formula.shift,
         **settings,
-        **tile_arguments("up", x, "BLOCK_I", "BLOCK_D"),
+        **tile_arguments("up", x, one.up, "BLOCK_I", "BLOCK_D"),
         **OVERLAP,
     )
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
@@ -326,14 +341,14 @@ def mixture(
     rows = torch.empty(tokens * (top_k + parts), dim, dtype=torch.float32, device=x.device)
     down_kernel[(programs, triton.cdiv(dim, TILES["down"].columns))](
         hidden,
-        one.down,
+        one.down.pointers,
         down_bias,
-        other.down,
+        other.down.pointers,
         index,
         rows,
         tokens,
         experts,
-        one.down.stride(0),
+        *one.down.strides,
         width,
         dim,
         size,
@@ -341,7 +356,7 @@ def mixture(
         parts,
         ALIGNED=aligned,
         **settings,
-        **tile_arguments("down", x, "BLOCK_D", "BLOCK_I"),
+        **tile_arguments("down", x, one.down, "BLOCK_D", "BLOCK_I"),
         **OVERLAP,
     )
     block = min(512, triton.next_power_of_2(dim))

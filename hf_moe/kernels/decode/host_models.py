@@ -18,18 +18,20 @@ from ..formula import formula
 from ..host_norms import KINDS, epsilon, kind_of, may_be_norm
 from . import (
     METHODS,
+    adapters,
     angles_forward,
     chooser,
     counters,
     experts,
+    experts_network,
+    few_tokens,
     fused,
     grouped,
     latent_forward,
     mlp_forward,
     network,
     norms,
-    plain,
-    products,
+    projected,
     recorded_layer,
     route_arguments,
     routed_rows,
@@ -61,7 +63,7 @@ def attention_forward(module: nn.Module, rows: int):
     found = [norm_of(getattr(module, name)) for name in ("q_norm", "k_norm") if hasattr(module, name)]
     if not all(found):
         return None
-    project, back = projected(module.q_proj, module.k_proj, module.v_proj), projected(module.o_proj)
+    project, back = projected(rows, module.q_proj, module.k_proj, module.v_proj), projected(rows, module.o_proj)
     arrived = counters(module.q_proj.weight, rows * module.config.num_key_value_heads)
     original = type(module).forward
 
@@ -89,21 +91,6 @@ def attention_forward(module: nn.Module, rows: int):
         return back(out.flatten(1), counted=count)[0].view_as(hidden_states), None
 
     return forward
-
-
-def projected(*linears: nn.Module):
-    """As `products.linear` with the weights of up to three layers, which are called where they have more than that."""
-    weights = [linear.weight for linear in linears]
-    if all(map(plain, linears)):
-        return lambda x, **further: products.linear(x, *weights, **further)
-
-    def project(x: torch.Tensor, norm=None, counted: tuple[torch.Tensor, int] | None = None) -> list[torch.Tensor]:
-        x = x if norm is None else norms.rms_norm(x, *norm)
-        if counted is not None:
-            counted[0].add_(counted[1])
-        return [linear(x) for linear in linears]
-
-    return project
 
 
 # What a router of Transformers computes, in the words of `routers.route`: the kind of scores, whether those of a
@@ -155,17 +142,14 @@ SHARED = ("shared_experts", "shared_expert")  # what blocks call the network tha
 
 def routed_network(routed: nn.Module) -> experts.Network | None:
     """The weights of experts, [E, I, D] and [E, D, I]; None of those that the kernels for few tokens can't read."""
-    if "has_gate" not in vars(routed) or routed.has_post_expert_norm:  # an adapter does more
+    if "has_gate" not in vars(routed) or routed.has_post_expert_norm:  # as it is an adapter that does more
         return None
     computed = formula(routed)
     if computed is None or computed.transposed or computed.interleaved:
         return None
-    name, halves = ("gate_up_proj", 2) if computed.gated else ("up_proj", 1)
-    ups, biases = getattr(routed, name).chunk(halves, dim=1), None
-    missing = [None] * (2 - halves)
-    if routed.has_bias:
-        biases = (*missing, *getattr(routed, f"{name}_bias").chunk(halves, dim=1), routed.down_proj_bias)
-    return experts.Network(*missing, *ups, routed.down_proj, biases)
+    name = "gate_up_proj" if computed.gated else "up_proj"
+    biases = (getattr(routed, f"{name}_bias"), routed.down_proj_bias) if routed.has_bias else None
+    return experts_network(getattr(routed, name), routed.down_proj, computed.gated, biases)
 
 
 def mixture_forward(module: nn.Module, rows: int, choose, arguments=None):
@@ -174,21 +158,25 @@ def mixture_forward(module: nn.Module, rows: int, choose, arguments=None):
 
     The shared network is in the experts' launches, unless it has a gate, or an activation of its own.
     """
-    weights_of = routed_network(module.experts)
-    if rows > experts.MAX_TOKENS or weights_of is None:
+    routed, found = adapters.of_experts(module.experts) or (module.experts, {})
+    weights_of = routed_network(routed)
+    if rows > (few_tokens.MAX_TOKENS if found else experts.MAX_TOKENS) or weights_of is None:
         return None
-    computed, gate = formula(module.experts), getattr(module, "shared_expert_gate", None)
+    computed, gate = formula(routed), getattr(module, "shared_expert_gate", None)
     shared = next((x for name in SHARED if (x := getattr(module, name, None)) is not None), None)
     beside = None if shared is None or gate is not None or computed.clamped else network(shared, rows)
+    beside = beside if beside is not None and experts.joined(weights_of, beside) else None
     alone = shared is not None and beside is None
-    arrived = counters(weights_of.down, rows)
+    on_experts = (found.get("gate_up_proj" if computed.gated else "up_proj"), found.get("down_proj"))
+    arrived = counters(weights_of.down.codes, rows)
 
     def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None, norm=None) -> torch.Tensor:
         residual, x, weights, index = routed_rows(hidden_states, residual, norm, arguments, arrived, choose)
         if alone:
             added = shared(x) if gate is None else gate(x).sigmoid() * shared(x)
             residual = added if residual is None else added + residual.view_as(added)
-        return experts.mixture(x, weights, index, weights_of, beside, computed, residual).view_as(hidden_states)
+        out = experts.mixture(x, weights, index, weights_of, beside, computed, residual, on_experts)
+        return out.view_as(hidden_states)
 
     return forward
 

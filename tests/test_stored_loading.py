@@ -1,0 +1,92 @@
+"""Models whose matrices are read in 8 and 4 bits: what is stored, and what computes with it."""
+
+import math
+
+import pytest
+import torch
+from hf_moe.training.weights.groups import matrices
+from transformers import AutoModelForCausalLM
+
+import hf_moe
+from hf_moe.model.decoding import obstacles, recording_key, reserve_cache
+from hf_moe.stored_weights import FORMS, Int4Weight, StoredWeight
+from tests.training.models import deepseek_v3, mixtral, olmoe
+from tests.training.models import hf_moe as tiny
+
+FAMILIES = {"hf_moe": tiny, "olmoe": olmoe, "mixtral": mixtral, "deepseek_v3": deepseek_v3}
+IDS = torch.arange(2, 9).unsqueeze(0)
+
+
+def int4_by_hand(row: list[float], size: int) -> list[float]:
+    """The values of one row, number by number, in groups of `size`."""
+    values = []
+    for start in range(0, len(row), size):
+        group = row[start : start + size]
+        low = torch.tensor(min(group)).bfloat16().item()
+        scale = torch.tensor((max(group) - low) / 15).bfloat16().item()
+        for x in group:
+            code = 0 if scale == 0 else min(15, max(0, round((x - low) / scale)))
+            values.append(code * scale + low)
+    return values
+
+
+@pytest.mark.parametrize("shape", [(3, 130), (2, 5, 256), (1, 2)], ids=str)
+def test_int4_keeps_the_least_and_the_largest_of_each_group(shape):
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    weight[..., 0, :] = 0.0
+    stored = Int4Weight.quantize(weight)
+    expected = torch.tensor([int4_by_hand(row, 128) for row in weight.flatten(0, -2).tolist()]).view(shape)
+    torch.testing.assert_close(stored.values(), expected, rtol=1e-6, atol=1e-6)
+    assert stored.dtype == torch.float32 and stored.shape == weight.shape and not stored.values()[..., 0, :].any()
+    groups = weight[..., 0].numel() * math.ceil(shape[-1] / 128)
+    assert stored.bytes == weight.numel() // 2 + 4 * groups
+
+
+@pytest.mark.parametrize("stored", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_matrix_is_stored_and_computes_as_its_values(family, stored, tmp_path):
+    plain = FAMILIES[family]()
+    plain.save_pretrained(tmp_path)
+    config = hf_moe.StoredWeightsConfig(stored)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    named = {name for name, x in model.named_parameters() if isinstance(x, StoredWeight)}
+    assert named == set(matrices(plain)) and any(".experts." in name for name in named)
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            kept = model.get_parameter(name)
+            if name in named:
+                weight.copy_(FORMS[stored].quantize(weight).values())
+                assert torch.equal(kept.values(), weight)
+                assert kept.bytes < weight.nbytes
+            else:
+                assert torch.equal(kept, weight)
+        torch.testing.assert_close(model(IDS).logits, plain.eval()(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_what_is_stored_can_be_recorded_and_is_known_by_its_codes(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    load = AutoModelForCausalLM.from_pretrained
+    model = load(tmp_path, quantization_config=hf_moe.StoredWeightsConfig("int4")).eval()
+    said = list(obstacles(model))
+    assert len(said) == 1 and "not on a GPU" in said[0], said
+    cache = reserve_cache(model, 1, 8)
+    model(IDS, past_key_values=cache)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    pointers = {pointer for pointer, _ in recording_key(model, cache)[0]}
+    assert {weight.packed.data_ptr(), weight.scales.data_ptr(), weight.lows.data_ptr()} <= pointers
+
+
+def test_what_cannot_be_stored_is_said_and_codes_are_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="stored is 'int3'; it can be fp8 or int4"):
+        hf_moe.StoredWeightsConfig("int3")
+    with pytest.raises(ValueError, match="does not know bits: it takes stored"):
+        hf_moe.StoredWeightsConfig("int4", bits=4)
+    tiny(n_shared_experts=1, moe_intermediate_size=5).save_pretrained(tmp_path / "odd")
+    with pytest.raises(ValueError, match=r"rows of model.layers.0.mlp.experts.down_proj have 5: take fp8"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "odd", quantization_config=hf_moe.StoredWeightsConfig("int4"))
+    tiny().save_pretrained(tmp_path / "plain")
+    config = hf_moe.StoredWeightsConfig("fp8")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "saved")
