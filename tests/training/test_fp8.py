@@ -91,11 +91,11 @@ def train(folder, fp8=True, **changes):
     ids = torch.randint(3, 40, (24, 12), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
     rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids.tolist()])
     options = {"max_steps": 3, "gradient_accumulation_steps": 2, "bf16": True, "save_strategy": "no"}
+    options |= {"per_device_train_batch_size": 4}
     args = MoeTrainingArguments(
         output_dir=str(folder),
         report_to="none",
         use_cpu=True,
-        per_device_train_batch_size=4,
         learning_rate=1e-3,
         logging_steps=1,
         lr_scheduler_type="constant",
@@ -133,10 +133,23 @@ def test_weights_are_quantised_once_a_step(tmp_path, monkeypatch):
     same_weights(once, often)
 
 
+@pytest.fixture(params=[False, True], ids=["definition", "kernels"])
+def by_kernels(request, monkeypatch):
+    """On a CPU kernels run in Triton's interpreter, which can multiply codes, not bfloat16."""
+    if request.param:
+        pytest.importorskip("triton")
+        from tests.kernels.fp8.conftest import convert_by_torch
+
+        monkeypatch.setattr("hf_moe.kernels.fp8.operators.computes", lambda x: True)
+        monkeypatch.setattr("triton.runtime.interpreter._convert_float", convert_by_torch)
+        return {"max_steps": 1, "bf16": False, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1}
+    return {}
+
+
 @pytest.mark.parametrize("kind", [True, "selective"], ids=["full", "selective"])
-def test_layers_computed_again_train_bitwise_the_same(tmp_path, kind):
-    plain, losses = train(tmp_path / "plain")
-    again, others = train(tmp_path / "again", gradient_checkpointing=kind)
+def test_layers_computed_again_train_bitwise_the_same(tmp_path, kind, by_kernels):
+    plain, losses = train(tmp_path / "plain", **by_kernels)
+    again, others = train(tmp_path / "again", gradient_checkpointing=kind, **by_kernels)
     assert losses == others
     same_weights(plain, again)
 
@@ -161,6 +174,14 @@ RUN += ["--save_steps=2", "--learning_rate=1e-3", "--ema_decay=null"]
 
 
 def command(places, output, *extra, model="model"):
+    if "--lora_base=fp8" in extra:
+        given = {"train_data": places / "train.jsonl", "eval_data": "null", "output_dir": output}
+        return [
+            "tiny/sft",
+            f"--model_name_or_path={places / model}",
+            *(f"--{x}={y}" for x, y in given.items()),
+            *extra,
+        ]
     return [
         "tiny/continue",
         *RUN,
@@ -201,9 +222,10 @@ def test_random_weights_are_trained_in_fp8_too(places, tmp_path, on_a_card, caps
         ([], "ragged", "hidden_size is 136"),
         ([], "narrow", r"model.layers.1.mlp.experts have sizes that are multiples of 128, not inner size 80"),
         (["--float8=true"], "model", "fp8 and float8 are both true"),
+        (["--lora_parts=attention", "--lora_base=fp8"], "model", "fp8 is true and lora_base fp8"),
         (["--experts_implementation=grouped_mm"], "model", "experts_implementation grouped_mm, which has no FP8"),
     ],
-    ids=["hidden", "inner", "float8", "experts"],
+    ids=["hidden", "inner", "float8", "lora_base", "experts"],
 )
 def test_what_cannot_be_is_refused_before_loading(places, tmp_path, on_a_card, monkeypatch, extra, model, named):
     monkeypatch.setattr("hf_moe.training.stages.loading.check_float8", lambda device: None)

@@ -44,4 +44,4 @@ HELD: dict[int, nn.Parameter] = {}  # where a weight lies -> itself: checkpointi
 def in_blocks(weight: torch.Tensor) -> tuple[Blocks, Blocks]:
     """What `quantised` makes of a weight, held since the step began if somebody holds it."""
     held = HELD.get(weight.data_ptr())
-    return quantised(weight) if held is None else HOLDERS[held].of(held)
+    return quantised(weight) if held is None or held.shape != weight.shape else HOLDERS[held].of(held)

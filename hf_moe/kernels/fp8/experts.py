@@ -26,7 +26,7 @@ def fp8_experts_forward(
         return hf_moe_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     up = self.gate_up_proj if self.has_gate else self.up_proj
     x = hidden_states.to(computed_in(hidden_states, up.dtype))
-    experts = operators.experts if x.is_cuda else eager.Experts.apply
+    experts = operators.experts if operators.computes(x) else eager.Experts.apply
     return experts(x, top_k_index, top_k_weights, up, self.down_proj, formula(self)).to(hidden_states.dtype)
 
 

@@ -11,6 +11,11 @@ from ..routing_sizes import routing_sizes
 from .format import BLOCK, CODE, Tiles, up_to_blocks
 
 
+def computes(x: torch.Tensor) -> bool:
+    """Whether it is for the kernels; elsewhere their definition computes."""
+    return x.is_cuda
+
+
 @torch.library.custom_op("hf_moe::fp8_linear", mutates_args=())
 def linear(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [T, K] by a weight [N, K] in FP8, and x's codes and scales."""
