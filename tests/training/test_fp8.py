@@ -175,13 +175,8 @@ RUN += ["--save_steps=2", "--learning_rate=1e-3", "--ema_decay=null"]
 
 def command(places, output, *extra, model="model"):
     if "--lora_base=fp8" in extra:
-        given = {"train_data": places / "train.jsonl", "eval_data": "null", "output_dir": output}
-        return [
-            "tiny/sft",
-            f"--model_name_or_path={places / model}",
-            *(f"--{x}={y}" for x, y in given.items()),
-            *extra,
-        ]
+        given = {"model_name_or_path": places / model, "train_data": places / "train.jsonl", "eval_data": "null"}
+        return ["tiny/sft", f"--output_dir={output}", *(f"--{x}={y}" for x, y in given.items()), *extra]
     return [
         "tiny/continue",
         *RUN,
