@@ -57,8 +57,12 @@ def some_experts():
     return model
 
 
+def wide():
+    return hf_moe_biased(n_shared_experts=1, hidden_size=128, moe_intermediate_size=128, intermediate_size=128)
+
+
 def in_fp8():
-    model = hf_moe_biased(n_shared_experts=1, hidden_size=128, moe_intermediate_size=128, intermediate_size=128)
+    model = wide()
     compute_in_fp8(model)
     return model
 
@@ -156,12 +160,14 @@ def train_expert_parallel(folder: Path, case: str) -> None:
     """The experts split over the processes as Transformers loads the model, everything else sharded by FSDP2."""
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     if PartialState().is_main_process:
-        hf_moe_biased().save_pretrained(folder / "start")
+        (wide() if case == "fp8" else hf_moe_biased()).save_pretrained(folder / "start")
     PartialState().wait_for_everyone()
     from hf_moe.kernels import expert_parallel as expert_parallel_kernels
 
     with sharding(partial(policy_of, device="cpu")) if case == "bf16" else nullcontext():
         model = whole_model(str(folder / "start"), **expert_parallel(2), experts_implementation="eager")
+    if case == "fp8":
+        compute_in_fp8(model)
     arguments = RUN | CASES[case][1] | {"keep_folder": folder, "save_strategy": "no"}
     asked, ask = [], expert_parallel_kernels.longest
     expert_parallel_kernels.longest = lambda *given: asked.append(ask(*given)) or asked[-1]
@@ -213,7 +219,7 @@ def main(folder: str, *names: str):
             results.append(found(resumed))
         write(folder / name, *results)
     if trainer.is_fsdp_enabled:
-        for case in ("biased", "bf16", "held"):
+        for case in ("biased", "bf16", "held", "fp8"):
             train_expert_parallel(folder / f"expert_parallel_{case}", case)
     leave()
 

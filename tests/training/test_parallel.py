@@ -185,6 +185,18 @@ def test_expert_parallel_run_is_that_of_one_process(sharded, one_process, name):
 
 @since(23, "the gradient norm of expert parallelism leaves some out, and recipes refuse it")
 @pytest.mark.parametrize("sharded", ["fsdp2"], indirect=True)
+def test_expert_parallel_run_in_fp8_begins_as_that_of_one_process(sharded, one_process):
+    """But for the gradients of weights: an expert's rows are those of both processes, and have other tiles."""
+    expected, _ = one_process("fp8")
+    first, second = json.loads((sharded / "expert_parallel_fp8.json").read_text())
+    for result in (first, second):
+        assert result["history"][0]["loss"] == pytest.approx(expected["history"][0]["loss"], rel=1e-5)
+        assert result["history"][0]["grad_norm"] == pytest.approx(expected["history"][0]["grad_norm"], rel=0.02)
+        assert result["history"][1]["loss"] == pytest.approx(expected["history"][1]["loss"], rel=0.02)
+
+
+@since(23, "the gradient norm of expert parallelism leaves some out, and recipes refuse it")
+@pytest.mark.parametrize("sharded", ["fsdp2"], indirect=True)
 def test_expert_parallel_run_in_bf16_begins_as_that_of_one_process(sharded, one_process):
     expected, _ = one_process("bf16")
     for result in json.loads((sharded / "expert_parallel_bf16.json").read_text()):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_moe.kernels.fp8.experts import obstacle, ragged
 from hf_moe.kernels.fp8.format import BLOCK
 from hf_moe.kernels.fp8.linear import Fp8Linear, suits
+from hf_moe.kernels.fp8.linear import compute_in_fp8 as compute_linear
 
 from ..host import can_choose_experts
 from .groups import parts_of
@@ -61,8 +62,7 @@ def compute_in_fp8(model: PreTrainedModel) -> str:
     linear = {name: parts.get(f"{name}.weight") for name, module in model.named_modules() if suits(module)}
     linear = {name: part for name, part in linear.items() if part in LINEAR}
     for name in linear:
-        above, _, last = name.rpartition(".")
-        setattr(model.get_submodule(above), last, Fp8Linear.of(model.get_submodule(name)))
+        compute_linear(model.get_submodule(name))
     experts = experts_of(model) if can_choose_experts(model) else {}
     left = {reason for module in experts.values() if (reason := obstacle(module))}
     if experts and not left:

@@ -10,6 +10,12 @@ from .copies import in_blocks
 from .format import Tiles, tiles_of
 
 
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """In float32, whatever autocast says."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
 def turned(x: torch.Tensor) -> torch.Tensor:
     """The values [N, R] of x [R, N], values of tiles along N, in tiles of 128 of its rows."""
     return tiles_of(x.T).values()[: x.shape[1]]
@@ -22,15 +28,18 @@ class Linear(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         tiles = tiles_of(x)
         ctx.save_for_backward(*tiles, weight)
-        return (tiles.values() @ in_blocks(weight)[0].values()[0].T)[: len(x)].to(x.dtype)
+        return product(tiles.values(), in_blocks(weight)[0].values()[0].T)[: len(x)].to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         *x, weight = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad
         values = tiles_of(grad).values()
-        grad_x = (values @ in_blocks(weight)[0].values()[0])[: len(grad)].to(grad.dtype) if need_x else None
-        grad_weight = (turned(values) @ turned(Tiles(*x).values()).T).to(weight.dtype) if need_weight else None
+        grad_x = grad_weight = None
+        if need_x:
+            grad_x = product(values, in_blocks(weight)[0].values()[0])[: len(grad)].to(grad.dtype)
+        if need_weight:
+            grad_weight = product(turned(values), turned(Tiles(*x).values()).T).to(weight.dtype)
         return grad_x, grad_weight
 
 
@@ -58,10 +67,10 @@ class Experts(torch.autograd.Function):
         output, kept = torch.zeros_like(x, dtype=torch.float32), []
         for expert in range(len(up)):
             token, choice = torch.where(index == expert)
-            hidden = values[token] @ up_values[expert].T
+            hidden = product(values[token], up_values[expert].T)
             kept += tiles_of(hidden)
             activated = tiles_of(activate(hidden, formula)).values()[: len(token)]
-            rows = (activated @ down_values[expert].T).to(x.dtype)
+            rows = product(activated, down_values[expert].T).to(x.dtype)
             output.index_add_(0, token, rows.float() * weights[token, choice, None])
         ctx.formula = formula
         ctx.save_for_backward(*tiles, index, weights, up, down, *kept)
@@ -79,13 +88,13 @@ class Experts(torch.autograd.Function):
             hidden = Tiles(*kept[2 * expert : 2 * expert + 2]).values()[: len(token)].requires_grad_()
             with torch.enable_grad():
                 activated = activate(hidden, ctx.formula)
-            from_output = of_output[token] @ down_values[expert]
+            from_output = product(of_output[token], down_values[expert])
             grad_weights[token, choice] = (from_output * activated).sum(-1).to(weights.dtype)
             weight = weights[token, choice, None].float()
             (grad_hidden,) = torch.autograd.grad(activated, hidden, weight * from_output)
             grad_hidden = tiles_of(grad_hidden).values()[: len(token)]
             weighted = tiles_of(weight * activated.detach()).values()[: len(token)]
-            grad_x.index_add_(0, token, (grad_hidden @ up_values[expert]).to(grad.dtype).float())
-            grad_down[expert] = turned(of_output[token]) @ turned(weighted).T
-            grad_up[expert] = turned(grad_hidden) @ turned(x[token]).T
+            grad_x.index_add_(0, token, product(grad_hidden, up_values[expert]).to(grad.dtype).float())
+            grad_down[expert] = product(turned(of_output[token]), turned(weighted).T)
+            grad_up[expert] = product(turned(grad_hidden), turned(x[token]).T)
         return grad_x.to(grad.dtype), None, grad_weights, grad_up, grad_down, None

@@ -15,14 +15,6 @@ class Fp8Linear(nn.Linear):
 
     is_transposed = False  # to what gives an adapter's factors (low_rank.beside)
 
-    @classmethod
-    def of(cls, linear: nn.Linear) -> "Fp8Linear":
-        """One with the same parameters."""
-        with torch.device("meta"):
-            made = cls(linear.in_features, linear.out_features, linear.bias is not None)
-        made.weight, made.bias = linear.weight, linear.bias
-        return made.train(linear.training)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., out] of x [..., in], in the type that is computed in around it."""
         rows = x.to(computed_in(x, self.weight.dtype)).flatten(0, -2)
@@ -32,6 +24,11 @@ class Fp8Linear(nn.Linear):
         if self.bias is not None:
             output = output + self.bias.to(rows.dtype)
         return output.view(*x.shape[:-1], self.out_features)
+
+
+def compute_in_fp8(linear: nn.Linear) -> None:
+    """Make it an Fp8Linear where it stands: what was hooked to it or shards it knows it as it was."""
+    linear.__class__ = Fp8Linear
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

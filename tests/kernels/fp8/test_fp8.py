@@ -124,6 +124,17 @@ def test_linear(device, T, K, N):
     assert max(near.values()) < 2e-3, near
 
 
+def test_the_definition_computes_in_float32_under_autocast():
+    index, tensors = problem(9, 2, 128, 128, 2)
+    x, weights, up, down = tensors.values()
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append((eager.Linear.apply(x, down[0]), eager.Experts.apply(x, index, weights, up, down, SWIGLU)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_batch_of_nothing(device):
     x = torch.empty(0, 128, device=device, requires_grad=True)
     weight = torch.randn(16, 128, device=device, requires_grad=True)
