@@ -27,13 +27,17 @@ def copies_of(trainer) -> Copies | None:
 
 
 def block_copies_of(trainer) -> BlockCopies | None:
-    """Of what the trainer's model multiplies with in FP8, or None where there is nothing, or no room for it."""
-    model = trainer.model
+    """Of what the trainer's model multiplies with in FP8, or None where there is nothing, or no room for it.
+
+    Nor where a step uses weights in one forward and one backward: to quantise them twice takes less than to hold them.
+    """
+    args, model = trainer.args, trainer.model
     weights = [x for x in weights_in_fp8(model) if type(x) is nn.Parameter]
-    if not weights or trainer.accelerator.distributed_type not in PLAIN:
+    once = args.gradient_accumulation_steps == 1 and not args.gradient_checkpointing
+    if once or not weights or trainer.accelerator.distributed_type not in PLAIN:
         return None
     # Two orientations of a byte each: as many bytes as bfloat16.
-    return BlockCopies(weights) if fit(weights, model, trainer.args.device, torch.bfloat16) else None
+    return BlockCopies(weights) if fit(weights, model, args.device, torch.bfloat16) else None
 
 
 def fit(weights: list[nn.Parameter], model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
