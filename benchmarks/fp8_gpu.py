@@ -168,13 +168,14 @@ def products(name: str, tokens: int) -> dict[str, list[tuple[str, Callable, floa
     of = feed_forward.layer(layer.index.shape[1], layer.experts.down_proj, Formula("silu"))
     routing = route(layer.index, layer.weights, of.num_experts, of.tile, skip_zero=False)
     x, dtype = quantise.tiles_of(layer.x.detach()), torch.bfloat16
-    _, activated = up_projection(x, up[0], of, routing, True)
+    rest = (None, None, dtype, of, routing, True, False)
+    _, activated, _ = up_projection(x, up[0], *rest)
     wide = quantise.tiles_of(torch.randn(len(activated.codes), 2 * layer.inner, device="cuda", dtype=dtype))
     sides = {"x": (x, True), "hidden": (wide, False), "activated": (activated, False)}
     turned = {key: quantise.turned(side, of, routing, gathered) for key, (side, gathered) in sides.items()}
     one = layer.flops / 3  # of a product with one of an expert's three matrices
     return {
-        "up": [("up", lambda: up_projection(x, up[0], of, routing, True), 2 * one)],
+        "up": [("up", lambda: up_projection(x, up[0], *rest), 2 * one)],
         "product": [
             ("down", lambda: product(activated, down[0], dtype, of, routing), one),
             ("to the activations", lambda: product(x, down[1], dtype, of, routing, gathered=True), one),

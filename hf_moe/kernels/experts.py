@@ -62,6 +62,8 @@ def adds_low_rank(experts: nn.Module) -> bool:
     """Whether these kernels compute the experts where they are, and can add what an adapter gives."""
     if not hasattr(experts, "has_gate"):
         return False
+    if experts.config._experts_implementation == "fp8":  # by its definition, where not by kernels
+        return True
     weight = experts.down_proj
     return computes(experts, compute_dtype(experts, weight), weight.device.type)
 

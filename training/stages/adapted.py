@@ -31,6 +31,4 @@ def load_adapted(
     store_base(model, adapter_args, args)
     model, covered = add_adapter(model, adapter_args, tokens)
     print(covered, file=sys.stderr)
-    if model_args.fp8 and "routed_experts" in adapter_args.lora_parts:
-        print("the routed experts have an adapter, and so do not compute in fp8", file=sys.stderr)
     return model

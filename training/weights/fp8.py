@@ -18,7 +18,6 @@ from hf_moe.kernels.fp8.linear import Fp8Linear, suits
 from hf_moe.kernels.fp8.linear import compute_in_fp8 as compute_linear
 
 from ..host import can_choose_experts
-from ..host_trl import LoraLayer
 from .groups import parts_of
 
 CAPABILITY = (9, 0)  # Hopper: its tensor cores and its copies of tiles are what the kernels are made for
@@ -75,11 +74,9 @@ def compute_in_fp8(model: PreTrainedModel) -> str:
 
 
 def weights_in_fp8(model: nn.Module) -> list[nn.Parameter]:
-    """The matrices that `model` multiplies with in FP8; those of experts with an adapter are none."""
+    """The matrices that `model` multiplies with in FP8."""
     linear = [module.weight for module in model.modules() if isinstance(module, Fp8Linear)]
-    adapted = {id(layer.get_base_layer()) for layer in model.modules() if isinstance(layer, LoraLayer)}
     experts = [x for x in experts_of(model).values() if x.config._experts_implementation == "fp8"]
-    experts = [module for module in experts if id(module) not in adapted]
     return linear + [x for module in experts for x in module.parameters(recurse=False) if x.dim() == 3]
 
 

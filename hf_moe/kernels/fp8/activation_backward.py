@@ -27,6 +27,8 @@ def activation_backward_kernel(
     activated,  # rows [R, I]: w_s A_s
     activated_scales,  # [blocks of I, R]
     scores,  # [blocks of I, R]: <d_s, A_s> of a block
+    plain_gradient,  # rows [R, U]: g before it was quantised
+    plain_activated,  # rows [R, I]: w_s A_s likewise
     slot_of_row,
     offsets,
     tiles,
@@ -41,6 +43,8 @@ def activation_backward_kernel(
     SHIFT: tl.constexpr,
     NEED_HIDDEN: tl.constexpr,
     NEED_WEIGHTED: tl.constexpr,
+    PLAIN_HIDDEN: tl.constexpr,
+    PLAIN_WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     tl.static_assert(not INTERLEAVED)
@@ -67,11 +71,23 @@ def activation_backward_kernel(
     tl.store(scores + block * rows_size + rows, tl.sum(d * value, 1))
     if NEED_WEIGHTED:
         store_tiles(weight * value, activated, activated_scales, rows, block, INNER, rows_size)
+    if PLAIN_WEIGHTED:
+        store_plain(weight * value, plain_activated, rows, block, INNER)
+    d *= weight
     if NEED_HIDDEN:
-        d *= weight
         store_tiles(d * gate_slope, gradient, gradient_scales, rows, block, U, rows_size)
         if GATED:
             store_tiles(d * up_slope, gradient, gradient_scales, rows, blocks + block, U, rows_size)
+    if PLAIN_HIDDEN:
+        store_plain(d * gate_slope, plain_gradient, rows, block, U)
+        if GATED:
+            store_plain(d * up_slope, plain_gradient, rows, blocks + block, U)
+
+
+@triton.jit
+def store_plain(value, out, rows, block, size):
+    at = rows.to(tl.int64)[:, None] * size + (block * 128 + tl.arange(0, 128))[None, :]
+    tl.store(out + at, value.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -91,8 +107,11 @@ def activation_backward(
     routing: Routing,
     need_hidden: bool,
     need_weighted: bool,
-) -> tuple[Tiles, Tiles, torch.Tensor]:
-    """Rows of g (U), rows of the weighted activations (I), and <d_s, A_s> of rows, of each block of I."""
+    plain_hidden: bool,
+    plain_weighted: bool,
+) -> tuple[Tiles, Tiles, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of g (U), rows of the weighted activations (I), <d_s, A_s> of rows, of each block of I; and the first two
+    before they were quantised."""
     rows, inner = product.shape
     width = experts.halves * inner
 
@@ -101,6 +120,10 @@ def activation_backward(
         return Tiles(hidden.codes.new_empty(shape), hidden.scales.new_empty(shape[1] // BLOCK, shape[0]))
 
     gradient, activated = tiles(width, need_hidden), tiles(inner, need_weighted)
+    plain = [
+        product.new_empty(rows if needed else 0, columns)
+        for columns, needed in ((width, plain_hidden), (inner, plain_weighted))
+    ]
     scores = product.new_empty(inner // BLOCK, rows, dtype=torch.float32)
     activation_backward_kernel[(rows // PASS_ROWS, inner // BLOCK)](
         product,
@@ -109,6 +132,7 @@ def activation_backward(
         *gradient,
         *activated,
         scores,
+        *plain,
         routing.slot_of_row,
         routing.offsets,
         routing.tiles,
@@ -119,7 +143,9 @@ def activation_backward(
         **experts.formula_options,
         NEED_HIDDEN=need_hidden,
         NEED_WEIGHTED=need_weighted,
+        PLAIN_HIDDEN=plain_hidden,
+        PLAIN_WEIGHTED=plain_weighted,
         ROWS=PASS_ROWS,
         num_warps=4,
     )
-    return gradient, activated, scores
+    return gradient, activated, scores, *plain

@@ -5,7 +5,7 @@ from torch import nn
 
 from ..experts import hf_moe_experts_forward, warn
 from ..formula import formula
-from ..low_rank import given
+from ..low_rank import given, lowered, widened
 from ..precision import computed_in
 from . import eager, operators
 from .format import BLOCK
@@ -16,18 +16,24 @@ def fp8_experts_forward(
 ) -> torch.Tensor:
     """sum_k weight_{t,k} FFN_{index_{t,k}}(x_t): [T, D] from hidden_states [T, D], index and weights [T, K].
 
-    An index of E or more adds nothing. Experts with an adapter, whose change three bits could not tell, and those that
-    `obstacle` names are computed by "hf_moe"; of the latter one warning says why.
+    An index of E or more adds nothing. What an adapter adds is not quantised. Experts that have an `obstacle` are
+    computed by "hf_moe", and one warning says why.
     """
     reason = obstacle(self)
     if reason is not None:
         warn(f"in FP8 {reason}", "hf_moe")
-    if reason is not None or given(self):
         return hf_moe_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    up = self.gate_up_proj if self.has_gate else self.up_proj
+    name = "gate_up_proj" if self.has_gate else "up_proj"
+    up = getattr(self, name)
     x = hidden_states.to(computed_in(hidden_states, up.dtype))
+    of_up, of_down = given(self).get(name), given(self).get("down_proj")
+    low, widen = (None, None) if of_up is None else (lowered(x, of_up), of_up.b.to(x.dtype))
+    narrow = None if of_down is None else of_down.a.to(x.dtype)
     experts = operators.experts if operators.computes(x) else eager.Experts.apply
-    return experts(x, top_k_index, top_k_weights, up, self.down_proj, formula(self)).to(hidden_states.dtype)
+    output, narrowed = experts(x, top_k_index, top_k_weights, up, self.down_proj, low, widen, narrow, formula(self))
+    if of_down is not None:
+        output = output + widened(narrowed, top_k_index, of_down)
+    return output.to(hidden_states.dtype)
 
 
 def obstacle(experts: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..layer import Experts
 from ..routing_metadata import Routing
-from ..tile_loads import described, locate, matrix_tile, operand, rows_tile, store_tile
+from ..tile_loads import described, locate, low_rank, matrix_tile, operand, rows_tile, store_tile, with_added
 from .format import BLOCK, Blocks, Tiles
 from .launch import launch
 
@@ -21,6 +21,8 @@ def product_kernel(
     a_scales,  # [blocks of depth, R]
     w,  # [E, columns, depth]
     w_scales,  # [E, blocks of columns, blocks of depth]
+    low,  # rows [S, RANK]
+    factor,  # [E, columns, RANK]
     out,  # rows [S, columns]
     slot_of_row,
     offsets,
@@ -30,6 +32,8 @@ def product_kernel(
     depth_size,
     col_size,
     TOP_K: tl.constexpr,
+    RANK: tl.constexpr,  # 0: no low-rank part
+    PADDED: tl.constexpr,
     GATHERED: tl.constexpr,
     A_TMA: tl.constexpr,
     W_TMA: tl.constexpr,
@@ -64,6 +68,14 @@ def product_kernel(
                 # Beyond the last column there is no scale: the one before, of what is not stored.
                 last = tl.minimum(1, col_blocks - 1 - col_tile * 2) * depth_blocks
                 right_acc += tl.dot(left, b) * (scale * tl.load(at + last + block))[:, None]
+        if RANK > 0:
+            starts, cols = (row + tl.arange(0, 128)).to(tl.int64) * RANK, col + tl.arange(0, 128)
+            acc = with_added(acc, None, low, factor, starts, expert, cols, col_size, False, RANK, PADDED)
+            if HALVES == 2:
+                cols += 128
+                right_acc = with_added(
+                    right_acc, None, low, factor, starts, expert, cols, col_size, False, RANK, PADDED
+                )
         kind = out.dtype if OUT_TMA else out.dtype.element_ty
         store_tile(out, acc.to(kind), row, col, col_size, OUT_TMA)
         if HALVES == 2:
@@ -71,9 +83,16 @@ def product_kernel(
 
 
 def product(
-    a: Tiles, w: Blocks, dtype: torch.dtype, experts: Experts, routing: Routing, gathered: bool = False
+    a: Tiles,
+    w: Blocks,
+    dtype: torch.dtype,
+    experts: Experts,
+    routing: Routing,
+    gathered: bool = False,
+    low: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rows a[r] W_e^T in `dtype`; the rows of a are tokens if `gathered`."""
+    """Rows a[r] W_e^T in `dtype`, plus low[r] factor_e^T; the rows of a are tokens if `gathered`."""
     columns, depth = w.codes.shape[1:]
     out = a.codes.new_empty(experts.row_tiles(routing) * experts.tile, columns, dtype=dtype)
     grid, options = launch("product", experts.row_tiles(routing), columns, a.codes.device)
@@ -82,6 +101,8 @@ def product(
         a.scales,
         operand(w.codes, 1, BLOCK, BLOCK),
         w.scales,
+        low,
+        factor,
         operand(out, BLOCK, BLOCK),
         routing.slot_of_row,
         routing.offsets,
@@ -91,6 +112,7 @@ def product(
         depth_size=depth,
         col_size=columns,
         TOP_K=experts.top_k,
+        **low_rank(factor),
         GATHERED=gathered,
         A_TMA=not gathered and described(a.codes, BLOCK),
         W_TMA=described(w.codes, BLOCK),

@@ -21,7 +21,14 @@ def layers() -> None:
     for formula in FORMULAS.values():
         up = torch.zeros(4, 256 if formula.gated else 128, 256, requires_grad=True)
         down = torch.zeros(4, 256, 128, requires_grad=True)
-        operators.experts(x, index, weights, up, down, formula).sum().backward()
+        width = up.shape[1]
+        low, widen, narrow = (
+            torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+            for shape in ((256, 4, 3), (4, width, 3), (4, 3, 128))
+        )
+        for factors in ((None, None, None), (low, widen, narrow)):
+            output, narrowed = operators.experts(x, index, weights, up, down, *factors, formula)
+            (output.sum() + (0 if narrowed is None else narrowed.sum())).backward()
     for rows, columns in ((256, 256), (48, 144)):
         weight = torch.zeros(columns, 256, dtype=torch.bfloat16, requires_grad=True)
         operators.linear(x[:rows], weight)[0].sum().backward()

@@ -32,12 +32,34 @@ def run(function, index, tensors, device="cpu", dtype=torch.float32):
 
 
 def by(function, formula):
-    return lambda index, x, weights, up, down: function(x, index, weights, up, down, formula)
+    """With an adapter's part, if there is one, as experts.py adds it."""
+
+    def experts(index, x, weights, up, down, low=None, widen=None, narrow=None, last=None):
+        output, narrowed = function(x, index, weights, up, down, low, widen, narrow, formula)
+        if narrow is None:
+            return output
+        return output + torch.einsum("tkr,tkdr->td", narrowed, last[index.clamp(max=len(last) - 1)])
+
+    return experts
 
 
 def in_float64(formula):
-    none = [None] * 5
-    return lambda index, x, weights, up, down: reference.experts(x, index, weights, up, down, *none, *formula)
+    """An adapter's part is added token by token."""
+
+    def experts(index, x, weights, up, down, low=None, widen=None, narrow=None, last=None):
+        if narrow is None:
+            return reference.experts(x, index, weights, up, down, *[None] * 5, *formula)
+        output = torch.zeros_like(x)
+        for token, choice in torch.cartesian_prod(torch.arange(len(x)), torch.arange(index.shape[1])).tolist():
+            expert = index[token, choice]
+            if expert < len(up):
+                hidden = up[expert] @ x[token] + widen[expert] @ low[token, expert]
+                activated = eager.activate(hidden, formula)
+                change = (down[expert] + last[expert] @ narrow[expert]) @ activated
+                output = output.index_add(0, torch.tensor(token), weights[token, choice] * change[None])
+        return output
+
+    return experts
 
 
 def distances(one, other) -> dict[str, float]:
@@ -83,6 +105,14 @@ def test_indices(device, name):
     check(*problem(9, 2, 128, 128, 4, index=INDICES[name]()), SWIGLU, device)
 
 
+@pytest.mark.parametrize("name", ["some-elsewhere", "empty-experts"])
+def test_an_adapter(device, name):
+    """Of two ranks, whose part is not quantised: its gradients are as near as what they are made of."""
+    index, tensors = problem(9, 2, 128, 128, 4, index=INDICES[name]())
+    shapes = {"low": (9, 4, 3), "widen": (4, 256, 3), "narrow": (4, 5, 128), "last": (4, 128, 5)}
+    check(index, tensors | {key: 0.3 * torch.randn(shape) for key, shape in shapes.items()}, SWIGLU, device)
+
+
 @pytest.mark.parametrize("halves", [1, 2])
 def test_tiles_of_one_sum_and_of_two(device, halves, monkeypatch):
     """Of three blocks of columns the second pair has one."""
@@ -104,11 +134,9 @@ def test_no_tokens(device):
 
 def test_without_a_backward_nothing_is_kept(device):
     index, tensors = problem(9, 2, 128, 128, 2)
-    tensors = {name: x.to(device) for name, x in tensors.items()}
-    x, weights, up, down = tensors.values()
-    _, _, _, hidden, scales, *_ = operators.experts_up(
-        x, index.to(device), weights, up, down, "silu", True, None, 0.0, False
-    )
+    x, weights, up, down = (tensor.to(device) for tensor in tensors.values())
+    given = (x, index.to(device), weights, up, down, None, None, None, "silu", True, None, 0.0)
+    _, _, _, _, hidden, scales, *_ = operators.experts_up(*given, False)
     assert hidden.numel() == scales.numel() == 0
 
 
@@ -130,7 +158,8 @@ def test_the_definition_computes_in_float32_under_autocast():
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            results.append((eager.Linear.apply(x, down[0]), eager.Experts.apply(x, index, weights, up, down, SWIGLU)))
+            output, _ = eager.Experts.apply(x, index, weights, up, down, None, None, None, SWIGLU)
+            results.append((eager.Linear.apply(x, down[0]), output))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
@@ -146,14 +175,19 @@ def test_operators_say_the_shapes_they_return(device):
     checks = ("test_autograd_registration", "test_faketensor")  # that of schemas cannot compare float8
     for tokens in (5, 0):
         index, tensors = problem(tokens, 2, 128, 128, 2)
+        narrow = torch.randn(2, 3, 128, device=device, requires_grad=True)
         index, tensors = index.to(device), {key: x.to(device).requires_grad_() for key, x in tensors.items()}
         x, weights, up, down = tensors.values()
-        given = (x, index, weights, up, down, "silu", True, None, 0.0, True)
+        given = (x, index, weights, up, down, None, None, narrow, "silu", True, None, 0.0, True)
         torch.library.opcheck(operators.experts_up, given, test_utils=checks)
-        place, codes, scales, *_, a, b, c, d = (tensor.detach() for tensor in operators.experts_up(*given))
-        place = place.clone().requires_grad_()
+        place, place_narrow, codes, scales, *_, plain, a, b, c, d = (
+            tensor.detach() for tensor in operators.experts_up(*given)
+        )
+        place, place_narrow = (tensor.clone().requires_grad_() for tensor in (place, place_narrow))
         given = (place, codes, scales, index, weights, down, [a, b, c, d])
         torch.library.opcheck(operators.experts_down, given, test_utils=checks)
+        given = (place_narrow, plain, index, weights, down, narrow, [a, b, c, d])
+        torch.library.opcheck(operators.experts_narrow, given, test_utils=checks)
         torch.library.opcheck(operators.linear, (x, down[0].detach().requires_grad_()), test_utils=checks)
 
 
