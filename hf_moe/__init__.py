@@ -31,7 +31,7 @@ from .model.modeling_hf_moe import (
 )
 from .model.modeling_hf_moe_graft import HfMoeGraftForCausalLM, HfMoeGraftForImageTextToText
 from .sizes.presets import preset_config
-from .stored_loading import StoredWeightsConfig as StoredWeightsConfig
+from .stored_loading import StoredWeightsConfig
 from .stored_weights import READ
 from .version import __version__
 
@@ -115,6 +115,7 @@ __all__ = [
     "HfMoeGraftForCausalLM",
     "HfMoeGraftForImageTextToText",
     "HfMoeModel",
+    "StoredWeightsConfig",
     "__version__",
     "fast_generate",
 ]

@@ -84,15 +84,16 @@ def test_memory_of_chosen_experts():
     assert_planned(Run(esft_p=0.4, **SMALL), config, model)
 
 
-def test_weights_in_four_bits():
-    runs = [Run(lora_parts=["attention"], lora_base=base, **SMALL) for base in (None, "nf4")]
+@pytest.mark.parametrize(("stored", "bytes_each"), [("nf4", 0.516), ("int4", 0.531), ("fp8", 1.0002)])
+def test_weights_in_fewer_bits(stored, bytes_each):
+    runs = [Run(lora_parts=["attention"], lora_base=base, **SMALL) for base in (None, stored)]
     plain, packed = (state_memory(model_to_train(tiny_config(), run), tiny_config(), run) for run in runs)
     model = meta_model(tiny_config(), "float32")
     kept = sum(x.numel() for name, x in model.named_parameters() if x.dim() == 1 or "gate.weight" in name)
     kept += 2 * model.lm_head.weight.numel()
     matrices = sum(x.numel() for x in model.parameters()) - kept
     saved = plain["weights"] - packed["weights"]
-    assert saved == pytest.approx(matrices * (4 - 0.516), rel=1e-3)
+    assert saved == pytest.approx(matrices * (4 - bytes_each), rel=1e-3)
 
 
 def saved_bytes(model, rows: int, length: int) -> int:

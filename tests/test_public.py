@@ -16,6 +16,7 @@ PUBLIC = {
         "HfMoeGraftForImageTextToText",
         "HfMoeModel",
         "__version__",
+        "StoredWeightsConfig",
         "fast_generate",
     },
     "hf_moe.conversion": {

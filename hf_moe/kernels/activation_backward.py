@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate
+from .launch import FUSED
 from .layer import Experts
 from .routing_metadata import Routing
 from .tiles import pass_rows
@@ -140,5 +141,6 @@ def activation_backward(
         ROWS=rows,
         COLS=cols,
         num_warps=2,
+        **FUSED,
     )
     return grad_hidden, grad_weights

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import FUSED
 from .layer import Experts
 from .routing_metadata import Routing
 
@@ -52,5 +53,6 @@ def bias_gradient(rows: torch.Tensor, experts: Experts, routing: Routing, weight
         WEIGHTED=weights is not None,
         ROWS=experts.tile,
         COLS=64,
+        **FUSED,
     )
     return out

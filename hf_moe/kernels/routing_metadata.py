@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import FUSED
 from .routing_sizes import routing_sizes
 
 CHUNK = 512  # slots that one program counts and places
@@ -43,9 +44,9 @@ def route(index: torch.Tensor, weights: torch.Tensor, num_experts: int, tile: in
     counts = torch.empty(chunks, experts, dtype=torch.int32, device=index.device)
     sizes = {"num_slots": index.numel(), "num_experts": num_experts}
     shapes = {"SKIP_ZERO": skip_zero, "CHUNK": CHUNK, "EXPERTS": experts}
-    count_kernel[(chunks,)](index, weights, counts, **sizes, **shapes, num_warps=4)
+    count_kernel[(chunks,)](index, weights, counts, **sizes, **shapes, num_warps=4, **FUSED)
     per_program = max(16, triton.next_power_of_2(triton.cdiv(len(routing.tiles), chunks)))
-    shapes |= {"TILE": tile, "TILES": per_program, "num_warps": 8}
+    shapes |= {"TILE": tile, "TILES": per_program, "num_warps": 8} | FUSED
     place_kernel[(chunks,)](index, weights, counts, *routing, **sizes, **shapes)
     return routing
 

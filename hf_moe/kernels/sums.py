@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import FUSED
+
 BLOCK = 4096
 
 
@@ -17,4 +19,4 @@ def add_kernel(total, part, size, BLOCK: tl.constexpr):
 
 def add_to(total: torch.Tensor, part: torch.Tensor) -> None:
     """total += part, both contiguous and of one shape."""
-    add_kernel[(triton.cdiv(total.numel(), BLOCK),)](total, part, total.numel(), BLOCK=BLOCK, num_warps=8)
+    add_kernel[(triton.cdiv(total.numel(), BLOCK),)](total, part, total.numel(), BLOCK=BLOCK, num_warps=8, **FUSED)

@@ -6,6 +6,8 @@ Hopper's warp specialization (tl.range) hung in these kernels.
 
 import torch
 
+from .launch import FUSED
+
 SHARED_MEMORY = 227 * 1024  # bytes that the largest tiles take: what an H100 gives a block
 
 # For 16-bit numbers and many rows an expert, on Hopper. With one program a processor and the loop over tiles flattened
@@ -17,7 +19,7 @@ LARGE = {
     "narrow": {"COLS": 16, "GROUP": 8, "FLATTEN": False, "per_processor": EVERY_TILE, "PARTS": 1},
     "weight_gradient": {"ROWS": 128, "COLS": 256, "GROUP": 16, "FLATTEN": True, "per_processor": 1},
 }
-LARGE = {name: chosen | {"DEPTH": 64, "num_warps": 8, "num_stages": 3} for name, chosen in LARGE.items()}
+LARGE = {name: chosen | {"DEPTH": 64, "num_warps": 8, "num_stages": 3} | FUSED for name, chosen in LARGE.items()}
 SMALL = {"COLS": 64, "num_warps": 4, "num_stages": 3, "FLATTEN": False, "per_processor": EVERY_TILE}
 FLOAT32 = SMALL | {"DEPTH": 32, "num_stages": 2}
 INTERPRETED = {"COLS": 32, "DEPTH": 32, "GROUP": 2}

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import FUSED
 from .layer import Experts
 from .routing_metadata import Routing
 from .tiles import pass_rows
@@ -89,6 +90,7 @@ def gather(tokens: torch.Tensor, experts: Experts, routing: Routing) -> torch.Te
         ROWS=pass_rows(tokens.device),
         COLS=cols,
         num_warps=max(1, min(8, cols // 256)),
+        **FUSED,
     )
     return out
 
@@ -108,5 +110,6 @@ def combine(rows: torch.Tensor, weights: torch.Tensor | None, experts: Experts, 
         WEIGHTED=weights is not None,
         COLS=cols,
         num_warps=max(1, min(8, cols // 256)),
+        **FUSED,
     )
     return out

@@ -46,7 +46,8 @@ NOT_COUNTED = {
     "grpo": "generation: its cache, and the logits of the answers",
     "distil": "the teacher",
 }
-NF4 = 0.5 + (1 + 4 / 256) / 64  # bytes a number: 4 bits, and scales of 64, in 8 bits with a scale for 256
+# Bytes of a number of a stored matrix, scales included (hf_moe/training/weights/quantized.py).
+STORED_BYTES = {"nf4": 0.5 + (1 + 4 / 256) / 64, "fp8": 1 + 4 / 128**2, "int4": 0.5 + 4 / 128}
 
 
 @dataclass(frozen=True)
@@ -289,12 +290,12 @@ def state_memory(model: nn.Module, config: Config, run: Run) -> dict[str, int]:
     if run.casts and (run.gpus == 1 or run.sharding == "none"):
         weights = copied(model, run.gradient_accumulation_steps, run.gradient_checkpointing)
         parts |= {"copies": sum(2 * x.numel() for x in weights)} if weights else {}
-    if run.lora_base == "nf4":
-        from ..training.weights.adapters import matrices
+    if run.lora_base is not None:
+        from ..training.weights.groups import matrices
 
         plain = meta_model(config, run.dtype)
         packed = [plain.get_parameter(name) for name in matrices(plain)]
-        parts["weights"] += round(sum(NF4 * x.numel() - x.nbytes for x in packed))
+        parts["weights"] += round(sum(STORED_BYTES[run.lora_base] * x.numel() - x.nbytes for x in packed))
     for name in SHARDING[run.sharding]:
         parts[name] = math.ceil(parts[name] / run.gpus)
     if run.gpus > 1 and run.sharding == "none":

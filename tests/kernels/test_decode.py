@@ -147,9 +147,9 @@ def test_routers_logits_are_rounded_where_a_linear_layers_are(tokens):
 
 
 def test_a_steps_kernels_compile_for_a_card_that_is_not_here():
-    """The interpreter lets pass what the compiler refuses."""
+    """The interpreter lets pass what the compiler refuses, and what it warns of."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.compile_worker"]
+    command = [sys.executable, "-W", "error:TRITON_DEFAULT_FP_FUSION", "-m", "tests.kernels.compile_worker"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     memory = json.loads(done.stdout.splitlines()[-1])

@@ -83,6 +83,7 @@ CASES = {
     "deepseek_v2": {"routed_scaling_factor": 1.5, "v_head_dim": 10},
     "deepseek_v2, no groups": {"topk_method": "greedy", "q_lora_rank": None, "n_group": 1},
     "deepseek_v3": {"v_head_dim": 10},
+    "deepseek_v3, biases": {"v_head_dim": 10, "attention_bias": True},
     "deepseek_v3, no groups": {"q_lora_rank": None, "n_group": 1, "rope_interleave": False, "n_shared_experts": 2},
 }
 GRAFTS = {
@@ -113,6 +114,8 @@ def model_of(name: str, dtype: torch.dtype, **changes) -> PreTrainedModel:
     for key, x in model.named_parameters():
         if x.dim() == 1 and "norm" in key:
             torch.nn.init.uniform_(x, 0.5, 1.5)
+        if key.endswith("proj.bias") or key.endswith("mqa.bias"):
+            torch.nn.init.uniform_(x, -0.5, 0.5)
     return model.to(DEVICE, dtype).eval()
 
 
@@ -219,7 +222,6 @@ def test_a_step_in_bf16(name, rows, padding):
     ("name", "fields", "kind"),
     [
         ("olmoe", {"clip_qkv": 0.5}, "OlmoeAttention"),
-        ("deepseek_v3", {"attention_bias": True}, "DeepseekV3Attention"),
         ("mixtral", {"hidden_act": "mish"}, "MixtralSparseMoeBlock"),
     ],
 )

@@ -11,7 +11,7 @@ from hf_moe.training.weights.groups import matrices
 from hf_moe.training.weights.merging import merge_adapter
 from hf_moe.training.weights.quantized import quantize
 
-from hf_moe.stored_weights import Fp8Weight
+from hf_moe.stored_weights import FORMS, Fp8Weight
 
 from .models import hf_moe, olmoe
 
@@ -54,13 +54,14 @@ def test_values_are_within_half_a_step(shape):
 
 
 @pytest.mark.parametrize("make", [lambda: hf_moe(n_shared_experts=1), olmoe], ids=["hf_moe", "olmoe"])
-def test_adapter_trains_beside_float8_as_beside_its_values_and_merges(make):
+@pytest.mark.parametrize("stored", FORMS)
+def test_adapter_trains_beside_codes_as_beside_their_values_and_merges(make, stored):
     model, plain = make(), make()
     targets = matrices(model)
-    said = quantize(model, targets, CPU, "fp8")
-    assert said.startswith("fp8 for 8 matrices of attention") and "routed_experts" in said
-    assert all(isinstance(model.get_parameter(name), Fp8Weight) for name in targets)
-    weights = {name: x.values() if isinstance(x, Fp8Weight) else x for name, x in model.state_dict().items()}
+    said = quantize(model, targets, CPU, stored)
+    assert said.startswith(f"{stored} for 8 matrices of attention") and "routed_experts" in said
+    assert all(isinstance(model.get_parameter(name), FORMS[stored]) for name in targets)
+    weights = {name: x.values() if isinstance(x, FORMS[stored]) else x for name, x in model.state_dict().items()}
     plain.load_state_dict(weights)
     ids, results, batch = torch.arange(3, 33).view(2, 15), [], []
     for x in (model, plain):
@@ -80,7 +81,7 @@ def test_adapter_trains_beside_float8_as_beside_its_values_and_merges(make):
 
 
 def test_unknown_storage_is_refused():
-    with pytest.raises(ValueError, match="lora_base is 'int3'; it can be nf4 or fp8"):
+    with pytest.raises(ValueError, match="lora_base is 'int3'; it can be nf4, fp8, int4"):
         check_adapter_arguments(AdapterArguments(lora_parts=["attention"], lora_base="int3"), "all")
 
 

@@ -41,8 +41,8 @@ class AdapterArguments:
     lora_base: str | None = field(
         default=None,
         metadata={
-            "help": "Store the model's own matrices, routed experts too, in 4 bits (nf4: QLoRA; needs bitsandbytes) "
-            "or as float8 in blocks of 128 x 128 (fp8: as DeepSeek-V3 is released).",
+            "help": "Store the model's own matrices, routed experts too, in 4 bits (nf4: QLoRA, needs bitsandbytes; "
+            "int4: equal steps) or as float8 in blocks of 128 x 128 (fp8: as DeepSeek-V3 is released).",
             "choices": list(STORED),
         },
     )

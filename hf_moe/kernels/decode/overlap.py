@@ -12,10 +12,12 @@ import triton.language as tl
 from triton import knobs
 from triton.language.extra import cuda
 
+from ..launch import FUSED
+
 LINE = 128  # bytes that a fetch brings
 
 if knobs.runtime.interpret:  # one program after the other, on a CPU
-    OVERLAP = {}
+    OVERLAP = FUSED
 
     @triton.jit
     def let_next_start():
@@ -30,7 +32,7 @@ if knobs.runtime.interpret:  # one program after the other, on a CPU
         pass
 
 else:
-    OVERLAP = {"launch_pdl": True}  # of every launch of a kernel that waits
+    OVERLAP = FUSED | {"launch_pdl": True}  # of every launch of a kernel that waits
 
     @triton.jit
     def let_next_start():

@@ -38,7 +38,7 @@ def test_tiles_are_as_near_as_three_bits_tell(size, dtype):
 
 @pytest.mark.parametrize("size", [(2, 128, 256), (1, 48, 144), (3, 272, 130)], ids=str)
 def test_blocks_are_those_of_releases(size):
-    from hf_moe.training.weights.quantized import Fp8Weight
+    from hf_moe.stored_weights import Fp8Weight
 
     weight = numbers(*size)
     blocks, stored = blocks_of(weight), Fp8Weight.quantize(weight)
