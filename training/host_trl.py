@@ -15,6 +15,7 @@ from trl import chat_template_utils
 from trl.trainer.utils import RepeatSampler as RepeatSampler
 
 from hf_moe.kernels.experts import adds_low_rank
+from hf_moe.kernels.fp8.linear import Fp8Linear
 from hf_moe.kernels.low_rank import beside
 from hf_moe.model.host import differences
 
@@ -215,9 +216,13 @@ def add_beside(model: torch.nn.Module) -> None:
 
 @contextmanager
 def factors_beside(self: ParamWrapper, active_adapters: list[str]) -> Iterator[None]:
-    adapters, experts = [name for name in active_adapters if name in self.lora_A], self.get_base_layer()
-    if len(adapters) == 1 and self.num_experts > 1 and adds_low_rank(experts):
-        with beside(experts, self.parameter_name, *self.get_delta_factors(adapters[0])):
+    adapters, layer = [name for name in active_adapters if name in self.lora_A], self.get_base_layer()
+    if len(adapters) == 1 and self.num_experts > 1 and adds_low_rank(layer):
+        with beside(layer, self.parameter_name, *self.get_delta_factors(adapters[0])):
+            yield
+    elif len(adapters) == 1 and isinstance(layer, Fp8Linear):  # of whose sum three bits are left
+        a, b, scaling = self.lora_A[adapters[0]].weight, self.lora_B[adapters[0]].weight, self.scaling[adapters[0]]
+        with beside(layer, self.parameter_name, b, a, scaling):
             yield
     else:
         with ParamWrapper._activate_lora(self, active_adapters):

@@ -1,4 +1,4 @@
-"""Kernels, registered with Transformers by name: experts "hf_moe" and "auto", attention "varlen".
+"""Kernels, registered with Transformers by name: experts "hf_moe", "auto" and "fp8", attention "varlen".
 
 Beside them how tokens reach experts on other ranks, the `ep_implementation` "hf_moe".
 
@@ -13,10 +13,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .auto import auto_experts_forward
 from .experts import hf_moe_experts_forward
+from .fp8.experts import fp8_experts_forward
 from .varlen import LateMask, varlen_attention_forward
 
 ALL_EXPERTS_FUNCTIONS.register("hf_moe", hf_moe_experts_forward)
 ALL_EXPERTS_FUNCTIONS.register("auto", auto_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register("fp8", fp8_experts_forward)
 ALL_ATTENTION_FUNCTIONS.register("varlen", varlen_attention_forward)
 ALL_MASK_ATTENTION_FUNCTIONS.register("varlen", LateMask)
 

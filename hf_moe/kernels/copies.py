@@ -51,14 +51,17 @@ class Copies:
         for weight in self.made:
             HOLDERS.pop(weight, None)
 
-    def of(self, weight: nn.Parameter) -> torch.Tensor:
-        if self.made[weight] is None:
-            self.made[weight] = torch.empty_like(weight, dtype=self.dtype, requires_grad=False)
+    def of(self, weight: nn.Parameter):
         if id(weight) not in self.fresh:
             self.fresh.add(id(weight))
             with torch.no_grad():
-                self.made[weight].copy_(weight)
+                self.made[weight] = self.make(weight, self.made[weight])
         return self.made[weight]
+
+    def make(self, weight: nn.Parameter, old: torch.Tensor | None) -> torch.Tensor:
+        """A copy, in the memory of the old one."""
+        copy = torch.empty_like(weight, dtype=self.dtype, requires_grad=False) if old is None else old
+        return copy.copy_(weight)
 
 
 HOLDERS = WeakIdKeyDictionary()  # weight -> the copies that hold it now

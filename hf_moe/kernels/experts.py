@@ -19,6 +19,7 @@ from .precision import computed_in
 logger = logging.get_logger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OURS = ("hf_moe", "auto", "fp8")  # implementations that compute by these kernels, or in their place
 
 
 def hf_moe_experts_forward(
@@ -61,13 +62,15 @@ def adds_low_rank(experts: nn.Module) -> bool:
     """Whether these kernels compute the experts where they are, and can add what an adapter gives."""
     if not hasattr(experts, "has_gate"):
         return False
+    if experts.config._experts_implementation == "fp8":  # by its definition, where not by kernels
+        return True
     weight = experts.down_proj
     return computes(experts, compute_dtype(experts, weight), weight.device.type)
 
 
 def computes(experts: nn.Module, dtype: torch.dtype, device: str) -> bool:
     """Whether these kernels are what computes the experts on this kind of device."""
-    named = experts.config._experts_implementation in ("hf_moe", "auto")
+    named = experts.config._experts_implementation in OURS
     return named and obstacle(experts, dtype) is None and unusable(device) is None
 
 

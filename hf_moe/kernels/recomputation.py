@@ -23,14 +23,15 @@ PRODUCTS = {
     *("aten::mm", "aten::addmm", "aten::_grouped_mm", "aten::_scaled_mm", "aten::_scaled_grouped_mm"),
     "transformers::grouped_mm_fallback",
     *("hf_moe::experts_up", "hf_moe::experts_narrow", "hf_moe::experts_down"),
+    *("hf_moe::fp8_experts_up", "hf_moe::fp8_experts_narrow", "hf_moe::fp8_experts_down", "hf_moe::fp8_linear"),
 }
 # In the names of torch's attentions, of the package flash-attn, and of what the Hub has of it.
 ATTENTION = (
     *("_scaled_dot_product_", "_flash_attention_forward", "_efficient_attention_forward"),
     *("flash_attn", "varlen_attn"),
 )
-# Of an operator's outputs one that only kept ones read: the experts' activations.
-READ_BY_KEPT = {"hf_moe::experts_up": 2}
+# Of an operator's outputs one that only kept ones read: the experts' activations (their codes, in FP8).
+READ_BY_KEPT = {"hf_moe::experts_up": 2, "hf_moe::fp8_experts_up": 2}
 # In the path of a module whose products are not kept. Up-projections have a low rank and so cost little; an adapter's
 # is as large as what it is added to. A dense MLP mostly ends its layer, and nothing needs its last product again.
 AGAIN = {"q_b_proj", "kv_b_proj", "lora_B", "down_proj"}

@@ -23,6 +23,7 @@ from hf_moe.training.trainers.sharded import policy_of
 from hf_moe.training.weights.adapters import AdapterArguments, add_adapter
 from hf_moe.training.weights.average import AVERAGE_FILE
 from hf_moe.training.weights.esft import split_experts
+from hf_moe.training.weights.fp8 import compute_in_fp8
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from hf_moe.kernels import experts
@@ -53,6 +54,16 @@ def adapted():
 def some_experts():
     model = hf_moe_biased()
     split_experts(model, {name: torch.tensor([1, 3, 4]) for name in find_routers(model)})
+    return model
+
+
+def wide():
+    return hf_moe_biased(n_shared_experts=1, hidden_size=128, moe_intermediate_size=128, intermediate_size=128)
+
+
+def in_fp8():
+    model = wide()
+    compute_in_fp8(model)
     return model
 
 
@@ -106,10 +117,11 @@ CASES = {
     "selective": (latent, BIASED | HELD | {"gradient_checkpointing": "selective"}, "model.safetensors"),
     "average": (hf_moe_biased, BIASED | {"ema_decay": DECAY}, AVERAGE_FILE),
     "muon": (hf_moe_biased, BIASED | {"optim": "muon"}, "model.safetensors"),
+    "fp8": (in_fp8, BIASED | {"gradient_checkpointing": True}, "model.safetensors"),
     "8 bits": (in_bfloat16, BIASED | {"optim": "adamw_torch_8bit"}, "model.safetensors"),
     "idle": (idle, {"router_aux_loss_coef": 0.0, "accumulation": 16, "save_strategy": "no"}, "model.safetensors"),
 }
-RESUMED = ("biased", "average", "adapter", "8 bits", "muon")
+RESUMED = ("biased", "fp8", "average", "adapter", "8 bits", "muon")
 
 
 def run(name: str, folder: Path, processes: int, resume: str | None = None):
@@ -148,12 +160,14 @@ def train_expert_parallel(folder: Path, case: str) -> None:
     """The experts split over the processes as Transformers loads the model, everything else sharded by FSDP2."""
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     if PartialState().is_main_process:
-        hf_moe_biased().save_pretrained(folder / "start")
+        (wide() if case == "fp8" else hf_moe_biased()).save_pretrained(folder / "start")
     PartialState().wait_for_everyone()
     from hf_moe.kernels import expert_parallel as expert_parallel_kernels
 
     with sharding(partial(policy_of, device="cpu")) if case == "bf16" else nullcontext():
         model = whole_model(str(folder / "start"), **expert_parallel(2), experts_implementation="eager")
+    if case == "fp8":
+        compute_in_fp8(model)
     arguments = RUN | CASES[case][1] | {"keep_folder": folder, "save_strategy": "no"}
     asked, ask = [], expert_parallel_kernels.longest
     expert_parallel_kernels.longest = lambda *given: asked.append(ask(*given)) or asked[-1]
@@ -205,7 +219,7 @@ def main(folder: str, *names: str):
             results.append(found(resumed))
         write(folder / name, *results)
     if trainer.is_fsdp_enabled:
-        for case in ("biased", "bf16", "held"):
+        for case in ("biased", "bf16", "held", "fp8"):
             train_expert_parallel(folder / f"expert_parallel_{case}", case)
     leave()
 

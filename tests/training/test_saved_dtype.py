@@ -4,12 +4,16 @@ import json
 
 import pytest
 import torch
+from hf_moe.conversion.files.block_fp8 import BlockFP8Checkpoint
 from hf_moe.training.main import main
+from hf_moe.training.output.block_fp8 import to_blocks
 from hf_moe.training.output.saved_dtype import cast
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from .models import hf_moe_biased
+from hf_moe.kernels.fp8.format import blocks_of
+
+from .models import deepseek_v3, hf_moe_biased
 from .policies import BYTES, save_model
 
 BIAS = "e_score_correction_bias"
@@ -107,3 +111,47 @@ def test_tied_weights_stay_one_tensor_and_others_do_not_become_one():
     whole = torch.randn(4, 6)
     state = cast({"a": whole, "b": whole.view(4, 6), "part": whole[:2], "ids": torch.arange(3)}, torch.bfloat16)
     assert state["a"] is state["b"] and state["part"].shape == (2, 6) and state["ids"].dtype == torch.int64
+
+
+def test_block_fp8_is_what_releases_are_and_loads_again(run, data_folder, tmp_path):
+    """In several files as in one, by Transformers and by `hf-moe import`'s reader."""
+    wide = {**BYTES, "hidden_size": 128, "moe_intermediate_size": 256, "intermediate_size": 144}
+    model = save_model(tmp_path / "deepseek", deepseek_v3(**wide, first_k_dense_replace=1))
+    output, said = run("--save_dtype", "fp8", model=model)
+    assert "in float8_e4m3fn" in said
+    exact = AutoModelForCausalLM.from_pretrained(output / "checkpoint-2").state_dict()
+    weights, config = load_file(output / "model.safetensors"), json.loads((output / "config.json").read_text())
+    quantization = config["quantization_config"]
+    assert quantization["weight_block_size"] == [128, 128] and quantization["quant_method"] == "fp8"
+    assert "lm_head" in quantization["modules_to_not_convert"]
+    name = "model.layers.1.mlp.experts.1.down_proj.weight"
+    expected = blocks_of(exact["model.layers.1.mlp.experts.down_proj"][1].bfloat16())
+    assert torch.equal(weights[name].float(), expected.codes[0].float())
+    assert torch.equal(weights[f"{name}_scale_inv"], expected.scales[0]) and expected.scales.shape == (1, 1, 2)
+    in_codes = {key for key, x in weights.items() if x.dtype == torch.float8_e4m3fn}
+    assert {key.removesuffix("_scale_inv") for key in weights if key.endswith("_scale_inv")} == in_codes
+    plain = ("embed_tokens", "lm_head", "norm", ".gate.weight", "scale_inv", BIAS)
+    plain += ("layers.0.mlp.",)  # 144 is more than one block, and not whole ones
+    assert in_codes == {key for key in weights if not any(part in key for part in plain)}
+    loaded = AutoModelForCausalLM.from_pretrained(output).state_dict()
+    for key, x in loaded.items():
+        assert (x.float() - exact[key].float()).norm() <= 0.03 * exact[key].float().norm(), key
+    read = BlockFP8Checkpoint(output, (128, 128))
+    torch.testing.assert_close(read.tensor(name), loaded["model.layers.1.mlp.experts.down_proj"][1])
+
+    split = tmp_path / "split"
+    model = AutoModelForCausalLM.from_pretrained(output / "checkpoint-2", dtype=torch.bfloat16)
+    model.save_pretrained(split, max_shard_size="300KB")
+    to_blocks(split)
+    index = json.loads((split / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 1 and index.keys() == weights.keys()
+    for file in set(index.values()):
+        for key, x in load_file(split / file).items():
+            assert index[key] == file
+            assert ".gate." in key or torch.equal(x.float(), weights[key].float()), key  # routers load in float32
+
+
+def test_block_fp8_is_refused_where_experts_lie_together(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_moe.training.stages.loading.whole_model", None)
+    with pytest.raises(ValueError, match=r"save_dtype is fp8.*those of hf_moe all experts together: save in"):
+        run("--save_dtype", "fp8")

@@ -22,6 +22,7 @@ from ..balance.moe_arguments import row_processes
 KEPT = (
     *("stage", "from_scratch", "model_revision", "model_init_kwargs", "router_type", "router_args", "trainable"),
     "ema_decay",
+    *("float8", "fp8"),
     *("lora_parts", "lora_r", "lora_alpha", "lora_dropout", "lora_base", "esft_p", "esft_score"),
     *("optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "lr_milestones", "lr_gamma"),

@@ -6,13 +6,18 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from hf_moe.model.router import in_float32
 from hf_moe.reading import auto_config
 from hf_moe.routers import BIASES
 
+from .block_fp8 import to_blocks
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+FP8 = torch.float8_e4m3fn  # in blocks of 128 x 128
+SAVED = (*DTYPES, "fp8")
+FUSED = ("hf_moe", "hf_moe_graft")
 
 
 def dtype_to_save(model_args, args: TrainingArguments) -> torch.dtype | None:
@@ -20,6 +25,8 @@ def dtype_to_save(model_args, args: TrainingArguments) -> torch.dtype | None:
 
     "auto" is the type of the model that the run began with, wherever it is resumed, if the weights train in float32.
     """
+    if model_args.save_dtype == "fp8":
+        return FP8
     if model_args.save_dtype != "auto":
         return getattr(torch, model_args.save_dtype)
     if model_args.dtype != "float32":
@@ -44,6 +51,7 @@ def cast(
 ) -> dict[str, torch.Tensor]:
     """`state` in `dtype`, but for selection biases, whose steps it could not hold, and what routers of `model` keep in
     float32; tied weights stay one tensor."""
+    dtype = as_written(dtype)
     kept = (*BIASES, *(() if model is None else in_float32(model)))
     done = {}
     for x in state.values():
@@ -52,6 +60,27 @@ def cast(
     return {
         name: done[place(x)] if x.is_floating_point() and not name.endswith(kept) else x for name, x in state.items()
     }
+
+
+def check_saved(config: PreTrainedConfig, save_dtype: str) -> None:
+    """Raises ValueError where a model's files cannot be in block FP8, which is a format of single matrices."""
+    if save_dtype == "fp8" and config.model_type in FUSED:
+        raise ValueError(
+            f"save_dtype is fp8, whose files hold each expert by itself, and those of {config.model_type} all experts "
+            "together: save in bfloat16, or let hf-moe export write the model's family first."
+        )
+
+
+def as_written(dtype: torch.dtype) -> torch.dtype:
+    """The type in which weights leave the model; block FP8 is made of files in bfloat16."""
+    return torch.bfloat16 if dtype == FP8 else dtype
+
+
+def finish(folder: str | Path, dtype: torch.dtype) -> None:
+    """After a model was saved in `dtype`: its configuration says so, and its files are in blocks where that is FP8."""
+    name_dtype(folder, as_written(dtype))
+    if dtype == FP8:
+        to_blocks(folder)
 
 
 def name_of(dtype: torch.dtype) -> str:

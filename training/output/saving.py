@@ -22,6 +22,7 @@ from ..balance.moe_arguments import row_processes
 from ..host import PREFIX_CHECKPOINT_DIR
 from ..weights.esft import chosen_experts, save_rows
 from .checkpoints import ADAPTER_FILE, last_checkpoint
+from .saved_dtype import as_written
 
 TRIED = ".tried"  # within output_dir, for as long as it takes
 BLOCK = 512  # bytes of one of `st_blocks`
@@ -90,7 +91,8 @@ def bytes_to_write(trainer: Trainer, beside: int) -> int:
     moments = 2 if args.optim.startswith("adamw_torch") and args.optim.count("bit") == 0 else 0
     averaged = 0 if trainer.average is None else 4 * count(trained)
     checkpoint = size(saved) + averaged + (0 if args.save_only_model else moments * size(trained))
-    final = count(saved) * trainer.final_dtype.itemsize if whole(trainer) and trainer.final_dtype else size(saved)
+    casts = whole(trainer) and trainer.final_dtype is not None
+    final = count(saved) * as_written(trainer.final_dtype).itemsize if casts else size(saved)
     average = final if trainer.average is not None else 0
     merged = count(model.parameters()) * trainer.merged_dtype.itemsize if trainer.merged_dtype is not None else 0
     parts = [final, average, merged] + new_checkpoints(trainer, args) * [checkpoint]

@@ -10,7 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from transformers.distributed import DistributedConfig
 
 import hf_moe  # noqa: F401  (the Auto classes learn "hf_moe")
@@ -21,11 +28,13 @@ from hf_moe.model.routing import ROUTERS
 from hf_moe.reading import auto_config, auto_tokenizer, built, whole_model
 
 from ..host import CLIPS_EXPERT_PARALLEL, is_adapter, sharding
-from ..output.saved_dtype import DTYPES
+from ..output.saved_dtype import DTYPES, SAVED, check_saved
 from ..trainers.refusals import leave_out_routing
 from ..trainers.sharded import policy_of
 from ..weights.alignment import align
 from ..weights.float8 import check_float8, compute_in_float8
+from ..weights.fp8 import OURS as EXPERTS_OF_FP8
+from ..weights.fp8 import check_fp8, check_sizes, compute_in_fp8
 from ..weights.groups import GROUPS, train_group
 from .fastest import take_fastest
 from .names import STAGES
@@ -58,8 +67,9 @@ class ModelArguments:
         default="auto",
         metadata={
             "help": "Type of the weights of the whole model that is saved in the end, its average's and ESFT's merged "
-            "one's, too; auto: the source's. Checkpoints, adapters and trained rows stay as they train.",
-            "choices": list(DTYPES),
+            "one's, too; auto: the source's; fp8: float8 in blocks of 128 x 128, as DeepSeek-V3 is released. "
+            "Checkpoints, adapters and trained rows stay as they train.",
+            "choices": list(SAVED),
         },
     )
     trainable: str = field(
@@ -90,6 +100,13 @@ class ModelArguments:
     float8: bool = field(
         default=False,
         metadata={"help": "Multiply linear layers in float8, by torchao, beside bf16. Needs compute capability 8.9."},
+    )
+    fp8: bool = field(
+        default=False,
+        metadata={
+            "help": "Multiply experts and linear layers in FP8 as DeepSeek-V3 was trained, with a scale for each 128 "
+            "numbers or 128 x 128, beside bf16. Needs compute capability 9.0."
+        },
     )
     expert_parallel_size: int = field(
         default=1,
@@ -126,8 +143,7 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
 
     Raises ValueError where they need a package that is not there, or say a thing twice, or where it is an adapter.
     """
-    if model_args.float8:
-        check_float8(args.device)
+    check_products(source, model_args, args)
     given = {
         "dtype": model_args.dtype,
         "revision": model_args.model_revision,
@@ -157,9 +173,36 @@ def load_trained_model(source: str, model_args: ModelArguments, args: TrainingAr
         align(model)
     say_new_positions(model, args)
     choose_fastest(model, model_args, args, further)
+    choose_products(model, model_args)
+    return model
+
+
+def check_products(source: str, model_args: ModelArguments, args: TrainingArguments) -> None:
+    """Before the model in `source` is loaded: raises ValueError where it cannot be computed, or saved, in float8."""
+    if model_args.float8:
+        check_float8(args.device)
+    if model_args.float8 and model_args.fp8:
+        raise ValueError("fp8 and float8 are both true, and multiply the same layers: leave one of them out.")
+    if not model_args.fp8 and model_args.save_dtype != "fp8":
+        return
+    config = auto_config(source, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code)
+    check_saved(config, model_args.save_dtype)
+    if not model_args.fp8:
+        return
+    if (experts := model_args.experts_implementation) not in EXPERTS_OF_FP8:
+        raise ValueError(f"fp8 is true and experts_implementation {experts}, which has no FP8: leave one of them out.")
+    check_fp8(args.device)
+    with torch.device("meta"):
+        what = f"{source} cannot be built"
+        check_sizes(built(AutoModelForCausalLM.from_config, what, config, trust_remote_code=args.trust_remote_code))
+
+
+def choose_products(model: PreTrainedModel, model_args: ModelArguments) -> None:
+    """Let the model multiply in float8 or in FP8 if the arguments say so, and say what does."""
     if model_args.float8:
         print(compute_in_float8(model), file=sys.stderr)
-    return model
+    if model_args.fp8:
+        print(compute_in_fp8(model), file=sys.stderr)
 
 
 def choose_fastest(

@@ -35,7 +35,9 @@ from ..trainers.refusals import leave_out_routing
 from ..trainers.sft_trainer import MoeSFTConfig
 from .loading import (
     ModelArguments,
+    check_products,
     choose_fastest,
+    choose_products,
     choose_trained,
     implementations,
     load_tokenizer,
@@ -112,9 +114,11 @@ def run(
     if checkpoint is not None:
         check_same_step(checkpoint, args)
     if args.from_scratch and checkpoint is None:
+        check_products(source, model_args, args)
         model = new_model(source, model_args, args)
         leave_out_routing(model, args)
         choose_fastest(model, model_args, args)
+        choose_products(model, model_args)
     else:
         model = load_trained_model(source, model_args, args)
     give_rows(model, tokenizer, args, model_args)

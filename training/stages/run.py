@@ -21,7 +21,7 @@ from ..data.sources import loss_names
 from ..host import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from ..output.checkpoints import check_optimizer, is_complete, last_checkpoint
 from ..output.resuming import check_same_arguments, check_same_step, contents_of
-from ..output.saved_dtype import cast, name_dtype, name_of
+from ..output.saved_dtype import cast, finish, name_of
 from ..output.saving import after_saving
 from ..weights.average import AVERAGE_FILE
 from ..weights.esft import ROWS_FILE
@@ -175,7 +175,7 @@ def write_merged(trainer: Trainer, model: PreTrainedModel, dtype: torch.dtype | 
             model.save_pretrained(aside)
         else:
             model.save_pretrained(aside, state_dict=cast(model.state_dict(), dtype, model))
-            name_dtype(aside, dtype)
+            finish(aside, dtype)
         trainer.processing_class.save_pretrained(aside)
         write_plain_templates(aside)
         trainer.save_record(aside)

@@ -29,6 +29,11 @@ def check_choices(model_args: ModelArguments, adapter_args: AdapterArguments, es
     if adapter_args.lora_parts is not None:
         given["lora_parts"] = adapter_args.lora_parts
     check_esft_arguments(esft_args, given)
+    if model_args.fp8 and adapter_args.lora_base is not None:
+        raise ValueError(
+            f"fp8 is true and lora_base {adapter_args.lora_base}: FP8 products are made of whole weights; leave one "
+            "of them out."
+        )
     split = model_args.expert_parallel_size > 1
     on_experts = {"lora_parts": adapter_args.lora_parts} if "routed_experts" in (adapter_args.lora_parts or ()) else {}
     for name, value in (on_experts | {"esft_p": esft_args.esft_p}).items():

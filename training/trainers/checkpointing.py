@@ -17,7 +17,7 @@ from ..balance.selection_bias import base_model, load_router_bias, save_router_b
 from ..host import gathering_as, sharded_optimizer
 from ..output.checkpoints import check_adapter, check_optimizer
 from ..output.resuming import check_same_arguments, check_same_step, say_differences, write_arguments
-from ..output.saved_dtype import cast, name_dtype
+from ..output.saved_dtype import cast, finish
 from ..output.saving import keep_weights, mend
 from ..output.spread import check_parts, load_optimizer, load_state, save_optimizer, save_state
 from ..weights.average import write_average
@@ -46,7 +46,7 @@ class CheckpointMixin:
             with self.saving_cast():
                 super()._save(folder, self.state_to_save(state_dict))
             if self.casts and self.args.should_save:
-                name_dtype(folder, self.saved_dtype)
+                finish(folder, self.saved_dtype)
         elif self.args.should_save:
             Path(folder).mkdir(parents=True, exist_ok=True)
             save_rows(self.moe, folder, state_dict)

@@ -32,7 +32,7 @@ from ..output.spread import leave_out_empty_groups
 from ..weights.average import WeightAverage
 from .callbacks import RoutingCallback
 from .checkpointing import CheckpointMixin
-from .copies import copies_of
+from .copies import block_copies_of, copies_of
 from .holding import held_forwards
 from .label_smoothing import ShiftedLabelSmoother
 from .lengths import lengths_of
@@ -79,6 +79,7 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
         self.mixing = []  # hooks of the dense mixer, while training
         self.selective = Selective()  # recomputation, while training
         self.copies = None  # of the experts' weights, while training
+        self.block_copies = None  # of all that is multiplied with in FP8, while training
         self.gathered = None  # what FSDP2 keeps whole for a step, while training
         self.lengths = None  # that processes agree on for a step, while training
         decay = moe_argument(self.args, "ema_decay")
@@ -318,7 +319,7 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
                 self.mixing.pop().remove()
             self.selective.end()
             self.leave_held()
-            self.copies = self.gathered = self.lengths = None
+            self.copies = self.block_copies = self.gathered = self.lengths = None
             self.step.held.clear()  # of a step that was broken off
 
     def begin_routing(self) -> None:
@@ -337,7 +338,8 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
             self.selective.begin(self.model)
         if moe_argument(self.args, "densemixer"):
             self.mixing += add_dense_mixer(self.routers)
-        self.copies, self.gathered, self.lengths = copies_of(self), gathered(self), lengths_of(self)
+        self.copies, self.block_copies = copies_of(self), block_copies_of(self)
+        self.gathered, self.lengths = gathered(self), lengths_of(self)
 
     def end_sums(self) -> None:
         """Called when a step's gradients are summed, before the optimizer moves the weights."""
@@ -349,7 +351,8 @@ class MoeTrainerMixin(CheckpointMixin, PublishingMixin):
     @property
     def standing_for_step(self) -> list:
         """What holds from a step's begin until its weights move."""
-        return [x for x in (self.copies, self.gathered, self.lengths) if x is not None]
+        standing = (self.copies, self.block_copies, self.gathered, self.lengths)
+        return [x for x in standing if x is not None]
 
     def leave_held(self) -> None:
         for standing in self.standing_for_step:

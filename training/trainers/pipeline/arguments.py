@@ -37,6 +37,7 @@ NO_PIPELINE = PipelineArguments()
 WITHOUT = {
     "expert_parallel_size": (1,),
     "float8": (False,),
+    "fp8": (False,),
     "lora_parts": (None,),
     "esft_p": (None,),
     "ema_decay": (None,),
