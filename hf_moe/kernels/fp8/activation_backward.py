@@ -12,7 +12,7 @@ from ..activations import activate
 from ..layer import Experts
 from ..routing_metadata import Routing
 from .format import BLOCK, Tiles
-from .launch import PASS_ROWS
+from .launch import FUSED, PASS_ROWS
 from .quantise import in_tiles
 
 
@@ -147,5 +147,6 @@ def activation_backward(
         PLAIN_WEIGHTED=plain_weighted,
         ROWS=PASS_ROWS,
         num_warps=4,
+        **FUSED,
     )
     return gradient, activated, scores, *plain

@@ -3,6 +3,7 @@
 import torch
 import triton
 
+from ..launch import FUSED
 from ..tiles import EVERY_TILE, processors
 from .format import BLOCK
 
@@ -23,6 +24,6 @@ LARGE = {
 
 def launch(kernel: str, row_tiles: int, columns: int, device: torch.device) -> tuple[tuple[int], dict]:
     """Grid and options of `kernel` for so many tiles of rows, and columns."""
-    options = dict(LARGE[kernel])
+    options = LARGE[kernel] | FUSED
     programs = row_tiles * triton.cdiv(columns, BLOCK * options.get("HALVES", 1))
     return (min(programs, options.pop("per_processor") * processors(device)),), options

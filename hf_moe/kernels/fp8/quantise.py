@@ -7,7 +7,7 @@ import triton.language as tl
 from ..layer import Experts
 from ..routing_metadata import Routing
 from .format import BLOCK, CODE, LARGEST, SMALLEST, Blocks, Tiles, up_to_blocks
-from .launch import PASS_ROWS
+from .launch import FUSED, PASS_ROWS
 
 LARGEST, SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
 
@@ -55,7 +55,7 @@ def tiles_of(x: torch.Tensor) -> Tiles:
     codes = x.new_empty(padded, columns, dtype=CODE)
     scales = x.new_empty(triton.cdiv(columns, BLOCK), padded, dtype=torch.float32)
     grid = (padded // PASS_ROWS, len(scales))
-    tiles_kernel[grid](x, codes, scales, rows, columns, padded, ROWS=PASS_ROWS, num_warps=4)
+    tiles_kernel[grid](x, codes, scales, rows, columns, padded, ROWS=PASS_ROWS, num_warps=4, **FUSED)
     return Tiles(codes, scales)
 
 
@@ -114,6 +114,7 @@ def turned(tiles: Tiles, experts: Experts, routing: Routing, gathered: bool) -> 
         GATHERED=gathered,
         COLS=BLOCK // 2,
         num_warps=4,
+        **FUSED,
     )
     return Tiles(codes, scales)
 
@@ -153,5 +154,5 @@ def blocks_of(weight: torch.Tensor) -> tuple[Blocks, Blocks]:
         weight.new_empty(experts, columns, rows, dtype=CODE),
         weight.new_empty(experts, *reversed(grid), dtype=torch.float32),
     )
-    blocks_kernel[(experts, *grid)](weight, *ours, *turned, rows, columns, num_warps=8)
+    blocks_kernel[(experts, *grid)](weight, *ours, *turned, rows, columns, num_warps=8, **FUSED)
     return ours, turned

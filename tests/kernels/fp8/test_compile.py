@@ -14,7 +14,7 @@ KERNELS = {"tiles", "turned", "blocks", "up", "product", "activation_backward", 
 
 def test_kernels_compile_and_fit_into_shared_memory():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.fp8.compile_worker"]
+    command = [sys.executable, "-W", "error:TRITON_DEFAULT_FP_FUSION", "-m", "tests.kernels.fp8.compile_worker"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     memory = json.loads(done.stdout.splitlines()[-1])
