@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -171,6 +172,8 @@ def whole_model(
 def is_finite(weight: torch.Tensor) -> bool:
     """Whether all of it are numbers, as far as it is here and has a type with others."""
     weight = weight.to_local() if hasattr(weight, "to_local") else weight  # of shards a process's own, if it has one
+    if is_traceable_wrapper_subclass(weight):  # of codes the scales say it
+        return all(is_finite(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
     if weight.is_meta or not weight.numel() or not weight.is_floating_point() or weight.itemsize == 1:
         return True
     return all(x.isfinite() for x in weight.aminmax())

@@ -4,6 +4,7 @@ Modules, expert implementations and PEFT stay as they are: any operation gets th
 it needs them. Kernels that know a form read its codes instead (hf_moe/kernels/decode/stored.py).
 """
 
+import copy
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -32,6 +33,12 @@ class StoredWeight(torch.Tensor):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __deepcopy__(self, memo: dict) -> "StoredWeight":
+        copied = type(self)(copy.deepcopy(self.packed, memo), copy.deepcopy(self.state, memo))
+        copied = nn.Parameter(copied, requires_grad=False) if isinstance(self, nn.Parameter) else copied
+        memo[id(self)] = copied
+        return copied
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -66,9 +73,14 @@ class State(NamedTuple):
 class BlockWeight(StoredWeight):
     """Codes times their block's scale, plus its low: what kernels can read as it is."""
 
+    # By both, PyTorch knows that to move one is to move its parts.
     def __tensor_flatten__(self):
         names = ["scales"] if self.state.lows is None else ["scales", "lows"]
         return ["packed", *names], (self.state.block, self.state.shape, self.state.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, torch.Tensor], rest, size=None, stride=None) -> "BlockWeight":
+        return cls(parts["packed"], State(parts["scales"], parts.get("lows"), *rest))
 
     @property
     def scales(self) -> torch.Tensor:

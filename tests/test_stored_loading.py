@@ -1,14 +1,17 @@
 """Models whose matrices are read in 8 and 4 bits: what is stored, and what computes with it."""
 
+import copy
 import math
 
 import pytest
 import torch
 from hf_moe.training.weights.groups import matrices
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM
 
 import hf_moe
 from hf_moe.model.decoding import obstacles, recording_key, reserve_cache
+from hf_moe.reading import is_finite
 from hf_moe.stored_weights import FORMS, Int4Weight, StoredWeight
 from tests.training.models import deepseek_v3, mixtral, olmoe
 from tests.training.models import hf_moe as tiny
@@ -41,6 +44,29 @@ def test_int4_keeps_the_least_and_the_largest_of_each_group(shape):
     assert stored.dtype == torch.float32 and stored.shape == weight.shape and not stored.values()[..., 0, :].any()
     groups = weight[..., 0].numel() * math.ceil(shape[-1] / 128)
     assert stored.bytes == weight.numel() // 2 + 4 * groups
+
+
+@pytest.mark.parametrize("stored", FORMS)
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_none_are_found_by_the_scales(stored, number, monkeypatch):
+    weight = torch.randn(3, 256)
+    kind = FORMS[stored]
+    monkeypatch.setattr(kind, "values", lambda self: pytest.fail("a layer's values take their time"))
+    assert is_finite(kind.quantize(weight))
+    weight[1, 130] = number
+    assert not is_finite(kind.quantize(weight))
+
+
+@pytest.mark.parametrize("stored", FORMS)
+def test_a_module_takes_its_codes_along(stored):
+    linear = torch.nn.Linear(256, 128, bias=False)
+    linear.weight = torch.nn.Parameter(FORMS[stored].quantize(linear.weight.data), requires_grad=False)
+    assert is_traceable_wrapper_subclass(linear.weight)  # else `data` alone would be set, from one device to another
+    weight = copy.deepcopy(linear).weight
+    assert torch.equal(weight.values(), linear.weight.values()) and weight.packed is not linear.weight.packed
+    linear.to("meta")
+    parts = [getattr(linear.weight, name) for name in linear.weight.__tensor_flatten__()[0]]
+    assert all(part.is_meta for part in parts) and type(linear.weight) is FORMS[stored]
 
 
 @pytest.mark.parametrize("stored", FORMS)
