@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .generation_settings import FILE as GENERATION_CONFIG
 from .generation_settings import mend_ids, mended_config, say_ids
 from .reading import auto_config, auto_tokenizer, whole_model
-from .stored_loading import StoredWeightsConfig
+from .stored_loading import quantized_as
 
 
 def load(
@@ -41,7 +41,9 @@ def load_model(model: str | Path, trust_remote_code: bool = False, quantize: str
     if left_out:
         print(left_out, file=sys.stderr)
     right = {} if config is None else {"config": config}
-    right |= {} if quantize is None else {"quantization_config": StoredWeightsConfig(quantize)}
+    if quantize is not None:
+        of = base_of(model) or model
+        right |= quantized_as(quantize, config or auto_config(of, trust_remote_code=trust_remote_code), of)
     loaded = whole_model(model, dtype="auto", trust_remote_code=trust_remote_code, **right)
     vocab_size = loaded.config.get_text_config().vocab_size
     if ids := mend_ids(loaded.generation_config, vocab_size):

@@ -6,6 +6,7 @@ trained and saved is the checkpoint that it came from.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .stored_weights import FORMS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 METHOD = "hf_moe_stored"
 logger = logging.get_logger(__name__)
@@ -38,6 +39,17 @@ class StoredWeightsConfig(QuantizationConfigMixin):
         self.quant_method, self.stored = kwargs.pop("quant_method", METHOD), stored
         if kwargs:
             raise ValueError(f"StoredWeightsConfig does not know {', '.join(kwargs)}: it takes stored.")
+
+
+def quantized_as(stored: str | None, config: PreTrainedConfig, name: str | Path) -> dict[str, StoredWeightsConfig]:
+    """What `from_pretrained` is told so that matrices are `stored`; ValueError where the files have codes already."""
+    if stored is None:
+        return {}
+    already = getattr(config, "quantization_config", None)
+    if already is not None:
+        method = already.get("quant_method") if isinstance(already, dict) else already.quant_method
+        raise ValueError(f"{name} is quantised already ({method}): load it as it is, without --quantize {stored}.")
+    return {"quantization_config": StoredWeightsConfig(stored)}
 
 
 class Store(ConversionOps):

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...generation_settings import mended_config
 from ...model.grouped import takes_rows
 from ...reading import auto_class, auto_config, built, whole_model
-from ...stored_loading import StoredWeightsConfig
+from ...stored_loading import quantized_as
 from .checkpoint import WEIGHT_DTYPES, Checkpoint, Entry
 from .writer import Output
 
@@ -36,7 +36,7 @@ def loaded(
     """
     model, checkpoint = empty(config), Checkpoint(folder)
     if quantize is not None:
-        yield ready(by_transformers(folder, trust_remote_code, quantization_config=StoredWeightsConfig(quantize)))
+        yield ready(by_transformers(folder, trust_remote_code, **quantized_as(quantize, config, folder)))
     elif is_file_backed(model, checkpoint.entries):
         yield ready(backed(model, checkpoint))
     elif can_offload(model, checkpoint.entries):

@@ -62,6 +62,17 @@ def test_text_in_fewer_bits_is_that_of_the_values_they_stand_for(command, upcycl
     assert report["kl"] > 1e-4
 
 
+def test_what_is_quantised_already_is_not_quantised_again(command, upcycled, tmp_path):
+    folder = tmp_path / "codes"
+    shutil.copytree(upcycled, folder)
+    config = json.loads((folder / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    for words in (("generate", folder, "--prompt", PROMPT), ("verify", upcycled, folder)):
+        code, _, err = command(*words, "--quantize", "int4")
+        assert code == 2 and "is quantised already (fp8): load it as it is, without --quantize int4" in err
+
+
 def test_the_upcycled_model_tells_the_dense_models_story(command, upcycled):
     dense, sparse = (command("generate", folder, "--prompt", PROMPT).out for folder in (DEMO_MODEL, upcycled))
     assert dense == sparse
