@@ -52,6 +52,7 @@ HOSTS = {
 RUNS = {
     "sft": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft"]),
     "sft_bf16": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft_bf16"]),
+    "sft, fp8": (OLMOE, 1, [*TRAIN, "olmoe-1b-7b/sft", "--fp8", "true"]),
     "sft, fsdp2": (OLMOE, 2, [*TRAIN, "olmoe-1b-7b/sft", "--accelerate", "fsdp2"]),
     "sft, expert parallel": (
         OLMOE,
@@ -73,7 +74,8 @@ WHOLE = 1000  # steps of the run of which --unsaved takes the beginning: rate an
 FAILED = re.compile(r"(\[rank\d+\]: ?)?([\w.]+(Error|Exception)|hf-moe):? ")  # the line that says why
 # Part of a step -> kernels by name, the first that matches.
 PARTS = {
-    "experts": r"^(product|up|weight_gradient|combine|bias_gradient|activation_backward|count|place|gather|add)_kernel"
+    "experts": r"^(product|up|weight_gradient|combine|bias_gradient|activation_backward|count|place|gather|add|tiles"
+    r"|turned|blocks)_kernel"
     r"$|grouped_mm|GroupedGemm",
     "attention": r"flash|fmha|sdpa|attention|cudnn_generated",
     "optimizer": r"[Aa]dam|multi_tensor|lpnorm|LpNorm",
