@@ -70,18 +70,17 @@ def generated(model: nn.Module, batch: int) -> float:
     return batch * NEW / statistics.median(times[1:])
 
 
-@torch.inference_mode()
 def measured(preset: str, change: Callable[[nn.Module], None] | None, batches: list[int]) -> dict[str, dict]:
     model = build(preset)
     if change is not None:
-        with torch.inference_mode(False):
-            change(model)
+        change(model)
     gc.collect()
     torch.cuda.empty_cache()
     rows, memory = {}, torch.cuda.memory_allocated()
     for batch in batches:
         step = recorded(model, batch, PROMPT)
-        took = step_microseconds(step)
+        with torch.inference_mode():
+            took = step_microseconds(step)
         del step
         rows[str(batch)] = {
             "step_microseconds": round(took, 1),
