@@ -20,6 +20,7 @@ import torch
 import transformers
 from decode_step import build, recorded, step_microseconds
 from hf_moe.training.weights.groups import matrices
+from hf_moe.training.weights.quantized import quantize
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -31,10 +32,7 @@ BATCHES = (1, 4, 16)
 
 
 def store(model: nn.Module, stored: str) -> None:
-    for name in matrices(model):
-        path, _, attribute = name.rpartition(".")
-        weight = FORMS[stored].quantize(model.get_parameter(name).data)
-        setattr(model.get_submodule(path), attribute, nn.Parameter(weight, requires_grad=False))
+    quantize(model, matrices(model), None, stored)
 
 
 def adapt(model: nn.Module, merged: bool) -> None:

@@ -100,8 +100,9 @@ class BlockWeight(StoredWeight):
 
     def values(self) -> torch.Tensor:
         """The numbers that the bits stand for."""
-        numbers = self.codes() * spread(self.scales, self.state)
-        return (numbers if self.lows is None else numbers + spread(self.lows, self.state)).to(self.dtype)
+        block, shape = self.state.block, self.state.shape
+        numbers = self.codes() * spread(self.scales, block, shape)
+        return (numbers if self.lows is None else numbers + spread(self.lows, block, shape)).to(self.dtype)
 
     def moved(self, device: torch.device) -> "BlockWeight":
         lows = None if self.lows is None else self.lows.to(device)
@@ -181,10 +182,10 @@ def full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def spread(numbers: torch.Tensor, state: State) -> torch.Tensor:
+def spread(numbers: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> torch.Tensor:
     """[..., out, in] in float32: each block's number for all of it."""
-    numbers = numbers.float().repeat_interleave(state.block[0], dim=-2)[..., : state.shape[-2], :]
-    return numbers.repeat_interleave(state.block[1], dim=-1)[..., : state.shape[-1]]
+    numbers = numbers.float().repeat_interleave(block[0], dim=-2)[..., : shape[-2], :]
+    return numbers.repeat_interleave(block[1], dim=-1)[..., : shape[-1]]
 
 
 FORMS = {kind.stored: kind for kind in (Fp8Weight, Int4Weight)}

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from hf_moe.training.weights.groups import matrices
+from hf_moe.training.weights.quantized import quantize
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from triton.backends.compiler import GPUTarget
@@ -19,7 +20,6 @@ from triton.runtime.jit import JITFunction
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 from hf_moe.kernels.decode import fused
 from hf_moe.model.decoding import HfMoeReservedCache
-from hf_moe.stored_weights import FORMS
 
 SIZES = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 192, "moe_intermediate_size": 96}
 SIZES |= {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"], "num_attention_heads": 4, "pad_token_id": 0}
@@ -55,10 +55,7 @@ class NoCard:
 
 def store(model: nn.Module, stored: str) -> None:
     """Its matrices in fewer bits."""
-    for name in matrices(model):
-        path, _, attribute = name.rpartition(".")
-        weight = FORMS[stored].quantize(model.get_parameter(name))
-        setattr(model.get_submodule(path), attribute, nn.Parameter(weight, requires_grad=False))
+    quantize(model, matrices(model), None, stored)
 
 
 def adapt(model: nn.Module, rank: int) -> None:

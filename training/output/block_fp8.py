@@ -17,9 +17,8 @@ from hf_moe.hub.folder import INDEX
 from hf_moe.kernels.fp8.format import BLOCK, blocks_of
 from hf_moe.staging import written_aside
 
-from ..weights.groups import part_of
+from ..weights.groups import MATRIX_PARTS, part_of
 
-PARTS = ("attention", "dense_mlp", "shared_experts", "routed_experts")
 QUANTIZATION = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -33,7 +32,7 @@ def is_stored(name: str, tensor: torch.Tensor) -> bool:
     expert = ".experts." in name  # of every family, whatever stands before
     matrix = name.endswith(".weight") and tensor.dim() == 2 and min(tensor.shape) > 1
     even = all(size % BLOCK == 0 or size < BLOCK for size in tensor.shape)
-    return matrix and even and (expert or part_of(name) in PARTS)
+    return matrix and even and (expert or part_of(name) in MATRIX_PARTS)
 
 
 def to_blocks(folder: str | Path) -> None:

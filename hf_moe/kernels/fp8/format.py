@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from ...stored_weights import blocks_of as split
+from ...stored_weights import spread, whole_of
+
 CODE = torch.float8_e4m3fn
 LARGEST = 448.0  # of E4M3
 SMALLEST = 1e-30  # an amax at least: zeros have a scale, too
@@ -36,9 +39,7 @@ class Blocks(NamedTuple):
     scales: torch.Tensor
 
     def values(self) -> torch.Tensor:
-        rows, columns = self.codes.shape[1:]
-        scales = self.scales.repeat_interleave(BLOCK, 1)[:, :rows].repeat_interleave(BLOCK, 2)[:, :, :columns]
-        return self.codes.float() * scales
+        return self.codes.float() * spread(self.scales, (BLOCK, BLOCK), self.codes.shape)
 
 
 def up_to_blocks(size: int) -> int:
@@ -65,10 +66,7 @@ def tiles_of(x: torch.Tensor) -> Tiles:
 
 def blocks_of(weight: torch.Tensor) -> Blocks:
     """Matrices [E, M, N], or one [M, N], in blocks, as releases of DeepSeek-V3 store them."""
-    weight = weight.float().view(-1, *weight.shape[-2:])
-    rows, columns = weight.shape[1:]
-    blocks = F.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = blocks.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))  # [E, rows, 128, columns, 128]
+    weight = weight.view(-1, *weight.shape[-2:])
+    blocks = split(weight, (BLOCK, BLOCK))  # [E, rows, 128, columns, 128]
     scales = scale_of(blocks.abs().amax((2, 4)), power_of_two=False)
-    codes = (blocks / scales[:, :, None, :, None]).flatten(3, 4).flatten(1, 2)
-    return Blocks(codes[:, :rows, :columns].to(CODE).contiguous(), scales)
+    return Blocks(whole_of((blocks / scales[:, :, None, :, None]).to(CODE), weight.shape), scales)
