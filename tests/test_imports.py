@@ -124,6 +124,14 @@ def test_arrows_run_down_the_order():
     assert not upwards, "\n".join(upwards)
 
 
+def test_every_package_is_installed():
+    """pyproject.toml names them one by one, since their folders stand beside each other; a checkout works without."""
+    tomllib = pytest.importorskip("tomllib")
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    packages = {name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in MODULES.items()}
+    assert packages - set(named) == set()
+
+
 def test_every_room_of_the_order_is_there():
     assert set(ORDER) == {room(name) for name in MODULES}
     assert len(ARROWS["hf_moe.training.stages.sft"]) > 5  # imports were read
