@@ -12,7 +12,7 @@ milliseconds. `--sweep` times each product under other tiles, warps and stages.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product as combinations
 from pathlib import Path
 
@@ -29,15 +29,14 @@ from hf_moe.kernels.fp8.product import product
 from hf_moe.kernels.fp8.up_projection import up_projection
 from hf_moe.kernels.fp8.weight_gradient import weight_gradient
 from hf_moe.kernels.routing_metadata import route
-from hf_moe.kernels.tiles import EVERY_TILE
 from hf_moe.version import __version__
 
 NAMES = ("OLMoE-1B-7B", "Qwen3-30B-A3B")
 GRADIENTS = ("x", "weights", "up", "down")
 SWEEP = {
-    "up": {"GROUP": (4, 8, 16), "FLATTEN": (False, True), "num_stages": (3, 4)},
-    "product": {"HALVES": (1, 2), "FLATTEN": (False, True), "num_stages": (3, 4)},
-    "weight_gradient": {"HALVES": (1, 2), "FLATTEN": (False, True), "num_stages": (3, 4)},
+    "up": {"FLATTEN": (True,), "num_stages": (3, 4), "per_processor": (1, 2)},
+    "product": {"HALVES": (1, 2), "FLATTEN": (True,), "num_stages": (3, 4, 6), "per_processor": (1, 2)},
+    "weight_gradient": {"HALVES": (1,), "FLATTEN": (True,), "num_stages": (3, 4, 6), "per_processor": (1, 2)},
 }
 
 
@@ -188,11 +187,9 @@ def products(name: str, tokens: int) -> dict[str, list[tuple[str, Callable, floa
     }
 
 
-def options(kernel: str) -> Iterator[dict]:
-    """What a sweep tries; with one program a processor where tiles are flattened."""
-    for values in combinations(*SWEEP[kernel].values()):
-        chosen = dict(zip(SWEEP[kernel], values, strict=True))
-        yield chosen | {"per_processor": 1 if chosen["FLATTEN"] else EVERY_TILE}
+def options(kernel: str) -> list[dict]:
+    """What a sweep tries."""
+    return [dict(zip(SWEEP[kernel], values, strict=True)) for values in combinations(*SWEEP[kernel].values())]
 
 
 def sweep(name: str, tokens: int) -> dict:

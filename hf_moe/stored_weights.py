@@ -53,7 +53,10 @@ class StoredWeight(torch.Tensor):
                 f"A weight that is stored as {args[0].stored} cannot be changed in place ({func}), as a merge of an "
                 "adapter does: call hf_moe.training.weights.quantized.dequantize(model) before."
             )
-        args, kwargs = tree_map_only(cls, cls.values, (args, kwargs))
+        with torch.inference_mode(
+            False
+        ):  # a view of a weight made outside, which it stands for, is no inference tensor
+            args, kwargs = tree_map_only(cls, cls.values, (args, kwargs))
         return func(*args, **kwargs)
 
 

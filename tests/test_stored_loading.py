@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from hf_moe.training.weights.groups import matrices
+from hf_moe.training.weights.quantized import quantize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM
 
@@ -44,6 +45,16 @@ def test_int4_keeps_the_least_and_the_largest_of_each_group(shape):
     assert stored.dtype == torch.float32 and stored.shape == weight.shape and not stored.values()[..., 0, :].any()
     groups = weight[..., 0].numel() * math.ceil(shape[-1] / 128)
     assert stored.bytes == weight.numel() // 2 + 4 * groups
+
+
+@pytest.mark.parametrize("stored", FORMS)
+def test_what_is_stored_computes_in_inference_mode(stored):
+    model = tiny()
+    quantize(model, matrices(model), None, stored)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    with torch.inference_mode():
+        torch.testing.assert_close(model(IDS).logits, expected)
 
 
 @pytest.mark.parametrize("stored", FORMS)

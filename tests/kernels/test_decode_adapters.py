@@ -94,12 +94,25 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("change", CHANGES)
-def test_adapters_that_are_off_merged_or_several(change):
+def test_adapters_that_are_off_merged_or_several(change, rows):
     model = model_of(MODELS["gqa, norm a head, shared"], torch.float32)
     CHANGES[change](adapted(model, LINEARS))
-    expected, actual = steps_of(model, 0, 1, ONE)
+    expected, actual = steps_of(model, 0, rows, ONE)
     assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "one that is on"])
+@torch.no_grad()
+def test_a_prompt_with_adapters(change):
+    model = model_of(MODELS["gqa, norm a head, shared"], torch.float32)
+    wrapped = adapted(model, LINEARS)
+    CHANGES.get(change, bool)(wrapped)
+    ids = torch.randint(1, 37, (1, 70), device=model.device)
+    expected = model(ids).logits
+    with fused(model, 70):
+        assert_close(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}, {"rank_pattern": {"v_proj": 2}}], ids=str)
@@ -113,7 +126,7 @@ def test_what_adds_more_than_two_products_of_one_rank_is_left_to_peft(fields):
 def test_a_recording_is_known_by_what_its_adapters_add():
     model = model_of(MODELS["gqa, norm a head, shared"], torch.float32)
     wrapped, cache = adapted(model, LINEARS), HfMoeReservedCache(1, 8)
-    model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
+    model(torch.ones(1, 3, dtype=torch.long, device=model.device), past_key_values=cache)
     first = recording_key(model, cache)
     assert recording_key(model, cache) == first
     keys = [first]

@@ -147,11 +147,11 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
     if computed is None or module.scales_input or any(x is not None for x in further):
         return None
     if rows > experts.MAX_TOKENS:
-        return many_forward(module)
+        return many_forward(module, routed)
     return few_forward(module, routed, computed, rows, (added.get(routed.up_name), added.get("down_proj")))
 
 
-def many_forward(module: HfMoeSparseMoeBlock):
+def many_forward(module: HfMoeSparseMoeBlock, routed: nn.Module):
     """Of a prompt: the kernels of training."""
     chosen = chooser(module.gate)
 
@@ -159,7 +159,7 @@ def many_forward(module: HfMoeSparseMoeBlock):
         residual, x = summed_and_normed(hidden_states, residual, norm)
         x = x.flatten(0, -2)
         weights, index = chosen(x, token_mask, input_ids)
-        out = hf_moe_experts_forward(module.experts, x, index, weights)
+        out = hf_moe_experts_forward(routed, x, index, weights)
         if module.shared_experts is not None:
             out = out + module.shared_experts(x)
         out = out.view_as(hidden_states)
