@@ -27,7 +27,6 @@ from hf_moe.kernels.fp8 import feed_forward, launch, quantise
 from hf_moe.kernels.fp8.copies import BlockCopies, quantised
 from hf_moe.kernels.fp8.product import product
 from hf_moe.kernels.fp8.up_projection import up_projection
-from hf_moe.kernels.fp8.weight_gradient import weight_gradient
 from hf_moe.kernels.routing_metadata import route
 from hf_moe.version import __version__
 
@@ -36,7 +35,6 @@ GRADIENTS = ("x", "weights", "up", "down")
 SWEEP = {
     "up": {"FLATTEN": (True,), "num_stages": (3, 4), "per_processor": (1, 2)},
     "product": {"HALVES": (1, 2), "FLATTEN": (True,), "num_stages": (3, 4, 6), "per_processor": (1, 2)},
-    "weight_gradient": {"HALVES": (1,), "FLATTEN": (True,), "num_stages": (3, 4, 6), "per_processor": (1, 2)},
 }
 
 
@@ -170,8 +168,6 @@ def products(name: str, tokens: int) -> dict[str, list[tuple[str, Callable, floa
     rest = (None, None, dtype, of, routing, True, False)
     _, activated, _ = up_projection(x, up[0], *rest)
     wide = quantise.tiles_of(torch.randn(len(activated.codes), 2 * layer.inner, device="cuda", dtype=dtype))
-    sides = {"x": (x, True), "hidden": (wide, False), "activated": (activated, False)}
-    turned = {key: quantise.turned(side, of, routing, gathered) for key, (side, gathered) in sides.items()}
     one = layer.flops / 3  # of a product with one of an expert's three matrices
     return {
         "up": [("up", lambda: up_projection(x, up[0], *rest), 2 * one)],
@@ -179,10 +175,6 @@ def products(name: str, tokens: int) -> dict[str, list[tuple[str, Callable, floa
             ("down", lambda: product(activated, down[0], dtype, of, routing), one),
             ("to the activations", lambda: product(x, down[1], dtype, of, routing, gathered=True), one),
             ("to x", lambda: product(wide, up[1], dtype, of, routing), 2 * one),
-        ],
-        "weight_gradient": [
-            ("of up", lambda: weight_gradient(turned["hidden"], turned["x"], dtype, of, routing), 2 * one),
-            ("of down", lambda: weight_gradient(turned["x"], turned["activated"], dtype, of, routing), one),
         ],
     }
 

@@ -53,9 +53,7 @@ class StoredWeight(torch.Tensor):
                 f"A weight that is stored as {args[0].stored} cannot be changed in place ({func}), as a merge of an "
                 "adapter does: call hf_moe.training.weights.quantized.dequantize(model) before."
             )
-        with torch.inference_mode(
-            False
-        ):  # a view of a weight made outside, which it stands for, is no inference tensor
+        with torch.inference_mode(False):  # views of a weight made outside are no inference tensors
             args, kwargs = tree_map_only(cls, cls.values, (args, kwargs))
         return func(*args, **kwargs)
 

@@ -62,7 +62,7 @@ def weight_gradient_kernel(
             b = side_tile(right, row, n, N, RIGHT_TMA, RIGHT_EVEN, DEPTH, COLS)
             acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
 
-        tile = acc.to(left.dtype if LEFT_TMA else left.dtype.element_ty)
+        tile = acc.to(out.dtype if OUT_TMA else out.dtype.element_ty)
         if OUT_TMA:
             out.store([expert, m, n], tile.reshape(1, ROWS, COLS))
         else:
@@ -71,25 +71,26 @@ def weight_gradient_kernel(
             tl.store(out + places, tile, mask=(rows < M)[:, None] & (cols < N)[None, :])
 
 
-def weight_gradient(left, right, experts: Experts, routing: Routing) -> torch.Tensor:
-    """[E, M, N] from the rows left (M) and right (N), both zero where filling."""
-    M, N = left.shape[1], right.shape[1]
-    out = left.new_empty(experts.num_experts, M, N)
+def weight_gradient(left, right, experts: Experts, routing: Routing, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """[E, M, N] in `dtype`, or the rows', from the rows left (M) and right (N), both zero where filling."""
+    M, N, dtype = left.shape[1], right.shape[1], dtype or left.dtype
+    out = left.new_empty(experts.num_experts, M, N, dtype=dtype)
     chosen = tiles("weight_gradient", experts.tile, left.dtype, left.device)
     chosen["DEPTH"] = min(chosen["DEPTH"], experts.tile)  # beyond its tile a row is another expert's
     m, n = chosen["ROWS"], chosen["COLS"]
+    out_tma = dtype == left.dtype and described(out, n)  # a wider tile has no room beside the operands'
     programs = experts.num_experts * triton.cdiv(M, m) * triton.cdiv(N, n)
     weight_gradient_kernel[(min(programs, chosen.pop("per_processor") * processors(left.device)),)](
         operand(left, chosen["DEPTH"], m),
         operand(right, chosen["DEPTH"], n),
-        operand(out, 1, m, n),
+        operand(out, 1, m, n) if out_tma else out,
         routing.offsets,
         num_experts=experts.num_experts,
         M=M,
         N=N,
         LEFT_TMA=described(left, m),
         RIGHT_TMA=described(right, n),
-        OUT_TMA=described(out, n),
+        OUT_TMA=out_tma,
         LEFT_EVEN=M % m == 0,
         RIGHT_EVEN=N % n == 0,
         PRECISION=precision(left.dtype),

@@ -18,7 +18,7 @@ from . import few_tokens
 from .adapters import Adapter
 from .few_tokens import Network
 from .overlap import OVERLAP, let_next_start, wait_for_last
-from .stored import RUN, Weight, alike, of_matrix, plus_product, rows_of_x, step_within
+from .stored import RUN, Weight, alike, of_matrix, plus_product, rows_of_x, settings, step_within
 
 MAX_TOKENS = 64  # one tile of rows; with more, sorting by expert is cheaper
 MAX_PART = 1024  # of a dense network: its sum over the width is cut, so that there are programs for the whole card
@@ -56,7 +56,7 @@ def tile_arguments(name: str, x: torch.Tensor, weight: Weight, columns: str, dep
     """The launch's keywords; of four bytes a value half as many fit."""
     tile = TILES[name]
     sizes = {columns: tile.columns, depth: step_within(weight, tile.depth * 2 // max(2, x.element_size()))}
-    return sizes | {"num_stages": tile.stages, "num_warps": tile.warps} | weight.settings
+    return sizes | {"num_stages": tile.stages, "num_warps": tile.warps}
 
 
 @triton.jit
@@ -126,10 +126,7 @@ def up_kernel(
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
-    FORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    LOWS: tl.constexpr,
+    STORED: tl.constexpr,  # `stored.settings`
     BY_SLOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -159,10 +156,10 @@ def up_kernel(
         of_up = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
         of_gate = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
         for start in range(0, D, BLOCK_D):
-            x = rows_of_x(x_ptr + row[:, None] * D, taken[:, None], start, D, FORM, BLOCK_D)
-            of_up = plus_product(of_up, x, up, of_part, inside, start, D, D, FORM, ROWS, COLS, LOWS, BLOCK_D)
+            x = rows_of_x(x_ptr + row[:, None] * D, taken[:, None], start, D, STORED, BLOCK_D)
+            of_up = plus_product(of_up, x, up, of_part, inside, start, D, D, STORED, BLOCK_D)
             if GATED:
-                of_gate = plus_product(of_gate, x, gate, of_part, inside, start, D, D, FORM, ROWS, COLS, LOWS, BLOCK_D)
+                of_gate = plus_product(of_gate, x, gate, of_part, inside, start, D, D, STORED, BLOCK_D)
         if BIASED:
             biased = column < tl.where(tl.program_id(0) >= parts, width, 0)
             bias = tl.load(up_bias_ptr + which * bias_stride + column, mask=biased, other=0.0)
@@ -196,10 +193,7 @@ def down_kernel(
     SHARED: tl.constexpr,
     BIASED: tl.constexpr,
     ALIGNED: tl.constexpr,
-    FORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    LOWS: tl.constexpr,
+    STORED: tl.constexpr,  # `stored.settings`
     BY_SLOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -226,9 +220,9 @@ def down_kernel(
             first, stride = tl.multiple_of(first, 16), tl.multiple_of(stride, 16)
         out = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         for start in range(0, width, BLOCK_I):
-            hidden = rows_of_x(hidden_ptr + place[:, None] * I, taken[:, None], start, width, FORM, BLOCK_I)
+            hidden = rows_of_x(hidden_ptr + place[:, None] * I, taken[:, None], start, width, STORED, BLOCK_I)
             begin, end = first + start, first + width
-            out = plus_product(out, hidden, down, column, inside, begin, end, stride, FORM, ROWS, COLS, LOWS, BLOCK_I)
+            out = plus_product(out, hidden, down, column, inside, begin, end, stride, STORED, BLOCK_I)
         if BIASED:
             biased = column < tl.where(tl.program_id(0) >= parts, D, 0)
             out += tl.load(bias_ptr + which * D + column, mask=biased, other=0.0).to(tl.float32)[None, :]
@@ -305,9 +299,9 @@ def mixture(
     one = routed or shared
     gate_bias, up_bias, down_bias = one.biases or (None, None, None)
     other = shared or one
-    settings = {"ROUTED": routed is not None, "SHARED": shared is not None, "BIASED": one.biases is not None}
-    settings |= {"BY_SLOT": by_slot, "BLOCK_K": triton.next_power_of_2(max(1, top_k))}
-    settings |= {"BLOCK_T": max(16, triton.next_power_of_2(tokens))}
+    given = {"ROUTED": routed is not None, "SHARED": shared is not None, "BIASED": one.biases is not None}
+    given |= {"BY_SLOT": by_slot, "BLOCK_K": triton.next_power_of_2(max(1, top_k))}
+    given |= {"BLOCK_T": max(16, triton.next_power_of_2(tokens))}
     hidden = torch.empty(tokens * (top_k + parts), size, dtype=x.dtype, device=x.device)
     up_kernel[(programs, triton.cdiv(size, TILES["up"].columns))](
         x,
@@ -332,7 +326,8 @@ def mixture(
         ACTIVATION=ACTIVATIONS[formula.activation],
         LIMIT=formula.limit,
         SHIFT=formula.shift,
-        **settings,
+        **given,
+        **settings(one.up, other.up),
         **tile_arguments("up", x, one.up, "BLOCK_I", "BLOCK_D"),
         **OVERLAP,
     )
@@ -355,7 +350,8 @@ def mixture(
         top_k,
         parts,
         ALIGNED=aligned,
-        **settings,
+        **given,
+        **settings(one.down, other.down, part=size),
         **tile_arguments("down", x, one.down, "BLOCK_D", "BLOCK_I"),
         **OVERLAP,
     )

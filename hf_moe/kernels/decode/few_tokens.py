@@ -23,7 +23,7 @@ from ..formula import Formula
 from .adapters import Adapter
 from .norms import normalized
 from .overlap import OVERLAP, let_next_start, wait_for_last
-from .stored import BYTES, RUN, Weight, asked, of_matrix, times, weight_of
+from .stored import RUN, Weight, asked, of_matrix, settings, sums_of, times, weight_of
 
 TILES, WARPS = (4096, 8192, 4096), 2  # weights of each form that a program holds, and its warps
 SUM_COLUMNS, SUM_WARPS = (1, 2, 1), 4  # of the sum of experts
@@ -68,10 +68,7 @@ def product_kernel(
     NORMED: tl.constexpr,
     COUNTS: tl.constexpr,
     RANK: tl.constexpr,  # as a power of two; 0 without adapters
-    FORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    LOWS: tl.constexpr,
+    STORED: tl.constexpr,  # `stored.settings`
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
@@ -89,7 +86,7 @@ def product_kernel(
                     weight, out, width, adapter = weight3, out3_ptr, columns3, adapter3
     column = block * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < width
-    first = asked(weight, column, inside, 0, depth, depth, FORM, ROWS, COLS, LOWS, BLOCK_A, False)
+    first = asked(weight, column, inside, 0, depth, depth, STORED, BLOCK_A, False)
     if NORMED:
         norm = tl.load(norm_ptr + step, mask=step < depth, other=0.0).to(tl.float32)
     if RANK > 0:
@@ -105,11 +102,11 @@ def product_kernel(
         x = tl.load(x_ptr + row * x_row + step, mask=step < depth, other=0.0)
         if NORMED:  # of one tile
             x = normalized(x, norm, depth, eps, x.dtype)
-        total = tl.sum(times(x.to(tl.float32), first, FORM, LOWS, BLOCK_A), axis=1)
+        total = tl.sum(times(x.to(tl.float32), first, STORED, BLOCK_A), axis=1)
         for start in range(BLOCK_A, depth, BLOCK_A):
             x = tl.load(x_ptr + row * x_row + start + step, mask=step + start < depth, other=0.0)
-            further = asked(weight, column, inside, start, depth, depth, FORM, ROWS, COLS, LOWS, BLOCK_A, False)
-            total += tl.sum(times(x.to(tl.float32), further, FORM, LOWS, BLOCK_A), axis=1)
+            further = asked(weight, column, inside, start, depth, depth, STORED, BLOCK_A, False)
+            total += tl.sum(times(x.to(tl.float32), further, STORED, BLOCK_A), axis=1)
         if RANK > 0:
             low = tl.load(adapter[0] + row * rank + place, mask=real, other=0.0).to(tl.float32)
             total += adapter[2] * tl.sum(low[None, :] * widen, axis=1)
@@ -159,7 +156,7 @@ def linear(
         NORMED=norm is not None,
         COUNTS=counted is not None,
         RANK=padded(rank),
-        **first.settings,
+        **settings(*weights),
         **cut,
         **OVERLAP,
     )
@@ -228,10 +225,7 @@ def up_kernel(
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
-    FORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    LOWS: tl.constexpr,
+    STORED: tl.constexpr,  # `stored.settings`
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
@@ -260,13 +254,13 @@ def up_kernel(
     of_up, of_gate = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, D, BLOCK_A):
         here = step + start < D
-        tile = asked(up, row, inside, start, D, D, FORM, ROWS, COLS, LOWS, BLOCK_A, True)
+        tile = asked(up, row, inside, start, D, D, STORED, BLOCK_A, True)
         if GATED:
-            gate_tile = asked(gate, row, inside, start, D, D, FORM, ROWS, COLS, LOWS, BLOCK_A, True)
+            gate_tile = asked(gate, row, inside, start, D, D, STORED, BLOCK_A, True)
         x = tl.load(x_ptr + token * D + start + step, mask=here, other=0.0).to(tl.float32)
-        of_up += tl.sum(times(x, tile, FORM, LOWS, BLOCK_A), axis=1)
+        of_up += tl.sum(times(x, tile, STORED, BLOCK_A), axis=1)
         if GATED:
-            of_gate += tl.sum(times(x, gate_tile, FORM, LOWS, BLOCK_A), axis=1)
+            of_gate += tl.sum(times(x, gate_tile, STORED, BLOCK_A), axis=1)
     if BIASED:
         biased = column < tl.where(program >= parts, width, 0)
         of_up += tl.load(up_bias_ptr + expert * bias_stride + column, mask=biased, other=0.0).to(tl.float32)
@@ -314,10 +308,7 @@ def sum_kernel(
     BIASED: tl.constexpr,
     ALIGNED: tl.constexpr,
     ADDS: tl.constexpr,
-    FORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    LOWS: tl.constexpr,
+    STORED: tl.constexpr,  # `stored.settings`
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
@@ -332,12 +323,12 @@ def sum_kernel(
         chosen = chosen + (tl.load(index_ptr + slots + slot),)  # noqa: RUF005
     for part in tl.static_range(PARTS):
         end = tl.minimum((part + 1) * I, shared_width)
-        tile = asked(shared_down, column, inside, part * I, end, stride, FORM, ROWS, COLS, LOWS, BLOCK_A, False)
+        tile = asked(shared_down, column, inside, part * I, end, stride, STORED, BLOCK_A, False)
         tiles = tiles + (tile,)  # noqa: RUF005
     for slot in tl.static_range(K):
         width, expert = tl.where(chosen[slot] < num_experts, I, 0), chosen[slot]
         of_expert = of_matrix(down, expert * expert_stride, expert * scale_stride)
-        tile = asked(of_expert, column, inside, 0, width, I, FORM, ROWS, COLS, LOWS, BLOCK_A, True)
+        tile = asked(of_expert, column, inside, 0, width, I, STORED, BLOCK_A, True)
         tiles = tiles + (tile,)  # noqa: RUF005
     wait_for_last()
     for slot in tl.static_range(PARTS + K):
@@ -345,13 +336,13 @@ def sum_kernel(
         rows = rows + (tl.load(place, mask=step < I, other=0.0),)  # noqa: RUF005
     for slot in tl.static_range(K):
         weights = weights + (tl.load(weights_ptr + slots + slot),)  # noqa: RUF005
-    sums: tl.constexpr = BLOCK_A if FORM == 0 else BLOCK_A // (BYTES * FORM)
+    sums: tl.constexpr = sums_of(STORED, BLOCK_A)
     products, total = tl.zeros((BLOCK_C, sums), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for part in tl.static_range(PARTS):
-        products += times(rows[part].to(tl.float32), tiles[part], FORM, LOWS, BLOCK_A)
+        products += times(rows[part].to(tl.float32), tiles[part], STORED, BLOCK_A)
     for slot in tl.static_range(K):
         row = rows[PARTS + slot].to(tl.float32) * weights[slot].to(tl.float32)
-        products += times(row, tiles[PARTS + slot], FORM, LOWS, BLOCK_A)
+        products += times(row, tiles[PARTS + slot], STORED, BLOCK_A)
         if BIASED:
             biased = column < tl.where(chosen[slot] < num_experts, D, 0)
             bias = tl.load(bias_ptr + chosen[slot] * D + column, mask=biased, other=0.0).to(tl.float32)
@@ -425,7 +416,7 @@ def activations(
         ACTIVATION=ACTIVATIONS[formula.activation],
         LIMIT=formula.limit,
         SHIFT=formula.shift,
-        **one.up.settings,
+        **settings(one.up, other.up),
         **cut,
         **OVERLAP,
     )
@@ -467,7 +458,7 @@ def mixture(
         BIASED=one.biases is not None,
         ALIGNED=size % 16 == 0 and width % 16 == 0,
         ADDS=residual is not None,
-        **one.down.settings,
+        **settings(one.down, other.down, part=size),
         BLOCK_C=columns,
         BLOCK_A=max(RUN * form, triton.next_power_of_2(size)),
         num_warps=SUM_WARPS,

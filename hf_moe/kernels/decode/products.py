@@ -13,7 +13,7 @@ from . import few_tokens
 from .adapters import Adapter
 from .norms import rms_norm
 from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
-from .stored import Weight, plus_product, rows_of_x, step_within
+from .stored import Weight, plus_product, rows_of_x, settings, step_within
 
 COLUMNS, DEPTH, STAGES = 16, 512, 4  # of a program, of a step, steps in flight
 
@@ -37,10 +37,7 @@ def product_kernel(
     x_row,
     WEIGHTS: tl.constexpr,
     COUNTS: tl.constexpr,
-    FORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    LOWS: tl.constexpr,
+    STORED: tl.constexpr,  # `stored.settings`
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -61,7 +58,7 @@ def product_kernel(
                     weight, out, width = weight3, out3_ptr, columns3
     column += block * BLOCK_C
     real, inside = row < rows, column < width
-    stride = depth // FORM if FORM > 0 else depth
+    stride = depth // STORED[0] if STORED[0] > 0 else depth
     line = tl.minimum(tl.arange(0, LINES) * LINE_VALUES, stride - 1)
     fetch(weight[0] + tl.minimum(column, width - 1)[None, :].to(tl.int64) * stride + line[:, None])
     wait_for_last()
@@ -70,8 +67,8 @@ def product_kernel(
             tl.store(count_ptr, tl.load(count_ptr) + counted)
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for start in range(0, depth, BLOCK_A):
-        x = rows_of_x(x_ptr + row[:, None] * x_row, real[:, None], start, depth, FORM, BLOCK_A)
-        total = plus_product(total, x, weight, column, inside, start, depth, depth, FORM, ROWS, COLS, LOWS, BLOCK_A)
+        x = rows_of_x(x_ptr + row[:, None] * x_row, real[:, None], start, depth, STORED, BLOCK_A)
+        total = plus_product(total, x, weight, column, inside, start, depth, depth, STORED, BLOCK_A)
     target = out + row[:, None] * width + column[None, :]
     tl.store(target, total.to(out_ptr.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
@@ -120,7 +117,7 @@ def linear(
         x.stride(0),
         WEIGHTS=len(weights),
         COUNTS=counted is not None,
-        **first.settings,
+        **settings(*weights),
         BLOCK_T=block_t,
         BLOCK_C=COLUMNS,
         BLOCK_A=step_within(first, most_depth(block_t, x, depth)),

@@ -40,11 +40,6 @@ class Weight(NamedTuple):
         """From one matrix to the next: of codes, and of scales."""
         return self.codes.stride(0), 0 if self.scales is None else self.scales.stride(0)
 
-    @property
-    def settings(self) -> dict[str, int]:
-        """What the kernels know when they are compiled."""
-        return {"FORM": self.form, "ROWS": self.block[0], "COLS": self.block[1], "LOWS": self.lows is not None}
-
     def like(self, shape: tuple[int, ...], *parts: torch.Tensor | None) -> "Weight":
         return Weight(*parts, shape, self.form, self.block)
 
@@ -103,6 +98,14 @@ def alike(*weights: Weight | None) -> bool:
     return None not in weights and len({(x.form, x.block, x.lows is None) for x in weights if x is not None}) == 1
 
 
+def settings(*weights: Weight, part: int = 0) -> dict[str, tuple]:
+    """What the kernels know of weights that are `alike` when they are compiled: form, rows and columns of a block,
+    whether there are lows, and whether rows, and parts of so many columns, are whole runs, which are read at once."""
+    first = weights[0]
+    whole = first.form > 0 and not any(size % (RUN * first.form) for size in (part, *(x.shape[-1] for x in weights)))
+    return {"STORED": (first.form, *first.block, first.lows is not None, whole)}
+
+
 def step_within(weight: Weight, depth: int) -> int:
     """The depth of a matrix product's step: within a block, whose scale it meets."""
     return depth if weight.form == 0 else min(depth, weight.block[1])
@@ -124,6 +127,13 @@ def scale_tile(weight, place, mask, LOWS: tl.constexpr):
 
 
 @triton.jit
+def bytes_of(numbers, STORED: tl.constexpr):
+    """Of a row, or from its beginning on, how many bytes so many numbers take."""
+    count = numbers // STORED[0]
+    return tl.multiple_of(count, BYTES) if STORED[4] else count
+
+
+@triton.jit
 def asked(
     weight,
     column,
@@ -131,10 +141,7 @@ def asked(
     start,
     end,
     depth,
-    FORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    LOWS: tl.constexpr,
+    STORED: tl.constexpr,
     BLOCK_A: tl.constexpr,
     ONCE: tl.constexpr,  # no other program reads it
 ):
@@ -142,6 +149,7 @@ def asked(
 
     From `end` on it is 0. Values are [C, A], bytes [C, runs, BYTES]; scales and lows [C, runs].
     """
+    FORM: tl.constexpr = STORED[0]
     row = column.to(tl.int64)
     if FORM == 0:
         step = start + tl.arange(0, BLOCK_A)
@@ -151,19 +159,52 @@ def asked(
     else:
         run, byte = tl.arange(0, BLOCK_A // (BYTES * FORM)), tl.arange(0, BYTES)
         first = start + run * (BYTES * FORM)
-        places = (first // FORM)[:, None] + byte[None, :]
-        mask = inside[:, None, None] & (places * FORM < end)[None, :, :]
-        codes = weight[0] + row[:, None, None] * (depth // FORM) + places[None, :, :]
+        places = (bytes_of(start, STORED) + run * BYTES)[:, None] + byte[None, :]
+        if STORED[4]:
+            mask = inside[:, None, None] & (first < end)[None, :, None]
+        else:
+            mask = inside[:, None, None] & (places * FORM < end)[None, :, :]
+        codes = weight[0] + row[:, None, None] * bytes_of(depth, STORED) + places[None, :, :]
         codes = tl.load(codes, mask=mask, other=0, eviction_policy="evict_first" if ONCE else "")
-        grid = (row // ROWS)[:, None] * tl.cdiv(depth, COLS) + (first // COLS)[None, :]
-        scales, lows = scale_tile(weight, grid, inside[:, None] & (first < end)[None, :], LOWS)
+        grid = (row // STORED[1])[:, None] * tl.cdiv(depth, STORED[2]) + (first // STORED[2])[None, :]
+        scales, lows = scale_tile(weight, grid, inside[:, None] & (first < end)[None, :], STORED[3])
         got = (codes, scales, lows)
     return got
 
 
 @triton.jit
-def times(x, got, FORM: tl.constexpr, LOWS: tl.constexpr, BLOCK_A: tl.constexpr):
+def sums_of(STORED: tl.constexpr, BLOCK_A: tl.constexpr):
+    """How many sums of a row `times` gives."""
+    return BLOCK_A if STORED[0] == 0 else BLOCK_A // (BYTES * STORED[0])
+
+
+@triton.jit
+def above_128(byte, SHIFT: tl.constexpr, dtype: tl.constexpr):
+    """128 plus the lower code of a byte (SHIFT 0), or the higher one (4), exact in any type: bits of a mantissa, since
+    a card converts integers at an eighth of the speed."""
+    if dtype == tl.float32:
+        bits = (byte.to(tl.int32) << (16 - SHIFT)) & 0xF0000 | 0x43000000
+    elif dtype == tl.float16:
+        bits = (byte.to(tl.int16) << 3 >> SHIFT) & 0x78 | 0x5800
+    else:
+        tl.static_assert(dtype == tl.bfloat16)
+        bits = (byte.to(tl.int16) >> SHIFT) & 0xF | 0x4300
+    return bits.to(dtype, bitcast=True)
+
+
+@triton.jit
+def lows_of(scales, lows, STORED: tl.constexpr):
+    """What each x adds beside its code times the scale, of codes that are `above_128`."""
+    out = lows
+    if STORED[0] == 2:
+        out = (lows if STORED[3] else 0.0) - 128 * scales
+    return out
+
+
+@triton.jit
+def times(x, got, STORED: tl.constexpr, BLOCK_A: tl.constexpr):
     """x [A] in float32 times what was `asked` for: products, or their sums over runs, [C, .] to be summed up."""
+    FORM: tl.constexpr = STORED[0]
     if FORM == 0:
         out = x[None, :] * got[0].to(tl.float32)
     else:
@@ -175,20 +216,20 @@ def times(x, got, FORM: tl.constexpr, LOWS: tl.constexpr, BLOCK_A: tl.constexpr)
         else:
             even, odd = tl.split(tl.reshape(x, (BLOCK_A // 2, 2)))
             even, odd = tl.reshape(even, (runs, BYTES)), tl.reshape(odd, (runs, BYTES))
-            sums = tl.sum(even[None, :, :] * (got[0] & 15).to(tl.float32), axis=2)
-            sums += tl.sum(odd[None, :, :] * (got[0] >> 4).to(tl.float32), axis=2)
+            sums = tl.sum(even[None, :, :] * above_128(got[0], 0, tl.float32), axis=2)
+            sums += tl.sum(odd[None, :, :] * above_128(got[0], 4, tl.float32), axis=2)
             of_x = even + odd
         out = sums * got[1]
-        if LOWS:
-            out += tl.sum(of_x, axis=1)[None, :] * got[2]
+        if STORED[3] or FORM == 2:
+            out += tl.sum(of_x, axis=1)[None, :] * lows_of(got[1], got[2], STORED)
     return out
 
 
 @triton.jit
-def rows_of_x(x, mask_row, start, end, FORM: tl.constexpr, BLOCK_A: tl.constexpr):
+def rows_of_x(x, mask_row, start, end, STORED: tl.constexpr, BLOCK_A: tl.constexpr):
     """x [T, A] of pointers [T, 1] to rows, from `start` to start + BLOCK_A, 0 from `end` on: whole, or of two codes a
     byte the even columns and the odd."""
-    if FORM == 2:
+    if STORED[0] == 2:
         step = start + 2 * tl.arange(0, BLOCK_A // 2)
         mask = mask_row & (step < end)[None, :]
         got = (tl.load(x + step[None, :], mask=mask, other=0.0), tl.load(x + step[None, :] + 1, mask=mask, other=0.0))
@@ -205,34 +246,39 @@ def plus_product(
     weight,
     column,
     inside,
-    start,
+    start,  # a multiple of BLOCK_A, of which a block's columns are another
     end,
     depth,
-    FORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,  # a multiple of BLOCK_A, as `start` is
-    LOWS: tl.constexpr,
+    STORED: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
     """total [T, C] + x W^T of one step of the depth, by a matrix product."""
+    FORM: tl.constexpr = STORED[0]
     row = column.to(tl.int64)
-    step = start // FORM + tl.arange(0, BLOCK_A // FORM) if FORM > 0 else start + tl.arange(0, BLOCK_A)
-    stride = depth // FORM if FORM > 0 else depth
-    mask = (step * FORM < end)[:, None] & inside[None, :] if FORM > 0 else (step < end)[:, None] & inside[None, :]
-    codes = tl.load(weight[0] + row[None, :] * stride + step[:, None], mask=mask, other=0)
     dtype: tl.constexpr = x[0].dtype
     if FORM == 0:
-        total = tl.dot(x[0], codes, total, input_precision="ieee")
+        step = start + tl.arange(0, BLOCK_A)
+        mask = (step < end)[:, None] & inside[None, :]
+        values = tl.load(weight[0] + row[None, :] * depth + step[:, None], mask=mask, other=0)
+        total = tl.dot(x[0], values, total, input_precision="ieee")
     else:
-        scales, lows = scale_tile(weight, row // ROWS * tl.cdiv(depth, COLS) + start // COLS, inside, LOWS)
+        byte = tl.arange(0, BLOCK_A // FORM)
+        step = bytes_of(start, STORED) + byte
+        # Of whole runs none is cut, and what is said of a run's first byte lets it be read at once.
+        ahead = start + byte // BYTES * BYTES * FORM if STORED[4] else step * FORM
+        mask = (ahead < end)[:, None] & inside[None, :]
+        codes = weight[0] + row[None, :] * bytes_of(depth, STORED) + step[:, None]
+        codes = tl.load(codes, mask=mask, other=0)
+        place = row // STORED[1] * tl.cdiv(depth, STORED[2]) + start // STORED[2]
+        scales, lows = scale_tile(weight, place, inside, STORED[3])
         if FORM == 1:
             sums = tl.dot(x[0], codes.to(tl.float8e4nv, bitcast=True).to(dtype), input_precision="ieee")
             of_x = x[0].to(tl.float32)
         else:
-            sums = tl.dot(x[0], (codes & 15).to(dtype), input_precision="ieee")
-            sums = tl.dot(x[1], (codes >> 4).to(dtype), sums, input_precision="ieee")
+            sums = tl.dot(x[0], above_128(codes, 0, dtype), input_precision="ieee")
+            sums = tl.dot(x[1], above_128(codes, 4, dtype), sums, input_precision="ieee")
             of_x = x[0].to(tl.float32) + x[1].to(tl.float32)
         total += sums * scales[None, :]
-        if LOWS:
-            total += tl.sum(of_x, axis=1)[:, None] * lows[None, :]
+        if STORED[3] or FORM == 2:
+            total += tl.sum(of_x, axis=1)[:, None] * lows_of(scales, lows, STORED)[None, :]
     return total

@@ -1,7 +1,8 @@
-"""Backward of the activation and of the weighting, in one pass over memory that reads and writes FP8.
+"""Backward of the activation and of the weighting, in one pass over memory that reads the up-projection in FP8.
 
-With d_s = dO_t W_down of a slot s, g = w_s d_s act'(h) is the gradient of the up-projection h; W_down's takes the
-weighted activations w_s A_s, computed again from h in FP8 (V3, 3.3.3); <d_s, A_s> is that of w_s.
+With d_s = dO_t W_down of a slot s, g = w_s d_s act'(h) is the gradient of the up-projection h, in FP8 for that of x,
+as it is for that of the weight; W_down's takes the weighted activations w_s A_s, computed again from h in FP8 (V3,
+3.3.3); <d_s, A_s> is that of w_s.
 """
 
 import torch
@@ -18,17 +19,14 @@ from .quantise import in_tiles
 
 @triton.jit
 def activation_backward_kernel(
-    product,  # rows [R, I]: d_s
+    product,  # rows [R, I]: d_s, overwritten by w_s A_s if NEED_WEIGHTED
     hidden,  # places [S, U]
     hidden_scales,  # [blocks of U, S]
     weights,  # [T, K]
+    codes,  # rows [R, U]: g in tiles
+    scales,  # [blocks of U, R]
     gradient,  # rows [R, U]: g
-    gradient_scales,  # [blocks of U, R]
-    activated,  # rows [R, I]: w_s A_s
-    activated_scales,  # [blocks of I, R]
     scores,  # [blocks of I, R]: <d_s, A_s> of a block
-    plain_gradient,  # rows [R, U]: g before it was quantised
-    plain_activated,  # rows [R, I]: w_s A_s likewise
     slot_of_row,
     offsets,
     tiles,
@@ -41,10 +39,9 @@ def activation_backward_kernel(
     INTERLEAVED: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
-    NEED_HIDDEN: tl.constexpr,
+    NEED_TILES: tl.constexpr,
+    NEED_GRADIENT: tl.constexpr,
     NEED_WEIGHTED: tl.constexpr,
-    PLAIN_HIDDEN: tl.constexpr,
-    PLAIN_WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     tl.static_assert(not INTERLEAVED)
@@ -59,7 +56,8 @@ def activation_backward_kernel(
     inside = slots >= 0
     kept = inside[:, None]
     weight = tl.load(weights + slots, mask=inside, other=0.0).to(tl.float32)[:, None]
-    d = tl.load(product + rows.to(tl.int64)[:, None] * INNER + cols[None, :], mask=kept, other=0.0).to(tl.float32)
+    at_product = product + rows.to(tl.int64)[:, None] * INNER + cols[None, :]
+    d = tl.load(at_product, mask=kept, other=0.0).to(tl.float32)
     at = hidden + place.to(tl.int64)[:, None] * U + cols[None, :]
     at_scales = hidden_scales + block * places + place
     gate = tl.load(at, mask=kept, other=0.0).to(tl.float32) * tl.load(at_scales, mask=inside, other=0.0)[:, None]
@@ -70,33 +68,24 @@ def activation_backward_kernel(
     value, gate_slope, up_slope = activate(gate, up, ACTIVATION, GATED, LIMIT, SHIFT)
     tl.store(scores + block * rows_size + rows, tl.sum(d * value, 1))
     if NEED_WEIGHTED:
-        store_tiles(weight * value, activated, activated_scales, rows, block, INNER, rows_size)
-    if PLAIN_WEIGHTED:
-        store_plain(weight * value, plain_activated, rows, block, INNER)
+        tl.store(at_product, (weight * value).to(product.dtype.element_ty))
     d *= weight
-    if NEED_HIDDEN:
-        store_tiles(d * gate_slope, gradient, gradient_scales, rows, block, U, rows_size)
-        if GATED:
-            store_tiles(d * up_slope, gradient, gradient_scales, rows, blocks + block, U, rows_size)
-    if PLAIN_HIDDEN:
-        store_plain(d * gate_slope, plain_gradient, rows, block, U)
-        if GATED:
-            store_plain(d * up_slope, plain_gradient, rows, blocks + block, U)
+    needs: tl.constexpr = (NEED_TILES, NEED_GRADIENT)
+    store(d * gate_slope, codes, scales, gradient, rows, block, U, rows_size, needs)
+    if GATED:
+        store(d * up_slope, codes, scales, gradient, rows, blocks + block, U, rows_size, needs)
 
 
 @triton.jit
-def store_plain(value, out, rows, block, size):
+def store(value, codes, scales, plain, rows, block, size, rows_size, NEEDS: tl.constexpr):
+    """[ROWS, 128] as the block `block` of their columns, quantised along these, and as they are."""
     at = rows.to(tl.int64)[:, None] * size + (block * 128 + tl.arange(0, 128))[None, :]
-    tl.store(out + at, value.to(out.dtype.element_ty))
-
-
-@triton.jit
-def store_tiles(value, codes, scales, rows, block, size, rows_size):
-    """Quantise [ROWS, 128] along its columns, to the block `block` of them."""
-    value, scale = in_tiles(value, 1)
-    at = rows.to(tl.int64)[:, None] * size + (block * 128 + tl.arange(0, 128))[None, :]
-    tl.store(codes + at, value.to(codes.dtype.element_ty))
-    tl.store(scales + block * rows_size + rows, scale)
+    if NEEDS[1]:
+        tl.store(plain + at, value.to(plain.dtype.element_ty))
+    if NEEDS[0]:
+        value, scale = in_tiles(value, 1)
+        tl.store(codes + at, value.to(codes.dtype.element_ty))
+        tl.store(scales + block * rows_size + rows, scale)
 
 
 def activation_backward(
@@ -105,34 +94,24 @@ def activation_backward(
     weights: torch.Tensor,
     experts: Experts,
     routing: Routing,
-    need_hidden: bool,
+    need_tiles: bool,
+    need_gradient: bool,
     need_weighted: bool,
-    plain_hidden: bool,
-    plain_weighted: bool,
-) -> tuple[Tiles, Tiles, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows of g (U), rows of the weighted activations (I), <d_s, A_s> of rows, of each block of I; and the first two
-    before they were quantised."""
+) -> tuple[Tiles, torch.Tensor, torch.Tensor]:
+    """Rows of g (U), in tiles and as they are, and <d_s, A_s> of rows and blocks of I; `product` becomes w_s A_s."""
     rows, inner = product.shape
     width = experts.halves * inner
-
-    def tiles(columns: int, needed: bool) -> Tiles:
-        shape = (rows, columns) if needed else (0, 0)
-        return Tiles(hidden.codes.new_empty(shape), hidden.scales.new_empty(shape[1] // BLOCK, shape[0]))
-
-    gradient, activated = tiles(width, need_hidden), tiles(inner, need_weighted)
-    plain = [
-        product.new_empty(rows if needed else 0, columns)
-        for columns, needed in ((width, plain_hidden), (inner, plain_weighted))
-    ]
+    shape = (rows, width) if need_tiles else (0, 0)
+    tiles = Tiles(hidden.codes.new_empty(shape), hidden.scales.new_empty(shape[1] // BLOCK, shape[0]))
+    gradient = product.new_empty(rows if need_gradient else 0, width)
     scores = product.new_empty(inner // BLOCK, rows, dtype=torch.float32)
     activation_backward_kernel[(rows // PASS_ROWS, inner // BLOCK)](
         product,
         *hidden,
         weights,
-        *gradient,
-        *activated,
+        *tiles,
+        gradient,
         scores,
-        *plain,
         routing.slot_of_row,
         routing.offsets,
         routing.tiles,
@@ -141,12 +120,11 @@ def activation_backward(
         places=hidden.scales.shape[1],
         rows_size=rows,
         **experts.formula_options,
-        NEED_HIDDEN=need_hidden,
+        NEED_TILES=need_tiles,
+        NEED_GRADIENT=need_gradient,
         NEED_WEIGHTED=need_weighted,
-        PLAIN_HIDDEN=plain_hidden,
-        PLAIN_WEIGHTED=plain_weighted,
         ROWS=PASS_ROWS,
         num_warps=4,
         **FUSED,
     )
-    return gradient, activated, scores, *plain
+    return tiles, gradient, scores

@@ -1,6 +1,8 @@
 """The definition of FP8 training, in PyTorch: operands are quantised, and their values multiplied in float32.
 
-DeepSeek-V3, https://arxiv.org/abs/2412.19437, 3.3. It runs anywhere, slowly; the kernels have to agree with it.
+DeepSeek-V3, https://arxiv.org/abs/2412.19437, 3.3. Of a product's gradients only the input's is in FP8: that of the
+weight, which sums over tokens, would have to quantise both of its operands again. It runs anywhere, slowly; the
+kernels have to agree with it.
 """
 
 import torch
@@ -16,30 +18,24 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return left @ right
 
 
-def turned(x: torch.Tensor) -> torch.Tensor:
-    """The values [N, R] of x [R, N], values of tiles along N, in tiles of 128 of its rows."""
-    return tiles_of(x.T).values()[: x.shape[1]]
-
-
 class Linear(torch.autograd.Function):
-    """x [T, K] by a weight [N, K]: all three products of forward and backward have operands in FP8."""
+    """x [T, K] by a weight [N, K]: the products with the weight have operands in FP8."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        tiles = tiles_of(x)
-        ctx.save_for_backward(*tiles, weight)
-        return product(tiles.values(), in_blocks(weight)[0].values()[0].T)[: len(x)].to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return product(tiles_of(x).values(), in_blocks(weight)[0].values()[0].T)[: len(x)].to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        *x, weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad
-        values = tiles_of(grad).values()
         grad_x = grad_weight = None
         if need_x:
+            values = tiles_of(grad).values()
             grad_x = product(values, in_blocks(weight)[0].values()[0])[: len(grad)].to(grad.dtype)
         if need_weight:
-            grad_weight = product(turned(values), turned(Tiles(*x).values()).T).to(weight.dtype)
+            grad_weight = product(grad.float().T, x.float()).to(weight.dtype)
         return grad_x, grad_weight
 
 
@@ -58,13 +54,12 @@ class Experts(torch.autograd.Function):
     """sum_k weights[t, k] FFN_{index[t, k]}(x[t]) [T, D], and the weighted activations narrowed [T, K, r].
 
     The arguments are those of operators.experts.
-    Kept are x and the up-projection, in FP8; activations are computed again from it (V3, 3.3.3).
+    Kept are x, and the up-projection in FP8; activations are computed again from it (V3, 3.3.3).
     """
 
     @staticmethod
     def forward(ctx, x, index, weights, up, down, low, widen, narrow, formula: Formula):
-        tiles = tiles_of(x)
-        values, up_values, down_values = tiles.values(), in_blocks(up)[0].values(), in_blocks(down)[0].values()
+        values, up_values, down_values = (y.values() for y in (tiles_of(x), in_blocks(up)[0], in_blocks(down)[0]))
         output, kept = torch.zeros_like(x, dtype=torch.float32), []
         narrowed = None if narrow is None else x.new_zeros(*index.shape, narrow.shape[1])
         for expert in range(len(up)):
@@ -82,13 +77,13 @@ class Experts(torch.autograd.Function):
             rows = product(activated, down_values[expert].T).to(x.dtype)
             output.index_add_(0, token, rows.float() * weight)
         ctx.formula = formula
-        ctx.save_for_backward(*tiles, index, weights, up, down, low, widen, narrow, *kept)
+        ctx.save_for_backward(x, index, weights, up, down, low, widen, narrow, *kept)
         return output.to(x.dtype), narrowed
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor, grad_narrowed: torch.Tensor | None):
-        codes, scales, index, weights, up, down, low, widen, narrow, *kept = ctx.saved_tensors
-        x, of_output = Tiles(codes, scales).values(), tiles_of(grad).values()
+        x, index, weights, up, down, low, widen, narrow, *kept = ctx.saved_tensors
+        of_output = tiles_of(grad).values()
         up_values, down_values = in_blocks(up)[0].values(), in_blocks(down)[0].values()
         grad_x = torch.zeros_like(grad, dtype=torch.float32)
         grad_weights, grad_up, grad_down, grad_low, grad_widen, grad_narrow = (
@@ -112,8 +107,8 @@ class Experts(torch.autograd.Function):
             if low is not None:
                 grad_widen[expert] = product(grad_hidden.T, low[token, expert].float())
                 grad_low[:, expert].index_add_(0, token, product(grad_hidden, widen[expert].float()).to(low.dtype))
-            grad_hidden, weighted = (tiles_of(rows).values()[: len(token)] for rows in (grad_hidden, weighted))
-            grad_x.index_add_(0, token, product(grad_hidden, up_values[expert]).to(grad.dtype).float())
-            grad_down[expert] = product(turned(of_output[token]), turned(weighted).T)
-            grad_up[expert] = product(turned(grad_hidden), turned(x[token]).T)
+            grad_down[expert] = product(grad[token].float().T, weighted)
+            grad_up[expert] = product(grad_hidden.T, x[token].float())
+            values = tiles_of(grad_hidden).values()[: len(token)]
+            grad_x.index_add_(0, token, product(values, up_values[expert]).to(grad.dtype).float())
         return grad_x.to(grad.dtype), None, grad_weights, grad_up, grad_down, grad_low, grad_widen, grad_narrow, None

@@ -1,4 +1,4 @@
-"""The experts implementation "fp8": both products of an expert in FP8, and those of their backward."""
+"""The experts implementation "fp8": both products of an expert in FP8, and in the backward those with weights."""
 
 import torch
 from torch import nn

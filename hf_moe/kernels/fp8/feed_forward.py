@@ -1,10 +1,10 @@
 """The experts of a layer and linear layers in FP8, forward and backward: which kernels, in which order.
 
-Kept for the backward: x and the up-projection in FP8, and the routing. What an adapter adds (..low_rank) the other
-kernels compute, in the type of x.
+Kept for the backward: x, the up-projection in FP8, and the routing. Gradients of weights, and what an adapter adds
+(..low_rank), the other kernels compute, in the type of x.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 
@@ -14,15 +14,14 @@ from ..grouped_product import product as product_in_bf16
 from ..layer import Experts
 from ..low_rank import places
 from ..routing_metadata import Routing, empty_routing, route
-from ..token_rows import combine
-from ..weight_gradient import weight_gradient as weight_gradient_in_bf16
+from ..token_rows import combine, gather
+from ..weight_gradient import weight_gradient
 from .activation_backward import activation_backward
 from .copies import in_blocks
-from .format import BLOCK, CODE, Tiles, up_to_blocks
+from .format import BLOCK, CODE, Blocks, Tiles, up_to_blocks
 from .product import product
-from .quantise import tiles_of, turned
+from .quantise import tiles_of
 from .up_projection import up_projection
-from .weight_gradient import weight_gradient
 
 
 def layer(top_k: int, down: torch.Tensor, formula: Formula) -> Experts:
@@ -32,22 +31,22 @@ def layer(top_k: int, down: torch.Tensor, formula: Formula) -> Experts:
 
 def up(
     x, index, weights, up, down, low, widen, formula: Formula, save: bool, plain: bool
-) -> tuple[Tiles, Tiles, Tiles, torch.Tensor, Routing]:
-    """Activations in rows, the up-projection in places (none unless `save`), x in tiles, activations before they
-    were quantised (no rows unless `plain`), and the routing."""
+) -> tuple[Tiles, Tiles, torch.Tensor, Routing]:
+    """Activations in rows, the up-projection in places (none unless `save`), activations before they were quantised
+    (no rows unless `plain`), and the routing."""
     experts = layer(index.shape[1], down, formula)
     if index.numel() == 0:
         routing = empty_routing(index, experts.num_experts)
         rows = experts.row_tiles(routing) * BLOCK
-        sizes = (rows, experts.inner), (0, experts.halves * experts.inner), x.shape
+        sizes = (rows, experts.inner), (0, experts.halves * experts.inner)
         exact = x.new_empty(rows if plain else 0, experts.inner)
         return *(unwritten(x.device, *size) for size in sizes), exact, routing
     with on(x.device):
         routing = route(index, weights, experts.num_experts, experts.tile, skip_zero=not save)
-        tiles = tiles_of(x)
         blocks, _ = in_blocks(up)
-        hidden, activated, exact = up_projection(tiles, blocks, low, widen, x.dtype, experts, routing, save, plain)
-    return activated, hidden, tiles, exact, routing
+        rest = (low, widen, x.dtype, experts, routing, save, plain)
+        hidden, activated, exact = up_projection(tiles_of(x), blocks, *rest)
+    return activated, hidden, exact, routing
 
 
 def narrowed(plain, index, weights, narrow, down, routing: Routing) -> torch.Tensor:
@@ -79,7 +78,7 @@ def down(like, activated: Tiles, index, weights, down, routing: Routing) -> torc
 def backward(
     grad,
     grad_narrowed,
-    x: Tiles,
+    x,
     index,
     weights,
     up,
@@ -99,49 +98,43 @@ def backward(
     need_x, need_weights, need_up, need_down, need_low, need_widen, need_narrow = needs
     grad_x = grad_weights = grad_up = grad_down = grad_low = grad_widen = grad_narrow = None
     experts = layer(index.shape[1], down, formula)
-    turn = partial(turned, experts=experts, routing=routing)
     with on(grad.device):
-        of_output, of_narrowed, back = tiles_of(grad), None, None
+        of_narrowed = back = None
         if grad_narrowed is not None and narrow is not None:
             like = grad_narrowed.new_empty(experts.row_tiles(routing) * BLOCK, 0)
             of_narrowed, back = rows_of(grad_narrowed.flatten(0, 1), like, routing), narrow.mT.contiguous()
-        rows = product(of_output, in_blocks(down)[1], grad.dtype, experts, routing, True, of_narrowed, back)
-        grad_hidden, weighted, scores, plain_gradient, plain_weighted = activation_backward(
-            rows,
+        activated = product(tiles_of(grad), in_blocks(down)[1], grad.dtype, experts, routing, True, of_narrowed, back)
+        tiles, grad_hidden, scores = activation_backward(
+            activated,
             hidden,
             weights,
             experts,
             routing,
-            need_x or need_up,
-            need_down,
-            need_low or need_widen,
-            need_narrow,
+            need_x,
+            need_up or need_low or need_widen,
+            need_down or need_narrow,
         )
-        del rows
-        if need_x:
-            rows = product(grad_hidden, in_blocks(up)[1], grad.dtype, experts, routing)
-            grad_x = combine(rows, None, experts, routing)
-            del rows
         if need_weights:
             slots = slots_of(scores.sum(0).unsqueeze(1), routing)
             grad_weights = slots.view(weights.shape).to(weights.dtype)
-        if need_up:
-            sides = turn(grad_hidden, gathered=False), turn(x, gathered=True)
-            grad_up = weight_gradient(*sides, up.dtype, experts, routing)
-            del sides
         if need_down:
-            sides = turn(of_output, gathered=True), turn(weighted, gathered=False)
-            grad_down = weight_gradient(*sides, down.dtype, experts, routing)
+            grad_down = weight_gradient(gather(grad, experts, routing), activated, experts, routing, down.dtype)
         if need_narrow and of_narrowed is None:
             grad_narrow = torch.zeros_like(narrow)
         elif need_narrow:
-            grad_narrow = weight_gradient_in_bf16(of_narrowed, plain_weighted, experts, routing)
+            grad_narrow = weight_gradient(of_narrowed, activated, experts, routing)
+        del activated
+        if need_x:
+            rows = product(tiles, in_blocks(up)[1], grad.dtype, experts, routing)
+            grad_x = combine(rows, None, experts, routing)
+            del rows, tiles
+        if need_up:
+            grad_up = weight_gradient(grad_hidden, gather(x, experts, routing), experts, routing, up.dtype)
         if need_widen:
             chosen = low.gather(1, places(index, low)).flatten(0, 1)
-            chosen = rows_of(chosen, plain_gradient, routing)
-            grad_widen = weight_gradient_in_bf16(plain_gradient, chosen, experts, routing)
+            grad_widen = weight_gradient(grad_hidden, rows_of(chosen, grad_hidden, routing), experts, routing)
         if need_low:
-            rows = product_in_bf16(plain_gradient, widen, None, False, experts, routing, kernel="narrow")
+            rows = product_in_bf16(grad_hidden, widen, None, False, experts, routing, kernel="narrow")
             grad_low = torch.zeros_like(low)
             grad_low.scatter_add_(1, places(index, low), slots_of(rows, routing).view(*index.shape, -1))
     gradients = (grad_x, grad_weights, grad_up, grad_down, grad_low, grad_widen, grad_narrow)
@@ -160,27 +153,20 @@ def dense(rows: int, device: torch.device) -> tuple[Experts, Routing]:
     return Experts(1, 0, 1, Formula("linear", gated=False), BLOCK), routing
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, Tiles]:
-    """x [T, K] by a weight [N, K], and x in tiles."""
-    if len(x) == 0:
-        return x.new_empty(0, len(weight)), unwritten(x.device, *x.shape)
-    with on(x.device):
-        tiles = tiles_of(x)
-        return product(tiles, in_blocks(weight)[0], x.dtype, *dense(len(x), x.device))[: len(x)], tiles
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, K] by a weight [N, K]."""
+    return by_blocks(x, len(weight), in_blocks(weight)[0])
 
 
-def linear_backward(grad: torch.Tensor, x: Tiles, weight: torch.Tensor, needs) -> list[torch.Tensor]:
+def linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs) -> list[torch.Tensor]:
     """Gradients of those of x and weight that `needs` marks."""
     need_x, need_weight = needs
-    if len(grad) == 0:
-        both = (grad.new_empty(0, weight.shape[1]), torch.zeros_like(weight))
-        return [tensor for tensor, need in zip(both, needs, strict=True) if need]
-    gradients, (experts, routing) = [], dense(len(grad), grad.device)
-    with on(grad.device):
-        tiles = tiles_of(grad)
-        if need_x:
-            gradients.append(product(tiles, in_blocks(weight)[1], grad.dtype, experts, routing)[: len(grad)])
-        if need_weight:
-            sides = [turned(side, experts, routing, gathered=True) for side in (tiles, x)]
-            gradients.append(weight_gradient(*sides, weight.dtype, experts, routing)[0])
-    return gradients
+    gradients = [by_blocks(grad, weight.shape[1], in_blocks(weight)[1])] if need_x else []
+    return gradients + ([(grad.mT @ x).to(weight.dtype)] if need_weight else [])
+
+
+def by_blocks(x: torch.Tensor, columns: int, blocks: Blocks) -> torch.Tensor:
+    if len(x) == 0:
+        return x.new_empty(0, columns)
+    with on(x.device):
+        return product(tiles_of(x), blocks, x.dtype, *dense(len(x), x.device))[: len(x)]

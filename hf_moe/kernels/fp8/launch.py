@@ -4,21 +4,15 @@ import torch
 import triton
 
 from ..launch import FUSED
-from ..tiles import processors
+from ..tiles import EVERY_TILE, processors
 from .format import BLOCK
 
 PASS_ROWS = 16  # of one program of a pass over memory, 128 columns wide
 LARGE = {
     "up": {"GROUP": 8, "FLATTEN": True, "per_processor": 1, "num_warps": 8, "num_stages": 4},
+    # Beside a low-rank part four stages have no room.
+    "up_low_rank": {"GROUP": 8, "FLATTEN": False, "per_processor": EVERY_TILE, "num_warps": 8, "num_stages": 3},
     "product": {"HALVES": 1, "GROUP": 8, "FLATTEN": True, "per_processor": 1, "num_warps": 8, "num_stages": 4},
-    "weight_gradient": {
-        "HALVES": 1,
-        "GROUP": 16,
-        "FLATTEN": True,
-        "per_processor": 1,
-        "num_warps": 8,
-        "num_stages": 3,
-    },
 }
 
 

@@ -17,12 +17,11 @@ def computes(x: torch.Tensor) -> bool:
 
 
 @torch.library.custom_op("hf_moe::fp8_linear", mutates_args=())
-def linear(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [T, K] by a weight [N, K] in FP8, and x's codes and scales."""
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, K] by a weight [N, K] in FP8."""
     from . import feed_forward
 
-    output, tiles = feed_forward.linear(x.contiguous(), contiguous(weight))
-    return output, *tiles
+    return feed_forward.linear(x.contiguous(), contiguous(weight))
 
 
 def empty_tiles(like: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,33 +31,30 @@ def empty_tiles(like: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tens
 
 @linear.register_fake
 def _(x, weight):
-    return x.new_empty(len(x), len(weight)), *empty_tiles(x, up_to_blocks(len(x)), x.shape[1])
+    return x.new_empty(len(x), len(weight))
 
 
 @torch.library.custom_op("hf_moe::fp8_linear_backward", mutates_args=())
 def linear_backward(
-    grad: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, needs: list[bool]
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: list[bool]
 ) -> list[torch.Tensor]:
     """Gradients of those of x and weight that `needs` marks."""
     from . import feed_forward
 
-    return feed_forward.linear_backward(grad.contiguous(), Tiles(codes, scales), contiguous(weight), needs)
+    return feed_forward.linear_backward(grad.contiguous(), x.contiguous(), contiguous(weight), needs)
 
 
 @linear_backward.register_fake
-def _(grad, codes, scales, weight, needs):
+def _(grad, x, weight, needs):
     both = (grad.new_empty(len(grad), weight.shape[1]), torch.empty_like(weight))
     return [tensor for tensor, need in zip(both, needs, strict=True) if need]
 
 
 def keep_linear(ctx, inputs, output):
-    _, weight = inputs
-    _, codes, scales = output
-    ctx.mark_non_differentiable(codes, scales)
-    ctx.save_for_backward(codes, scales, weight)
+    ctx.save_for_backward(*inputs)
 
 
-def backward_of_linear(ctx, grad, *_):
+def backward_of_linear(ctx, grad):
     needs = list(ctx.needs_input_grad)
     gradients = iter(torch.ops.hf_moe.fp8_linear_backward(grad, *ctx.saved_tensors, needs))
     return tuple(next(gradients) if need else None for need in needs)
@@ -97,10 +93,8 @@ def experts_up(
     torch.Tensor,
     torch.Tensor,
     torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
 ]:
-    """Two places for gradients, codes and scales of activations, up-projection and x, the activations before they were
+    """Two places for gradients, codes and scales of activations and up-projection, the activations before they were
     quantised (no rows without `narrow`), the routing's four tensors.
 
     As in `hf_moe::experts_up` its backward is that of the whole layer, and the other two operators keep nothing.
@@ -109,17 +103,16 @@ def experts_up(
 
     operands = (contiguous(tensor) for tensor in (x, index, weights, up, down, low, widen))
     formula = Formula(activation, gated, limit=limit, shift=shift)
-    activated, hidden, tiles, plain, routing = feed_forward.up(*operands, formula, save, narrow is not None)
-    return *places(x, index, narrow), *activated, *hidden, *tiles, plain, *routing
+    activated, hidden, plain, routing = feed_forward.up(*operands, formula, save, narrow is not None)
+    return *places(x, index, narrow), *activated, *hidden, plain, *routing
 
 
 @experts_up.register_fake
 def _(x, index, weights, up, down, low, widen, narrow, activation, gated, limit, shift, save):
-    slots, (num_experts, width, columns) = index.numel(), up.shape
+    slots, (num_experts, width, _) = index.numel(), up.shape
     inner, kept = down.shape[2], slots if save else 0
     rows = (slots // BLOCK + num_experts) * BLOCK
-    sizes = ((rows, inner), (kept, width), (up_to_blocks(len(x)), columns))
-    tiles = (tensor for size in sizes for tensor in empty_tiles(x, *size))
+    tiles = (tensor for size in ((rows, inner), (kept, width)) for tensor in empty_tiles(x, *size))
     plain = x.new_empty(0 if narrow is None else rows, inner)
     routing = (index.new_empty(size, dtype=torch.int32) for size in routing_sizes(slots, num_experts))
     return *places(x, index, narrow), *tiles, plain, *routing
@@ -175,8 +168,7 @@ experts_down.register_autograd(hand_on, setup_context=nothing_kept)
 def experts_backward(
     grad: torch.Tensor,
     grad_narrowed: torch.Tensor | None,
-    x_codes: torch.Tensor,
-    x_scales: torch.Tensor,
+    x: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor,
     up: torch.Tensor,
@@ -200,8 +192,7 @@ def experts_backward(
     return feed_forward.backward(
         grad.contiguous(),
         contiguous(grad_narrowed),
-        Tiles(x_codes, x_scales),
-        *(contiguous(tensor) for tensor in (index, weights, up, down, low, widen, narrow)),
+        *(contiguous(tensor) for tensor in (x, index, weights, up, down, low, widen, narrow)),
         Tiles(hidden_codes, hidden_scales),
         Routing(*routing),
         Formula(activation, gated, limit=limit, shift=shift),
@@ -210,20 +201,19 @@ def experts_backward(
 
 
 @experts_backward.register_fake
-def _(grad, grad_narrowed, x_codes, x_scales, index, *operands_and_needs):
-    inputs = (grad, *operands_and_needs[: len(NAMES) - 1])
+def _(grad, grad_narrowed, x, index, *operands_and_needs):
+    inputs = (x, *operands_and_needs[: len(NAMES) - 1])
     return [
         tensor.new_empty(tensor.shape) for tensor, need in zip(inputs, operands_and_needs[-1], strict=True) if need
     ]
 
 
 def keep_experts(ctx, inputs, output):
-    _, *operands = inputs[: len(NAMES) + 1]
     *ctx.formula, save = inputs[len(NAMES) + 1 :]
-    _, _, _, _, *hidden_and_x, _, a, b, c, d = output
+    _, _, _, _, codes, scales, _, a, b, c, d = output
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*operands, *hidden_and_x, a, b, c, d)
+    ctx.save_for_backward(*inputs[: len(NAMES) + 1], codes, scales, a, b, c, d)
     ctx.saved = save
 
 
@@ -231,23 +221,15 @@ def backward_of_experts(ctx, grad, grad_narrowed, *_):
     if grad is None and grad_narrowed is None:
         return (None,) * (len(NAMES) + 6)
     assert ctx.saved, "hf_moe::fp8_experts_up ran with save=False, which keeps nothing for a backward pass"
-    *operands, hidden_codes, hidden_scales, x_codes, x_scales, a, b, c, d = ctx.saved_tensors
+    *operands, codes, scales, a, b, c, d = ctx.saved_tensors
     needed = ctx.needs_input_grad
     needs = [needed[0], *needed[2 : len(NAMES) + 1]]
     if grad is None:
-        grad = grad_narrowed.new_zeros(len(grad_narrowed), x_codes.shape[1])
+        grad = torch.zeros_like(operands[0])
+    routing = [a, b, c, d]
     gradients = iter(
         torch.ops.hf_moe.fp8_experts_backward(
-            grad,
-            grad_narrowed,
-            x_codes,
-            x_scales,
-            *operands,
-            hidden_codes,
-            hidden_scales,
-            [a, b, c, d],
-            *ctx.formula,
-            needs,
+            grad, grad_narrowed, *operands, codes, scales, routing, *ctx.formula, needs
         )
     )
     x, *others = (next(gradients) if need else None for need in needs)
@@ -278,7 +260,7 @@ def experts(
     inputs = (x, weights, up, down, low, widen, narrow)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     of_formula = (formula.activation, formula.gated, formula.limit, formula.shift)
-    place, place_narrow, codes, scales, *_, plain, a, b, c, d = experts_up(
+    place, place_narrow, codes, scales, _, _, plain, a, b, c, d = experts_up(
         x, index, weights, up, down, low, widen, narrow, *of_formula, save
     )
     routing, below = [a, b, c, d], None

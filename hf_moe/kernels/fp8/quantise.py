@@ -4,8 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layer import Experts
-from ..routing_metadata import Routing
 from .format import BLOCK, CODE, LARGEST, SMALLEST, Blocks, Tiles, up_to_blocks
 from .launch import FUSED, PASS_ROWS
 
@@ -56,66 +54,6 @@ def tiles_of(x: torch.Tensor) -> Tiles:
     scales = x.new_empty(triton.cdiv(columns, BLOCK), padded, dtype=torch.float32)
     grid = (padded // PASS_ROWS, len(scales))
     tiles_kernel[grid](x, codes, scales, rows, columns, padded, ROWS=PASS_ROWS, num_warps=4, **FUSED)
-    return Tiles(codes, scales)
-
-
-@triton.jit
-def turned_kernel(
-    codes,  # tokens [T, N] if GATHERED, else rows [T, N]
-    scales,  # [blocks of N, T]
-    turned,  # [N, R]
-    turned_scales,  # [blocks of R, N]
-    slot_of_row,
-    offsets,
-    num_experts,
-    T,
-    N,
-    rows_size,  # R
-    TOP_K: tl.constexpr,
-    GATHERED: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    tile, col = tl.program_id(0), tl.program_id(1) * COLS
-    if tile >= tl.load(offsets + 2 * num_experts + 1):
-        return
-    rows, cols = tile * 128 + tl.arange(0, 128), col + tl.arange(0, COLS)
-    wide = cols < N
-    kept, sources = wide[None, :], rows
-    if GATHERED:
-        slots = tl.load(slot_of_row + rows)
-        kept, sources = kept & (slots >= 0)[:, None], tl.maximum(slots, 0) // TOP_K
-    value = tl.load(codes + sources.to(tl.int64)[:, None] * N + cols[None, :], mask=kept, other=0.0).to(tl.float32)
-    value, scale = in_tiles(value * tl.load(scales + col // 128 * T + sources)[:, None], 0)
-    at = cols.to(tl.int64)[:, None] * rows_size + rows[None, :]
-    tl.store(turned + at, value.to(turned.dtype.element_ty).T, mask=wide[:, None])
-    tl.store(turned_scales + tile * N + cols, scale, mask=wide)
-
-
-def turned(tiles: Tiles, experts: Experts, routing: Routing, gathered: bool) -> Tiles:
-    """Rows as the operand of a weight's gradient, which sums over them: [N, rows] in tiles along the rows. They are
-    gathered from tokens, or already rows, zero where filling.
-
-    Requantised from the codes (V3, 3.3.3): exact but for what the new scale makes subnormal.
-    """
-    (size, columns), rows = tiles.codes.shape, experts.row_tiles(routing) * experts.tile
-    codes = tiles.codes.new_empty(columns, rows)
-    scales = tiles.scales.new_empty(rows // BLOCK, columns)
-    turned_kernel[(rows // BLOCK, triton.cdiv(columns, BLOCK // 2))](
-        *tiles,
-        codes,
-        scales,
-        routing.slot_of_row,
-        routing.offsets,
-        experts.num_experts,
-        size,
-        columns,
-        rows,
-        TOP_K=experts.top_k,
-        GATHERED=gathered,
-        COLS=BLOCK // 2,
-        num_warps=4,
-        **FUSED,
-    )
     return Tiles(codes, scales)
 
 

@@ -116,7 +116,8 @@ def up_projection(
     hidden = Tiles(x.codes.new_empty(places, width), x.scales.new_empty(width // BLOCK, places))
     activated = Tiles(x.codes.new_empty(rows, experts.inner), x.scales.new_empty(experts.inner // BLOCK, rows))
     exact = x.codes.new_empty(rows if plain else 0, experts.inner, dtype=dtype)
-    grid, options = launch("up", experts.row_tiles(routing), experts.inner, x.codes.device)
+    kernel = "up_low_rank" if plain or widen is not None else "up"
+    grid, options = launch(kernel, experts.row_tiles(routing), experts.inner, x.codes.device)
     up_kernel[grid](
         *x,
         operand(up.codes, 1, BLOCK, BLOCK),

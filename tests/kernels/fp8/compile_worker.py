@@ -31,7 +31,7 @@ def layers() -> None:
             (output.sum() + (0 if narrowed is None else narrowed.sum())).backward()
     for rows, columns in ((256, 256), (48, 144)):
         weight = torch.zeros(columns, 256, dtype=torch.bfloat16, requires_grad=True)
-        operators.linear(x[:rows], weight)[0].sum().backward()
+        operators.linear(x[:rows], weight).sum().backward()
         quantise.blocks_of(weight.detach().unsqueeze(0))
 
 

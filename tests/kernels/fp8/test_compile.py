@@ -9,7 +9,7 @@ from pathlib import Path
 from hf_moe.kernels.tiles import SHARED_MEMORY
 
 ROOT = Path(__file__).resolve().parents[3]
-KERNELS = {"tiles", "turned", "blocks", "up", "product", "activation_backward", "weight_gradient"}
+KERNELS = {"tiles", "blocks", "up", "product", "activation_backward", "weight_gradient"}
 
 
 def test_kernels_compile_and_fit_into_shared_memory():

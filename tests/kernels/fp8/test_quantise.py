@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from hf_moe.kernels.fp8 import quantise
-from hf_moe.kernels.fp8.feed_forward import dense
-from hf_moe.kernels.fp8.format import Tiles, blocks_of, tiles_of
+from hf_moe.kernels.fp8.format import blocks_of, tiles_of
 
 SIZES = [(1, 128), (5, 48), (130, 272), (256, 128)]
 
@@ -64,20 +63,6 @@ def equal(ours: tuple, expected: tuple) -> None:
 def test_kernel_of_tiles(device, size):
     x = numbers(*size)
     equal(quantise.tiles_of(x.to(device)), tiles_of(x))
-
-
-@pytest.mark.parametrize("gathered", [True, False], ids=["tokens", "rows"])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_kernel_that_turns(device, size, gathered):
-    tiles = tiles_of(numbers(*size))
-    expected = tiles_of(tiles.values().T)
-    experts, routing = dense(size[0], torch.device(device))
-    turned = quantise.turned(Tiles(*(x.to(device) for x in tiles)), experts, routing, gathered)
-    rows = len(tiles.codes)  # behind them lies a tile that nothing needs
-    equal(
-        (turned.codes[:, :rows], turned.scales[: rows // 128]),
-        (expected.codes[: size[1]], expected.scales[:, : size[1]]),
-    )
 
 
 @pytest.mark.parametrize("size", [(2, 128, 256), (1, 48, 144), (3, 272, 130)], ids=str)
