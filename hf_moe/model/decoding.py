@@ -7,6 +7,7 @@ decoding and sampling; `disable_compile=True` or a cache of the caller's choice 
 Shapes: B rows, N tokens of the text, S positions that the cache has room for, V vocabulary.
 """
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -131,6 +132,18 @@ def sped_up(model: nn.Module, tokens: int):
         yield [stack.enter_context(speedup(model, tokens)) for speedup in SPEEDUPS]
 
 
+@contextmanager
+def kept_garbage():
+    """Inside, garbage stays: it may hold a graph, and a graph that goes while another is recorded ends the other."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Recording:
     """What `run` launches, as a CUDA graph: each call does it again, and gives the same tensors, overwritten.
 
@@ -147,7 +160,7 @@ class Recording:
             with torch.random.fork_rng([device]), torch.cuda.stream(stream):
                 run()
             torch.cuda.current_stream(device).wait_stream(stream)
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            with kept_garbage(), torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.result = run()
 
     def __call__(self):

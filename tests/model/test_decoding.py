@@ -143,6 +143,22 @@ def test_a_hook_for_checkpointing_is_in_no_steps_way(recording_device):
 
 
 @pytest.mark.gpu
+def test_a_graph_that_is_garbage_does_not_end_a_recording():
+    model = tiny("cuda", **CONFIGS["mla"])
+    model.generate(**prompts("cuda", 2), max_new_tokens=20, do_sample=False)
+    garbage = [KEPT.pop(model)]
+    garbage.append(garbage)
+    del garbage
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        out = model.generate(**prompts("cuda", 2), max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+    finally:
+        gc.set_threshold(*before)
+    assert out.past_key_values.step is not None
+
+
+@pytest.mark.gpu
 def test_what_is_kept_of_a_text_does_not_keep_its_model():
     model = tiny("cuda", **CONFIGS["mla"])
     model.generate(**prompts("cuda", 2), max_new_tokens=20, do_sample=False)

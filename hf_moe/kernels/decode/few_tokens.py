@@ -23,7 +23,7 @@ from ..formula import Formula
 from .adapters import Adapter
 from .norms import normalized
 from .overlap import OVERLAP, let_next_start, wait_for_last
-from .stored import RUN, Weight, asked, of_matrix, settings, sums_of, times, weight_of
+from .stored import BYTES, RUN, Weight, asked, of_matrix, settings, times, weight_of
 
 TILES, WARPS = (4096, 8192, 4096), 2  # weights of each form that a program holds, and its warps
 SUM_COLUMNS, SUM_WARPS = (1, 2, 1), 4  # of the sum of experts
@@ -336,7 +336,7 @@ def sum_kernel(
         rows = rows + (tl.load(place, mask=step < I, other=0.0),)  # noqa: RUF005
     for slot in tl.static_range(K):
         weights = weights + (tl.load(weights_ptr + slots + slot),)  # noqa: RUF005
-    sums: tl.constexpr = sums_of(STORED, BLOCK_A)
+    sums: tl.constexpr = BLOCK_A if STORED[0] == 0 else BLOCK_A // (BYTES * STORED[0])
     products, total = tl.zeros((BLOCK_C, sums), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for part in tl.static_range(PARTS):
         products += times(rows[part].to(tl.float32), tiles[part], STORED, BLOCK_A)
