@@ -9,7 +9,6 @@ import peft
 from torch import nn
 
 from hf_moe.kernels.decode import fused
-from hf_moe.kernels.decode.host_models import fused_model
 from hf_moe.model.decoding import HfMoeReservedCache, recording_key
 from hf_moe.stored_weights import Fp8Weight, Int4Weight
 
@@ -59,18 +58,19 @@ def test_a_step_adds_what_peft_adds(name, rows):
     assert (expected - bare).abs().max() > 1e-2 * bare.abs().max()
     with fused(model, rows):
         layer = model.model.layers[0]
-        assert ("forward" in vars(layer.mlp)) == (rows <= 4)  # of more, PEFT's own
-        assert "forward" in vars(layer.self_attn)
+        assert "forward" in vars(layer.mlp) and "forward" in vars(layer.self_attn)
 
 
+@pytest.mark.parametrize("rows", [4, 7])
 @pytest.mark.parametrize("experts", [("gate_up_proj",), ("down_proj",)], ids=str)
+@pytest.mark.parametrize("name", ["olmoe", "qwen2_moe"])
 @torch.no_grad()
-def test_a_step_of_transformers_own_adds_what_peft_adds(experts):
-    model = host_model("olmoe", torch.float32)
+def test_a_step_of_transformers_own_adds_what_peft_adds(name, experts, rows):
+    model = host_model(name, torch.float32)
     adapted(model, ["k_proj", "o_proj"], experts)
-    actual, expected, changed = host_steps(model, 2, 4)
+    actual, expected, changed = host_steps(model, 2, rows)
     assert_close(actual, expected)
-    assert {"OlmoeSparseMoeBlock", "OlmoeAttention"} <= changed
+    assert any(name.endswith("SparseMoeBlock") for name in changed)
 
 
 @pytest.mark.parametrize(("kind", "block"), [(Fp8Weight, (8, 16)), (Int4Weight, (1, 32))], ids=["fp8", "int4"])
@@ -139,12 +139,3 @@ def test_a_recording_is_known_by_what_its_adapters_add():
     wrapped.merge_adapter()
     keys.append(recording_key(model, cache))
     assert all(a != b for place, a in enumerate(keys) for b in keys[:place])
-
-
-def test_more_tokens_than_the_kernels_for_few_take_are_left_to_peft():
-    model = host_model("olmoe", torch.float32)
-    adapted(model, ["q_proj"])
-    for rows, ours in ((4, True), (5, False)):
-        with fused_model(model, rows):
-            changed = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
-        assert "OlmoeAttention" in changed and ("OlmoeSparseMoeBlock" in changed) == ours

@@ -27,7 +27,6 @@ from ...model.rms_norm import HfMoeRMSNorm
 from ...model.rotary import HfMoeRotaryEmbedding
 from ...model.router import HfMoeRouter
 from ...stored_weights import in_full
-from ..experts import hf_moe_experts_forward
 from ..formula import Formula, activation, formula
 from . import adapters, experts, few_tokens, grouped, latent, norms, products, rotary, routers
 from .stored import Weight, alike, weight_of
@@ -140,32 +139,33 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
     routed, added = adapters.of_experts(module.experts) or (module.experts, {})
     if type(routed) not in (HfMoeExperts, HfMoeClampedExperts):  # as it is an adapter that does more
         return None
-    if added and rows > few_tokens.MAX_TOKENS:
-        return None
     computed = formula(routed)
     further = (module.shared_expert_gate, module.fc1_latent_proj)  # between router, experts and sum
     if computed is None or module.scales_input or any(x is not None for x in further):
         return None
-    if rows > experts.MAX_TOKENS:
-        return many_forward(module, routed)
+    if rows > (few_tokens.MAX_TOKENS if added else experts.MAX_TOKENS):
+        return many_forward(module, adapters.of_many(routed, added))
     return few_forward(module, routed, computed, rows, (added.get(routed.up_name), added.get("down_proj")))
 
 
-def many_forward(module: HfMoeSparseMoeBlock, routed: nn.Module):
-    """Of a prompt: the kernels of training."""
+def many_forward(module: HfMoeSparseMoeBlock, compute):
+    """Of a prompt, or of more tokens with an adapter than the kernels for few take: `compute` is of x, index, weights.
+
+    None where nothing computes.
+    """
     chosen = chooser(module.gate)
 
     def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None):
         residual, x = summed_and_normed(hidden_states, residual, norm)
         x = x.flatten(0, -2)
         weights, index = chosen(x, token_mask, input_ids)
-        out = hf_moe_experts_forward(routed, x, index, weights)
+        out = compute(x, index, weights)
         if module.shared_experts is not None:
             out = out + module.shared_experts(x)
         out = out.view_as(hidden_states)
         return out if residual is None else out + residual
 
-    return forward
+    return compute and forward
 
 
 def routed_rows(hidden_states, residual, norm, arguments, arrived: torch.Tensor, choose, token_mask=None):

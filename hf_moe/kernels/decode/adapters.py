@@ -4,12 +4,16 @@ The first, A x, is a launch of its own; the second is added where the kernels su
 A x is rounded to A's type as PEFT has it. LoRA: https://arxiv.org/abs/2106.09685.
 """
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ...stored_weights import full_name
+from ..experts import hf_moe_experts_forward, obstacle, unusable
+from ..low_rank import beside
 
 LINEAR, EXPERTS = (f"peft.tuners.lora.layer.{name}" for name in ("Linear", "ParamWrapper"))  # it need not be installed
 
@@ -57,3 +61,21 @@ def of_experts(layer: nn.Module) -> tuple[nn.Module, dict[str, Adapter]] | None:
             found[layer.parameter_name] = Adapter(a, b, layer.scaling[name])
         layer = layer.base_layer
     return layer, found
+
+
+def of_many(routed: nn.Module, found: dict[str, Adapter]) -> Callable[..., torch.Tensor] | None:
+    """[T, D] of x [T, D], index and weights [T, K] by the kernels of training, which add what `of_experts` found, too.
+
+    None where these can't compute the experts.
+    """
+    weight = routed.down_proj
+    if found and (obstacle(routed, weight.dtype) or unusable(weight.device.type)):
+        return None
+
+    def forward(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        with ExitStack() as stack:
+            for name, (a, b, scaling) in found.items():
+                stack.enter_context(beside(routed, name, b, a, scaling))
+            return hf_moe_experts_forward(routed, x, index, weights)
+
+    return forward

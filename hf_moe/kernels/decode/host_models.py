@@ -164,11 +164,13 @@ def mixture_forward(module: nn.Module, rows: int, choose, arguments=None):
     """
     routed, found = adapters.of_experts(module.experts) or (module.experts, {})
     weights_of = routed_network(routed)
-    if rows > (few_tokens.MAX_TOKENS if found else experts.MAX_TOKENS) or weights_of is None:
+    compute = adapters.of_many(routed, found) if found and rows > few_tokens.MAX_TOKENS else None
+    if rows > experts.MAX_TOKENS or weights_of is None or (found and rows > few_tokens.MAX_TOKENS and compute is None):
         return None
     computed, gate = formula(routed), getattr(module, "shared_expert_gate", None)
     shared = next((x for name in SHARED if (x := getattr(module, name, None)) is not None), None)
-    beside = None if shared is None or gate is not None or computed.clamped else network(shared, rows)
+    apart = shared is None or gate is not None or computed.clamped or compute is not None
+    beside = None if apart else network(shared, rows)
     beside = beside if beside is not None and experts.joined(weights_of, beside) else None
     alone = shared is not None and beside is None
     on_experts = (found.get("gate_up_proj" if computed.gated else "up_proj"), found.get("down_proj"))
@@ -179,7 +181,11 @@ def mixture_forward(module: nn.Module, rows: int, choose, arguments=None):
         if alone:
             added = shared(x) if gate is None else gate(x).sigmoid() * shared(x)
             residual = added if residual is None else added + residual.view_as(added)
-        out = experts.mixture(x, weights, index, weights_of, beside, computed, residual, on_experts)
+        if compute is None:
+            out = experts.mixture(x, weights, index, weights_of, beside, computed, residual, on_experts)
+        else:
+            out = compute(x, index, weights)
+            out = out if residual is None else out + residual.view_as(out)
         return out.view_as(hidden_states)
 
     return forward
