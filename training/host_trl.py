@@ -169,13 +169,9 @@ def generated_step(trainer) -> int:
 def allow_recorded_steps(trainer) -> None:
     """GRPO forbids `generate` to compile, and so to replay recorded steps, which compile nothing; vLLM asks neither.
 
-    It stays forbidden for a kind of cache that Transformers would compile for, and where autocast is to round weights
-    in float32, which a step's kernels read as they are.
+    It stays forbidden for a kind of cache that Transformers would compile for.
     """
-    if trainer.use_vllm:
-        return
-    rounded = trainer.accelerator.mixed_precision != "no" and trainer.moe.dtype == torch.float32
-    if trainer.generation_config.cache_implementation is None and not rounded:
+    if not trainer.use_vllm and trainer.generation_config.cache_implementation is None:
         trainer.generation_config.disable_compile = False
 
 

@@ -19,6 +19,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
+from .chosen_experts import LISTENERS, TELLS, listening, tell
 from .growing_text import GrowingText
 from .host import CACHE, OF_GENERATE, does_nothing, of_the_user, shown_as
 
@@ -157,15 +158,25 @@ class Recording:
         stream.wait_stream(torch.cuda.current_stream(device))
         with sped_up(model, tokens) as self.held:
             # What it draws at random is not drawn: a text after a recording is that of its seed.
-            with torch.random.fork_rng([device]), torch.cuda.stream(stream):
+            with torch.random.fork_rng([device]), torch.cuda.stream(stream), listening(alone=True):
                 run()
             torch.cuda.current_stream(device).wait_stream(stream)
-            with kept_garbage(), torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            graph = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
+            with kept_garbage(), graph, listening(alone=True) as self.chosen:  # and what is heard keeps its memory
                 self.result = run()
 
     def __call__(self):
         self.graph.replay()
+        if LISTENERS:
+            self.tell_chosen()
         return self.result
+
+    def tell_chosen(self) -> None:
+        """What the replay wrote over, in memory of its own, by few launches."""
+        told = [(router, index) for router, calls in self.chosen.items() for index in calls]
+        copied = torch.cat([index.flatten() for _, index in told]).to(torch.int16)
+        for (router, index), x in zip(told, copied.split([index.numel() for _, index in told]), strict=True):
+            tell(router, x.view_as(index))
 
 
 class RecordedStep:
@@ -337,7 +348,7 @@ def forget(model: nn.Module) -> None:
 def watched(module: nn.Module) -> bool:
     """Whether somebody's hook is to see every call, which a replay doesn't make."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return not all(map(does_nothing, hooks))
+    return not all(hasattr(hook, TELLS) or does_nothing(hook) for hook in hooks)
 
 
 def plain_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:

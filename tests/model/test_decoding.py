@@ -2,14 +2,18 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hf_moe.training.balance.router_replay import recording
 from transformers.generation.streamers import BaseStreamer
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 from hf_moe.model import decoding
+from hf_moe.model.chosen_experts import listening
 from hf_moe.model.decoding import KEPT, HfMoeReservedCache
+from hf_moe.routers import find_routers
 from tests.recordings import decode_on_cpu, record_on_cpu
 
 LATENT = {"attention_type": "mla", "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
@@ -140,6 +144,39 @@ def test_a_hook_for_checkpointing_is_in_no_steps_way(recording_device):
     assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False), plain)
     model.get_input_embeddings().register_forward_hook(lambda *x: None)
     assert "a hook on a module is to see every call" in decoding.obstacles(model)
+
+
+def test_a_replay_tells_the_experts_that_were_written_over():
+    """To those who listen to it alone, in memory of their own."""
+    router, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    replay = decoding.Recording.__new__(decoding.Recording)
+    first, second = torch.tensor([[1, 2]]), torch.tensor([[3], [4]])
+    replay.graph, replay.result = SimpleNamespace(replay=lambda: (first.add_(1), second.add_(2))), None
+    replay.chosen = {router: [first], other: [second]}
+    with listening() as heard:
+        replay()
+        with listening(alone=True) as apart:
+            replay()
+        replay()
+    replay()
+    assert [x.tolist() for x in heard[router]] == [[[2, 3]], [[4, 5]]]
+    assert [x.tolist() for x in heard[other]] == [[[5], [6]], [[9], [10]]]
+    assert [x.tolist() for x in apart[router]] == [[[3, 4]]]
+
+
+@pytest.mark.gpu
+@configs
+def test_recorded_steps_tell_the_experts_of_ordinary_decoding(fields):
+    model, inputs = tiny("cuda", **fields), prompts("cuda", 3)
+    routers = find_routers(model)
+    told = []
+    for options in ({}, {"disable_compile": True}):
+        with recording(routers) as calls:
+            out = model.generate(**inputs, max_new_tokens=20, do_sample=False, return_dict_in_generate=True, **options)
+        told.append(calls)
+        assert isinstance(out.past_key_values, HfMoeReservedCache) == (not options)
+    for name, index in told[1].items():
+        assert [x.tolist() for x in told[0][name][: len(index)]] == [x.tolist() for x in index]
 
 
 @pytest.mark.gpu

@@ -55,8 +55,12 @@ def test_a_cache_that_grows_is_a_way_to_do_without_recordings(tmp_path, monkeypa
     build(tmp_path, cache_implementation="dynamic").train()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_rollouts_are_recorded_and_write_the_same_texts(tmp_path, monkeypatch, checkpointing):
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"gradient_checkpointing": True}, {"router_replay": "rollout"}],
+    ids=str,
+)
+def test_rollouts_are_recorded_and_write_the_same_texts(tmp_path, monkeypatch, arguments):
     """By steps as recorded ones in all but the graph: one a rollout, of weights that have moved since the last."""
     texts, recordings, record = [], [], decoding.RecordedStep.record
 
@@ -66,16 +70,41 @@ def test_rollouts_are_recorded_and_write_the_same_texts(tmp_path, monkeypatch, c
 
     def trained():
         texts.clear()
-        trainer = build(tmp_path, reward=heard, max_steps=2, gradient_checkpointing=checkpointing)
+        trainer = build(tmp_path, reward=heard, max_steps=2, **arguments)
         trainer.train()
         assert trainer.moe not in decoding.KEPT
-        return list(texts)
+        return list(texts), trainer.rollout
 
     plain = trained()
     record_on_cpu(monkeypatch)
     monkeypatch.setattr(decoding.RecordedStep, "record", lambda step: recordings.append(step) or record(step))
-    assert trained() == plain
-    assert len(plain) == len(recordings) == 2
+    again = trained()
+    assert again[0] == plain[0]
+    assert len(plain[0]) == len(recordings) == 2
+    assert again[1].keys() == plain[1].keys() and bool(plain[1]) == ("router_replay" in arguments)
+    for name, index in plain[1].items():  # a text's end is noticed one step late
+        assert torch.equal(again[1][name][:, : index.shape[1]], index)
+
+
+def test_rollouts_read_weights_that_are_rounded_once(tmp_path, monkeypatch):
+    """Those that train are the same memory before and after; routers compute in float32 as they do in training."""
+    trainer, seen = build(tmp_path, bf16=True), []
+    before = {name: x.data_ptr() for name, x in trainer.moe.named_parameters()}
+    generate = type(trainer.moe).generate
+
+    def watched(model, *args, **kwargs):
+        seen.append({name: x.dtype for name, x in model.named_parameters()})
+        return generate(model, *args, **kwargs)
+
+    monkeypatch.setattr(type(trainer.moe), "generate", watched)
+    trainer.train()
+    assert {name for name, dtype in seen[0].items() if dtype == torch.float32} == {
+        f"{name}.weight" for name in trainer.routers
+    }
+    assert set(seen[0].values()) == {torch.float32, torch.bfloat16}
+    after = dict(trainer.moe.named_parameters())
+    assert before == {name: x.data_ptr() for name, x in after.items()}
+    assert {x.dtype for x in after.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +112,7 @@ def test_rollouts_are_recorded_and_write_the_same_texts(tmp_path, monkeypatch, c
     [
         (torch.float32, {}, True),
         (torch.bfloat16, {"bf16": True}, True),
-        (torch.float32, {"bf16": True}, False),
+        (torch.float32, {"bf16": True}, True),
         (torch.float32, {"cache_implementation": "static"}, False),
     ],
     ids=["float32", "bfloat16 under autocast", "float32 under autocast", "a cache that is compiled for"],

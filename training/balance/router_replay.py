@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_moe.model.chosen_experts import LISTENERS, TELLS, listening, tell
 from hf_moe.model.router import HfMoeRouter
 from hf_moe.routers import Router
 
@@ -45,35 +46,39 @@ def takes_choice(router: Router) -> bool:
 
 @contextmanager
 def recording(routers: dict[str, Router]) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """Collect the experts [T, K] of every forward inside the context, router by router."""
+    """Collect the experts [T, K] of every forward inside the context, router by router; they are there behind it.
+
+    hf_moe's recorded steps of decoding are heard, too.
+    """
     calls = {}
 
-    def keep(name: str):
-        def hook(module, args, output):
-            _, _, index_TK, token_S, _ = output
-            if token_S is not None:
-                raise ValueError(f"{name} lets experts choose tokens in training: set router_replay to rollout.")
-            calls.setdefault(name, []).append(index_TK.to(torch.int16))
-
-        return hook
-
-    def keep_given(name: str):
-        def hook(module, args, kwargs):
-            calls.setdefault(name, []).append((*args, *kwargs.values())[1].to(torch.int16))
-
-        return hook
-
-    handles = [
-        router.module.register_forward_hook(keep(name))
-        if owned(router)
-        else router.layer.experts.register_forward_pre_hook(keep_given(name), with_kwargs=True)
-        for name, router in routers.items()
-    ]
+    # An outer recording's hooks tell this one, too.
+    handles = [] if LISTENERS else [telling(name, router) for name, router in routers.items()]
     try:
-        yield calls
+        with listening() as heard:
+            yield calls
     finally:
         for handle in handles:
             handle.remove()
+    calls.update({name: heard[router.module] for name, router in routers.items() if router.module in heard})
+
+
+def telling(name: str, router: Router) -> RemovableHandle:
+    """Each of its calls tells the experts that its tokens take."""
+
+    def tell_own(module, args, output):
+        _, _, index_TK, token_S, _ = output
+        if token_S is not None:
+            raise ValueError(f"{name} lets experts choose tokens in training: set router_replay to rollout.")
+        tell(module, index_TK.to(torch.int16))
+
+    def tell_given(module, args, kwargs):
+        tell(router.module, (*args, *kwargs.values())[1].to(torch.int16))
+
+    setattr(tell_own, TELLS, True)
+    if owned(router):
+        return router.module.register_forward_hook(tell_own)
+    return router.layer.experts.register_forward_pre_hook(tell_given, with_kwargs=True)
 
 
 @contextmanager
@@ -151,13 +156,14 @@ def of_batches(calls: dict[str, list[torch.Tensor]], positions: int) -> Indices:
 
 
 def fit(indices: Indices, mask_BS: torch.Tensor) -> Indices:
-    """Cut or continued to the positions of `mask_BS`; unknown where that is 0, and where nothing was recorded.
+    """Cut or continued to the positions of `mask_BS`; unknown where that is 0, in each text's last one, and where
+    nothing was recorded.
 
-    A generation does not route its last token, nor does any probability depend on it.
+    A generation does not route its last token, or no row reads it any more, nor does any probability depend on it.
     """
-    fitted = {}
+    fitted, read_BS = {}, mask_BS.bool() & (mask_BS.flip(1).cumsum(1).flip(1) > 1)
     for name, index in indices.items():
         index = index[:, : mask_BS.shape[1]]
         index = nn.functional.pad(index, (0, 0, 0, mask_BS.shape[1] - index.shape[1]), value=UNKNOWN)
-        fitted[name] = index.masked_fill(mask_BS.unsqueeze(-1) == 0, UNKNOWN)
+        fitted[name] = index.masked_fill(~read_BS.unsqueeze(-1), UNKNOWN)
     return fitted

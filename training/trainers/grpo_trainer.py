@@ -1,6 +1,6 @@
 """TRL's group-relative policy optimisation for mixture-of-experts models, with router replay."""
 
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from hf_moe.model.decoding import forget
 from ..balance.router_replay import Indices, check_replayable, fit, of_batches, of_generation, recording, replayed
 from ..host import prepared_inputs
 from ..host_trl import RepeatSampler, allow_recorded_steps, generated_batches, generated_step
+from ..weights.rounded import rounded
 from .policy import MoePolicyMixin, PolicyArguments
 
 REPLAY = ("none", "old_policy", "rollout")
@@ -105,8 +106,9 @@ class MoeGRPOTrainer(MoePolicyMixin, GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         training = self.model.training
         self.model.eval()
+        replay = training and self.args.router_replay == "rollout"
         try:
-            with recording(self.routers if training and self.args.router_replay == "rollout" else {}) as calls:
+            with self.rounded_weights(), recording(self.routers if replay else {}) as calls:
                 completions, *rest = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         finally:
             self.model.train(training)
@@ -120,6 +122,13 @@ class MoeGRPOTrainer(MoePolicyMixin, GRPOTrainer):
                     "cannot be replayed: set router_replay to old_policy."
                 )
         return completions, *rest
+
+    def rounded_weights(self) -> AbstractContextManager:
+        """Under autocast: recorded steps read weights as they are, and others as autocast rounds them, each time."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        if dtype is None or self.use_vllm:
+            return nullcontext()
+        return rounded(self.moe, dtype, exact=[router.module for router in self.routers.values()])
 
     def _generate_and_score_completions(self, inputs):
         args = self.args

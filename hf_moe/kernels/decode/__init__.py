@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...model.attention import HfMoeAttention
+from ...model.chosen_experts import tell
 from ...model.decoding import HfMoeReservedCache, HfMoeReservedLayer
 from ...model.host import CACHE
 from ...model.latent_attention import HfMoeLatentAttention
@@ -128,7 +129,9 @@ def chooser(gate: nn.Module):
     def chosen(x: torch.Tensor, token_mask: torch.Tensor | None, input_ids: torch.Tensor | None):
         mask = a_token(token_mask)
         if arguments is not None:
-            return routers.route(x, *arguments, mask)[1:]
+            _, weights, index = routers.route(x, *arguments, mask)
+            tell(gate, index)
+            return weights, index
         ids = None if input_ids is None else input_ids.reshape(-1)
         return gate(x, mask, ids)[1:3]
 
@@ -168,12 +171,14 @@ def many_forward(module: HfMoeSparseMoeBlock, compute):
     return compute and forward
 
 
-def routed_rows(hidden_states, residual, norm, arguments, arrived: torch.Tensor, choose, token_mask=None):
+def routed_rows(hidden_states, residual, norm, gate, arguments, arrived: torch.Tensor, choose, token_mask=None):
     """The residual, x [T, D] and what `choose` has of it, weights and index [T, K]; in one launch with the sum and the
-    norm before them where `routers.route` can take the router's place, by its `arguments`."""
+    norm before them where `routers.route` can take the place of the router `gate`, by its `arguments`."""
     if norm is not None and arguments is not None:
         both = (residual.flatten(0, -2), hidden_states.flatten(0, -2).contiguous())
-        return routers.normed_route(*both, *weight_and_epsilon(norm), *arguments, arrived, a_token(token_mask))
+        found = routers.normed_route(*both, *weight_and_epsilon(norm), *arguments, arrived, a_token(token_mask))
+        tell(gate, found[3])
+        return found
     residual, x = summed_and_normed(hidden_states, residual, norm)
     x = x.flatten(0, -2)
     return residual, x, *choose(x)
@@ -209,7 +214,7 @@ def few_forward(module: HfMoeSparseMoeBlock, routed: nn.Module, computed: Formul
 
     def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None):
         choose = partial(chosen, token_mask=token_mask, input_ids=input_ids)
-        routing = (arguments, arrived, choose, token_mask)
+        routing = (module.gate, arguments, arrived, choose, token_mask)
         residual, x, weights, index = routed_rows(hidden_states, residual, norm, *routing)
         if beside is not None:  # in launches of its own
             added = beside(x)

@@ -156,9 +156,9 @@ def routed_network(routed: nn.Module) -> experts.Network | None:
     return experts_network(getattr(routed, name), routed.down_proj, computed.gated, biases)
 
 
-def mixture_forward(module: nn.Module, rows: int, choose, arguments=None):
+def mixture_forward(module: nn.Module, rows: int, router: nn.Module, choose, arguments=None):
     """Of a block with `experts`, and with a shared network or without. The experts of x [T, D] are those that `choose`
-    gives, or `routers.route` by its `arguments`.
+    gives, or `routers.route` by its `arguments` in the place of the block's `router`.
 
     The shared network is in the experts' launches, unless it has a gate, or an activation of its own.
     """
@@ -177,7 +177,7 @@ def mixture_forward(module: nn.Module, rows: int, choose, arguments=None):
     arrived = counters(weights_of.down.codes, rows)
 
     def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None, norm=None) -> torch.Tensor:
-        residual, x, weights, index = routed_rows(hidden_states, residual, norm, arguments, arrived, choose)
+        residual, x, weights, index = routed_rows(hidden_states, residual, norm, router, arguments, arrived, choose)
         if alone:
             added = shared(x) if gate is None else gate(x).sigmoid() * shared(x)
             residual = added if residual is None else added + residual.view_as(added)
@@ -195,7 +195,7 @@ def block_forward(module: nn.Module, rows: int):
     gate = module.gate if hasattr(module, "gate") else module.router
     arguments = host_arguments(gate)
     choose = (lambda x: gate(x)[1:3]) if arguments is None else (lambda x: routers.route(x, *arguments)[1:])
-    return mixture_forward(module, rows, choose, arguments)
+    return mixture_forward(module, rows, gate, choose, arguments)
 
 
 def grafted_forward(module: HfMoeGraftedBlock, rows: int):
@@ -203,7 +203,7 @@ def grafted_forward(module: HfMoeGraftedBlock, rows: int):
     if module.scales_input or module.scale != 1 or module.fc1_latent_proj is not None:
         return None
     chosen, arguments = chooser(module.gate), route_arguments(module.gate, module.gate.config)
-    return mixture_forward(module, rows, lambda x: chosen(x, *module.text.now[:2]), arguments)
+    return mixture_forward(module, rows, module.gate, lambda x: chosen(x, *module.text.now[:2]), arguments)
 
 
 def layer_forward(module: nn.Module, rows: int):
