@@ -2,7 +2,8 @@
 
     python benchmarks/speed_picture.py
 
-Reads moe_layer.json, whole_model.json and mla_decode_gpu.json in benchmarks/results/ and writes speed.png there. Where
+Reads moe_layer_h200.json, whole_model.json and, where that is of the same card, mla_decode_gpu.json in
+benchmarks/results/ and writes speed.png there. Where
 Transformers has an option that was measured too (SonicMoE, a compiled step), a thin bar shows it.
 """
 
@@ -20,10 +21,11 @@ WORKS = ["training", "prefill", "decoding, batch 1", "decoding, batch 16"]
 
 def rows() -> list[tuple[str, float, float, str, str, float | None]]:
     """Label, Transformers' number, ours, unit, and the name and number of Transformers' option, if measured."""
-    layers, whole, latent = (
-        json.loads((RESULTS / f"{name}.json").read_text())["results"]
-        for name in ("moe_layer", "whole_model", "mla_decode_gpu")
-    )
+    reports = [
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("moe_layer_h200", "whole_model", "mla_decode_gpu")
+    ]
+    layers, whole, latent = (report["results"] for report in reports)
     speed = "forward_backward_tflops"
     found = [
         (
@@ -40,7 +42,8 @@ def rows() -> list[tuple[str, float, float, str, str, float | None]]:
         theirs, ours = (whole[peer][work]["tokens_per_second"] for peer in ("transformers", "hf_moe"))
         compiled = whole.get("transformers, compiled", {}).get(work, {}).get("tokens_per_second")
         found.append((f"OLMoE-1B-7B, {work}", theirs, ours, "tok/s", "compiled", compiled))
-    for case in ("batch 1, context 32768", "batch 16, context 4096"):
+    cases = ("batch 1, context 32768", "batch 16, context 4096")
+    for case in cases if reports[2]["device"] == reports[1]["device"] else ():
         theirs, ours = (latent[f"{peer}, {case}"]["tokens_per_second"] for peer in ("transformers", "hf_moe"))
         found.append((f"DeepSeek-V2-Lite, decoding,\n{case}", theirs, ours, "tok/s", "", None))
     return found
