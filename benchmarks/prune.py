@@ -10,7 +10,8 @@ parent is trained no further, so that this gains from more training, too. Withou
 `tiny`.
 
 Copied experts come to differ in training alone. With --strategy drop half of each one's neurons are drawn anew
-(Drop-Upcycling, https://arxiv.org/abs/2502.19261), so that they differ from the start.
+(Drop-Upcycling, https://arxiv.org/abs/2502.19261), so that they differ from the start. With --balance the load is more
+even, or less, than the recipe's loss makes it: what frequency tells depends on that.
 
 A seed is an experiment of its own: router, order of the rows, calibration texts and random choice come from it. With
 one mixture for all of them, three calibrations would choose nearly the same experts, and count as three.
@@ -153,8 +154,10 @@ def mixture(args: argparse.Namespace, setting: Setting, seed: int) -> Path:
     how = {"experts": EXPERTS, "top_k": TOP_K, "strategy": args.strategy, "seed": seed}
     upcycle(args.model, start, **how, verify=False, progress=False)
     batch = setting.rows * setting.length
-    how_long = {"train_tokens": args.steps * batch, "batch_tokens": batch, "ema_decay": None}
-    trained("continue", start, output, setting, train_data=str(args.work / "train.jsonl"), seed=seed, **how_long)
+    how = {"train_tokens": args.steps * batch, "batch_tokens": batch, "ema_decay": None}
+    if args.balance is not None:
+        how["router_aux_loss_coef"] = args.balance
+    trained("continue", start, output, setting, train_data=str(args.work / "train.jsonl"), seed=seed, **how)
     shutil.rmtree(start)
     return output
 
@@ -220,7 +223,8 @@ def experiment(args: argparse.Namespace, setting: Setting, device: str) -> None:
         "versions": versions,
         "model": args.model.name,
         "setting": setting._asdict()
-        | {"strategy": args.strategy, "steps": args.steps, "distil_steps": args.distil_steps, "seen": SEEN},
+        | {"strategy": args.strategy, "steps": args.steps, "distil_steps": args.distil_steps, "seen": SEEN}
+        | ({} if args.balance is None else {"balance": args.balance}),
         "domains": list(domains),
         "held_out_tokens": sum(x.numel() for x in held_out.values()),
         "runs": [],
@@ -293,7 +297,8 @@ def table(report: dict) -> str:
         f"# {KEPT} of {EXPERTS} experts",
         "",
         f"{report['model']}, upcycled to {EXPERTS} experts ({setting['strategy']}), {TOP_K} a token, and trained for "
-        f"{setting['steps']} steps of {setting['rows'] * setting['length']:,} tokens on {len(domains)} domains; "
+        f"{setting['steps']} steps of {setting['rows'] * setting['length']:,} tokens on {len(domains)} domains"
+        f"{f', with a balance loss times {balance}' if (balance := setting.get('balance')) is not None else ''}; "
         f"distilled for {setting['distil_steps']} steps of half as many. Held-out loss, nats a token, mean over "
         "domains; each seed has a mixture of its own.",
         "",
@@ -323,6 +328,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the models of all seeds")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--strategy", choices=("copy", "drop"), default="copy", help="of the upcycling")
+    parser.add_argument("--balance", type=float, help="what its loss counts; the recipe's by default")
     parser.add_argument("--steps", type=int, default=120, help="of each mixture's training")
     parser.add_argument("--distil-steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3, help="how many")
