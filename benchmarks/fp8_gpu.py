@@ -4,7 +4,7 @@
     python benchmarks/fp8_gpu.py --out sweep.json --sweep
 
 Our FP8 kernels, our bf16 kernels, and torchao's grouped product with a scale for each row where it is installed, all
-in one run, of OLMoE's and Qwen3-30B's layers. FLOPs are 2 * 3 T K D I forward and three times that forward and
+in one run, of OLMoE's and Qwen3-30B's layers; and linear layers beside cuBLAS. FLOPs are 2 * 3 T K D I forward and three times that forward and
 backward. Weights in FP8 are made once a step: what that takes stands beside (`weights_ms`). `error` is the norm of the
 difference from float32 over float32's norm, of the output and of each gradient. `kernels` is where the time goes, in
 milliseconds. `--sweep` times each product under other tiles, warps and stages.
@@ -25,12 +25,14 @@ from torch import nn
 from hf_moe.kernels.formula import Formula
 from hf_moe.kernels.fp8 import feed_forward, launch, quantise
 from hf_moe.kernels.fp8.copies import BlockCopies, quantised
+from hf_moe.kernels.fp8.linear import compute_in_fp8
 from hf_moe.kernels.fp8.product import product
 from hf_moe.kernels.fp8.up_projection import up_projection
 from hf_moe.kernels.routing_metadata import route
 from hf_moe.version import __version__
 
 NAMES = ("OLMoE-1B-7B", "Qwen3-30B-A3B")
+LINEARS = ((2048, 2048), (4096, 2048), (10944, 2048))  # attention's of both, and the dense network of DeepSeek-V2-Lite
 GRADIENTS = ("x", "weights", "up", "down")
 SWEEP = {
     "up": {"FLATTEN": (True,), "num_stages": (3, 4), "per_processor": (1, 2)},
@@ -158,6 +160,27 @@ def compare(name: str, tokens: int) -> dict:
     return result
 
 
+def linear_layers(tokens: int) -> dict[str, dict]:
+    """Milliseconds of a linear layer forward and backward, in FP8 beside cuBLAS in bf16, by [out, in]."""
+    rows = {}
+    for size in LINEARS:
+        layer = nn.Linear(*reversed(size), bias=False, dtype=torch.bfloat16, device="cuda")
+        x, direction = (torch.randn(tokens, n, dtype=torch.bfloat16, device="cuda") for n in reversed(size))
+        leaves, row = [x.requires_grad_(), layer.weight], {}
+        held = BlockCopies([layer.weight])
+        held.begin()
+        for name in ("bf16", "fp8"):
+            if name == "fp8":
+                compute_in_fp8(layer)
+            row[f"{name}_forward_ms"] = round(milliseconds(lambda: layer(x)), 3)
+            both = milliseconds(lambda: torch.autograd.grad(layer(x), leaves, direction))
+            row[f"{name}_forward_backward_ms"] = round(both, 3)
+        held.end()
+        row["speedup"] = round(row["bf16_forward_backward_ms"] / row["fp8_forward_backward_ms"], 3)
+        rows["x".join(map(str, size))] = row
+    return rows
+
+
 def products(name: str, tokens: int) -> dict[str, list[tuple[str, Callable, float]]]:
     """Kernel -> the launches of it in a layer: what each is, and its FLOPs."""
     layer = Layer(name, tokens)
@@ -218,6 +241,10 @@ def main():
     for name in args.layers:
         report["results"][name] = result = (sweep if args.sweep else compare)(name, args.tokens)
         print(name, json.dumps(result), flush=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if not args.sweep:
+        report["linear layers"] = linear_layers(args.tokens)
+        print(json.dumps(report["linear layers"]), flush=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
