@@ -4,10 +4,11 @@
     python benchmarks/fp8_gpu.py --out sweep.json --sweep
 
 Our FP8 kernels, our bf16 kernels, and torchao's grouped product with a scale for each row where it is installed, all
-in one run, of OLMoE's and Qwen3-30B's layers; and linear layers beside cuBLAS. FLOPs are 2 * 3 T K D I forward and three times that forward and
-backward. Weights in FP8 are made once a step: what that takes stands beside (`weights_ms`). `error` is the norm of the
-difference from float32 over float32's norm, of the output and of each gradient. `kernels` is where the time goes, in
-milliseconds. `--sweep` times each product under other tiles, warps and stages.
+in one run, of OLMoE's and Qwen3-30B's layers; and linear layers beside cuBLAS. FLOPs are 2 * 3 T K D I forward and
+three times that forward and backward. Weights in FP8 are made once a step: what that takes stands beside
+(`weights_ms`). `error` is the norm of the difference from float32 over float32's norm, of the output and of each
+gradient. `kernels` is where the time goes, in milliseconds. `--sweep` times each product under other tiles, warps and
+stages.
 """
 
 import argparse
@@ -160,25 +161,21 @@ def compare(name: str, tokens: int) -> dict:
     return result
 
 
-def linear_layers(tokens: int) -> dict[str, dict]:
-    """Milliseconds of a linear layer forward and backward, in FP8 beside cuBLAS in bf16, by [out, in]."""
-    rows = {}
-    for size in LINEARS:
-        layer = nn.Linear(*reversed(size), bias=False, dtype=torch.bfloat16, device="cuda")
-        x, direction = (torch.randn(tokens, n, dtype=torch.bfloat16, device="cuda") for n in reversed(size))
-        leaves, row = [x.requires_grad_(), layer.weight], {}
-        held = BlockCopies([layer.weight])
-        held.begin()
-        for name in ("bf16", "fp8"):
-            if name == "fp8":
-                compute_in_fp8(layer)
-            row[f"{name}_forward_ms"] = round(milliseconds(lambda: layer(x)), 3)
-            both = milliseconds(lambda: torch.autograd.grad(layer(x), leaves, direction))
-            row[f"{name}_forward_backward_ms"] = round(both, 3)
-        held.end()
-        row["speedup"] = round(row["bf16_forward_backward_ms"] / row["fp8_forward_backward_ms"], 3)
-        rows["x".join(map(str, size))] = row
-    return rows
+def linear_layer(size: tuple[int, int], tokens: int) -> dict[str, float]:
+    """Milliseconds of a linear layer [out, in] forward and backward, in FP8 beside cuBLAS in bf16."""
+    layer = nn.Linear(*reversed(size), bias=False, dtype=torch.bfloat16, device="cuda")
+    x, direction = (torch.randn(tokens, n, dtype=torch.bfloat16, device="cuda") for n in reversed(size))
+    leaves, row = [x.requires_grad_(), layer.weight], {}
+    held = BlockCopies([layer.weight])
+    held.begin()
+    for name in ("bf16", "fp8"):
+        if name == "fp8":
+            compute_in_fp8(layer)
+        row[f"{name}_forward_ms"] = round(milliseconds(lambda: layer(x)), 3)
+        both = milliseconds(lambda: torch.autograd.grad(layer(x), leaves, direction))
+        row[f"{name}_forward_backward_ms"] = round(both, 3)
+    held.end()
+    return row | {"speedup": round(row["bf16_forward_backward_ms"] / row["fp8_forward_backward_ms"], 3)}
 
 
 def products(name: str, tokens: int) -> dict[str, list[tuple[str, Callable, float]]]:
@@ -243,7 +240,7 @@ def main():
         print(name, json.dumps(result), flush=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if not args.sweep:
-        report["linear layers"] = linear_layers(args.tokens)
+        report["linear layers"] = {"x".join(map(str, size)): linear_layer(size, args.tokens) for size in LINEARS}
         print(json.dumps(report["linear layers"]), flush=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
