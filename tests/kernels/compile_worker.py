@@ -18,7 +18,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
-from hf_moe.kernels.decode import fused
+from hf_moe.kernels.decode import experts, fused, turned_network
+from hf_moe.kernels.formula import Formula
 from hf_moe.model.decoding import HfMoeReservedCache
 
 SIZES = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 192, "moe_intermediate_size": 96}
@@ -112,5 +113,16 @@ def steps() -> None:
             step("grouped", rows, 256, change)
 
 
+@torch.no_grad()
+def turned() -> None:
+    """Experts whose weights are stored as [E, in, out], of gpt-oss's sizes."""
+    for formula in (Formula("quick_gelu", True, True, True, 7.0, 1.0), Formula("silu", True, True)):
+        up, down = torch.zeros(2, 2880, 5760, dtype=torch.bfloat16), torch.zeros(2, 2880, 2880, dtype=torch.bfloat16)
+        network = turned_network(up, down, True, formula.interleaved, (up[:, 0], down[:, 0]))
+        for tokens in (1, 33):
+            x, index = torch.zeros(tokens, 2880, dtype=torch.bfloat16), torch.zeros(tokens, 2, dtype=torch.long)
+            experts.mixture(x, index.bfloat16(), index, network, None, formula)
+
+
 if __name__ == "__main__":
-    report(steps)
+    report(lambda: (steps(), turned()))

@@ -93,8 +93,8 @@ GRAFTS = {
     "llama, gated shared": (LlamaConfig, {}, {"n_shared_experts": 1, "shared_expert_gate": True}),
     "qwen2, biases": (Qwen2Config, {}, {"router_type": "sigmoid_topk", "norm_topk_prob": True}),
 }
-# What the kernels don't know, which is recorded as it is.
-OTHERS = {"glm4_moe": {}, "gpt_oss": {}}
+# Blocks that are not listed; their experts, and norms, are known by what they compute.
+OTHERS = ("glm4_moe", "gpt_oss")
 
 
 def model_of(name: str, dtype: torch.dtype, **changes) -> PreTrainedModel:
@@ -109,7 +109,7 @@ def model_of(name: str, dtype: torch.dtype, **changes) -> PreTrainedModel:
         config = HfMoeGraftConfig(backbone=backbone, **experts)
         model = HfMoeGraftForCausalLM(config)
     else:
-        fields = {"num_hidden_layers": 2, "initializer_range": 0.2} | (CASES | OTHERS)[name] | changes
+        fields = {"num_hidden_layers": 2, "initializer_range": 0.2} | CASES.get(name, {}) | changes
         model = tiny(name.split(",")[0], **fields)
     for key, x in model.named_parameters():
         if x.dim() == 1 and "norm" in key:
@@ -184,12 +184,15 @@ def test_a_step_of_a_graft_is_that_of_the_graft(name, rows, padding):
     assert {"HfMoeGraftedBlock", f"{kind}Attention", f"{kind}DecoderLayer", f"{kind}RMSNorm"} <= changed
 
 
+@pytest.mark.parametrize(("rows", "padding"), [(3, 4), (1, 0)], ids=["three rows, padding", "one row"])
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
-def test_a_step_of_what_is_not_listed_is_that_of_transformers(name):
-    actual, expected, changed = steps(model_of(name, torch.float32), 3, 4, unwritten=0.0)
+def test_a_step_of_what_is_not_listed_is_that_of_transformers(name, rows, padding):
+    model = model_of(name, torch.float32)
+    actual, expected, changed = steps(model, rows, padding, unwritten=0.0)
     assert_close(actual, expected, torch.float32)
-    assert all(kind.endswith("Norm") for kind in changed)
+    routed = {type(x).__name__ for x in model.modules() if "has_gate" in vars(x)}
+    assert routed and routed <= changed and all(kind.endswith("Norm") for kind in changed - routed)
 
 
 @pytest.mark.parametrize("name", ["olmoe", "granitemoe", "deepseek_v2", "llama"])
@@ -206,7 +209,7 @@ def test_a_prompt_of_many_tokens_is_that_of_transformers(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "padding"), [(3, 4), (1, 0)], ids=["three rows, padding", "one row"])
-@pytest.mark.parametrize("name", [*CASES, *GRAFTS])
+@pytest.mark.parametrize("name", [*CASES, *GRAFTS, *OTHERS])
 @torch.no_grad()
 def test_a_step_in_bf16(name, rows, padding):
     every = {"num_experts_per_tok": EXPERTS}  # rounding may then choose no others

@@ -198,6 +198,22 @@ def experts_network(up: torch.Tensor, down: torch.Tensor, gated: bool, biases) -
     return experts.Network(*ups, weights[1], biases)
 
 
+def turned_network(
+    up: torch.Tensor, down: torch.Tensor, gated: bool, interleaved: bool, biases
+) -> experts.Network | None:
+    """As `experts_network`, of up [E, D, U] and down [E, I, D]; None where they are stored in fewer bits."""
+    whole, back = weight_of(up), weight_of(down)
+    if whole is None or back is None or whole.form or back.form:
+        return None
+    count, inner, size = down.shape
+    whole, back = whole._replace(shape=(count, inner, size)), back._replace(shape=(count, size, inner))
+    if biases is not None:
+        of_up = biases[0]
+        halves = (of_up[:, 0::2], of_up[:, 1::2]) if interleaved else of_up.chunk(2, dim=1)
+        biases = (*(halves if gated else (None, of_up)), biases[1])
+    return experts.Network(whole if gated else None, whole, back, biases, 2 if interleaved else 1)
+
+
 def few_forward(module: HfMoeSparseMoeBlock, routed: nn.Module, computed: Formula, rows: int, on_experts: tuple):
     config, shared = module.gate.config, None
     up, biases = getattr(routed, routed.up_name), None

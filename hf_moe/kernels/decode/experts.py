@@ -37,7 +37,8 @@ def cuts(down: Weight, part: int) -> bool:
 
 def joined(routed: Network, shared: Network) -> bool:
     """Whether the shared network's parts may be experts more."""
-    return alike(routed.down, shared.down) and cuts(shared.down, routed.down.shape[-1])
+    alike_stored = routed.layout == shared.layout and alike(routed.down, shared.down)
+    return alike_stored and cuts(shared.down, routed.down.shape[-1])
 
 
 class Tile(NamedTuple):
@@ -99,6 +100,47 @@ def work_of(
 
 
 @triton.jit
+def plus_turned(total, x, weight, column, inside, start, end, size, BLOCK_A: tl.constexpr):
+    """As `plus_product`, of a matrix [in, out] whose rows are `size` long."""
+    step = start + tl.arange(0, BLOCK_A)
+    place = weight[0] + step.to(tl.int64)[:, None] * size + column[None, :]
+    values = tl.load(place, mask=(step < end)[:, None] & inside[None, :], other=0.0)
+    return tl.dot(x[0], values, total, input_precision="ieee")
+
+
+@triton.jit
+def turned_up(
+    x_rows,
+    taken,
+    up,
+    D,
+    I,  # noqa: E741
+    GATED: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gate and up [T, I] of rows of x by a matrix [in, out]; without a gate both are up."""
+    WIDTH: tl.constexpr = 2 * BLOCK_I if LAYOUT == 2 else BLOCK_I
+    size = 2 * I if GATED else I
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < (size if LAYOUT == 2 else I)
+    one, other = tl.zeros((BLOCK_T, WIDTH), tl.float32), tl.zeros((BLOCK_T, WIDTH), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        step = start + tl.arange(0, BLOCK_D)
+        x = (tl.load(x_rows + step[None, :], mask=taken[:, None] & (step < D)[None, :], other=0.0),)
+        one = plus_turned(one, x, up, column, inside, start, D, size, BLOCK_D)
+        if GATED and LAYOUT == 1:
+            other = plus_turned(other, x, up, I + column, inside, start, D, size, BLOCK_D)
+    if LAYOUT == 2:
+        one, other = tl.split(tl.reshape(one, (BLOCK_T, BLOCK_I, 2)))
+    elif not GATED:
+        other = one
+    return one, other
+
+
+@triton.jit
 def up_kernel(
     x_ptr,
     gate,
@@ -127,6 +169,8 @@ def up_kernel(
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
     STORED: tl.constexpr,  # `stored.settings`
+    LAYOUT: tl.constexpr,  # `Network.layout`
+    BIAS_STEP: tl.constexpr,
     BY_SLOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -155,17 +199,22 @@ def up_kernel(
         inside = column < width
         of_up = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
         of_gate = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            x = rows_of_x(x_ptr + row[:, None] * D, taken[:, None], start, D, STORED, BLOCK_D)
-            of_up = plus_product(of_up, x, up, of_part, inside, start, D, D, STORED, BLOCK_D)
-            if GATED:
-                of_gate = plus_product(of_gate, x, gate, of_part, inside, start, D, D, STORED, BLOCK_D)
+        if LAYOUT > 0:
+            x_rows = x_ptr + row[:, None] * D
+            of_gate, of_up = turned_up(x_rows, taken, up, D, I, GATED, LAYOUT, BLOCK_T, BLOCK_I, BLOCK_D)
+        else:
+            for start in range(0, D, BLOCK_D):
+                x = rows_of_x(x_ptr + row[:, None] * D, taken[:, None], start, D, STORED, BLOCK_D)
+                of_up = plus_product(of_up, x, up, of_part, inside, start, D, D, STORED, BLOCK_D)
+                if GATED:
+                    of_gate = plus_product(of_gate, x, gate, of_part, inside, start, D, D, STORED, BLOCK_D)
         if BIASED:
             biased = column < tl.where(tl.program_id(0) >= parts, width, 0)
-            bias = tl.load(up_bias_ptr + which * bias_stride + column, mask=biased, other=0.0)
+            of_column = which * bias_stride + column * BIAS_STEP
+            bias = tl.load(up_bias_ptr + of_column, mask=biased, other=0.0)
             of_up += bias.to(tl.float32)[None, :]
             if GATED:
-                bias = tl.load(gate_bias_ptr + which * bias_stride + column, mask=biased, other=0.0)
+                bias = tl.load(gate_bias_ptr + of_column, mask=biased, other=0.0)
                 of_gate += bias.to(tl.float32)[None, :]
         hidden, _, _ = activate(of_gate if GATED else of_up, of_up, ACTIVATION, GATED, LIMIT, SHIFT)
         target = out_ptr + place[:, None] * I + column[None, :]
@@ -194,6 +243,7 @@ def down_kernel(
     BIASED: tl.constexpr,
     ALIGNED: tl.constexpr,
     STORED: tl.constexpr,  # `stored.settings`
+    LAYOUT: tl.constexpr,  # `Network.layout`
     BY_SLOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -222,7 +272,10 @@ def down_kernel(
         for start in range(0, width, BLOCK_I):
             hidden = rows_of_x(hidden_ptr + place[:, None] * I, taken[:, None], start, width, STORED, BLOCK_I)
             begin, end = first + start, first + width
-            out = plus_product(out, hidden, down, column, inside, begin, end, stride, STORED, BLOCK_I)
+            if LAYOUT > 0:
+                out = plus_turned(out, hidden, down, column, inside, begin, end, D, BLOCK_I)
+            else:
+                out = plus_product(out, hidden, down, column, inside, begin, end, stride, STORED, BLOCK_I)
         if BIASED:
             biased = column < tl.where(tl.program_id(0) >= parts, D, 0)
             out += tl.load(bias_ptr + which * D + column, mask=biased, other=0.0).to(tl.float32)[None, :]
@@ -291,17 +344,17 @@ def mixture(
         parts = triton.cdiv(width, size)
     residual = None if residual is None else residual.contiguous()
     few = few_tokens.MAX_TOKENS if routed is not None else 1  # of several, a dense network's weights serve all
-    if tokens <= few and top_k + parts <= few_tokens.MAX_SLOTS:
+    one = routed or shared
+    if tokens <= few and top_k + parts <= few_tokens.MAX_SLOTS and one.layout == 0:
         return few_tokens.mixture(x, weights, index, routed, shared, formula, residual, size, parts, adapters)
     assert adapters == (None, None), adapters
     by_slot = tokens * top_k < experts
     programs = parts + (tokens * top_k if by_slot else experts)
-    one = routed or shared
     gate_bias, up_bias, down_bias = one.biases or (None, None, None)
     other = shared or one
     given = {"ROUTED": routed is not None, "SHARED": shared is not None, "BIASED": one.biases is not None}
     given |= {"BY_SLOT": by_slot, "BLOCK_K": triton.next_power_of_2(max(1, top_k))}
-    given |= {"BLOCK_T": max(16, triton.next_power_of_2(tokens))}
+    given |= {"BLOCK_T": max(16, triton.next_power_of_2(tokens)), "LAYOUT": one.layout}
     hidden = torch.empty(tokens * (top_k + parts), size, dtype=x.dtype, device=x.device)
     up_kernel[(programs, triton.cdiv(size, TILES["up"].columns))](
         x,
@@ -326,6 +379,7 @@ def mixture(
         ACTIVATION=ACTIVATIONS[formula.activation],
         LIMIT=formula.limit,
         SHIFT=formula.shift,
+        BIAS_STEP=1 if up_bias is None else up_bias.stride(1),
         **given,
         **settings(one.up, other.up),
         **tile_arguments("up", x, one.up, "BLOCK_I", "BLOCK_D"),

@@ -33,12 +33,17 @@ LINEAR = Formula("linear")
 
 
 class Network(NamedTuple):
-    """Weights of E networks: gate (None where plain) and up [E, I, D] with the same strides, down [E, D, I]."""
+    """Weights of E networks: gate (None where plain) and up [E, I, D] with the same strides, down [E, D, I].
+
+    With a `layout` they are stored as [E, in, out], gate and up as one matrix [E, D, 2 I]: 1, all of gate first; 2, in
+    turns. Shapes are those without.
+    """
 
     gate: Weight | None
     up: Weight
     down: Weight
     biases: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None  # [E, I], [E, I], [E, D]
+    layout: int = 0
 
 
 @triton.jit

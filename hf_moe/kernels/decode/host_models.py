@@ -1,7 +1,7 @@
 """A decoding step with the kernels in Transformers' own models, and in grafts on them.
 
 What a norm and an expert compute is tried on a few numbers, whatever its class. Attention, networks, blocks and layers
-are those of `HOSTS`, a name a class: a class that is not there stays as it is.
+are those of `HOSTS`, a name a class: a class that is not there stays as it is, with its norms and experts by ours.
 
 Shapes: B rows, T tokens of all of them, D hidden size, E experts, K experts per token.
 """
@@ -11,11 +11,13 @@ from inspect import signature
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ...model.host import CACHE
 from ...model.modeling_hf_moe_graft import HfMoeGraftedBlock
 from ..formula import formula
 from ..host_norms import KINDS, epsilon, kind_of, may_be_norm
+from ..low_rank import given
 from . import (
     METHODS,
     adapters,
@@ -38,6 +40,7 @@ from . import (
     routers,
     summed_and_normed,
     tokens_read,
+    turned_network,
     visible,
     weight_and_epsilon,
 )
@@ -145,15 +148,18 @@ SHARED = ("shared_experts", "shared_expert")  # what blocks call the network tha
 
 
 def routed_network(routed: nn.Module) -> experts.Network | None:
-    """The weights of experts, [E, I, D] and [E, D, I]; None of those that the kernels for few tokens can't read."""
+    """The weights of experts; None of those that the kernels for few tokens can't read."""
     if "has_gate" not in vars(routed) or routed.has_post_expert_norm:  # as it is an adapter that does more
         return None
     computed = formula(routed)
-    if computed is None or computed.transposed or computed.interleaved:
+    if computed is None or (computed.interleaved and not computed.transposed):
         return None
     name = "gate_up_proj" if computed.gated else "up_proj"
     biases = (getattr(routed, f"{name}_bias"), routed.down_proj_bias) if routed.has_bias else None
-    return experts_network(getattr(routed, name), routed.down_proj, computed.gated, biases)
+    matrices = getattr(routed, name), routed.down_proj
+    if computed.transposed:
+        return turned_network(*matrices, computed.gated, computed.interleaved, biases)
+    return experts_network(*matrices, computed.gated, biases)
 
 
 def mixture_forward(module: nn.Module, rows: int, router: nn.Module, choose, arguments=None):
@@ -187,6 +193,22 @@ def mixture_forward(module: nn.Module, rows: int, router: nn.Module, choose, arg
             out = compute(x, index, weights)
             out = out if residual is None else out + residual.view_as(out)
         return out.view_as(hidden_states)
+
+    return forward
+
+
+def experts_forward(module: nn.Module, rows: int):
+    """Of experts alone, in a block that is not listed: its router and its shared network stay as they are."""
+    weights_of = routed_network(module)
+    if rows > experts.MAX_TOKENS or weights_of is None:
+        return None
+    computed, original = formula(module), type(module).forward
+
+    def forward(*args, **kwargs) -> torch.Tensor:
+        if is_parametrized(module) or given(module):  # by an adapter, while it computes
+            return original(module, *args, **kwargs)
+        x, index, weights = (value.contiguous() for value in (*args, *kwargs.values()))
+        return experts.mixture(x, weights, index, weights_of, None, computed, None)
 
     return forward
 
@@ -350,6 +372,8 @@ def host_methods(model: nn.Module) -> dict[type, dict]:
         name = f"{kind.__module__.split('.')[2]}.{kind.__name__}"
         if name in HOSTS:
             found[kind] = HOSTS[name]
+        elif "has_gate" in vars(module):
+            found[kind] = {"forward": experts_forward}
         elif norm_of(module) is not None:
             found[kind] = {"forward": host_norm_forward}
     return found
