@@ -23,9 +23,9 @@ from ..formula import Formula
 from .adapters import Adapter
 from .norms import normalized
 from .overlap import OVERLAP, let_next_start, wait_for_last
-from .stored import BYTES, RUN, Weight, asked, of_matrix, settings, times, weight_of
+from .stored import BYTES, STEP, Weight, asked, columns_of, of_matrix, settings, times, weight_of
 
-TILES, WARPS = (4096, 8192, 4096), 2  # weights of each form that a program holds, and its warps
+TILES, WARPS = (4096, 8192, 8192), 2  # weights of each form that a program holds, and its warps
 SUM_COLUMNS, SUM_WARPS = (1, 2, 1), 4  # of the sum of experts
 MAX_SLOTS = 16  # whose weights it can hold
 MAX_TOKENS = 4
@@ -74,7 +74,7 @@ def product_kernel(
 ):
     """Some columns of one of up to three products of x [T, A], or of its RMSNorm."""
     let_next_start()
-    block, step = tl.program_id(0), tl.arange(0, BLOCK_A)
+    block, step = tl.program_id(0), columns_of(STORED, BLOCK_A)
     out, width = out_ptr, columns
     if WEIGHTS > 1:  # noqa: SIM102
         if block >= tl.cdiv(columns, BLOCK_C):
@@ -116,7 +116,7 @@ def product_kernel(
 def sizes(depth: int, rows: int = 1, form: int = 0) -> dict[str, int]:
     """How a program's tile is cut, of as many registers for each column as `rows` of it take."""
     tile = TILES[form]
-    block = max(RUN * form, min(tile, triton.next_power_of_2(depth)))
+    block = max(STEP[form], min(tile, triton.next_power_of_2(depth)))
     return {"BLOCK_C": max(1, tile // block // triton.next_power_of_2(rows)), "BLOCK_A": block, "num_warps": WARPS}
 
 
@@ -230,7 +230,7 @@ def up_kernel(
     BLOCK_A: tl.constexpr,
 ):
     """Some columns of one of a token's P parts of the shared network, which come first, or of a slot's expert."""
-    token, program, step = tl.program_id(0) % tokens, tl.program_id(0) // tokens, tl.arange(0, BLOCK_A)
+    token, program, step = tl.program_id(0) % tokens, tl.program_id(0) // tokens, columns_of(STORED, BLOCK_A)
     place = token * (parts + K) + program
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     wait_for_last()
@@ -314,7 +314,7 @@ def sum_kernel(
 ):
     """Some columns of the down-projections of all of a token's parts and slots, weighted, and their sum."""
     let_next_start()
-    token, step = tl.program_id(0), tl.arange(0, BLOCK_A)
+    token, step = tl.program_id(0), columns_of(STORED, BLOCK_A)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside, slots = column < D, token * K
     stride = tl.multiple_of(shared_width, 16) if ALIGNED else shared_width
@@ -460,7 +460,7 @@ def mixture(
         ADDS=residual is not None,
         **settings(one.down, other.down, part=size),
         BLOCK_C=columns,
-        BLOCK_A=max(RUN * form, triton.next_power_of_2(size)),
+        BLOCK_A=max(STEP[form], triton.next_power_of_2(size)),
         num_warps=SUM_WARPS,
         **OVERLAP,
     )
