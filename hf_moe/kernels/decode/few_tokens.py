@@ -27,6 +27,7 @@ from .stored import BYTES, STEP, Weight, asked, columns_of, of_matrix, settings,
 
 TILES, WARPS = (4096, 8192, 8192), 2  # weights of each form that a program holds, and its warps
 SUM_COLUMNS, SUM_WARPS = (1, 2, 1), 4  # of the sum of experts
+SUM_LEAST = (1, 1, 1024)  # numbers that a warp of it reads: of 4 bits a run a thread, and x goes straight there
 MAX_SLOTS = 16  # whose weights it can hold
 MAX_TOKENS = 4
 LINEAR = Formula("linear")
@@ -341,8 +342,8 @@ def sum_kernel(
     for part in tl.static_range(PARTS):
         products += times(rows[part].to(tl.float32), tiles[part], STORED, BLOCK_A)
     for slot in tl.static_range(K):
-        row = rows[PARTS + slot].to(tl.float32) * weights[slot].to(tl.float32)
-        products += times(row, tiles[PARTS + slot], STORED, BLOCK_A)
+        of_slot = times(rows[PARTS + slot].to(tl.float32), tiles[PARTS + slot], STORED, BLOCK_A)
+        products += weights[slot].to(tl.float32) * of_slot
         if BIASED:
             biased = column < tl.where(chosen[slot] < num_experts, D, 0)
             bias = tl.load(bias_ptr + chosen[slot] * D + column, mask=biased, other=0.0).to(tl.float32)
@@ -350,8 +351,8 @@ def sum_kernel(
         if RANK > 0:
             low, widen = low_ptr + (slots + slot) * rank, widen_ptr + chosen[slot] * widen_expert
             adapted = column < tl.where(chosen[slot] < num_experts, D, 0)
-            of_slot = added(low, widen, column, adapted, rank, widen_row, widen_rank, scaling, RANK)
-            total += weights[slot].to(tl.float32) * of_slot
+            adapter = added(low, widen, column, adapted, rank, widen_row, widen_rank, scaling, RANK)
+            total += weights[slot].to(tl.float32) * adapter
     total = (total + tl.sum(products, axis=1)).to(out_ptr.dtype.element_ty)
     if ADDS:
         residual = tl.load(residual_ptr + token * D + column, mask=inside, other=0.0).to(tl.float32)
@@ -436,7 +437,7 @@ def mixture(
         of_slots = hidden.view(tokens, parts + top_k, size)[:, parts:].reshape(tokens * top_k, size)
         added, rank = beside(adapters[1], of_slots, index.view(-1, 1))
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
-    columns = SUM_COLUMNS[form]
+    columns, block = SUM_COLUMNS[form], max(STEP[form], triton.next_power_of_2(size))
     sum_kernel[(tokens, triton.cdiv(dim, columns))](
         hidden,
         one.down.pointers,
@@ -460,8 +461,8 @@ def mixture(
         ADDS=residual is not None,
         **settings(one.down, other.down, part=size),
         BLOCK_C=columns,
-        BLOCK_A=max(STEP[form], triton.next_power_of_2(size)),
-        num_warps=SUM_WARPS,
+        BLOCK_A=block,
+        num_warps=max(1, min(SUM_WARPS, columns * block // SUM_LEAST[form])),
         **OVERLAP,
     )
     return out

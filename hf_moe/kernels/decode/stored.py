@@ -132,9 +132,9 @@ def scale_tile(weight, place, mask, LOWS: tl.constexpr):
 @triton.jit
 def place_of(column, STORED: tl.constexpr):
     """Where a run that begins with that column is in its row: in bytes, of 4 bits in words."""
-    place = column // 32 * 4
-    if STORED[0] != 2:
-        place = tl.multiple_of(column, BYTES) if STORED[4] else column
+    place = column // 32 * 4 if STORED[0] == 2 else column
+    if STORED[0] == 1 and STORED[4]:
+        place = tl.multiple_of(place, BYTES)
     return place
 
 
