@@ -88,8 +88,6 @@ class StoredWeightsQuantizer(HfQuantizer):
         self.names, stored = matrices(model), self.quantization_config.stored
         if not self.names:
             raise ValueError(f"{type(model).__name__} has no matrix to store as {stored}.")
-        for name in self.names:
-            FORMS[stored].check(model.get_parameter(name).shape, name)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:
         return param_name in self.names

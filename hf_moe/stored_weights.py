@@ -91,19 +91,28 @@ class BlockWeight(StoredWeight):
     def lows(self) -> torch.Tensor | None:
         return self.state.lows
 
-    @classmethod
-    def check(cls, shape: torch.Size, name: str) -> None:
-        """Raises ValueError where weights of this shape, of which `name` is one, can't be stored so."""
-
-    def codes(self) -> torch.Tensor:
-        """[..., out, in] in float32."""
+    def codes(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[..., out, in], in a tensor of their own; exact in any dtype that a weight may have."""
         raise NotImplementedError
 
+    @torch.no_grad()  # into what is here already
     def values(self) -> torch.Tensor:
-        """The numbers that the bits stand for."""
-        block, shape = self.state.block, self.state.shape
-        numbers = self.codes() * spread(self.scales, block, shape)
-        return (numbers if self.lows is None else numbers + spread(self.lows, block, shape)).to(self.dtype)
+        """The numbers that the bits stand for: computed in float32, and rounded once."""
+        (rows, columns), shape = self.state.block, self.state.shape
+        if shape[-2] % rows or shape[-1] % columns:
+            numbers = self.codes() * spread(self.scales, self.state.block, shape)
+            if self.lows is not None:
+                numbers += spread(self.lows, self.state.block, shape)
+            return numbers.to(self.dtype)
+        # Nothing but the codes is as large as the weight, and they become the values where they are.
+        numbers = self.codes(self.dtype)
+        blocks = numbers.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+        scales = self.scales[..., :, None, :, None]
+        if self.lows is None:
+            torch.mul(blocks, scales, out=blocks)
+        else:  # a code of 4 bits times a scale in bfloat16 is exact, so that it is as if the sum alone were rounded
+            torch.addcmul(self.lows[..., :, None, :, None], blocks, scales, out=blocks)
+        return numbers
 
     def moved(self, device: torch.device) -> "BlockWeight":
         lows = None if self.lows is None else self.lows.to(device)
@@ -132,27 +141,22 @@ class Fp8Weight(BlockWeight):
         state = State(scales.squeeze(-1).squeeze(-2), None, block, weight.shape, weight.dtype)
         return cls(whole_of(codes, weight.shape), state)
 
-    def codes(self) -> torch.Tensor:
-        return self.packed.float()
+    def codes(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.packed.to(dtype)
 
 
 class Int4Weight(BlockWeight):
     """In 4 bits: of 128 numbers that follow each other in a row the least is 0 and the largest 15.
 
-    Two codes a byte, of an even column in the lower half; scales and lows in bfloat16, from which the codes are found.
-    Raises ValueError where rows have an odd number of columns.
+    Scales and lows are in bfloat16, and the codes found from these. Two codes a byte, in the order in which kernels
+    read them (hf_moe/kernels/decode/stored.py): rows are filled up to whole runs of 32, and for m = 0 ... 7 a run's
+    bytes 2 m and 2 m + 1 have, from their lower halves on, its columns m, m + 8, m + 16 and m + 24.
     """
 
     stored = "int4"
 
     @classmethod
-    def check(cls, shape: torch.Size, name: str) -> None:
-        if shape[-1] % 2:
-            raise ValueError(f"int4 stores two numbers a byte, but rows of {name} have {shape[-1]}: take fp8.")
-
-    @classmethod
     def quantize(cls, weight: torch.Tensor, block: tuple[int, int] = (1, 128)) -> "Int4Weight":
-        cls.check(weight.shape, "a weight")
         blocks = blocks_of(weight, block)
         # What fills up the last block lies within its numbers.
         real = blocks_of(torch.ones_like(weight, dtype=torch.bool), block).bool()
@@ -161,11 +165,17 @@ class Int4Weight(BlockWeight):
         scales = ((largest - least) / 15).bfloat16().float()
         codes = ((blocks - least) / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(0, 15)
         codes = whole_of(codes.to(torch.uint8), weight.shape)
+        lower, higher = nn.functional.pad(codes, (0, -codes.shape[-1] % 32)).unflatten(-1, (-1, 2, 2, 8)).unbind(-2)
+        packed = (lower | higher << 4).mT.flatten(-3)
         scales, lows = (x.squeeze(-1).squeeze(-2).bfloat16() for x in (scales, least))
-        return cls(codes[..., ::2] | codes[..., 1::2] << 4, State(scales, lows, block, weight.shape, weight.dtype))
+        return cls(packed, State(scales, lows, block, weight.shape, weight.dtype))
 
-    def codes(self) -> torch.Tensor:
-        return torch.stack((self.packed & 15, self.packed >> 4), dim=-1).flatten(-2).float()
+    def codes(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        pairs = self.packed.unflatten(-1, (-1, 8, 2)).mT
+        runs = pairs.new_empty(*pairs.shape[:-1], 2, 8, dtype=dtype)
+        torch.bitwise_and(pairs, 15, out=runs[..., 0, :])
+        torch.bitwise_right_shift(pairs, 4, out=runs[..., 1, :])
+        return runs.flatten(-4)[..., : self.shape[-1]].contiguous()
 
 
 def blocks_of(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

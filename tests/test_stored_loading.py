@@ -7,7 +7,7 @@ import pytest
 import torch
 from hf_moe.training.weights.groups import matrices
 from hf_moe.training.weights.quantized import quantize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM
 
 import hf_moe
@@ -34,7 +34,7 @@ def int4_by_hand(row: list[float], size: int) -> list[float]:
     return values
 
 
-@pytest.mark.parametrize("shape", [(3, 130), (2, 5, 256), (1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 131), (2, 5, 256), (1, 2)], ids=str)
 def test_int4_keeps_the_least_and_the_largest_of_each_group(shape):
     torch.manual_seed(0)
     weight = torch.randn(shape)
@@ -44,7 +44,47 @@ def test_int4_keeps_the_least_and_the_largest_of_each_group(shape):
     torch.testing.assert_close(stored.values(), expected, rtol=1e-6, atol=1e-6)
     assert stored.dtype == torch.float32 and stored.shape == weight.shape and not stored.values()[..., 0, :].any()
     groups = weight[..., 0].numel() * math.ceil(shape[-1] / 128)
-    assert stored.bytes == weight.numel() // 2 + 4 * groups
+    whole = math.ceil(shape[-1] / 32) * 32
+    assert stored.bytes == weight[..., 0].numel() * whole // 2 + 4 * groups
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 128, 256), (5, 131), (6, 35), (12, 40)], ids=str)
+@pytest.mark.parametrize(("stored", "blocks"), [("fp8", [(128, 128), (3, 5)]), ("int4", [(1, 128), (3, 5)])], ids=str)
+def test_values_are_rounded_once(stored, blocks, shape, dtype):
+    """Code times scale, and plus low, each in float32, whether blocks fill the weight or not."""
+    torch.manual_seed(0)
+    weight = (torch.randn(shape) * torch.rand(*shape[:-1], 1)).to(dtype)
+    for rows, columns in blocks:
+        kept = FORMS[stored].quantize(weight, (rows, columns))
+        row, column = torch.arange(shape[-2]) // rows, torch.arange(shape[-1]) // columns
+        expected = kept.codes() * kept.scales.float()[..., row, :][..., column]
+        if kept.lows is not None:
+            expected = expected + kept.lows.float()[..., row, :][..., column]
+        values = kept.values()
+        assert torch.equal(values, expected.to(dtype)) and values.is_contiguous() and values.dtype == dtype
+        step = kept.scales.float().max() * (1 if stored == "int4" else 32)  # between neighbours
+        assert (values.float() - weight.float()).abs().max() <= 0.51 * step + 0.01 * weight.float().abs().max()
+
+
+@pytest.mark.parametrize("stored", FORMS)
+def test_values_take_no_more_memory_than_they_are(stored):
+    kept = FORMS[stored].quantize(torch.randn(2, 256, 384).bfloat16())
+    made = []
+
+    class Tensors(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(func(*args, **(kwargs or {})))
+            return made[-1]
+
+    with Tensors():
+        kept.values()
+    assert len({x.untyped_storage().data_ptr() for x in made if x.numel() >= kept.numel() // 2} - parts_of(kept)) == 1
+    assert not any(x.dtype == torch.float32 and x.numel() >= kept.numel() for x in made)
+
+
+def parts_of(kept: StoredWeight) -> set[int]:
+    return {part.untyped_storage().data_ptr() for part in (kept.packed, kept.scales)}
 
 
 @pytest.mark.parametrize("stored", FORMS)
@@ -119,9 +159,6 @@ def test_what_cannot_be_stored_is_said_and_codes_are_not_saved(tmp_path):
         hf_moe.StoredWeightsConfig("int3")
     with pytest.raises(ValueError, match="does not know bits: it takes stored"):
         hf_moe.StoredWeightsConfig("int4", bits=4)
-    tiny(n_shared_experts=1, moe_intermediate_size=5).save_pretrained(tmp_path / "odd")
-    with pytest.raises(ValueError, match=r"rows of model.layers.0.mlp.experts.down_proj have 5: take fp8"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "odd", quantization_config=hf_moe.StoredWeightsConfig("int4"))
     tiny().save_pretrained(tmp_path / "plain")
     config = hf_moe.StoredWeightsConfig("fp8")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config)

@@ -73,7 +73,7 @@ def test_a_step_of_transformers_own_adds_what_peft_adds(name, experts, rows):
     assert any(name.endswith("SparseMoeBlock") for name in changed)
 
 
-@pytest.mark.parametrize(("kind", "block"), [(Fp8Weight, (8, 16)), (Int4Weight, (1, 32))], ids=["fp8", "int4"])
+@pytest.mark.parametrize(("kind", "block"), [(Fp8Weight, (8, 16)), (Int4Weight, (1, 64))], ids=["fp8", "int4"])
 def test_an_adapter_beside_what_is_stored(kind, block):
     model = model_of(MODELS["gqa, norm a head, shared"], torch.float32)
     store(model, kind, block)

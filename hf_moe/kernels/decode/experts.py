@@ -18,7 +18,7 @@ from . import few_tokens
 from .adapters import Adapter
 from .few_tokens import Network
 from .overlap import OVERLAP, let_next_start, wait_for_last
-from .stored import RUN, Weight, alike, of_matrix, plus_product, rows_of_x, settings, step_within
+from .stored import STEP, Weight, alike, of_matrix, plus_product, rows_of_x, settings, step_within
 
 MAX_TOKENS = 64  # one tile of rows; with more, sorting by expert is cheaper
 MAX_PART = 1024  # of a dense network: its sum over the width is cut, so that there are programs for the whole card
@@ -32,7 +32,7 @@ def part_of(down: Weight) -> int:
 def cuts(down: Weight, part: int) -> bool:
     """Whether a network may be cut into parts of that width: each begins with a byte, and a step within a block."""
     whole = down.shape[-1] <= part
-    return whole or down.form == 0 or part % step_within(down, max(RUN * down.form, TILES["down"].depth)) == 0
+    return whole or down.form == 0 or part % step_within(down, max(STEP[down.form], TILES["down"].depth)) == 0
 
 
 def joined(routed: Network, shared: Network) -> bool:

@@ -23,10 +23,11 @@ from ..formula import Formula
 from .adapters import Adapter
 from .norms import normalized
 from .overlap import OVERLAP, let_next_start, wait_for_last
-from .stored import BYTES, RUN, Weight, asked, of_matrix, settings, times, weight_of
+from .stored import BYTES, STEP, Weight, asked, columns_of, of_matrix, settings, times, weight_of
 
-TILES, WARPS = (4096, 8192, 4096), 2  # weights of each form that a program holds, and its warps
+TILES, WARPS = (4096, 8192, 8192), 2  # weights of each form that a program holds, and its warps
 SUM_COLUMNS, SUM_WARPS = (1, 2, 1), 4  # of the sum of experts
+SUM_LEAST = (1, 1, 1024)  # numbers that a warp of it reads: of 4 bits a run a thread, and x goes straight there
 MAX_SLOTS = 16  # whose weights it can hold
 MAX_TOKENS = 4
 LINEAR = Formula("linear")
@@ -79,7 +80,7 @@ def product_kernel(
 ):
     """Some columns of one of up to three products of x [T, A], or of its RMSNorm."""
     let_next_start()
-    block, step = tl.program_id(0), tl.arange(0, BLOCK_A)
+    block, step = tl.program_id(0), columns_of(STORED, BLOCK_A)
     out, width = out_ptr, columns
     if WEIGHTS > 1:  # noqa: SIM102
         if block >= tl.cdiv(columns, BLOCK_C):
@@ -121,7 +122,7 @@ def product_kernel(
 def sizes(depth: int, rows: int = 1, form: int = 0) -> dict[str, int]:
     """How a program's tile is cut, of as many registers for each column as `rows` of it take."""
     tile = TILES[form]
-    block = max(RUN * form, min(tile, triton.next_power_of_2(depth)))
+    block = max(STEP[form], min(tile, triton.next_power_of_2(depth)))
     return {"BLOCK_C": max(1, tile // block // triton.next_power_of_2(rows)), "BLOCK_A": block, "num_warps": WARPS}
 
 
@@ -235,7 +236,7 @@ def up_kernel(
     BLOCK_A: tl.constexpr,
 ):
     """Some columns of one of a token's P parts of the shared network, which come first, or of a slot's expert."""
-    token, program, step = tl.program_id(0) % tokens, tl.program_id(0) // tokens, tl.arange(0, BLOCK_A)
+    token, program, step = tl.program_id(0) % tokens, tl.program_id(0) // tokens, columns_of(STORED, BLOCK_A)
     place = token * (parts + K) + program
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     wait_for_last()
@@ -319,7 +320,7 @@ def sum_kernel(
 ):
     """Some columns of the down-projections of all of a token's parts and slots, weighted, and their sum."""
     let_next_start()
-    token, step = tl.program_id(0), tl.arange(0, BLOCK_A)
+    token, step = tl.program_id(0), columns_of(STORED, BLOCK_A)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside, slots = column < D, token * K
     stride = tl.multiple_of(shared_width, 16) if ALIGNED else shared_width
@@ -346,8 +347,8 @@ def sum_kernel(
     for part in tl.static_range(PARTS):
         products += times(rows[part].to(tl.float32), tiles[part], STORED, BLOCK_A)
     for slot in tl.static_range(K):
-        row = rows[PARTS + slot].to(tl.float32) * weights[slot].to(tl.float32)
-        products += times(row, tiles[PARTS + slot], STORED, BLOCK_A)
+        of_slot = times(rows[PARTS + slot].to(tl.float32), tiles[PARTS + slot], STORED, BLOCK_A)
+        products += weights[slot].to(tl.float32) * of_slot
         if BIASED:
             biased = column < tl.where(chosen[slot] < num_experts, D, 0)
             bias = tl.load(bias_ptr + chosen[slot] * D + column, mask=biased, other=0.0).to(tl.float32)
@@ -355,8 +356,8 @@ def sum_kernel(
         if RANK > 0:
             low, widen = low_ptr + (slots + slot) * rank, widen_ptr + chosen[slot] * widen_expert
             adapted = column < tl.where(chosen[slot] < num_experts, D, 0)
-            of_slot = added(low, widen, column, adapted, rank, widen_row, widen_rank, scaling, RANK)
-            total += weights[slot].to(tl.float32) * of_slot
+            adapter = added(low, widen, column, adapted, rank, widen_row, widen_rank, scaling, RANK)
+            total += weights[slot].to(tl.float32) * adapter
     total = (total + tl.sum(products, axis=1)).to(out_ptr.dtype.element_ty)
     if ADDS:
         residual = tl.load(residual_ptr + token * D + column, mask=inside, other=0.0).to(tl.float32)
@@ -441,7 +442,7 @@ def mixture(
         of_slots = hidden.view(tokens, parts + top_k, size)[:, parts:].reshape(tokens * top_k, size)
         added, rank = beside(adapters[1], of_slots, index.view(-1, 1))
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
-    columns = SUM_COLUMNS[form]
+    columns, block = SUM_COLUMNS[form], max(STEP[form], triton.next_power_of_2(size))
     sum_kernel[(tokens, triton.cdiv(dim, columns))](
         hidden,
         one.down.pointers,
@@ -465,8 +466,8 @@ def mixture(
         ADDS=residual is not None,
         **settings(one.down, other.down, part=size),
         BLOCK_C=columns,
-        BLOCK_A=max(RUN * form, triton.next_power_of_2(size)),
-        num_warps=SUM_WARPS,
+        BLOCK_A=block,
+        num_warps=max(1, min(SUM_WARPS, columns * block // SUM_LEAST[form])),
         **OVERLAP,
     )
     return out

@@ -9,9 +9,9 @@ from .overlap import OVERLAP, let_next_start, wait_for_last
 
 @triton.jit
 def normalized(x, weight, size, eps, dtype: tl.constexpr):
-    """RMSNorm of a vector: rounded to its dtype before the weight, as the definition does."""
+    """RMSNorm of a vector, in any shape: rounded to its dtype before the weight, as the definition does."""
     values = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
+    scale = tl.rsqrt(tl.sum(values * values) / size + eps)
     return ((values * scale).to(x.dtype).to(tl.float32) * weight).to(dtype)
 
 

@@ -13,7 +13,7 @@ from . import few_tokens
 from .adapters import Adapter
 from .norms import rms_norm
 from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
-from .stored import Weight, plus_product, rows_of_x, settings, step_within
+from .stored import Weight, plus_product, row_of, rows_of_x, settings, step_within
 
 COLUMNS, DEPTH, STAGES = 16, 512, 4  # of a program, of a step, steps in flight
 
@@ -58,7 +58,7 @@ def product_kernel(
                     weight, out, width = weight3, out3_ptr, columns3
     column += block * BLOCK_C
     real, inside = row < rows, column < width
-    stride = depth // STORED[0] if STORED[0] > 0 else depth
+    stride = row_of(depth, STORED)
     line = tl.minimum(tl.arange(0, LINES) * LINE_VALUES, stride - 1)
     fetch(weight[0] + tl.minimum(column, width - 1)[None, :].to(tl.int64) * stride + line[:, None])
     wait_for_last()
