@@ -27,7 +27,9 @@ from .stored import BYTES, STEP, Weight, asked, columns_of, of_matrix, settings,
 
 TILES, WARPS = (4096, 8192, 8192), 2  # weights of each form that a program holds, and its warps
 SUM_COLUMNS, SUM_WARPS = (1, 2, 1), 4  # of the sum of experts
-SUM_LEAST = (1, 1, 1024)  # numbers that a warp of it reads: of 4 bits a run a thread, and x goes straight there
+# Numbers of a row that a warp of it reads: of 4 bits a run a thread, which x reaches without shared memory, as long as
+# its registers hold those of all slots.
+SUM_LEAST, SUM_SLOTS = (1, 1, 1024), 8
 MAX_SLOTS = 16  # whose weights it can hold
 MAX_TOKENS = 4
 LINEAR = Formula("linear")
@@ -443,6 +445,7 @@ def mixture(
         added, rank = beside(adapters[1], of_slots, index.view(-1, 1))
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)
     columns, block = SUM_COLUMNS[form], max(STEP[form], triton.next_power_of_2(size))
+    least = SUM_LEAST[form] if parts + top_k <= SUM_SLOTS else 1
     sum_kernel[(tokens, triton.cdiv(dim, columns))](
         hidden,
         one.down.pointers,
@@ -467,7 +470,7 @@ def mixture(
         **settings(one.down, other.down, part=size),
         BLOCK_C=columns,
         BLOCK_A=block,
-        num_warps=max(1, min(SUM_WARPS, columns * block // SUM_LEAST[form])),
+        num_warps=max(1, min(SUM_WARPS, columns * block // least)),
         **OVERLAP,
     )
     return out

@@ -248,8 +248,8 @@ def plus_codes(products, x, words, N: tl.constexpr):
     """products + 2^-69 x times the N-th codes of words.
 
     Bits 4 a to 4 a + 3, the others 0, are a float32 as they stand: a code times 2^(4 a - 149), which is subnormal,
-    exact, and multiplied as fast as others. The rest of the exponent is x's, so that nothing is converted, and nothing
-    shifted but what is too high for a mantissa.
+    exact, and multiplied as fast as others. The rest of the exponent is x's, which may reach 2^47, so that nothing is
+    converted, and nothing shifted but what is too high for a mantissa.
     """
     PLACE: tl.constexpr = N if N < 5 else N - 3
     bits = (words if N < 5 else words >> 12) & (15 << (4 * PLACE))
