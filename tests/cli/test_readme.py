@@ -73,6 +73,9 @@ def test_its_numbers_are_those_of_the_results():
     assert f"| {written['hf_moe']} | Transformers {plain}, compiled {compiled} |" in README
     ours, theirs = (f"{speed[name]['training']:,.0f}" for name in ("hf_moe", "transformers"))
     assert f"| {ours} | Transformers {theirs} |" in README
+    texts = json.loads(results("rollout_gpu.json"))["results"]
+    ours, theirs = (f"{texts[name]['tokens_per_second']:,.0f}" for name in ("hf_moe", "trl"))
+    assert f"| {ours} | TRL {theirs} |" in README
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results("conversion.md").splitlines()]
     difference = {row[0]: row[-1] for row in rows if len(row) == 9}  # the last column: with biases
     others = ", ".join(f"{name} {difference[name]}" for name in ("mergekit-moe", "MixtureKit"))
