@@ -167,7 +167,7 @@ class Recording:
 
     def __call__(self):
         self.graph.replay()
-        if LISTENERS:
+        if LISTENERS and self.chosen:
             self.tell_chosen()
         return self.result
 
@@ -290,6 +290,7 @@ def recording_key(model: nn.Module, cache: HfMoeReservedCache):
         *(x for part in cache.parts for layer in part.layers for x in (layer.keys, layer.values)),
     ]
     changed = [id(m) for m in modules if "forward" in vars(m)]
+    changed += [id(m) for m in modules if any(hasattr(hook, TELLS) for hook in m._forward_hooks.values())]
     adapted = [plain_attributes(m) for m in modules if hasattr(m, "base_layer")]  # which adapters add, and how much
     pointers = tuple((x.data_ptr(), x.dtype) for x in tensors)
     return pointers, tuple(map(id, modules)), tuple(changed), repr(adapted), repr(vars(model.config))

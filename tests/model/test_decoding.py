@@ -152,6 +152,11 @@ def test_a_replay_tells_the_experts_that_were_written_over():
     replay = decoding.Recording.__new__(decoding.Recording)
     first, second = torch.tensor([[1, 2]]), torch.tensor([[3], [4]])
     replay.graph, replay.result = SimpleNamespace(replay=lambda: (first.add_(1), second.add_(2))), None
+    replay.chosen = {}
+    with listening() as heard:
+        replay()
+    assert not heard
+    first[:], second[:] = torch.tensor([[1, 2]]), torch.tensor([[3], [4]])
     replay.chosen = {router: [first], other: [second]}
     with listening() as heard:
         replay()
