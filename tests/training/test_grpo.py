@@ -86,6 +86,17 @@ def test_rollouts_are_recorded_and_write_the_same_texts(tmp_path, monkeypatch, a
         assert torch.equal(again[1][name][:, : index.shape[1]], index)
 
 
+@pytest.mark.gpu
+def test_rollouts_on_a_gpu_are_recorded_with_their_experts(tmp_path, monkeypatch):
+    """float32 weights under autocast, as recipes have them."""
+    recordings, record = [], decoding.RecordedStep.record
+    monkeypatch.setattr(decoding.RecordedStep, "record", lambda step: recordings.append(step) or record(step))
+    trainer = build(tmp_path, router_replay="rollout", bf16=True, use_cpu=False, max_steps=2)
+    trainer.train()
+    assert len(recordings) == 2 and set(trainer.rollout) == set(trainer.routers)
+    assert {x.dtype for x in trainer.moe.parameters()} == {torch.float32}
+
+
 def test_rollouts_read_weights_that_are_rounded_once(tmp_path, monkeypatch):
     """Those that train are the same memory before and after; routers compute in float32 as they do in training."""
     trainer, seen = build(tmp_path, bf16=True), []
