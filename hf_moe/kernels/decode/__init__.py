@@ -147,15 +147,13 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
     if computed is None or module.scales_input or any(x is not None for x in further):
         return None
     if rows > (few_tokens.MAX_TOKENS if added else experts.MAX_TOKENS):
-        return many_forward(module, adapters.of_many(routed, added))
+        compute = adapters.of_many(routed, added)
+        return compute and many_forward(module, compute)
     return few_forward(module, routed, computed, rows, (added.get(routed.up_name), added.get("down_proj")))
 
 
 def many_forward(module: HfMoeSparseMoeBlock, compute):
-    """Of a prompt, or of more tokens with an adapter than the kernels for few take: `compute` is of x, index, weights.
-
-    None where nothing computes.
-    """
+    """Of a prompt, or with an adapter of more tokens than the kernels for few take. compute: `adapters.of_many`."""
     chosen = chooser(module.gate)
 
     def forward(hidden_states: torch.Tensor, token_mask=None, input_ids=None, residual=None, norm=None):
@@ -168,7 +166,7 @@ def many_forward(module: HfMoeSparseMoeBlock, compute):
         out = out.view_as(hidden_states)
         return out if residual is None else out + residual
 
-    return compute and forward
+    return forward
 
 
 def routed_rows(hidden_states, residual, norm, gate, arguments, arrived: torch.Tensor, choose, token_mask=None):

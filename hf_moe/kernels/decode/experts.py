@@ -116,6 +116,7 @@ def turned_up(
     D,
     I,  # noqa: E741
     GATED: tl.constexpr,
+    STORED: tl.constexpr,
     LAYOUT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -128,8 +129,7 @@ def turned_up(
     inside = column < (size if LAYOUT == 2 else I)
     one, other = tl.zeros((BLOCK_T, WIDTH), tl.float32), tl.zeros((BLOCK_T, WIDTH), tl.float32)
     for start in range(0, D, BLOCK_D):
-        step = start + tl.arange(0, BLOCK_D)
-        x = (tl.load(x_rows + step[None, :], mask=taken[:, None] & (step < D)[None, :], other=0.0),)
+        x = rows_of_x(x_rows, taken[:, None], start, D, STORED, BLOCK_D)
         one = plus_turned(one, x, up, column, inside, start, D, size, BLOCK_D)
         if GATED and LAYOUT == 1:
             other = plus_turned(other, x, up, I + column, inside, start, D, size, BLOCK_D)
@@ -201,7 +201,7 @@ def up_kernel(
         of_gate = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
         if LAYOUT > 0:
             x_rows = x_ptr + row[:, None] * D
-            of_gate, of_up = turned_up(x_rows, taken, up, D, I, GATED, LAYOUT, BLOCK_T, BLOCK_I, BLOCK_D)
+            of_gate, of_up = turned_up(x_rows, taken, up, D, I, GATED, STORED, LAYOUT, BLOCK_T, BLOCK_I, BLOCK_D)
         else:
             for start in range(0, D, BLOCK_D):
                 x = rows_of_x(x_ptr + row[:, None] * D, taken[:, None], start, D, STORED, BLOCK_D)

@@ -170,8 +170,9 @@ def mixture_forward(module: nn.Module, rows: int, router: nn.Module, choose, arg
     """
     routed, found = adapters.of_experts(module.experts) or (module.experts, {})
     weights_of = routed_network(routed)
-    compute = adapters.of_many(routed, found) if found and rows > few_tokens.MAX_TOKENS else None
-    if rows > experts.MAX_TOKENS or weights_of is None or (found and rows > few_tokens.MAX_TOKENS and compute is None):
+    many = found and rows > few_tokens.MAX_TOKENS
+    compute = adapters.of_many(routed, found) if many else None
+    if rows > experts.MAX_TOKENS or weights_of is None or (many and compute is None):
         return None
     computed, gate = formula(routed), getattr(module, "shared_expert_gate", None)
     shared = next((x for name in SHARED if (x := getattr(module, name, None)) is not None), None)
