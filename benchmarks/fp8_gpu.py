@@ -37,7 +37,7 @@ LINEARS = ((2048, 2048), (4096, 2048), (10944, 2048))  # attention's of both, an
 GRADIENTS = ("x", "weights", "up", "down")
 SWEEP = {
     "up": {"FLATTEN": (True,), "num_stages": (3, 4), "per_processor": (1, 2)},
-    "product": {"HALVES": (1, 2), "FLATTEN": (True,), "num_stages": (3, 4, 6), "per_processor": (1, 2)},
+    "product": {"FLATTEN": (True,), "num_stages": (3, 4, 6), "per_processor": (1, 2)},
 }
 
 

@@ -12,12 +12,12 @@ LARGE = {
     "up": {"GROUP": 8, "FLATTEN": True, "per_processor": 1, "num_warps": 8, "num_stages": 4},
     # Beside a low-rank part four stages have no room.
     "up_low_rank": {"GROUP": 8, "FLATTEN": False, "per_processor": EVERY_TILE, "num_warps": 8, "num_stages": 3},
-    "product": {"HALVES": 1, "GROUP": 8, "FLATTEN": True, "per_processor": 1, "num_warps": 8, "num_stages": 4},
+    "product": {"GROUP": 8, "FLATTEN": True, "per_processor": 1, "num_warps": 8, "num_stages": 4},
 }
 
 
 def launch(kernel: str, row_tiles: int, columns: int, device: torch.device) -> tuple[tuple[int], dict]:
     """Grid and options of `kernel` for so many tiles of rows, and columns."""
     options = LARGE[kernel] | FUSED
-    programs = row_tiles * triton.cdiv(columns, BLOCK * options.get("HALVES", 1))
+    programs = row_tiles * triton.cdiv(columns, BLOCK)
     return (min(programs, options.pop("per_processor") * processors(device)),), options

@@ -39,47 +39,33 @@ def product_kernel(
     W_TMA: tl.constexpr,
     OUT_TMA: tl.constexpr,
     EVEN: tl.constexpr,
-    HALVES: tl.constexpr,  # 1, or 2: twice as many columns, in two sums
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    row_tiles, col_tiles = tl.load(offsets + 2 * num_experts + 1), tl.cdiv(col_size, 128 * HALVES)
-    depth_blocks, col_blocks = tl.cdiv(depth_size, 128), tl.cdiv(col_size, 128)
+    row_tiles, col_tiles = tl.load(offsets + 2 * num_experts + 1), tl.cdiv(col_size, 128)
+    depth_blocks = tl.cdiv(depth_size, 128)
     for program in tl.range(tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, col_tile = locate(program, row_tiles, col_tiles, GROUP)
         expert = tl.load(tiles + 2 * row_tile)
-        row, col = row_tile * 128, col_tile * 128 * HALVES
+        row, col = row_tile * 128, col_tile * 128
         sources = row + tl.arange(0, 128)
         if GATHERED:
             sources = tl.maximum(tl.load(slot_of_row + sources), 0) // TOP_K
         wide = sources.to(tl.int64)
-        at = w_scales + (expert * col_blocks + col_tile * HALVES) * depth_blocks
+        at = w_scales + (expert * col_tiles + col_tile) * depth_blocks
 
         acc = tl.zeros([128, 128], tl.float32)
-        right_acc = tl.zeros([128, 128], tl.float32)
         for block in range(0, depth_blocks):
             depth = block * 128
             left = rows_tile(a, row, wide, depth, depth_size, A_TMA, EVEN, 128)
             scale = tl.load(a_scales + block * a_rows + sources)
             b = matrix_tile(w, expert, col, depth, col_size, depth_size, W_TMA, 128, 128).T
             acc += tl.dot(left, b) * (scale * tl.load(at + block))[:, None]
-            if HALVES == 2:
-                b = matrix_tile(w, expert, col + 128, depth, col_size, depth_size, W_TMA, 128, 128).T
-                # Beyond the last column there is no scale: the one before, of what is not stored.
-                last = tl.minimum(1, col_blocks - 1 - col_tile * 2) * depth_blocks
-                right_acc += tl.dot(left, b) * (scale * tl.load(at + last + block))[:, None]
         if RANK > 0:
             starts, cols = (row + tl.arange(0, 128)).to(tl.int64) * RANK, col + tl.arange(0, 128)
             acc = with_added(acc, None, low, factor, starts, expert, cols, col_size, False, RANK, PADDED)
-            if HALVES == 2:
-                cols += 128
-                right_acc = with_added(
-                    right_acc, None, low, factor, starts, expert, cols, col_size, False, RANK, PADDED
-                )
         kind = out.dtype if OUT_TMA else out.dtype.element_ty
         store_tile(out, acc.to(kind), row, col, col_size, OUT_TMA)
-        if HALVES == 2:
-            store_tile(out, right_acc.to(kind), row, col + 128, col_size, OUT_TMA)
 
 
 def product(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_moe.kernels.formula import Formula
-from hf_moe.kernels.fp8 import eager, launch, operators
+from hf_moe.kernels.fp8 import eager, operators
 
 from .. import reference
 
@@ -113,10 +113,7 @@ def test_an_adapter(device, name):
     check(index, tensors | {key: 0.3 * torch.randn(shape) for key, shape in shapes.items()}, SWIGLU, device)
 
 
-@pytest.mark.parametrize("halves", [1, 2])
-def test_tiles_of_one_sum_and_of_two(device, halves, monkeypatch):
-    """Of three blocks of columns the second pair has one."""
-    monkeypatch.setitem(launch.LARGE, "product", launch.LARGE["product"] | {"HALVES": halves})
+def test_several_blocks_of_columns(device):
     check(*problem(9, 2, 384, 384, 2), SWIGLU, device)
 
 
