@@ -61,7 +61,7 @@ def recording(routers: dict[str, Router]) -> Iterator[dict[str, list[torch.Tenso
         for handle in handles:
             handle.remove()
     for name, router in routers.items():
-        if router.module in heard:  # kernels tell int64
+        if router.module in heard:
             calls[name] = [index.to(torch.int16) for index in heard[router.module]]
 
 
@@ -72,10 +72,10 @@ def telling(name: str, router: Router) -> RemovableHandle:
         _, _, index_TK, token_S, _ = output
         if token_S is not None:
             raise ValueError(f"{name} lets experts choose tokens in training: set router_replay to rollout.")
-        tell(module, index_TK.to(torch.int16))
+        tell(module, index_TK)
 
     def tell_given(module, args, kwargs):
-        tell(router.module, (*args, *kwargs.values())[1].to(torch.int16))
+        tell(router.module, (*args, *kwargs.values())[1])
 
     setattr(tell_own, TELLS, True)
     if owned(router):
