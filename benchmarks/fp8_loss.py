@@ -12,7 +12,6 @@ command makes those that are missing. A picture comes to stand beside the .json.
 import argparse
 import json
 import statistics
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import chain, product
 from multiprocessing import get_context
@@ -20,10 +19,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from hf_moe.experiments.runner import write
 from hf_moe.experiments.text import LEARNT_FROM, demo_tokenizer, learnt, up_to
 
 from hf_moe import HfMoeConfig, train
-from hf_moe.staging import written_aside
 from hf_moe.texts import texts
 from hf_moe.version import __version__
 
@@ -116,7 +115,7 @@ def picture(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main(run: Callable = curve) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a text, or rows with a column `text`")
     parser.add_argument("--work", type=Path, required=True)
@@ -143,14 +142,12 @@ def main(run: Callable = curve) -> None:
     wanted = [(x, seed) for seed, x in product(range(args.seeds), PRECISIONS) if f"{x}-{seed}" not in report["runs"]]
     # A forked process could not use the GPU.
     with ProcessPoolExecutor(max(1, len(wanted)), get_context("spawn")) as pool:
-        waiting = {pool.submit(run, args.work, *one, args.steps): "{}-{}".format(*one) for one in wanted}
+        waiting = {pool.submit(curve, args.work, *one, args.steps): "{}-{}".format(*one) for one in wanted}
         for ended in as_completed(waiting):
             report["runs"][waiting[ended]] = ended.result()
-            with written_aside(args.out) as aside:
-                aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write(args.out, report)
     report |= summed_up(report["runs"], args.seeds)
-    with written_aside(args.out) as aside:
-        aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(args.out, report)
     picture(report, args.out.with_suffix(".png"))
     print(json.dumps({name: report[name] for name in ("held_out_loss", "percent_above_bf16", "percent_of_means")}))
 
