@@ -173,8 +173,8 @@ class Int4Weight(BlockWeight):
     def codes(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         pairs = self.packed.unflatten(-1, (-1, 8, 2)).mT
         runs = pairs.new_empty(*pairs.shape[:-1], 2, 8, dtype=dtype)
-        torch.bitwise_and(pairs, 15, out=runs[..., 0, :])
-        torch.bitwise_right_shift(pairs, 4, out=runs[..., 1, :])
+        runs[..., 0, :] = pairs & 15
+        runs[..., 1, :] = pairs >> 4
         return runs.flatten(-4)[..., : self.shape[-1]].contiguous()
 
 

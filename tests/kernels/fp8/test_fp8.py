@@ -92,7 +92,8 @@ def check(index, tensors, formula, device):
     far = distances(defined, expected)
     assert all(0.01 < x < 0.13 or (x == 0 and not expected[name].any()) for name, x in far.items()), far
     near = distances(run(by(operators.experts, formula), index, tensors, device), defined)
-    assert max(near.values()) < 2e-3, near
+    # A card sums FP8's products in 14 bits: of what is quantised next, some numbers become their neighbours.
+    assert max(near.values()) < (2e-3 if device.type == "cpu" else 2e-2), near
 
 
 @pytest.mark.parametrize("shape", SHAPES)
