@@ -3,8 +3,8 @@
     python benchmarks/decode_forms.py --out benchmarks/results/decode_forms.json
 
 OLMoE-1B-7B's and DeepSeek-V2-Lite's shapes with random weights. Of each form the recorded step alone, replay after
-replay, its kernels (which overlap), and `generate()` of 256 tokens behind a prompt of 128, greedy; medians. The adapter has rank 16, on the
-projections of attention and on all experts. Ratios are to bf16 in the same run.
+replay, its kernels (which overlap), and `generate()` of 256 tokens behind a prompt of 128, greedy; medians. The
+adapter has rank 16, on the projections of attention and on all experts. Ratios are to bf16 in the same run.
 """
 
 import argparse

@@ -91,6 +91,7 @@ def test_rollouts_on_a_gpu_are_recorded_with_their_experts(tmp_path, monkeypatch
     """float32 weights under autocast, as recipes have them."""
     recordings, record = [], decoding.RecordedStep.record
     monkeypatch.setattr(decoding.RecordedStep, "record", lambda step: recordings.append(step) or record(step))
+    monkeypatch.setattr(decoding, "WORTH_RECORDING", 1)
     trainer = build(tmp_path, router_replay="rollout", bf16=True, use_cpu=False, max_steps=2)
     trainer.train()
     assert len(recordings) == 2 and set(trainer.rollout) == set(trainer.routers)

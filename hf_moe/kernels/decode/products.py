@@ -13,7 +13,7 @@ from . import few_tokens
 from .adapters import Adapter, Turn
 from .norms import rms_norm
 from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
-from .stored import Weight, plus_product, row_of, rows_of_x, settings, step_within
+from .stored import STEP, Weight, plus_product, row_of, rows_of_x, settings, step_within
 
 COLUMNS, DEPTH, STAGES = 16, 512, 4  # of a program, of a step, steps in flight
 
@@ -73,9 +73,9 @@ def product_kernel(
     tl.store(target, total.to(out_ptr.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
-def most_depth(rows: int, x: torch.Tensor, depth: int) -> int:
-    """Of a step, so that shared memory holds its x."""
-    return min(DEPTH * 32 // (rows * x.element_size()), max(16, triton.next_power_of_2(depth)))
+def most_depth(rows: int, x: torch.Tensor, depth: int, least: int = 16) -> int:
+    """Of a step, so that shared memory holds its x; tensor cores take no fewer than `least`."""
+    return min(DEPTH * 32 // (rows * x.element_size()), max(least, triton.next_power_of_2(depth)))
 
 
 def of_few(rows: int, depth: int, weight: Weight, normed: bool) -> bool:
@@ -121,7 +121,7 @@ def linear(
         **settings(*weights),
         BLOCK_T=block_t,
         BLOCK_C=COLUMNS,
-        BLOCK_A=step_within(first, most_depth(block_t, x, depth)),
+        BLOCK_A=step_within(first, most_depth(block_t, x, depth, max(16, STEP[first.form]))),
         LINES=triton.next_power_of_2(triton.cdiv(first.codes.shape[-1], values)),
         LINE_VALUES=values,
         num_warps=4,
