@@ -173,6 +173,10 @@ def product_kernel(  # noqa: C901
     begin(count_ptr, counted, cleared_ptr, COUNTS, CLEARS)
     for row in tl.static_range(TOKENS):
         x = tl.load(x_ptr + row * x_row + step, mask=step < depth, other=0.0)
+        if RANK > 0:
+            if row == 0:
+                wait_for(arrived_ptr, WEIGHTS * lows)
+            low = tl.load(adapter[1] + row * rank + place, mask=real, other=0.0, cache_modifier=".cg")
         if NORMED:  # of one tile
             x = normalized(x, norm, depth, eps, x.dtype)
         total = tl.sum(times(x.to(tl.float32), first, STORED, BLOCK_A), axis=1)
@@ -181,9 +185,6 @@ def product_kernel(  # noqa: C901
             further = asked(weight, column, inside, start, depth, depth, STORED, BLOCK_A, False)
             total += tl.sum(times(x.to(tl.float32), further, STORED, BLOCK_A), axis=1)
         if RANK > 0:
-            if row == 0:
-                wait_for(arrived_ptr, WEIGHTS * lows)
-            low = tl.load(adapter[1] + row * rank + place, mask=real, other=0.0, cache_modifier=".cg")
             total += adapter[3] * tl.sum(low.to(tl.float32)[None, :] * widen, axis=1)
         tl.store(out + row * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -267,17 +268,15 @@ def padded(rank: int) -> int:
 
 
 @triton.jit
-def added(low, widen, column, inside, rank, widen_row, widen_rank, scaling, RANK: tl.constexpr):
-    """scaling B low at some columns, of low [rank] and B [., rank] of any strides."""
+def rows_of_b(widen, column, inside, rank, widen_row, widen_rank, RANK: tl.constexpr):
+    """[C, RANK] of B [., rank] of any strides."""
     step = tl.arange(0, RANK)
-    real = step < rank
-    low = tl.load(low + step, mask=real, other=0.0, cache_modifier=".cg").to(tl.float32)
     place = widen + column[:, None].to(tl.int64) * widen_row + step[None, :] * widen_rank
-    return scaling * tl.sum(low[None, :] * tl.load(place, mask=inside[:, None] & real[None, :], other=0.0), axis=1)
+    return tl.load(place, mask=inside[:, None] & (step < rank)[None, :], other=0.0)
 
 
 @triton.jit
-def up_kernel(  # noqa: C901
+def up_kernel(  # noqa: C901, PLR0915
     x_ptr,
     gate,
     up,
@@ -360,13 +359,33 @@ def up_kernel(  # noqa: C901
             if GATED:
                 gate = shared_gate
     inside = column < width
+    x_ptr += token * D
+    tile = asked(up, row, inside, 0, D, D, STORED, BLOCK_A, True)
+    if GATED:
+        gate_tile = asked(gate, row, inside, 0, D, D, STORED, BLOCK_A, True)
+    x = tl.load(x_ptr + step, mask=step < D, other=0.0).to(tl.float32)
     of_up, of_gate = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(0, D, BLOCK_A):
-        here = step + start < D
+    if RANK > 0:
+        adapted, widen = column < tl.where(program >= parts, width, 0), widen_ptr + expert * widen_expert
+        if GATED:
+            gate_b = rows_of_b(widen, column, adapted, rank, widen_row, widen_rank, RANK)
+            widen += I * widen_row
+        up_b = rows_of_b(widen, column, adapted, rank, widen_row, widen_rank, RANK)
+        ranks, real = tl.arange(0, RANK), tl.where(program >= parts, rank, 0)
+        wait_for(arrived_ptr + tl.maximum(of_slot, 0), tl.where(program >= parts, lows, 0))
+        low = tl.load(low_ptr + of_slot * rank + ranks, mask=ranks < real, other=0.0, cache_modifier=".cg")
+        low = scaling * low.to(tl.float32)[None, :]
+        of_up += tl.sum(low * up_b, axis=1)
+        if GATED:
+            of_gate += tl.sum(low * gate_b, axis=1)
+    of_up += tl.sum(times(x, tile, STORED, BLOCK_A), axis=1)
+    if GATED:
+        of_gate += tl.sum(times(x, gate_tile, STORED, BLOCK_A), axis=1)
+    for start in range(BLOCK_A, D, BLOCK_A):
         tile = asked(up, row, inside, start, D, D, STORED, BLOCK_A, True)
         if GATED:
             gate_tile = asked(gate, row, inside, start, D, D, STORED, BLOCK_A, True)
-        x = tl.load(x_ptr + token * D + start + step, mask=here, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + start + step, mask=step + start < D, other=0.0).to(tl.float32)
         of_up += tl.sum(times(x, tile, STORED, BLOCK_A), axis=1)
         if GATED:
             of_gate += tl.sum(times(x, gate_tile, STORED, BLOCK_A), axis=1)
@@ -375,17 +394,43 @@ def up_kernel(  # noqa: C901
         of_up += tl.load(up_bias_ptr + expert * bias_stride + column, mask=biased, other=0.0).to(tl.float32)
         if GATED:
             of_gate += tl.load(gate_bias_ptr + expert * bias_stride + column, mask=biased, other=0.0).to(tl.float32)
-    if RANK > 0:  # noqa: SIM102
-        if program >= parts:
-            wait_for(arrived_ptr + of_slot, lows)
-            low, widen, adapted = low_ptr + of_slot * rank, widen_ptr + expert * widen_expert, column < width
-            if GATED:
-                of_gate += added(low, widen, column, adapted, rank, widen_row, widen_rank, scaling, RANK)
-                widen += I * widen_row
-            of_up += added(low, widen, column, adapted, rank, widen_row, widen_rank, scaling, RANK)
     hidden, _, _ = activate(of_gate if GATED else of_up, of_up, ACTIVATION, GATED, LIMIT, SHIFT)
     # Zero where there is nothing, so that the next launch need not know where that is.
     tl.store(out_ptr + place * I + column, tl.where(inside, hidden, 0.0).to(out_ptr.dtype.element_ty), mask=column < I)
+
+
+@triton.jit
+def b_of_slots(
+    widen_ptr,
+    index_ptr,
+    column,
+    num_experts,
+    D,
+    rank,
+    widen_expert,
+    widen_row,
+    widen_rank,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """[C, SLOTS, RANK] of B of each of a token's experts; 0 for those of another rank."""
+    slot, step = tl.arange(0, SLOTS), tl.arange(0, RANK)
+    expert = tl.load(index_ptr + slot, mask=slot < K, other=num_experts)
+    place = (expert * widen_expert)[:, None] + (step * widen_rank)[None, :]
+    place = column.to(tl.int64)[:, None, None] * widen_row + place[None, :, :]
+    mask = (column < D)[:, None, None] & ((expert < num_experts)[:, None] & (step < rank)[None, :])[None, :, :]
+    return tl.load(widen_ptr + place, mask=mask, other=0.0)
+
+
+@triton.jit
+def weighted_low(low_ptr, weights_ptr, rank, K: tl.constexpr, SLOTS: tl.constexpr, RANK: tl.constexpr):
+    """[SLOTS, RANK] of A h of a token's slots times their weights."""
+    slot, step = tl.arange(0, SLOTS), tl.arange(0, RANK)
+    weight = tl.load(weights_ptr + slot, mask=slot < K, other=0.0).to(tl.float32)
+    mask = (slot < K)[:, None] & (step < rank)[None, :]
+    low = tl.load(low_ptr + slot[:, None] * rank + step[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+    return weight[:, None] * low.to(tl.float32)
 
 
 @triton.jit
@@ -417,6 +462,7 @@ def sum_kernel(
     cleared_ptr,
     CLEARS: tl.constexpr,
     K: tl.constexpr,
+    SLOTS: tl.constexpr,  # K as a power of two
     PARTS: tl.constexpr,
     RANK: tl.constexpr,
     BIASED: tl.constexpr,
@@ -461,6 +507,21 @@ def sum_kernel(
         of_expert = of_matrix(down, expert * expert_stride, expert * scale_stride)
         tile = asked(of_expert, column, inside, 0, width, I, STORED, BLOCK_A, True)
         tiles = tiles + (tile,)  # noqa: RUF005
+    if RANK > 0:
+        slot_b = b_of_slots(
+            widen_ptr,
+            index_ptr + slots,
+            column,
+            num_experts,
+            D,
+            rank,
+            widen_expert,
+            widen_row,
+            widen_rank,
+            K,
+            SLOTS,
+            RANK,
+        )
     wait_for_last()
     begin(None, 0, cleared_ptr, False, CLEARS)
     for slot in tl.static_range(PARTS + K):
@@ -468,6 +529,9 @@ def sum_kernel(
         rows = rows + (tl.load(place, mask=step < I, other=0.0),)  # noqa: RUF005
     for slot in tl.static_range(K):
         weights = weights + (tl.load(weights_ptr + slots + slot),)  # noqa: RUF005
+    if RANK > 0:
+        wait_for(arrived_ptr + token, K * lows)
+        low = weighted_low(low_ptr + slots * rank, weights_ptr + slots, rank, K, SLOTS, RANK)
     sums: tl.constexpr = BLOCK_A if STORED[0] == 0 else BLOCK_A // (BYTES * STORED[0])
     products, total = tl.zeros((BLOCK_C, sums), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for part in tl.static_range(PARTS):
@@ -479,13 +543,8 @@ def sum_kernel(
             biased = column < tl.where(chosen[slot] < num_experts, D, 0)
             bias = tl.load(bias_ptr + chosen[slot] * D + column, mask=biased, other=0.0).to(tl.float32)
             total += weights[slot].to(tl.float32) * bias
-        if RANK > 0:
-            if slot == 0:
-                wait_for(arrived_ptr + token, K * lows)
-            low, widen = low_ptr + (slots + slot) * rank, widen_ptr + chosen[slot] * widen_expert
-            adapted = column < tl.where(chosen[slot] < num_experts, D, 0)
-            adapter = added(low, widen, column, adapted, rank, widen_row, widen_rank, scaling, RANK)
-            total += weights[slot].to(tl.float32) * adapter
+    if RANK > 0:
+        total += scaling * tl.sum(tl.sum(slot_b * low[None, :, :], axis=2), axis=1)
     total = (total + tl.sum(products, axis=1)).to(out_ptr.dtype.element_ty)
     if ADDS:
         residual = tl.load(residual_ptr + token * D + column, mask=inside, other=0.0).to(tl.float32)
@@ -586,6 +645,7 @@ def mixture(
         size,
         *added,
         K=top_k,
+        SLOTS=triton.next_power_of_2(max(1, top_k)),
         PARTS=parts,
         **of_adapter,
         BIASED=one.biases is not None,

@@ -32,7 +32,7 @@ if knobs.runtime.interpret:  # one program after the other, on a CPU
         pass
 
     @triton.jit
-    def acquired(pointer):
+    def counted(pointer):
         return tl.load(pointer)
 
 else:
@@ -54,10 +54,10 @@ else:
         )
 
     @triton.jit
-    def acquired(pointer):
-        """An int32 that other programs write; what they wrote before it can be read."""
+    def counted(pointer):
+        """An int32 that others count up. A load that acquires would empty the processor's cache each time."""
         return tl.inline_asm_elementwise(
-            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [pointer], dtype=tl.int32, is_pure=False, pack=1
+            "ld.relaxed.gpu.global.b32 $0, [$1];", "=r,l", [pointer], dtype=tl.int32, is_pure=False, pack=1
         )
 
 
@@ -72,9 +72,9 @@ def arrive(arrived_ptr):
 def wait_for(arrived_ptr, programs):
     """Until so many programs have arrived: of this launch, in front of this one, so that they have started before it.
 
-    What they wrote is read with `cache_modifier=".cg"`.
+    What they wrote is read with `cache_modifier=".cg"`. Loads that stand before this are under way meanwhile.
     """
-    while acquired(arrived_ptr) < programs:
+    while counted(arrived_ptr) < programs:
         pass
 
 
