@@ -51,7 +51,8 @@ def test_a_step_reads_what_is_stored(name, kind, rows, monkeypatch):
     store(model, *KINDS[kind])
     dense = []  # whose values somebody has asked for within the kernels' step
     expected, actual = steps_of(model, 3, rows, ONE)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    bound = 5e-5 if kind == "int4" and DEVICE == "cuda" else 2e-5  # as in `test_products_with_what_is_stored`
+    torch.testing.assert_close(actual, expected, rtol=0, atol=bound * float(expected.abs().max()))
     assert (expected - full).abs().max() > 1e-3 * full.abs().max()  # it is another model than before
     with fused(model, rows):
         asked = Fp8Weight.values if kind == "fp8" else Int4Weight.values
@@ -92,10 +93,12 @@ def test_products_with_what_is_stored(form, rows, depth, monkeypatch):
     else:
         read, values = zip(*((FORMS[form][0](w), FORMS[form][1](w).values()) for w in weights), strict=True)
     assert alike(*read)
+    # On tensor cores, codes of 4 bits have 128 added to them, and the sum of 128 times x taken off.
+    bound = 3e-5 if form == "int4" and DEVICE == "cuda" else 1e-5
     for count in (1, 3):
         for found, value in zip(products.linear(x, *read[:count]), values, strict=False):
             expected = x.double() @ value.double().T
-            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

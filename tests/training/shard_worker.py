@@ -63,7 +63,7 @@ def wide():
 
 def in_fp8():
     model = wide()
-    compute_in_fp8(model)
+    compute_in_fp8(model, least=0)
     return model
 
 
@@ -167,7 +167,7 @@ def train_expert_parallel(folder: Path, case: str) -> None:
     with sharding(partial(policy_of, device="cpu")) if case == "bf16" else nullcontext():
         model = whole_model(str(folder / "start"), **expert_parallel(2), experts_implementation="eager")
     if case == "fp8":
-        compute_in_fp8(model)
+        compute_in_fp8(model, least=0)
     arguments = RUN | CASES[case][1] | {"keep_folder": folder, "save_strategy": "no"}
     asked, ask = [], expert_parallel_kernels.longest
     expert_parallel_kernels.longest = lambda *given: asked.append(ask(*given)) or asked[-1]

@@ -1,5 +1,7 @@
 """FP8 in recipes: what computes in it, what is refused, and runs on a CPU by the kernels' definition."""
 
+from functools import partial
+
 import pytest
 import torch
 from datasets import Dataset
@@ -31,7 +33,7 @@ IDS = torch.arange(3, 33).view(2, 15)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_computes_in_fp8_is_near_and_all_of_it_is_said(name, monkeypatch):
     model, plain = MODELS[name](), MODELS[name]()
-    said = compute_in_fp8(model)
+    said = compute_in_fp8(model, least=0)
     assert "\n" not in said and "embeddings, norms, routers, head, attention's own products" in said
     assert model.state_dict().keys() == plain.state_dict().keys()
     held = {id(x) for x in weights_in_fp8(model)}
@@ -54,15 +56,27 @@ def test_what_computes_in_fp8_is_near_and_all_of_it_is_said(name, monkeypatch):
 
 
 def test_biases_stay_and_are_said():
-    said = compute_in_fp8(hf_moe(mlp_bias=True, **WIDE))
+    said = compute_in_fp8(hf_moe(mlp_bias=True, **WIDE), least=0)
     assert "fp8 products with 8 matrices of attention: " in said
     assert said.endswith("4 matrices of routed_experts (the kernels have no biases)")
+
+
+def test_small_linear_layers_stay_and_are_said():
+    model = olmoe(**WIDE)
+    said = compute_in_fp8(model)
+    assert {x.dim() for x in weights_in_fp8(model)} == {3}
+    assert said.endswith(
+        " matrices of attention (a linear layer of fewer than 16,777,216 numbers takes longer in FP8 than in bf16)"
+    )
+    large = model.model.layers[0].self_attn.q_proj.weight.numel()
+    compute_in_fp8(model, least=large)
+    assert {x.dim() for x in weights_in_fp8(model)} == {2, 3}
 
 
 def test_an_adapter_is_not_quantised():
     """Beside a linear layer, as a module's and as a parameter's, and beside experts."""
     model = hf_moe(n_shared_experts=1, mlp_layer_types=["dense", "sparse"], **WIDE)
-    compute_in_fp8(model)
+    compute_in_fp8(model, least=0)
     parts = ["attention", "dense_mlp", "shared_experts", "routed_experts"]
     adapted, _ = add_adapter(model, AdapterArguments(lora_parts=parts, lora_r=3))
     assert len(weights_in_fp8(adapted)) == 8 + 3 + 3 + 2
@@ -105,7 +119,7 @@ def train(folder, fp8=True, **changes):
     sizes = {**SIZES, **WIDE, "num_attention_heads": 4, "mlp_layer_types": ["dense", "sparse", "sparse"]}
     model = HfMoeForCausalLM(HfMoeConfig(**sizes))
     if fp8:
-        compute_in_fp8(model)
+        compute_in_fp8(model, least=0)
     ids = torch.randint(3, 40, (24, 12), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
     rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids.tolist()])
     options = {"max_steps": 3, "gradient_accumulation_steps": 2, "bf16": True, "save_strategy": "no"}
@@ -210,8 +224,9 @@ def command(places, output, *extra, model="model"):
 
 @pytest.fixture
 def on_a_card(monkeypatch):
-    """The check of the card alone is left out."""
+    """The check of the card alone is left out, and linear layers need not be large."""
     monkeypatch.setattr("hf_moe.training.stages.loading.check_fp8", lambda device: None)
+    monkeypatch.setattr("hf_moe.training.stages.loading.compute_in_fp8", partial(compute_in_fp8, least=0))
 
 
 def test_a_resumed_run_ends_bitwise_and_one_in_another_precision_is_refused(places, tmp_path, on_a_card, capsys):

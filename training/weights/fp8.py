@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_moe.kernels.fp8.experts import obstacle, ragged
 from hf_moe.kernels.fp8.format import BLOCK
-from hf_moe.kernels.fp8.linear import Fp8Linear, suits
+from hf_moe.kernels.fp8.linear import LEAST, Fp8Linear, suits
 from hf_moe.kernels.fp8.linear import compute_in_fp8 as compute_linear
 
 from ..host import can_choose_experts
@@ -52,14 +52,15 @@ def check_sizes(model: PreTrainedModel) -> None:
         )
 
 
-def compute_in_fp8(model: PreTrainedModel) -> str:
-    """Let experts and linear layers of `model` that suit compute in FP8; returns which, and what does not, in words.
+def compute_in_fp8(model: PreTrainedModel, least: int = LEAST) -> str:
+    """Let experts of `model` that suit compute in FP8, and linear layers of at least so many numbers, since smaller
+    ones take longer than in bf16; returns which, and what does not, in words.
 
     On a CPU they compute by the kernels' definition, in PyTorch. Raises ValueError as `check_sizes`, or if none suits.
     """
     check_sizes(model)
     parts = parts_of(model)
-    linear = {name: parts.get(f"{name}.weight") for name, module in model.named_modules() if suits(module)}
+    linear = {name: parts.get(f"{name}.weight") for name, module in model.named_modules() if suits(module, least)}
     linear = {name: part for name, part in linear.items() if part in LINEAR}
     for name in linear:
         compute_linear(model.get_submodule(name))
@@ -70,7 +71,10 @@ def compute_in_fp8(model: PreTrainedModel) -> str:
     held = {id(x) for x in weights_in_fp8(model)}
     if not held:
         raise ValueError(f"fp8 is true, but no experts and no linear layer of {type(model).__name__} compute in it.")
-    return said(model, parts, held, left)
+    because = [f"the kernels {min(left)}"] if left else []
+    if any(suits(module, 0) and parts.get(f"{name}.weight") in LINEAR for name, module in model.named_modules()):
+        because.append(f"a linear layer of fewer than {least:,} numbers takes longer in FP8 than in bf16")
+    return said(model, parts, held, because)
 
 
 def weights_in_fp8(model: nn.Module) -> list[nn.Parameter]:
@@ -80,7 +84,7 @@ def weights_in_fp8(model: nn.Module) -> list[nn.Parameter]:
     return linear + [x for module in experts for x in module.parameters(recurse=False) if x.dim() == 3]
 
 
-def said(model: nn.Module, parts: dict[str, str], held: set[int], left: set[str]) -> str:
+def said(model: nn.Module, parts: dict[str, str], held: set[int], because: list[str]) -> str:
     """Which parts compute in FP8, how much of the model that is, and what stays."""
     weights = [(parts[name], weight) for name, weight in model.named_parameters()]
     matrices = [(parts[name], x) for name, x in model.named_parameters() if x.dim() > 1 and not name.endswith("bias")]
@@ -89,7 +93,7 @@ def said(model: nn.Module, parts: dict[str, str], held: set[int], left: set[str]
     numbers, whole = (sum(x.numel() for _, x in found) for found in (ours, weights))
     stays = ["embeddings", "norms", "routers", "head", "attention's own products"]
     stays += [f"{count} matrices of {part}" for part, count in Counter(others).items()]
-    because = f" (the kernels {min(left)})" if left else ""
     in_fp8 = ", ".join(f"{count} matrices of {part}" for part, count in Counter(part for part, _ in ours).items())
+    why = f" ({'; '.join(because)})" if because else ""
     share = f"{numbers:,} of {whole:,} parameters ({numbers / whole:.2%})"
-    return f"fp8 products with {in_fp8}: {share}; not in fp8: {', '.join(stays)}{because}"
+    return f"fp8 products with {in_fp8}: {share}; not in fp8: {', '.join(stays)}{why}"

@@ -4,7 +4,6 @@
 None where this module has what the kernels don't know; its own method then stays.
 """
 
-from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -39,26 +38,16 @@ def matrix_of(linear: nn.Module) -> Weight | None:
     return weight_of(linear.weight) if type(linear) is nn.Linear and linear.bias is None else None
 
 
-def projected(rows: int, *groups: Sequence[nn.Module]) -> list[Callable[..., list[torch.Tensor]]]:
-    """For each group of up to three layers that a step calls in this order, the function that gives the products of
-    x [T, A] with them, as `products.linear` has them; in launches of their own where one is stored in another form,
-    and by the layer itself where it does more than the kernels of so many rows."""
-    parts = [[adapters.of_linear(linear) or (linear, None) for linear in group] for group in groups]
-    weights = [[matrix_of(linear) for linear, _ in group] for group in parts]
-    added = [[adapter for _, adapter in group] for group in parts]
-    in_turn = all(alike(*group) and products.of_few(rows, group[0].shape[1], group[0], True) for group in weights)
-    in_turn &= all(len({len(adapter.a) for adapter in group if adapter is not None}) <= 1 for group in added)
-    adapted = any(any(group) for group in added)
-    turns = [None] * len(groups)
-    if adapted and in_turn:
-        turns = adapters.turns(len(groups), groups[0][0].weight.device)
-    return [one_projected(*each, in_turn) for each in zip(groups, weights, added, turns, strict=True)]
-
-
-def one_projected(linears, weights, added, turn: adapters.Turn | None, in_turn: bool):
-    """Of one group. in_turn: whether adapters are part of launches."""
-    if alike(*weights) and (in_turn or not any(added)):
-        return lambda x, **further: products.linear(x, *weights, adapters=added, turn=turn, **further)
+def projected(rows: int, *linears: nn.Module):
+    """The products of x [T, A] with up to three layers, as `products.linear` has them; in a launch of its own where
+    one is stored in another form, and by the layer itself where it does more than the kernels of so many rows."""
+    parts = [adapters.of_linear(linear) or (linear, None) for linear in linears]
+    added = [adapter for _, adapter in parts]
+    weights = [matrix_of(linear) for linear, _ in parts]
+    few = weights[0] is not None and products.of_few(rows, weights[0].shape[1], weights[0], True)
+    one_rank = len({len(adapter.a) for adapter in added if adapter is not None}) == 1
+    if alike(*weights) and (not any(added) or (few and one_rank)):
+        return lambda x, **further: products.linear(x, *weights, adapters=added, **further)
 
     def project(x: torch.Tensor, norm=None, counted: tuple[torch.Tensor, int] | None = None) -> list[torch.Tensor]:
         x = x if norm is None else norms.rms_norm(x, *norm)
@@ -160,7 +149,7 @@ def moe_forward(module: HfMoeSparseMoeBlock, rows: int):
     if rows > (few_tokens.MAX_TOKENS if added else experts.MAX_TOKENS):
         compute = adapters.of_many(routed, added)
         return compute and many_forward(module, compute)
-    return few_forward(module, routed, computed, rows, adapters.on_experts(added, routed.up_name))
+    return few_forward(module, routed, computed, rows, (added.get(routed.up_name), added.get("down_proj")))
 
 
 def many_forward(module: HfMoeSparseMoeBlock, compute):
@@ -223,7 +212,7 @@ def turned_network(
     return experts.Network(whole if gated else None, whole, back, biases, 2 if interleaved else 1)
 
 
-def few_forward(module: HfMoeSparseMoeBlock, routed: nn.Module, computed: Formula, rows: int, on_experts):
+def few_forward(module: HfMoeSparseMoeBlock, routed: nn.Module, computed: Formula, rows: int, on_experts: tuple):
     config, shared = module.gate.config, None
     up, biases = getattr(routed, routed.up_name), None
     if routed.has_bias:
@@ -282,10 +271,8 @@ def latent_forward(module: nn.Module, rows: int):
     first = getattr(module, names[0])
     if getattr(module, "absorb", None) is False or matrix_of(module.kv_b_proj) is None:
         return None
-    groups = [(first, module.kv_a_proj_with_mqa), (module.o_proj,)]
-    if config.q_lora_rank is not None:
-        groups.insert(1, (module.q_b_proj,))
-    project, *further, back = projected(rows, *groups)
+    project, back = projected(rows, first, module.kv_a_proj_with_mqa), projected(rows, module.o_proj)
+    further = None if config.q_lora_rank is None else projected(rows, module.q_b_proj)
     sizes = [config.qk_nope_head_dim, config.v_head_dim]
     up = in_full(module.kv_b_proj.weight).view(-1, sum(sizes), config.kv_lora_rank)
     key_up, value_up = up.split(sizes, dim=1)  # [H, d, r]
@@ -300,8 +287,8 @@ def latent_forward(module: nn.Module, rows: int):
             return original(module, hidden_states, **kwargs)
         x, norm = hidden_states.flatten(0, 1), norm and weight_and_epsilon(norm)
         query, new_latent = project(x, norm=norm)
-        for project_query in further:
-            query = project_query(query, norm=weight_and_epsilon(module.q_a_layernorm))[0]
+        if further is not None:
+            query = further(query, norm=weight_and_epsilon(module.q_a_layernorm))[0]
         as_complex = isinstance(position_embeddings, torch.Tensor)  # V2's, of one number a pair
         if as_complex:
             parts = position_embeddings.real, position_embeddings.imag
@@ -342,7 +329,7 @@ def grouped_forward(module: HfMoeAttention, rows: int):
     simple = simple and (type(module.q_norm) is HfMoeRMSNorm if normed else config.qk_norm is None)
     if not simple:
         return None
-    project, back = projected(rows, (module.q_proj, module.k_proj, module.v_proj), (module.o_proj,))
+    project, back = projected(rows, module.q_proj, module.k_proj, module.v_proj), projected(rows, module.o_proj)
     arrived = counters(module.q_proj.weight, rows * config.num_key_value_heads)
     norm_weights = (module.q_norm.weight, module.k_norm.weight) if normed else None
     original = type(module).forward

@@ -1,8 +1,7 @@
 """LoRA that is not merged: two small products beside a weight, whose factors a step reads where PEFT has them.
 
-The first, A x, is what the first programs of a launch compute; the others read their part of the weight meanwhile, and
-add the second where they sum a column. Sums are in float32, and A x is rounded to A's type as PEFT has it.
-LoRA: https://arxiv.org/abs/2106.09685.
+The first, A x, is a launch of its own; the second is added where the kernels sum a column. Sums are in float32, and
+A x is rounded to A's type as PEFT has it. LoRA: https://arxiv.org/abs/2106.09685.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from ...stored_weights import full_name
 from ..experts import hf_moe_experts_forward, obstacle, unusable
 from ..low_rank import beside
 
-SITES = 64  # of a launch: tokens times the experts of each
 LINEAR, EXPERTS = (f"peft.tuners.lora.layer.{name}" for name in ("Linear", "ParamWrapper"))  # it need not be installed
 
 
@@ -26,28 +24,6 @@ class Adapter(NamedTuple):
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
-
-
-class Turn(NamedTuple):
-    """Of a launch some of whose programs wait for others of it: counters [SITES], 0 when it starts, of those who have
-    arrived; and those of the launch that had its turn before, which this one sets back to 0."""
-
-    arrived: torch.Tensor
-    last: torch.Tensor
-
-
-class OnExperts(NamedTuple):
-    """The adapters on the weights of experts, and the turns of the launches that read these."""
-
-    up: Adapter | None
-    down: Adapter | None
-    turns: list[Turn]
-
-
-def turns(count: int, device: torch.device) -> list[Turn]:
-    """Of launches that always follow each other, the first the last."""
-    arrived = torch.zeros(count, SITES, dtype=torch.int32, device=device).unbind()
-    return [Turn(mine, last) for mine, last in zip(arrived, (arrived[-1], *arrived[:-1]), strict=True)]
 
 
 def active(layer: nn.Module) -> str | None:
@@ -85,13 +61,6 @@ def of_experts(layer: nn.Module) -> tuple[nn.Module, dict[str, Adapter]] | None:
             found[layer.parameter_name] = Adapter(a, b, layer.scaling[name])
         layer = layer.base_layer
     return layer, found
-
-
-def on_experts(found: dict[str, Adapter], up_name: str) -> OnExperts | None:
-    """What the kernels for few tokens add of what `of_experts` found."""
-    if not found:
-        return None
-    return OnExperts(found.get(up_name), found.get("down_proj"), turns(2, next(iter(found.values())).a.device))
 
 
 def of_many(routed: nn.Module, found: dict[str, Adapter]) -> Callable[..., torch.Tensor] | None:

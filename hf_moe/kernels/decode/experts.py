@@ -15,7 +15,7 @@ import triton.language as tl
 from ..activations import ACTIVATIONS, activate
 from ..formula import Formula
 from . import few_tokens
-from .adapters import OnExperts
+from .adapters import Adapter
 from .few_tokens import Network
 from .overlap import OVERLAP, let_next_start, wait_for_last
 from .stored import STEP, Weight, alike, of_matrix, plus_product, rows_of_x, settings, step_within
@@ -327,13 +327,13 @@ def mixture(
     shared: Network | None,
     formula: Formula,
     residual: torch.Tensor | None = None,
-    adapters: OnExperts | None = None,
+    adapters: tuple[Adapter | None, Adapter | None] = (None, None),
 ) -> torch.Tensor:
     """sum_k weight_{t,k} FFN_{index_{t,k}}(x_t) + FFN_shared(x_t): [T, D] of x [T, D], weights and index [T, K].
 
     Either network may be missing; the shared one has E = 1. `formula` is that of both. An index of E or more
-    adds nothing. `residual` [T, D] is added to the sum, once that has x's dtype. `adapters` are those on routed
-    experts, of few tokens alone.
+    adds nothing. `residual` [T, D] is added to the sum, once that has x's dtype. `adapters` are those on the routed up
+    and down, of few tokens alone.
     """
     (tokens, dim), experts, top_k, parts, width = x.shape, 0, 0, 0, 0
     size = part_of(shared.down) if routed is None else routed.up.shape[1]
@@ -347,7 +347,7 @@ def mixture(
     one = routed or shared
     if tokens <= few and top_k + parts <= few_tokens.MAX_SLOTS and one.layout == 0:
         return few_tokens.mixture(x, weights, index, routed, shared, formula, residual, size, parts, adapters)
-    assert adapters is None, adapters
+    assert adapters == (None, None), adapters
     by_slot = tokens * top_k < experts
     programs = parts + (tokens * top_k if by_slot else experts)
     gate_bias, up_bias, down_bias = one.biases or (None, None, None)

@@ -67,7 +67,7 @@ def attention_forward(module: nn.Module, rows: int):
     found = [norm_of(getattr(module, name)) for name in ("q_norm", "k_norm") if hasattr(module, name)]
     if not all(found):
         return None
-    project, back = projected(rows, (module.q_proj, module.k_proj, module.v_proj), (module.o_proj,))
+    project, back = projected(rows, module.q_proj, module.k_proj, module.v_proj), projected(rows, module.o_proj)
     arrived = counters(module.q_proj.weight, rows * module.config.num_key_value_heads)
     original = type(module).forward
 
@@ -180,7 +180,7 @@ def mixture_forward(module: nn.Module, rows: int, router: nn.Module, choose, arg
     beside = None if apart else network(shared, rows)
     beside = beside if beside is not None and experts.joined(weights_of, beside) else None
     alone = shared is not None and beside is None
-    on_experts = adapters.on_experts(found, "gate_up_proj" if computed.gated else "up_proj")
+    on_experts = (found.get("gate_up_proj" if computed.gated else "up_proj"), found.get("down_proj"))
     arrived = counters(weights_of.down.codes, rows)
 
     def forward(hidden_states: torch.Tensor, residual: torch.Tensor | None = None, norm=None) -> torch.Tensor:

@@ -31,10 +31,6 @@ if knobs.runtime.interpret:  # one program after the other, on a CPU
     def fetch(pointers):
         pass
 
-    @triton.jit
-    def counted(pointer):
-        return tl.load(pointer)
-
 else:
     OVERLAP = FUSED | {"launch_pdl": True}  # of every launch of a kernel that waits
 
@@ -52,30 +48,6 @@ else:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
         )
-
-    @triton.jit
-    def counted(pointer):
-        """An int32 that others count up. A load that acquires would empty the processor's cache each time."""
-        return tl.inline_asm_elementwise(
-            "ld.relaxed.gpu.global.b32 $0, [$1];", "=r,l", [pointer], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def arrive(arrived_ptr):
-    """Count this program, once all of its threads have written."""
-    tl.debug_barrier()
-    tl.atomic_add(arrived_ptr, 1, sem="release")
-
-
-@triton.jit
-def wait_for(arrived_ptr, programs):
-    """Until so many programs have arrived: of this launch, in front of this one, so that they have started before it.
-
-    What they wrote is read with `cache_modifier=".cg"`. Loads that stand before this are under way meanwhile.
-    """
-    while counted(arrived_ptr) < programs:
-        pass
 
 
 @triton.jit

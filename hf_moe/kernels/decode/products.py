@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import few_tokens
-from .adapters import Adapter, Turn
+from .adapters import Adapter
 from .norms import rms_norm
 from .overlap import LINE, OVERLAP, fetch, let_next_start, wait_for_last
 from .stored import STEP, Weight, plus_product, row_of, rows_of_x, settings, step_within
@@ -89,17 +89,16 @@ def linear(
     norm: tuple[torch.Tensor, float] | None = None,
     counted: tuple[torch.Tensor, int] | None = None,
     adapters: Sequence[Adapter | None] = (),
-    turn: Turn | None = None,
 ) -> list[torch.Tensor]:
     """x W^T [T, C] for each of one to three weights [C, A] of one form, in one launch, of x [T, A].
 
     Of x's RMSNorm where `norm` has its weight [A] and epsilon. The first that is `counted` grows by the second. Of few
-    rows plus what their `adapters` add, in its `turn`.
+    rows plus what their `adapters` add.
     """
     (rows, depth), first = x.shape, weights[0]
     if of_few(rows, depth, first, norm is not None):
-        return few_tokens.linear(x, weights, norm, counted, adapters, turn)
-    assert turn is None, turn
+        return few_tokens.linear(x, weights, norm, counted, adapters)
+    assert not any(adapters), adapters
     if norm is not None:
         x = rms_norm(x, *norm)
     columns = [weight.shape[0] for weight in weights]
