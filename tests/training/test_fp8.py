@@ -73,6 +73,11 @@ def test_small_linear_layers_stay_and_are_said():
     assert {x.dim() for x in weights_in_fp8(model)} == {2, 3}
 
 
+def test_a_dense_model_of_small_layers_is_refused():
+    with pytest.raises(ValueError, match="needs 16,777,216 numbers or more to gain from it: leave fp8 out"):
+        compute_in_fp8(hf_moe(mlp_layer_types=["dense", "dense"], **WIDE))
+
+
 def test_an_adapter_is_not_quantised():
     """Beside a linear layer, as a module's and as a parameter's, and beside experts."""
     model = hf_moe(n_shared_experts=1, mlp_layer_types=["dense", "sparse"], **WIDE)

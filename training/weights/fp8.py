@@ -70,7 +70,10 @@ def compute_in_fp8(model: PreTrainedModel, least: int = LEAST) -> str:
         model.set_experts_implementation("fp8")
     held = {id(x) for x in weights_in_fp8(model)}
     if not held:
-        raise ValueError(f"fp8 is true, but no experts and no linear layer of {type(model).__name__} compute in it.")
+        raise ValueError(
+            f"fp8 is true, but no experts of {type(model).__name__} compute in it, and no linear layer, which needs "
+            f"{least:,} numbers or more to gain from it: leave fp8 out."
+        )
     because = [f"the kernels {min(left)}"] if left else []
     if any(suits(module, 0) and parts.get(f"{name}.weight") in LINEAR for name, module in model.named_modules()):
         because.append(f"a linear layer of fewer than {least:,} numbers takes longer in FP8 than in bf16")
