@@ -173,8 +173,10 @@ class Int4Weight(BlockWeight):
     def codes(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         pairs = self.packed.unflatten(-1, (-1, 8, 2)).mT
         runs = pairs.new_empty(*pairs.shape[:-1], 2, 8, dtype=dtype)
-        runs[..., 0, :] = pairs & 15
-        runs[..., 1, :] = pairs >> 4
+        lower, upper = runs[..., 0, :], runs[..., 1, :]
+        lower.copy_(pairs)  # in one type from here on, since CUDA computes no integers into another
+        torch.div(lower, 16, rounding_mode="floor", out=upper)
+        lower.sub_(upper, alpha=16)
         return runs.flatten(-4)[..., : self.shape[-1]].contiguous()
 
 
