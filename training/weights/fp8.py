@@ -60,10 +60,11 @@ def compute_in_fp8(model: PreTrainedModel, least: int = LEAST) -> str:
     """
     check_sizes(model)
     parts = parts_of(model)
-    linear = {name: parts.get(f"{name}.weight") for name, module in model.named_modules() if suits(module, least)}
-    linear = {name: part for name, part in linear.items() if part in LINEAR}
-    for name in linear:
-        compute_linear(model.get_submodule(name))
+    linear = {name: module for name, module in model.named_modules() if suits(module)}
+    linear = [module for name, module in linear.items() if parts.get(f"{name}.weight") in LINEAR]
+    large = [module for module in linear if module.weight.numel() >= least]
+    for module in large:
+        compute_linear(module)
     experts = experts_of(model) if can_choose_experts(model) else {}
     left = {reason for module in experts.values() if (reason := obstacle(module))}
     if experts and not left:
@@ -75,7 +76,7 @@ def compute_in_fp8(model: PreTrainedModel, least: int = LEAST) -> str:
             f"{least:,} numbers or more to gain from it: leave fp8 out."
         )
     because = [f"the kernels {min(left)}"] if left else []
-    if any(suits(module, 0) and parts.get(f"{name}.weight") in LINEAR for name, module in model.named_modules()):
+    if len(large) < len(linear):
         because.append(f"a linear layer of fewer than {least:,} numbers takes longer in FP8 than in bf16")
     return said(model, parts, held, because)
 

@@ -37,8 +37,6 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return operators.linear(x, weight) if operators.computes(x) else eager.Linear.apply(x, weight)
 
 
-def suits(module: nn.Module, least: int) -> bool:
-    """Whether it is a linear layer, and not one of another kind, of at least so many numbers, for FP8's kernels."""
-    if type(module) is not nn.Linear or module.weight.numel() < least:
-        return False
-    return all(size % SIDE == 0 for size in module.weight.shape)
+def suits(module: nn.Module) -> bool:
+    """Whether it is a linear layer, and not one of another kind, that can be computed in FP8."""
+    return type(module) is nn.Linear and all(size % SIDE == 0 for size in module.weight.shape)
